@@ -47,10 +47,12 @@ class MaskLibrary:
 
     def __init__(
         self,
+        fingerprint: Fingerprint,
         masks: Mapping[str, StoredMask],
         invalid: Mapping[str, str] | None = None,
         default_method: str | None = None,
     ) -> None:
+        self.fingerprint = fingerprint
         self.masks = dict(sorted(masks.items()))
         self.invalid = dict(sorted((invalid or {}).items()))
         self.default_method = default_method
@@ -71,7 +73,7 @@ class MaskLibrary:
                 masks[stored.name] = stored
             except (MaskFileError, FingerprintError) as error:
                 invalid[path.stem] = str(error)
-        return cls(masks, invalid, default_method)
+        return cls(fingerprint, masks, invalid, default_method)
 
     @property
     def manifest(self) -> str:

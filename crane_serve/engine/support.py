@@ -1,0 +1,38 @@
+"""What cannot be masked exactly is refused at start-up, with the reason."""
+
+from typing import Any
+
+TESTED_VERSIONS = ("0.32.0",)
+ALLOW_UNTESTED_VARIABLE = "CRANE_ALLOW_UNTESTED_VLLM"
+
+
+class UnsupportedEngine(ValueError):
+    """The engine uses a feature under which masks would not be exact."""
+
+
+def check_version(version: str, allow_untested: bool) -> None:
+    """Raise UnsupportedEngine for a vLLM version this plugin was not tested with, unless that is allowed."""
+    base = version.split("+")[0]
+    if base not in TESTED_VERSIONS and not allow_untested:
+        raise UnsupportedEngine(
+            f"vLLM {version} has not been tested with this plugin (tested: {', '.join(TESTED_VERSIONS)}); "
+            f"set {ALLOW_UNTESTED_VARIABLE}=1 to try it all the same"
+        )
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Raise UnsupportedEngine naming the first feature of a configured engine that masks cannot be exact under."""
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    refused = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "microbatching (--enable-dbo)": getattr(parallel, "use_ubatching", False),
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "kv_sharing_fast_prefill": getattr(cache, "kv_sharing_fast_prefill", False),
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "LoRA": vllm_config.lora_config is not None,
+        "KV transfer between engines": vllm_config.kv_transfer_config is not None,
+        "the V2 model runner (set VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,
+    }
+    for feature, used in refused.items():
+        if used:
+            raise UnsupportedEngine(f"masks cannot be served with {feature}; start without it or without masks")
