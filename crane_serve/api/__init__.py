@@ -1,0 +1,1 @@
+"""The HTTP service: FastAPI routes over EngineService. Knows nothing of vLLM."""

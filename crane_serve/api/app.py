@@ -1,0 +1,34 @@
+"""The FastAPI application: starts the engine, mounts the routes, stops the engine."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+import crane_serve
+from crane_serve.api import generate, health, masks, score
+from crane_serve.api.errors import install_error_handlers
+from crane_serve.engine.service import EngineService
+
+
+def create_app(start_engine: Callable[[], EngineService]) -> FastAPI:
+    """The service over the engine that `start_engine` starts when the application does."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.engine = start_engine()
+        try:
+            yield
+        finally:
+            app.state.engine.stop()
+
+    app = FastAPI(
+        title="crane-serve",
+        version=crane_serve.__version__,
+        description="Serve a language model so that any single request can run with a language switched off.",
+        lifespan=lifespan,
+    )
+    install_error_handlers(app)
+    for module in (generate, score, masks, health):
+        app.include_router(module.router)
+    return app

@@ -1,0 +1,147 @@
+"""POST /generate: continue prompts under a mask."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import asdict
+
+from fastapi import APIRouter
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+
+from crane_serve.api.concurrency import run_all
+from crane_serve.api.dependencies import Engine, MaskQuery, choose_mask
+from crane_serve.api.errors import RESPONSES, describe
+from crane_serve.api.schemas import (
+    Delta,
+    ErrorAnswer,
+    GenerateAnswer,
+    GeneratedToken,
+    GenerateRequest,
+    MaskUsed,
+    Output,
+    Token,
+    Usage,
+)
+from crane_serve.engine.service import EngineService, SampledToken, Sampling, Step
+from crane_serve.masks import ResolvedMask
+
+router = APIRouter()
+
+
+@router.post("/generate", response_model=GenerateAnswer, responses=RESPONSES)
+async def generate(body: GenerateRequest, engine: Engine, mask: MaskQuery = None) -> GenerateAnswer | StreamingResponse:
+    """Continue each prompt. With `stream: true` the answer is server-sent events, ended by `data: [DONE]`."""
+    resolved = choose_mask(engine.library, mask, body.mask)
+    generation = _Generation(engine, body, resolved)
+    if body.stream:
+        # The first event is awaited here, so that a refused request is an HTTP error and not a broken stream.
+        events = generation.events()
+        first = await anext(events)
+        return StreamingResponse(_chain(first, events), media_type="text/event-stream")
+    return await generation.answer()
+
+
+class _Generation:
+    """The prompts of one request on their way through the engine."""
+
+    def __init__(self, engine: EngineService, body: GenerateRequest, mask: ResolvedMask | None) -> None:
+        self._engine = engine
+        self._mask = mask
+        self._prompts: list[list[int]] = [engine.tokenizer(prompt)["input_ids"] for prompt in body.prompts]
+        self._sampling = Sampling(
+            max_tokens=body.max_tokens,
+            temperature=body.temperature,
+            top_p=body.top_p,
+            seed=body.seed,
+            stop=body.stops,
+            logprobs=body.logprobs,
+        )
+        self._outputs = [
+            Output(index=index, text="", finish_reason=None, prompt_tokens=len(prompt_ids), completion_tokens=0)
+            for index, prompt_ids in enumerate(self._prompts)
+        ]
+
+    async def answer(self) -> GenerateAnswer:
+        async def drain(index: int) -> None:
+            async for _ in self._run(index, stream=False):
+                pass
+
+        await run_all(drain(index) for index in range(len(self._prompts)))
+        return self._answer()
+
+    async def events(self) -> AsyncGenerator[str]:
+        """Server-sent events: a Delta per step, the whole answer without its text, and [DONE]."""
+        steps: asyncio.Queue[tuple[int, Step] | Exception | None] = asyncio.Queue(maxsize=64)
+
+        async def feed(index: int) -> None:
+            async for step in self._run(index, stream=True):
+                await steps.put((index, step))
+
+        async def feed_all() -> None:
+            try:
+                await run_all(feed(index) for index in range(len(self._prompts)))
+                await steps.put(None)
+            except Exception as error:
+                await steps.put(error)
+
+        feeder = asyncio.create_task(feed_all())
+        started = False
+        try:
+            while (item := await steps.get()) is not None:
+                if isinstance(item, Exception):
+                    if not started:
+                        raise item
+                    yield _event(ErrorAnswer(error=describe(item)[1]))
+                    return
+                started = True
+                index, step = item
+                logprobs = _tokens(step.logprobs)
+                yield _event(Delta(index=index, text=step.text, finish_reason=step.finish_reason, logprobs=logprobs))
+            answer = self._answer()
+            for output in answer.outputs:
+                output.text, output.logprobs = "", None
+            yield _event(answer)
+            yield "data: [DONE]\n\n"
+        finally:
+            feeder.cancel()  # the client may have gone: cancelling aborts what still runs in the engine
+            await asyncio.gather(feeder, return_exceptions=True)
+
+    async def _run(self, index: int, *, stream: bool) -> AsyncIterator[Step]:
+        output = self._outputs[index]
+        async for step in self._engine.generate(self._prompts[index], self._sampling, self._mask, stream=stream):
+            output.text += step.text
+            output.completion_tokens += step.tokens
+            output.finish_reason = step.finish_reason
+            if step.logprobs is not None:
+                output.logprobs = [*(output.logprobs or []), *(_tokens(step.logprobs) or [])]
+            yield step
+
+    def _answer(self) -> GenerateAnswer:
+        usage = Usage.of(
+            sum(output.prompt_tokens for output in self._outputs),
+            sum(output.completion_tokens for output in self._outputs),
+        )
+        return GenerateAnswer(
+            model=self._engine.model_name, mask=MaskUsed.of(self._mask), outputs=self._outputs, usage=usage
+        )
+
+
+async def _chain(first: str, rest: AsyncGenerator[str]) -> AsyncIterator[str]:
+    async with aclosing(rest):
+        yield first
+        async for event in rest:
+            yield event
+
+
+def _event(content: BaseModel) -> str:
+    return f"data: {content.model_dump_json()}\n\n"
+
+
+def _tokens(sampled: tuple[SampledToken, ...] | None) -> list[GeneratedToken] | None:
+    if sampled is None:
+        return None
+    return [
+        GeneratedToken(**asdict(token.chosen), top=[Token(**asdict(candidate)) for candidate in token.top])
+        for token in sampled
+    ]

@@ -1,0 +1,152 @@
+"""The `crane` command. Each command lives beside what it runs; here they get their names and their error lines."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import crane_serve
+from clients import CraneError
+from clients import commands as client_commands
+from crane_serve.checkpoints.fetch import SOURCES, FetchError
+from crane_serve.checkpoints.fetch import fetch as fetch_model
+from relevance import commands as relevance_commands
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+app = typer.Typer(no_args_is_help=True, help="Find the neurons a language needs, and serve a model without them.")
+model_app = typer.Typer(no_args_is_help=True, help="Demonstration models.")
+masks_app = typer.Typer(no_args_is_help=True, help="Mask files.")
+app.add_typer(model_app, name="model")
+app.add_typer(masks_app, name="masks")
+
+
+def one_line_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Turn the errors a user can cause into one line on stderr and exit code 1."""
+
+    @functools.wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, FetchError, CraneError, OSError) as error:
+            Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, markup=True, soft_wrap=True)
+            raise typer.Exit(1) from error
+
+    return run
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(crane_serve.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show version.")] = False,
+) -> None:
+    """Options that stand before the command."""
+
+
+@model_app.command("fetch")
+@one_line_errors
+def fetch(
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(sorted(SOURCES))}")],
+    to: Annotated[Path, typer.Option("--to", help="Directory to make")],
+) -> None:
+    """Fetch a small demonstration model and make it a Hugging Face checkpoint."""
+    fetch_model(name, to, report=typer.echo)
+
+
+@masks_app.command("list")
+@one_line_errors
+def list_masks(directory: Annotated[Path, typer.Argument(help="Directory of mask files")]) -> None:
+    """List the mask files of a directory."""
+    from crane_serve.masks.files import SUFFIX, MaskFileError, read_mask
+
+    if not directory.is_dir():
+        raise MaskFileError(f"{directory} is not a directory of mask files")
+    table = Table("name", "language", "method", "budget", "neurons", "digest")
+    broken = []
+    for path in sorted(directory.glob(f"[!.]*{SUFFIX}")):
+        try:
+            stored = read_mask(path)
+        except MaskFileError as error:
+            broken.append(str(error))
+            continue
+        info = stored.info
+        budget = "" if info.budget is None else f"{info.budget:.4g}"
+        table.add_row(
+            stored.name, info.language, info.method, budget, str(stored.mask.neurons), stored.mask.digest[:12]
+        )
+    Console().print(table)
+    if broken:
+        raise MaskFileError("\n".join(broken))
+
+
+@masks_app.command("show")
+@one_line_errors
+def show_masks(
+    path: Annotated[Path, typer.Argument(help="A mask file, or a directory of them")],
+    names: Annotated[list[str] | None, typer.Argument(help="Names in that directory; default all")] = None,
+) -> None:
+    """Show masks in full, as JSON: provenance, digest and the neurons of each layer."""
+    from crane_serve.masks.files import SUFFIX, MaskFileError, check_name, read_mask
+
+    if path.is_dir():
+        files = [path / f"{check_name(name)}{SUFFIX}" for name in names or []] or sorted(path.glob(f"[!.]*{SUFFIX}"))
+    else:
+        files = [path]
+    if not files:
+        raise MaskFileError(f"{path} holds no mask files")
+    for file in files:
+        stored = read_mask(file)
+        shown = {"name": stored.name, "digest": stored.mask.digest, **stored.info.model_dump(mode="json")}
+        Console(soft_wrap=True).print_json(data={**shown, "neurons": stored.mask.neuron_sets()}, indent=None)
+
+
+@masks_app.command("import-lape")
+@one_line_errors
+def import_lape_file(
+    file: Annotated[Path, typer.Argument(help="LAPE's published file: list[language][layer] of LongTensor")],
+    languages: Annotated[str, typer.Option(help="Labels of its languages in order, joined with commas")],
+    model: Annotated[str, typer.Option(help="Checkpoint directory or hub id that the file was made for")],
+    out: Annotated[Path, typer.Option(help="Directory for the mask files")],
+) -> None:
+    """Turn a published LAPE neuron file into mask files `lape-{label}`."""
+    from crane_serve.checkpoints.resolve import resolve_checkpoint
+    from crane_serve.masks.fingerprint import Fingerprint
+    from crane_serve.masks.lape import import_lape
+
+    labels = [label.strip() for label in languages.split(",")]
+    for path in import_lape(file, labels, Fingerprint.of(resolve_checkpoint(model)), out):
+        typer.echo(path)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@one_line_errors
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id")],
+    masks: Annotated[Path, typer.Option(help="Directory of mask files")],
+    default_method: Annotated[str | None, typer.Option(help="Method that a bare language name means")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on  [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on  [default: 8000]")] = None,
+) -> None:
+    """Serve a model with its masks. Further options (--dtype, --max-model-len, ...) are vLLM's engine flags."""
+    from crane_serve.settings import ServeSettings
+    from server import serve as run_server
+
+    given: dict[str, Any] = {"default_method": default_method, "host": host, "port": port}
+    given = {name: value for name, value in given.items() if value is not None}
+    run_server(ServeSettings(model=model, masks=masks, engine_flags=tuple(context.args), **given))
+
+
+app.command("relevance")(one_line_errors(relevance_commands.relevance))
+app.command("select")(one_line_errors(relevance_commands.select))
+app.command("eval")(one_line_errors(client_commands.evaluate))

@@ -1,0 +1,195 @@
+"""EngineService: vLLM's asynchronous engine as the HTTP layer sees it: tokens in, tokens and log-probabilities out."""
+
+import os
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crane_serve.engine.admission import MASK_ARGUMENT
+from crane_serve.engine.config import DEFAULT_METHOD_VARIABLE, MASKS_VARIABLE, mask_library
+from crane_serve.masks import MaskLibrary, ResolvedMask
+
+_CPU_KV_CACHE_GIB = "2"
+
+
+class EngineDead(RuntimeError):
+    """The engine process has died; no request can be served."""
+
+
+class RejectedRequest(ValueError):
+    """The engine refuses the request: too long, or parameters out of range."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to continue a prompt; temperature 0 is greedy. `logprobs`: alternatives per token, None for no log-probs."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+    stop: tuple[str, ...]
+    logprobs: int | None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token with its log-probability in nats."""
+
+    token_id: int
+    token: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """A generated token and the most likely alternatives at its position."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What has come since the previous step of a generation; `finish_reason` is None until the last."""
+
+    text: str
+    tokens: int
+    finish_reason: str | None
+    logprobs: tuple[SampledToken, ...] | None
+
+
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """Per token of a prompt after its first: log-probability in nats, and whether it was the most likely token."""
+
+    logprobs: tuple[float, ...]
+    is_greedy: tuple[bool, ...]
+
+
+class EngineService:
+    """One vLLM engine with masks. Made by `start`; then any number of concurrent `generate` and `score`; `stop`."""
+
+    def __init__(self, engine: Any, library: MaskLibrary, model_name: str) -> None:
+        self._engine = engine
+        self.library = library
+        self.model_name = model_name
+        self.tokenizer = engine.get_tokenizer()
+
+    @classmethod
+    def start(cls, model: Path, masks: Path, default_method: str, flags: Sequence[str], name: str) -> "EngineService":
+        """Start the engine for a local checkpoint; `flags` are vLLM's own engine flags.
+
+        Raises ValueError for flags that do not parse or engines that cannot serve masks (with the reason).
+        """
+        os.environ[MASKS_VARIABLE] = str(masks)
+        os.environ[DEFAULT_METHOD_VARIABLE] = default_method
+        # Without a limit vLLM takes most of a CPU host's memory for its KV cache.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        engine = AsyncLLM.from_engine_args(_engine_args(model, flags))
+        library = mask_library(engine.vllm_config)
+        if library is None:
+            engine.shutdown()
+            raise ValueError("masks are disabled (CRANE_DISABLE is set), so the mask service cannot start")
+        return cls(engine, library, name)
+
+    def stop(self) -> None:
+        """End the engine's processes."""
+        self._engine.shutdown()
+
+    @property
+    def is_dead(self) -> bool:
+        return bool(self._engine.errored)
+
+    @property
+    def max_model_tokens(self) -> int:
+        """Longest sequence, prompt and completion together, in tokens."""
+        return int(self._engine.model_config.max_model_len)
+
+    async def generate(
+        self, prompt_ids: list[int], sampling: Sampling, mask: ResolvedMask | None, *, stream: bool
+    ) -> AsyncIterator[Step]:
+        """Continue a prompt; with `stream` in steps as they come, otherwise as one step.
+
+        Raises RejectedRequest or EngineDead. Closing the iterator aborts the request.
+        """
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = {
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+            "stop": list(sampling.stop),
+            "logprobs": sampling.logprobs,
+            "output_kind": RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
+        }
+        async for result in self._run(prompt_ids, parameters, mask):
+            output = result.outputs[0]
+            logprobs = None
+            if output.logprobs is not None:
+                pairs = zip(output.token_ids, output.logprobs, strict=True)
+                logprobs = tuple(_sampled_token(token_id, candidates, sampling) for token_id, candidates in pairs)
+            yield Step(output.text, len(output.token_ids), output.finish_reason, logprobs)
+
+    async def score(self, token_ids: list[int], mask: ResolvedMask | None) -> PromptLogprobs:
+        """Log-probability of each of `token_ids` [n] after the first given those before it: [n - 1].
+
+        Raises RejectedRequest or EngineDead.
+        """
+        parameters = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
+        results = [result async for result in self._run(token_ids, parameters, mask)]
+        per_token = next((result.prompt_logprobs for result in reversed(results) if result.prompt_logprobs), None)
+        if per_token is None:
+            raise RejectedRequest("the engine returned no prompt log-probabilities")
+        rows = [candidates[token] for token, candidates in zip(token_ids[1:], per_token[1:], strict=True)]
+        return PromptLogprobs(tuple(row.logprob for row in rows), tuple(row.rank == 1 for row in rows))
+
+    async def _run(
+        self, token_ids: list[int], parameters: dict[str, Any], mask: ResolvedMask | None
+    ) -> AsyncIterator[Any]:
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        if self.is_dead:
+            raise EngineDead("the engine has died")
+        extra_args = None if mask is None else {MASK_ARGUMENT: mask.wire}
+        try:
+            sampling_params = SamplingParams(**parameters, extra_args=extra_args)
+            results = self._engine.generate(tokens_input(token_ids), sampling_params, uuid.uuid4().hex)
+            async for result in results:
+                if result.outputs and result.outputs[0].finish_reason == "error":
+                    raise RejectedRequest("the engine could not run this request")
+                yield result
+        except EngineDeadError as error:
+            raise EngineDead("the engine has died") from error
+        except EngineGenerateError as error:
+            if self.is_dead:
+                raise EngineDead("the engine has died") from error
+            raise RejectedRequest(str(error.__cause__ or error)) from error
+        except (VLLMClientError, ValueError) as error:
+            raise RejectedRequest(str(error)) from error
+
+
+def _engine_args(model: Path, flags: Sequence[str]) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="crane serve", exit_on_error=False))
+    arguments, unknown = parser.parse_known_args(list(flags))
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r}; expected an option of crane serve or an engine flag of vLLM")
+    arguments.model = str(model)
+    return AsyncEngineArgs.from_cli_args(arguments)
+
+
+def _sampled_token(token_id: int, candidates: Any, sampling: Sampling) -> SampledToken:
+    ranked = sorted(candidates.items(), key=lambda item: item[1].rank)
+    tokens = {key: TokenLogprob(key, value.decoded_token or "", value.logprob) for key, value in ranked}
+    return SampledToken(tokens[token_id], tuple(tokens.values())[: sampling.logprobs or 0])
