@@ -150,3 +150,4 @@ def serve(
 app.command("relevance")(one_line_errors(relevance_commands.relevance))
 app.command("select")(one_line_errors(relevance_commands.select))
 app.command("eval")(one_line_errors(client_commands.evaluate))
+app.command("report")(one_line_errors(client_commands.render))

@@ -1,0 +1,121 @@
+"""The server's answers, typed. Fields a newer server adds are ignored."""
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat, JsonValue
+
+
+class Answer(BaseModel):
+    """Base of everything the server sends."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class MaskReference(Answer):
+    """The mask an answer was made under: canonical name, content digest, number of neurons switched or scaled."""
+
+    name: str
+    digest: str
+    neurons: int
+
+
+class Usage(Answer):
+    """Tokens a request cost."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+
+
+class Output(Answer):
+    """One completion: `index` is the position of its prompt in the request; `finish_reason` is "stop" or "length"."""
+
+    index: int
+    text: str = ""
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    logprobs: JsonValue = None
+
+
+class Generation(Answer):
+    """Answer of /generate; at the end of a stream the outputs have no text, which came as deltas."""
+
+    model: str
+    mask: MaskReference | None = None
+    outputs: tuple[Output, ...]
+    usage: Usage = Usage()
+
+
+class Delta(Answer):
+    """A piece of streamed text for the prompt at `index`; `finish_reason` is None until that prompt's last piece."""
+
+    index: int
+    text: str
+    finish_reason: str | None = None
+    logprobs: JsonValue = None
+
+
+class Score(Answer):
+    """Log-probability of one text or continuation.
+
+    logprob: nats, summed over its tokens (those after BOS); tokens: how many; bytes: its length in UTF-8;
+    is_greedy: for continuations, whether greedy decoding would have produced it.
+    """
+
+    logprob: FiniteFloat
+    tokens: int
+    bytes: int
+    is_greedy: bool | None = None
+
+
+class Scores(Answer):
+    """Answer of /score, one score per text or continuation, in the order asked."""
+
+    mask: MaskReference | None = None
+    scores: tuple[Score, ...]
+    usage: Usage = Usage()
+
+
+class MaskSummary(Answer):
+    """A mask the server holds; further fields of /masks/{name} are in `model_extra`.
+
+    budget: fraction of all neurons the mask was allowed to take.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+    digest: str
+    neurons: int
+    language: str | None = None
+    method: str | None = None
+    budget: float | None = None
+
+
+class InvalidMask(Answer):
+    """A mask file the server cannot use, and why."""
+
+    name: str
+    reason: str
+
+
+class MaskListing(Answer):
+    """Answer of /masks. `default_method`: the method whose masks bare language names mean."""
+
+    masks: tuple[MaskSummary, ...]
+    invalid: tuple[InvalidMask, ...] = ()
+    default_method: str | None = None
+
+
+class Readiness(Answer):
+    """Answer of /ready: the model, its fingerprint (what masks are checked against) and the server's version."""
+
+    status: str
+    model: str
+    fingerprint: dict[str, JsonValue]
+    version: str | None = None
+
+
+class Health(Answer):
+    """Answer of /health: the process is up, ready or not."""
+
+    status: str

@@ -1,0 +1,96 @@
+"""CraneError and EvaluationError: what can go wrong between a client and a crane server."""
+
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx
+
+TRANSIENT_STATUS = frozenset({429, 503})
+
+
+class EvaluationError(ValueError):
+    """An evaluation cannot start or go on; the message names what is wrong and what was expected."""
+
+
+class CraneError(Exception):
+    """A request that the server refused, or that never got an answer.
+
+    status: the HTTP status, None if no answer came; code, message, param: from the server's error body, or for a
+    missing answer `connection_failed`, `read_timeout` or `connection_lost`; retry_after_s: the server's Retry-After.
+    """
+
+    def __init__(
+        self,
+        status: int | None,
+        code: str,
+        message: str,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message if status is None else f"{message} ({code}, status {status})")
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    @property
+    def transient(self) -> bool:
+        """Whether the same request may well succeed later: 429, 503, or a connection that failed."""
+        if self.status is None:
+            return self.code != "read_timeout"
+        return self.status in TRANSIENT_STATUS
+
+    @classmethod
+    def of_response(cls, response: httpx.Response) -> "CraneError":
+        """The error in an answer with a status of 400 or more, whose body has been read."""
+        retry_after_s = _retry_after_s(response.headers.get("retry-after"))
+        try:
+            body = response.json()
+        except ValueError:
+            body = None
+        if isinstance(body, dict) and isinstance(body.get("error"), dict):
+            return cls.of_body(body["error"], response.status_code, retry_after_s)
+        said = body.get("detail", body) if isinstance(body, dict) else response.text
+        message = str(said)[:500] or response.reason_phrase
+        return cls(response.status_code, f"http_{response.status_code}", message, retry_after_s=retry_after_s)
+
+    @classmethod
+    def of_body(cls, error: dict[str, Any], status: int, retry_after_s: float | None = None) -> "CraneError":
+        """The error described by the server's `{"code", "message", "param"}`."""
+        param = error.get("param")
+        return cls(
+            status,
+            str(error.get("code", f"http_{status}")),
+            str(error.get("message", "the server gave no message")),
+            None if param is None else str(param),
+            retry_after_s,
+        )
+
+    @classmethod
+    def of_transport(cls, error: httpx.TransportError, server: str) -> "CraneError":
+        """The error of a request to `server` that got no answer."""
+        if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
+            return cls(None, "read_timeout", f"{server} did not answer within the read timeout")
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            reason = str(error) or "the connection timed out"
+            return cls(None, "connection_failed", f"cannot connect to {server}: {reason}")
+        return cls(None, "connection_lost", f"the connection to {server} broke: {str(error) or type(error).__name__}")
+
+
+def _retry_after_s(header: str | None) -> float | None:
+    """Seconds to wait by a Retry-After header, which holds seconds or a date."""
+    if header is None:
+        return None
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        moment = parsedate_to_datetime(header)
+    except ValueError:
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
