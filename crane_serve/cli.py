@@ -14,6 +14,7 @@ from clients import CraneError
 from clients import commands as client_commands
 from crane_serve.checkpoints.fetch import SOURCES, FetchError
 from crane_serve.checkpoints.fetch import fetch as fetch_model
+from crane_serve.demo import DemoError, run_demo
 from relevance import commands as relevance_commands
 
 _P = ParamSpec("_P")
@@ -33,7 +34,7 @@ def one_line_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             return command(*args, **kwargs)
-        except (ValueError, FetchError, CraneError, OSError) as error:
+        except (ValueError, FetchError, DemoError, CraneError, OSError) as error:
             Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, markup=True, soft_wrap=True)
             raise typer.Exit(1) from error
 
@@ -145,6 +146,18 @@ def serve(
     given: dict[str, Any] = {"default_method": default_method, "host": host, "port": port}
     given = {name: value for name, value in given.items() if value is not None}
     run_server(ServeSettings(model=model, masks=masks, engine_flags=tuple(context.args), **given))
+
+
+@app.command()
+@one_line_errors
+def demo(
+    model: Annotated[Path, typer.Option(help="Where the demonstration model is, or will be")],
+    out: Annotated[Path, typer.Option(help="Directory for masks, matrix and report")],
+    documents: Annotated[int, typer.Option(min=2, help="Test documents per language")] = 24,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the server running")] = False,
+) -> None:
+    """Run the whole path on Gemma-3-270M: text, relevance, masks, server, matrix."""
+    run_demo(model, out, documents=documents, keep=keep, report=typer.echo)
 
 
 app.command("relevance")(one_line_errors(relevance_commands.relevance))

@@ -168,7 +168,10 @@ def _convert(gguf_file: Path, checkpoint: Path) -> None:
     import torch
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     directory, file_name = str(gguf_file.parent), gguf_file.name
     quantized = AutoModelForCausalLM.from_pretrained(directory, gguf_file=file_name, dtype=torch.float32)
     config = quantized.config

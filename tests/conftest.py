@@ -1,0 +1,125 @@
+"""Session fixtures. Engines take long to start, so the ones a session needs start together, behind the quick tests."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from crane_serve.masks import MaskLibrary
+from tests.engines import Oracle, Server, random_masks
+from tests.tiny import tiny_llama
+
+GEMMA = Path(__file__).parent.parent / "models" / "gemma-3-270m"
+TINY_FLAGS = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8", "--block-size", "32")
+TINY_CHUNK_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny random Llama in float32 with three masks."""
+
+    checkpoint: Path
+    masks: Path
+    library: MaskLibrary
+
+
+class Engines:
+    """The engine processes of a session, by the name of the fixture that needs them."""
+
+    def __init__(self, directory: Path, wanted: set[str]) -> None:
+        self.directory = directory
+        checkpoint, masks = directory / "tiny", directory / "tiny-masks"
+        self.tiny = Tiny(tiny_llama(checkpoint), masks, random_masks(checkpoint, masks, share=0.4))
+        self.servers: dict[str, Server] = {}
+        self.baseline: subprocess.Popen[bytes] | None = None
+        if "gemma_server" in wanted:
+            gemma_masks = directory / "gemma-masks"
+            random_masks(GEMMA, gemma_masks, share=0.05)
+            flags = ("--max-model-len", "1024", "--max-num-seqs", "16")
+            self.servers["gemma_server"] = Server.start(
+                GEMMA, gemma_masks, directory / "gemma.log", *flags, core=1 % (os.cpu_count() or 1)
+            )
+        if "tiny_server" in wanted:
+            flags = (*TINY_FLAGS, "--max-num-batched-tokens", str(TINY_CHUNK_TOKENS))
+            self.servers["tiny_server"] = Server.start(checkpoint, masks, directory / "tiny.log", *flags, core=0)
+        if "baseline" in wanted:
+            script = Path(__file__).parent / "engine" / "baseline.py"
+            self.baseline = subprocess.Popen(
+                [sys.executable, str(script), str(checkpoint), str(directory / "baseline.json")],
+                env={**os.environ, "VLLM_PLUGINS": "", "VLLM_CPU_KVCACHE_SPACE": "1"},
+                stdout=(directory / "baseline.log").open("wb"),
+                stderr=subprocess.STDOUT,
+            )
+
+    def stop(self) -> None:
+        for server in self.servers.values():
+            server.stop()
+        if self.baseline is not None and self.baseline.poll() is None:
+            self.baseline.kill()
+
+
+_ENGINES = pytest.StashKey[Engines]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("engine") is not None)  # stable: quick tests first
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if session.config.option.collectonly or not wanted & {"gemma_server", "tiny_server", "baseline", "tiny"}:
+        return
+    directory = session.config._tmp_path_factory.mktemp("engines")  # type: ignore[attr-defined]
+    session.config.stash[_ENGINES] = Engines(directory, wanted)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    engines = session.config.stash.get(_ENGINES, None)
+    if engines is not None:
+        engines.stop()
+
+
+@pytest.fixture(scope="session")
+def engines(request: pytest.FixtureRequest) -> Engines:
+    return request.config.stash[_ENGINES]
+
+
+@pytest.fixture(scope="session")
+def tiny(engines: Engines) -> Tiny:
+    return engines.tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_oracle(tiny: Tiny) -> Oracle:
+    return Oracle(tiny.checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tiny_server(engines: Engines) -> Server:
+    return engines.servers["tiny_server"].wait()
+
+
+@pytest.fixture(scope="session")
+def gemma_server(engines: Engines) -> Server:
+    return engines.servers["gemma_server"].wait()
+
+
+@pytest.fixture(scope="session")
+def gemma_library(engines: Engines, gemma_server: Server) -> MaskLibrary:
+    from crane_serve.masks import Fingerprint
+
+    return MaskLibrary.load(engines.directory / "gemma-masks", Fingerprint.of(GEMMA), "attnlrp")
+
+
+@pytest.fixture(scope="session")
+def baseline(engines: Engines) -> Iterator[dict[str, list[object]]]:
+    """Generations of vLLM without the plugin, from a process of its own."""
+    assert engines.baseline is not None
+    code = engines.baseline.wait(timeout=420)
+    assert code == 0, (engines.directory / "baseline.log").read_text(errors="replace")[-4000:]
+    yield json.loads((engines.directory / "baseline.json").read_text())

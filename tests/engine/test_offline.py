@@ -1,0 +1,112 @@
+"""Masks under vLLM's own scheduler: parity, mixing, chunked prefill, prefix cache, admission."""
+
+import pytest
+
+from tests.conftest import Tiny
+from tests.engine.offline import CHUNK_TOKENS, LONG, PROMPTS, generate
+from tests.engines import Oracle
+
+pytestmark = pytest.mark.engine
+
+MASKS = [None, "en", "zh", "vi", "zh,vi"]
+TOLERANCE = 1e-4  # nats
+
+
+def assert_same(left: dict, right: dict) -> None:
+    assert left["tokens"] == right["tokens"]
+    assert left["logprobs"] == pytest.approx(right["logprobs"], abs=TOLERANCE)
+
+
+def test_unmasked_requests_are_bit_identical_to_vllm_without_the_plugin(llm, baseline) -> None:
+    for prompt, alone in zip(PROMPTS, baseline["solo"], strict=True):
+        answer = generate(llm, [prompt], [None])[0]
+        assert (answer["tokens"], answer["logprobs"]) == (alone["tokens"], alone["logprobs"])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_prompt_and_generated_token_agrees_with_transformers(llm, tiny: Tiny, tiny_oracle: Oracle, mask) -> None:
+    resolved = tiny.library.resolve(mask)
+    neuron_mask = None if resolved is None else resolved.mask
+    for answer in generate(llm, PROMPTS, [mask] * len(PROMPTS), score=True):
+        expected = tiny_oracle.logprobs(answer["prompt"] + answer["tokens"], neuron_mask)
+        assert answer["prompt_logprobs"] + answer["logprobs"] == pytest.approx(expected, abs=1e-3)
+        assert sum(answer["prompt_logprobs"] + answer["logprobs"]) == pytest.approx(
+            sum(expected), abs=TOLERANCE * len(expected)
+        )
+
+
+def test_the_masks_matter(llm) -> None:
+    answers = generate(llm, [PROMPTS[0]] * len(MASKS), MASKS)
+    assert len({tuple(answer["logprobs"]) for answer in answers}) == len(MASKS)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_mixed_batch_equals_solo_runs(llm, prompt: str) -> None:
+    together = generate(llm, [prompt] * len(MASKS), MASKS)
+    for mask, mixed in zip(MASKS, together, strict=True):
+        assert_same(mixed, generate(llm, [prompt], [mask], salt="cold")[0])
+
+
+def test_prompts_of_all_lengths_with_all_masks_equal_solo_runs(llm) -> None:
+    prompts = [prompt for prompt in PROMPTS for _ in MASKS]
+    masks = MASKS * len(PROMPTS)
+    assert max(len(prompt) for prompt in prompts) > 2 * CHUNK_TOKENS
+    for prompt, mask, mixed in zip(prompts, masks, generate(llm, prompts, masks), strict=True):
+        assert_same(mixed, generate(llm, [prompt], [mask], salt="cold")[0])
+
+
+@pytest.mark.parametrize(("first", "second"), [("zh", None), (None, "zh"), ("zh", "vi"), ("zh", "zh,vi")])
+def test_the_prefix_cache_does_not_leak_between_masks(llm, tiny: Tiny, tiny_oracle: Oracle, first, second) -> None:
+    prompt = f"{first} before {second}: {LONG}"
+    generate(llm, [prompt], [first])
+    answer = generate(llm, [prompt], [second])[0]
+    resolved = tiny.library.resolve(second)
+    expected = tiny_oracle.logprobs(answer["prompt"] + answer["tokens"], resolved.mask if resolved else None)
+    assert answer["cached"] == 0
+    assert answer["logprobs"] == pytest.approx(expected[-len(answer["tokens"]) :], abs=1e-3)
+
+
+@pytest.mark.parametrize("mask", [None, "zh", "zh,vi"])
+def test_the_same_mask_twice_hits_the_prefix_cache(llm, mask) -> None:
+    prompt = f"twice under {mask}: {LONG}"
+    cold, warm = (generate(llm, [prompt], [mask])[0] for _ in range(2))
+    assert (cold["cached"], warm["cached"]) == (0, len(warm["prompt"]) // 32 * 32)
+    assert_same(cold, warm)
+
+
+def test_a_union_in_another_order_is_the_same_mask(llm) -> None:
+    prompt = f"either order: {LONG}"
+    generate(llm, [prompt], ["zh,vi"])
+    assert generate(llm, [prompt], ["attnlrp-vi,attnlrp-zh"])[0]["cached"] > 0
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [("fr", "unknown mask 'fr'; this server has attnlrp-en"), ("zh,", "malformed"), (7, "expected a mask name")],
+)
+def test_a_bad_mask_is_refused_and_the_engine_lives(llm, mask, message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        generate(llm, [PROMPTS[0]], [mask])
+    assert generate(llm, [PROMPTS[0]], ["zh"])[0]["tokens"]
+
+
+def test_a_salt_of_the_reserved_form_is_refused(llm) -> None:
+    with pytest.raises(Exception, match="cache_salt must not begin with"):
+        generate(llm, [PROMPTS[0]], [None], salt="crane-mask-0")
+
+
+def test_the_engine_core_refuses_what_the_front_end_let_through(llm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second line: a request that reaches the engine core with an unknown mask fails; it never runs unmasked."""
+    from crane_serve.engine import plugin
+
+    monkeypatch.setattr(plugin, "admit", lambda *_, **__: None)
+    answer = llm.generate([PROMPTS[0]], _masked_parameters("fr"), use_tqdm=False)[0]
+    assert answer.outputs[0].finish_reason == "error"
+    monkeypatch.undo()
+    assert generate(llm, [PROMPTS[0]], ["zh"])[0]["tokens"]
+
+
+def _masked_parameters(mask: str):
+    from vllm import SamplingParams
+
+    return SamplingParams(max_tokens=2, extra_args={"crane_mask": mask})

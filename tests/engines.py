@@ -1,0 +1,105 @@
+"""Real engines for tests: checkpoints, random masks, server processes, and a plain transformers oracle."""
+
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from crane_serve.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, write_mask
+
+START_TIMEOUT_S = 420
+
+
+def random_masks(checkpoint: Path, directory: Path, *, share: float) -> MaskLibrary:
+    """Write masks attnlrp-en, -zh and -vi that switch off a random `share` of each layer's neurons."""
+    fingerprint = Fingerprint.of(checkpoint)
+    for seed, language in enumerate(("en", "zh", "vi")):
+        draw = random.Random(seed)
+        neurons = [draw.sample(range(size), round(share * size)) for size in fingerprint.intermediate_sizes]
+        mask = NeuronMask.switching_off(neurons, fingerprint.intermediate_sizes)
+        info = MaskInfo(language=language, method="attnlrp", fingerprint=fingerprint)
+        write_mask(directory, f"attnlrp-{language}", mask, info)
+    return MaskLibrary.load(directory, fingerprint, "attnlrp")
+
+
+class Oracle:
+    """Plain transformers in float32, with neurons switched off by a hook on the input of down_proj."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+
+    @contextmanager
+    def _masked(self, mask: NeuronMask | None):
+        hooks = []
+        for index, layer in enumerate(self.model.model.layers if mask is not None else ()):
+            scale = mask.intermediate[index]
+            hooks.append(layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, s=scale: (args[0] * s,)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def logprobs(self, token_ids: Sequence[int], mask: NeuronMask | None) -> list[float]:
+        """Log-probability in nats of each token after the first."""
+        ids = torch.tensor([list(token_ids)])
+        with self._masked(mask):
+            logprobs = self.model(ids).logits[0].log_softmax(-1)
+        return logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist()
+
+    def text_logprobs(self, text: str, mask: NeuronMask | None) -> list[float]:
+        return self.logprobs(self.tokenizer(text)["input_ids"], mask)
+
+
+@dataclass
+class Server:
+    """A `crane serve` process; started at once, waited for on first use."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @classmethod
+    def start(cls, model: Path, masks: Path, log: Path, *flags: str, core: int) -> "Server":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "crane_serve", "serve", str(model), "--masks", str(masks)]
+        # vLLM binds every worker to the first core by default; two engines at once want one each.
+        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core)}
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*command, "--port", str(port), *flags], stdout=output, stderr=subprocess.STDOUT, env=environment
+            )
+        return cls(f"http://127.0.0.1:{port}", process, log)
+
+    def wait(self) -> "Server":
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/ready", timeout=5).is_success:
+                    return self
+            except httpx.TransportError:
+                pass
+            time.sleep(0.5)
+        raise RuntimeError(f"the server did not start:\n{self.log.read_text(errors='replace')[-4000:]}")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
