@@ -2,9 +2,9 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,9 @@ class Engines:
         self.directory = directory
         checkpoint, masks = directory / "tiny", directory / "tiny-masks"
         self.tiny = Tiny(tiny_llama(checkpoint), masks, random_masks(checkpoint, masks, share=0.4))
+        (masks / "corrupt.safetensors").write_bytes(b"not a mask")
+        random_masks(tiny_llama(directory / "other", seed=1), directory / "other-masks", share=0.1)
+        shutil.copy(directory / "other-masks" / "attnlrp-zh.safetensors", masks / "foreign.safetensors")
         self.servers: dict[str, Server] = {}
         self.baseline: subprocess.Popen[bytes] | None = None
         if "gemma_server" in wanted:
@@ -117,9 +120,9 @@ def gemma_library(engines: Engines, gemma_server: Server) -> MaskLibrary:
 
 
 @pytest.fixture(scope="session")
-def baseline(engines: Engines) -> Iterator[dict[str, list[object]]]:
+def baseline(engines: Engines) -> dict[str, list[dict[str, object]]]:
     """Generations of vLLM without the plugin, from a process of its own."""
     assert engines.baseline is not None
     code = engines.baseline.wait(timeout=420)
     assert code == 0, (engines.directory / "baseline.log").read_text(errors="replace")[-4000:]
-    yield json.loads((engines.directory / "baseline.json").read_text())
+    return json.loads((engines.directory / "baseline.json").read_text())
