@@ -1,0 +1,84 @@
+"""From documents to batches of token ids."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crane_serve.checkpoints.prefix import encode_from_start
+from relevance.corpus import CorpusError, Document
+
+
+@dataclass(frozen=True)
+class EncodedDocuments:
+    """The usable documents of one language as token ids, each beginning with the model's start token.
+
+    skipped: ids of documents without a token to predict; truncated: ids of documents that were cut.
+    """
+
+    token_ids: tuple[list[int], ...]
+    skipped: tuple[str, ...] = field(default=())
+    truncated: tuple[str, ...] = field(default=())
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens after the start tokens: those that are predicted and counted."""
+        return sum(len(ids) - 1 for ids in self.token_ids)
+
+
+def encode(tokenizer: Any, language: str, documents: Sequence[Document], max_tokens: int) -> EncodedDocuments:
+    """Encode `documents`, cut to `max_tokens` with the start token; those without a target token are skipped.
+
+    Raises CorpusError when nothing is left.
+    """
+    kept: list[list[int]] = []
+    skipped: list[str] = []
+    truncated: list[str] = []
+    for document in documents:
+        token_ids = encode_from_start(tokenizer, document.text)
+        if len(token_ids) < 2:
+            skipped.append(document.id)
+            continue
+        if len(token_ids) > max_tokens:
+            truncated.append(document.id)
+        kept.append(token_ids[:max_tokens])
+    if not kept:
+        raise CorpusError(f"no document of {language} has a token to predict")
+    return EncodedDocuments(tuple(kept), tuple(skipped), tuple(truncated))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents padded on the right. token_ids: [documents, tokens]; lengths: [documents]."""
+
+    token_ids: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, documents: Sequence[list[int]], device: torch.device) -> "Batch":
+        longest = max(map(len, documents))
+        padded = [ids + ids[:1] * (longest - len(ids)) for ids in documents]  # any token will do
+        return cls(
+            torch.tensor(padded, device=device),
+            torch.tensor([len(ids) for ids in documents], device=device),
+        )
+
+    @property
+    def counted(self) -> Tensor:
+        """bool [documents, tokens]: not the start token, not padding."""
+        position = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
+        return (position > 0) & (position < self.lengths.unsqueeze(1))
+
+
+def batches(documents: Sequence[list[int]], batch_tokens: int, device: torch.device) -> Iterator[Batch]:
+    """Batches of similar lengths, longest first, of at most `batch_tokens` with padding (or of one document)."""
+    pending: list[list[int]] = []
+    for ids in sorted(documents, key=len, reverse=True):
+        if pending and (len(pending) + 1) * len(pending[0]) > batch_tokens:
+            yield Batch.of(pending, device)
+            pending = []
+        pending.append(ids)
+    if pending:
+        yield Batch.of(pending, device)

@@ -1,0 +1,32 @@
+"""Random scores: the control. What neurons cost that nothing was known about."""
+
+import torch
+from torch import Tensor
+
+from relevance.method import Capture, Method, Needs, Shape
+
+
+class Random(Method):
+    """Uniform scores in [0, 1), drawn from a seed. `scores` is the draw of seed 0; a selection may ask for another."""
+
+    name = "random"
+    needs = Needs.NOTHING
+    languages_needed = 1
+    matched_to = "attnlrp"
+
+    def accumulate(self, capture: Capture) -> None:
+        pass
+
+    def scores(self) -> Tensor:
+        return draw(self.shape, seed=0)
+
+    @classmethod
+    def ranking(cls, scores: Tensor, shape: Shape, seed: int) -> Tensor:
+        return draw(shape, seed)
+
+
+def draw(shape: Shape, seed: int) -> Tensor:
+    """float64 [languages, layers, widest], uniform in [0, 1), 0 in padding; the same for the same seed and shape."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(shape.tensor, generator=generator, dtype=torch.float64)
+    return scores.where(shape.exists, 0)
