@@ -7,7 +7,9 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 import crane_serve
 from clients import CraneError
@@ -35,7 +37,8 @@ def one_line_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
         try:
             return command(*args, **kwargs)
         except (ValueError, FetchError, DemoError, CraneError, OSError) as error:
-            Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, markup=True, soft_wrap=True)
+            message = Text.assemble(("error:", "red"), f" {error}")  # no markup: messages hold brackets
+            Console(stderr=True).print(message, soft_wrap=True)
             raise typer.Exit(1) from error
 
     return run
@@ -82,9 +85,8 @@ def list_masks(directory: Annotated[Path, typer.Argument(help="Directory of mask
             continue
         info = stored.info
         budget = "" if info.budget is None else f"{info.budget:.4g}"
-        table.add_row(
-            stored.name, info.language, info.method, budget, str(stored.mask.neurons), stored.mask.digest[:12]
-        )
+        language, method = escape(info.language), escape(info.method)
+        table.add_row(stored.name, language, method, budget, str(stored.mask.neurons), stored.mask.digest[:12])
     Console().print(table)
     if broken:
         raise MaskFileError("\n".join(broken))
@@ -134,10 +136,10 @@ def import_lape_file(
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id")],
-    masks: Annotated[Path, typer.Option(help="Directory of mask files")],
+    masks: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Directory of mask files")],
     default_method: Annotated[str | None, typer.Option(help="Method that a bare language name means")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on  [default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on  [default: 8000]")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on  [default: 8000]")] = None,
 ) -> None:
     """Serve a model with its masks. Further options (--dtype, --max-model-len, ...) are vLLM's engine flags."""
     from crane_serve.settings import ServeSettings

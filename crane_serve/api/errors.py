@@ -1,6 +1,7 @@
 """Every error answer has one shape: {"error": {"code", "message", "param"}}."""
 
 import logging
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -50,6 +51,8 @@ def describe(error: Exception) -> tuple[int, ErrorBody]:
             status, code = 503, "engine_dead"
         case RequestValidationError():
             return 422, _malformed(error)
+        case HTTPException() if error.status_code == 400:  # how FastAPI answers a body that json cannot decode
+            return 422, ErrorBody(code="malformed_body", message="the body cannot be read as JSON in UTF-8", param=None)
         case HTTPException():
             phrase = HTTPStatus(error.status_code).phrase
             code = phrase.lower().replace(" ", "_")
@@ -61,13 +64,23 @@ def describe(error: Exception) -> tuple[int, ErrorBody]:
 
 
 def _malformed(error: RequestValidationError) -> ErrorBody:
-    problem = error.errors()[0]
-    where = [str(part) for part in problem["loc"] if part != "body"]
+    problem = _closest(error.errors())
     if problem["type"] == "json_invalid":
         return ErrorBody(code="malformed_body", message=f"the body is not JSON: {problem['ctx']['error']}", param=None)
-    param = ".".join(where) or None
-    message = f"{param}: {problem['msg']}" if param else problem["msg"]
-    return ErrorBody(code="malformed_body", message=message, param=param)
+    if problem["type"] == "model_attributes_type":
+        message = "the body is not a JSON object sent with Content-Type: application/json"
+        return ErrorBody(code="malformed_body", message=message, param=None)
+    _, *field = problem["loc"]
+    # Behind the field's name only list positions are the caller's words; names there are alternatives of its type.
+    param = ".".join(str(part) for part in (*field[:1], *(part for part in field[1:] if isinstance(part, int)))) or None
+    message = problem["msg"].removeprefix("Value error, ")
+    return ErrorBody(code="malformed_body", message=f"{param or 'body'}: {message}", param=param)
+
+
+def _closest(problems: Sequence[Any]) -> Any:
+    """Of the first field's problems, one per alternative of its type, that of the alternative the value is nearest."""
+    same_field = [problem for problem in problems if problem["loc"][:2] == problems[0]["loc"][:2]]
+    return max(same_field, key=lambda problem: (len(problem["loc"]), not problem["type"].endswith("_type")))
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -75,7 +88,8 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
         status, body = describe(error)
-        return JSONResponse(ErrorAnswer(error=body).model_dump(), status_code=status)
+        headers = error.headers if isinstance(error, HTTPException) else None  # 405 must say what is allowed
+        return JSONResponse(ErrorAnswer(error=body).model_dump(), status_code=status, headers=headers)
 
     for kind in (BadRequest, MaskError, RejectedRequest, EngineDead, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 
 from crane_serve.api.concurrency import run_all
 from crane_serve.api.dependencies import Engine, MaskQuery, choose_mask
@@ -38,7 +39,7 @@ async def generate(body: GenerateRequest, engine: Engine, mask: MaskQuery = None
         # The first event is awaited here, so that a refused request is an HTTP error and not a broken stream.
         events = generation.events()
         first = await anext(events)
-        return StreamingResponse(_chain(first, events), media_type="text/event-stream")
+        return _EventStream(first, events)
     return await generation.answer()
 
 
@@ -75,8 +76,9 @@ class _Generation:
         steps: asyncio.Queue[tuple[int, Step] | Exception | None] = asyncio.Queue(maxsize=64)
 
         async def feed(index: int) -> None:
-            async for step in self._run(index, stream=True):
-                await steps.put((index, step))
+            async with aclosing(self._run(index, stream=True)) as run:
+                async for step in run:
+                    await steps.put((index, step))
 
         async def feed_all() -> None:
             try:
@@ -107,7 +109,7 @@ class _Generation:
             feeder.cancel()  # the client may have gone: cancelling aborts what still runs in the engine
             await asyncio.gather(feeder, return_exceptions=True)
 
-    async def _run(self, index: int, *, stream: bool) -> AsyncIterator[Step]:
+    async def _run(self, index: int, *, stream: bool) -> AsyncGenerator[Step]:
         output = self._outputs[index]
         async for step in self._engine.generate(self._prompts[index], self._sampling, self._mask, stream=stream):
             output.text += step.text
@@ -127,11 +129,23 @@ class _Generation:
         )
 
 
-async def _chain(first: str, rest: AsyncGenerator[str]) -> AsyncIterator[str]:
-    async with aclosing(rest):
-        yield first
-        async for event in rest:
-            yield event
+class _EventStream(StreamingResponse):
+    """Server-sent events. However the connection ends, the events are closed, and with them the generation."""
+
+    def __init__(self, first: str, rest: AsyncGenerator[str]) -> None:
+        super().__init__(_chain(first, rest), media_type="text/event-stream")
+        self._rest = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # A client that hangs up may cancel the sending of an event, outside the generator: it must be closed here.
+        async with aclosing(self._rest):
+            await super().__call__(scope, receive, send)
+
+
+async def _chain(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    yield first
+    async for event in rest:
+        yield event
 
 
 def _event(content: BaseModel) -> str:

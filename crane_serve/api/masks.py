@@ -20,7 +20,11 @@ async def masks(engine: Engine) -> MaskList:
     )
 
 
-@router.get("/masks/{name}", response_model=MaskDetails, responses={status: RESPONSES[status] for status in (404, 409)})
+@router.get(
+    "/masks/{name}",
+    response_model=MaskDetails,
+    responses={status: RESPONSES[status] for status in (404, 409, 422)},
+)
 async def mask(name: str, engine: Engine) -> MaskDetails:
     """One mask by name, digest, or bare language."""
     return MaskDetails.of(engine.library.get(name))

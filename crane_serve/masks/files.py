@@ -67,8 +67,14 @@ def check_name(name: str) -> str:
 
 
 def write_mask(directory: Path, name: str, mask: NeuronMask, info: MaskInfo) -> Path:
-    """Write `{name}.safetensors` atomically into `directory` (made if missing) and return its path."""
+    """Write `{name}.safetensors` atomically into `directory` (made if missing) and return its path.
+
+    Raises MaskFileError, before anything is written, for a bad name or a mask of other sizes than its fingerprint's.
+    """
     path = directory / f"{check_name(name)}{SUFFIX}"
+    if mask.intermediate_sizes != info.fingerprint.intermediate_sizes:
+        raise MaskFileError(f"{path}: the mask's intermediate sizes differ from those of the model it was made for")
+    _check_output(path, mask, info.fingerprint)
     metadata = _Metadata(**dict(info), format_version=FORMAT_VERSION, digest=mask.digest, neurons=mask.neuron_sets())
     tensors = {"intermediate": mask.intermediate}
     if mask.output is not None:
@@ -115,15 +121,17 @@ def read_mask(path: Path) -> StoredMask:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
         raise MaskFileError(f"{path}: metadata field {where!r}: {problem['msg']}") from error
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:  # RuntimeError: formats without arithmetic
         raise MaskFileError(f"{path}: not a readable mask file: {error}") from error
-    if mask.output is not None and mask.output.shape[1] != metadata.fingerprint.hidden_size:
-        raise MaskFileError(
-            f"{path}: 'output' has {mask.output.shape[1]} columns, expected {metadata.fingerprint.hidden_size}"
-        )
+    _check_output(path, mask, metadata.fingerprint)
     if mask.digest != metadata.digest:
         raise MaskFileError(f"{path}: content digest is {mask.digest[:16]}..., metadata says {metadata.digest[:16]}...")
     if mask.neuron_sets() != metadata.neurons:
         raise MaskFileError(f"{path}: the neuron sets in the metadata differ from those in the tensor")
     info = MaskInfo(**{field: getattr(metadata, field) for field in MaskInfo.model_fields})
     return StoredMask(name, mask, info)
+
+
+def _check_output(path: Path, mask: NeuronMask, fingerprint: Fingerprint) -> None:
+    if mask.output is not None and mask.output.shape[1] != fingerprint.hidden_size:
+        raise MaskFileError(f"{path}: 'output' has {mask.output.shape[1]} columns, expected {fingerprint.hidden_size}")

@@ -42,13 +42,13 @@ class Fingerprint(BaseModel):
         try:
             raw = json.loads(config_file.read_text())
             config = AutoConfig.from_pretrained(checkpoint).get_text_config()
-        except (OSError, ValueError, KeyError) as error:
+            layers, hidden_size = int(config.num_hidden_layers), int(config.hidden_size)
+        except Exception as error:  # what transformers raises for a bad config has no common base
             raise FingerprintError(f"{checkpoint} is not a Hugging Face checkpoint: {error}") from error
-        layers = int(config.num_hidden_layers)
         return cls(
             architecture=str((raw.get("architectures") or [raw.get("model_type", "unknown")])[0]),
             layers=layers,
-            hidden_size=int(config.hidden_size),
+            hidden_size=hidden_size,
             intermediate_sizes=_intermediate_sizes(config, layers),
             config_digest=_config_digest(raw),
             weights_digest=_weights_digest(checkpoint),
@@ -114,6 +114,6 @@ def _safetensors_entries(shard: Path) -> list[bytes]:
                 file.seek(8 + header_bytes + middle)
                 sample = file.read(min(_SAMPLE_BYTES, end - middle))
                 entries.append(f"{name}|{tensor['dtype']}|{tensor['shape']}|".encode() + sample)
-    except (OSError, ValueError, KeyError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise FingerprintError(f"{shard} is not a safetensors file: {error}") from error
     return entries

@@ -1,6 +1,5 @@
 """Import of LAPE's published neuron files (ACL 2024, github.com/RUCAIBox/Language-Specific-Neurons)."""
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,8 +20,9 @@ def import_lape(file: Path, labels: Sequence[str], fingerprint: Fingerprint, out
     """
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise MaskFileError(f"{file}: not a LAPE neuron file: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # what torch raises for damaged files has no common base
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise MaskFileError(f"{file}: not a LAPE neuron file: {reason[0]}") from error
     if not isinstance(content, list | tuple) or not all(isinstance(layers, list | tuple) for layers in content):
         raise MaskFileError(f"{file}: expected list[language][layer] of tensors, found {type(content).__name__}")
     if len(content) != len(labels):
@@ -33,8 +33,9 @@ def import_lape(file: Path, labels: Sequence[str], fingerprint: Fingerprint, out
     masks = []
     for label, layers in zip(labels, content, strict=True):
         check_name(label)
+        check_name(_mask_name(label))
         for layer, indices in enumerate(layers):
-            if not isinstance(indices, torch.Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
+            if not _is_index_list(indices):
                 raise MaskFileError(f"{file}: {label}, layer {layer}: expected a one-dimensional LongTensor")
         try:
             mask = NeuronMask.switching_off([row.tolist() for row in layers], fingerprint.intermediate_sizes)
@@ -46,7 +47,7 @@ def import_lape(file: Path, labels: Sequence[str], fingerprint: Fingerprint, out
     return [
         write_mask(
             out,
-            f"lape-{label}",
+            _mask_name(label),
             mask,
             MaskInfo(
                 language=label,
@@ -58,3 +59,13 @@ def import_lape(file: Path, labels: Sequence[str], fingerprint: Fingerprint, out
         )
         for label, mask in zip(labels, masks, strict=True)
     ]
+
+
+def _mask_name(label: str) -> str:
+    return f"lape-{label}"
+
+
+def _is_index_list(value: object) -> bool:
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.int64 or value.ndim != 1:
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu"

@@ -82,17 +82,17 @@ class MaskLibrary:
         return hashlib.sha256(listing.encode()).hexdigest()
 
     def get(self, name: str) -> StoredMask:
-        """The mask a single name or content digest means; a bare language means the default method's mask.
+        """The mask a single content digest or name means; a bare language means the default method's mask.
 
-        Raises UnknownMask or InvalidMask.
+        A digest always means its content, even if a file is named like it. Raises UnknownMask or InvalidMask.
         """
+        if name in self._by_digest:
+            return self._by_digest[name]
         for candidate in self._candidates(name):
             if candidate in self.masks:
                 return self.masks[candidate]
             if candidate in self.invalid:
                 raise InvalidMask(f"mask {candidate!r} cannot be used: {self.invalid[candidate]}")
-        if name in self._by_digest:
-            return self._by_digest[name]
         known = ", ".join(self.masks) or "no masks"
         raise UnknownMask(f"unknown mask {name!r}; this server has {known}")
 

@@ -1,0 +1,242 @@
+"""POST /generate over a fake engine: answers, streams, and what happens when either side fails."""
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from crane_serve.engine.service import EngineDead, RejectedRequest, Sampling
+from tests.api.fake_engine import FakeEngine
+
+
+def events(response: httpx.Response) -> list[Any]:
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    return [line if line == "data: [DONE]" else json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+async def test_one_prompt(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    response = await client.post("/generate", json={"prompt": "hi", "max_tokens": 3})
+    assert response.status_code == 200
+    assert response.json() == {
+        "model": "tiny",
+        "mask": None,
+        "outputs": [
+            {
+                "index": 0,
+                "text": "abc",
+                "finish_reason": "length",
+                "prompt_tokens": 3,
+                "completion_tokens": 3,
+                "logprobs": None,
+            }
+        ],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6},
+    }
+    assert engine.calls[0].token_ids == engine.tokenizer("hi")["input_ids"]
+    assert engine.calls[0].stream is False
+
+
+async def test_several_prompts_keep_their_order(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    answer = (await client.post("/generate", json={"prompt": ["a", "bcd", "ef"], "max_tokens": 2})).json()
+    assert [(output["index"], output["prompt_tokens"]) for output in answer["outputs"]] == [(0, 2), (1, 4), (2, 3)]
+    assert answer["usage"] == {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15}
+    assert sorted(len(call.token_ids) for call in engine.calls) == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("body", "sampling"),
+    [
+        ({}, Sampling(max_tokens=128, temperature=1.0, top_p=1.0, seed=None, stop=(), logprobs=None)),
+        (
+            {"max_tokens": 1, "temperature": 0, "top_p": 0.5, "seed": 7, "stop": "x", "logprobs": 2},
+            Sampling(max_tokens=1, temperature=0.0, top_p=0.5, seed=7, stop=("x",), logprobs=2),
+        ),
+        (
+            {"stop": ["x", "y"], "logprobs": 0, "mask": None, "seed": None},
+            Sampling(max_tokens=128, temperature=1.0, top_p=1.0, seed=None, stop=("x", "y"), logprobs=0),
+        ),
+    ],
+)
+async def test_parameters_reach_the_engine(
+    client: httpx.AsyncClient, engine: FakeEngine, body: dict[str, Any], sampling: Sampling
+) -> None:
+    assert (await client.post("/generate", json={"prompt": "hi", **body})).status_code == 200
+    assert engine.calls[0].sampling == sampling
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_mask_reaches_the_engine(client: httpx.AsyncClient, engine: FakeEngine, stream: bool) -> None:
+    response = await client.post("/generate?mask=zh", json={"prompt": ["a", "b"], "max_tokens": 1, "stream": stream})
+    answer = events(response)[-2] if stream else response.json()
+    stored = engine.library.masks["attnlrp-zh"]
+    assert answer["mask"] == {"name": "attnlrp-zh", "digest": stored.mask.digest, "neurons": 2}
+    assert [call.mask.wire for call in engine.calls if call.mask] == [stored.mask.digest] * 2
+
+
+async def test_logprobs_are_given_per_token(client: httpx.AsyncClient) -> None:
+    answer = (await client.post("/generate", json={"prompt": "hi", "max_tokens": 2, "logprobs": 1})).json()
+    first, second = answer["outputs"][0]["logprobs"]
+    assert first == {
+        "token_id": 0,
+        "token": "a",
+        "logprob": -0.5,
+        "top": [{"token_id": 0, "token": "a", "logprob": -0.5}],
+    }
+    assert second["token"] == "b"
+
+
+async def test_stream_of_one_prompt(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    body = {"prompt": "hi", "max_tokens": 3, "stream": True, "logprobs": 0}
+    *deltas, answer, done = events(await client.post("/generate", json=body))
+    assert [(delta["index"], delta["text"], delta["finish_reason"]) for delta in deltas] == [
+        (0, "a", None),
+        (0, "b", None),
+        (0, "c", "length"),
+    ]
+    assert [delta["logprobs"][0]["token"] for delta in deltas] == ["a", "b", "c"]
+    assert answer["outputs"] == [
+        {
+            "index": 0,
+            "text": "",
+            "finish_reason": "length",
+            "prompt_tokens": 3,
+            "completion_tokens": 3,
+            "logprobs": None,
+        }
+    ]
+    assert answer["usage"]["total_tokens"] == 6
+    assert done == "data: [DONE]"
+    assert engine.calls[0].stream is True
+
+
+async def test_stream_of_several_prompts(client: httpx.AsyncClient) -> None:
+    body = {"prompt": ["a", "b", "c"], "max_tokens": 100, "stream": True}
+    *deltas, answer, done = events(await client.post("/generate", json=body))
+    texts = ["", "", ""]
+    for delta in deltas:
+        texts[delta["index"]] += delta["text"]
+    assert texts[0] == texts[1] == texts[2]
+    assert len(texts[0]) == 100
+    assert [output["completion_tokens"] for output in answer["outputs"]] == [100] * 3
+    assert done == "data: [DONE]"
+
+
+ERRORS = [
+    (RejectedRequest("the prompt is too long"), 400, "rejected_request", "the prompt is too long"),
+    (EngineDead("the engine has died"), 503, "engine_dead", "the engine has died"),
+    (RuntimeError("a secret path"), 500, "internal_error", "unexpected error; see the server's log"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("error", "status", "code", "message"), ERRORS)
+async def test_an_error_before_the_first_token_is_an_http_error(
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    stream: bool,
+    error: Exception,
+    status: int,
+    code: str,
+    message: str,
+) -> None:
+    engine.error = error
+    response = await client.post("/generate", json={"prompt": ["a", "b"], "stream": stream})
+    assert response.status_code == status
+    assert response.json() == {"error": {"code": code, "message": message, "param": None}}
+    assert engine.running == 0
+
+
+@pytest.mark.parametrize(("error", "status", "code", "message"), ERRORS)
+async def test_an_error_in_a_stream_is_its_last_event(
+    client: httpx.AsyncClient, engine: FakeEngine, error: Exception, status: int, code: str, message: str
+) -> None:
+    engine.error, engine.error_after_tokens = error, 2
+    response = await client.post("/generate", json={"prompt": "a", "stream": True})
+    *deltas, last = events(response)
+    assert response.status_code == 200
+    assert [delta["text"] for delta in deltas] == ["a", "b"]
+    assert last == {"error": {"code": code, "message": message, "param": None}}
+
+
+async def test_the_failure_of_one_prompt_stops_the_others(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.error, engine.error_after_tokens = RejectedRequest("too long"), 2
+    response = await client.post("/generate", json={"prompt": ["a", "b", "c"], "max_tokens": 1000})
+    assert response.status_code == 400
+    assert (engine.running, engine.aborted) == (0, 3)
+
+
+async def test_after_a_failure_the_next_request_is_answered(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    for stream in (False, True):
+        engine.error = RuntimeError("broken")
+        await client.post("/generate", json={"prompt": "a", "stream": stream})
+        engine.error = None
+        assert (await client.post("/generate", json={"prompt": "a", "max_tokens": 1})).status_code == 200
+
+
+async def test_a_dead_engine_is_an_error(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.is_dead = True
+    response = await client.post("/generate", json={"prompt": "a"})
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "engine_dead"
+
+
+class Caller:
+    """An ASGI client that hangs up after some events, and may read slowly: `httpx` reads whole answers only."""
+
+    def __init__(self, app: FastAPI, body: dict[str, Any], *, hang_up_after: int, reads_on: bool = True) -> None:
+        self._app = app
+        self._body = json.dumps(body).encode()
+        self._left = hang_up_after
+        self._reads_on = reads_on
+        self._sent = False
+        self._gone = asyncio.Event()
+
+    async def call(self) -> None:
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": "/generate",
+            "raw_path": b"/generate",
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"content-type", b"application/json")],
+        }
+        await asyncio.wait_for(self._app(scope, self._receive, self._send), timeout=10)
+
+    async def _receive(self) -> dict[str, Any]:
+        if not self._sent:
+            self._sent = True
+            return {"type": "http.request", "body": self._body, "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        if message["type"] == "http.response.body":
+            self._left -= 1
+            if self._left <= 0:
+                self._gone.set()
+                if not self._reads_on:
+                    await asyncio.Event().wait()
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("reads_on", [True, False], ids=["gone", "stopped reading"])
+@pytest.mark.parametrize("wait_after_tokens", [1, 200, None], ids=["first token", "later", "endless"])
+@pytest.mark.parametrize("prompts", [1, 3])
+async def test_a_client_that_hangs_up_frees_the_engine(
+    app: FastAPI, engine: FakeEngine, reads_on: bool, wait_after_tokens: int | None, prompts: int
+) -> None:
+    engine.wait_after_tokens = wait_after_tokens
+    body = {"prompt": ["a"] * prompts, "max_tokens": 2**30, "stream": True}
+    await Caller(app, body, hang_up_after=1, reads_on=reads_on).call()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert (engine.running, engine.aborted) == (0, prompts)

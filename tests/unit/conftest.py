@@ -1,0 +1,26 @@
+"""A checkpoint and the fingerprint of a small model, for tests that need neither an engine nor a download."""
+
+from pathlib import Path
+
+import pytest
+
+from crane_serve.masks import Fingerprint
+from tests.tiny import tiny_llama
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def fingerprint() -> Fingerprint:
+    """Of a model with two layers of 6 and 5 neurons."""
+    return Fingerprint(
+        architecture="TinyForCausalLM",
+        layers=2,
+        hidden_size=4,
+        intermediate_sizes=(6, 5),
+        config_digest="a" * 64,
+        weights_digest="b" * 64,
+    )

@@ -1,0 +1,196 @@
+"""MaskLibrary: which masks a directory holds, and which one a request means."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from crane_serve.masks import (
+    Fingerprint,
+    InvalidMask,
+    MaskError,
+    MaskFileError,
+    MaskInfo,
+    MaskLibrary,
+    NeuronMask,
+    UnknownMask,
+    write_mask,
+)
+
+NEURONS = {
+    "attnlrp-en": [[0], [1]],
+    "attnlrp-zh": [[1, 2], []],
+    "attnlrp-vi": [[], [3, 4]],
+    "lape-zh": [[5], []],
+    "vi": [[3], [0]],
+}
+
+
+def write(directory: Path, name: str, neurons: list[list[int]], fingerprint: Fingerprint) -> NeuronMask:
+    mask = NeuronMask.switching_off(neurons, fingerprint.intermediate_sizes)
+    write_mask(directory, name, mask, MaskInfo(language="xx", method="test", fingerprint=fingerprint))
+    return mask
+
+
+@pytest.fixture
+def directory(tmp_path: Path, fingerprint: Fingerprint) -> Path:
+    for name, neurons in NEURONS.items():
+        write(tmp_path, name, neurons, fingerprint)
+    return tmp_path
+
+
+@pytest.fixture
+def library(directory: Path, fingerprint: Fingerprint) -> MaskLibrary:
+    return MaskLibrary.load(directory, fingerprint, "attnlrp")
+
+
+def test_lists_unusable_files_with_the_reason(directory: Path, fingerprint: Fingerprint) -> None:
+    (directory / "corrupt.safetensors").write_bytes(b"nothing")
+    (directory / "Bad.Name.safetensors").write_bytes(b"nothing")
+    other = fingerprint.model_copy(update={"weights_digest": "d" * 64})
+    write(directory, "foreign", [[0], []], other)
+    (directory / "notes.txt").write_text("not a mask")
+    (directory / ".scratch.safetensors").write_bytes(b"half-written")
+
+    library = MaskLibrary.load(directory, fingerprint)
+    assert list(library.masks) == sorted(NEURONS)
+    assert list(library.invalid) == ["Bad.Name", "corrupt", "foreign"]
+    assert "not a readable mask file" in library.invalid["corrupt"]
+    assert "mask name 'Bad.Name' is not allowed" in library.invalid["Bad.Name"]
+    reason = "mask 'foreign' was made for another model: its weights_digest is dddddddddddddddd..., this model has bbbb"
+    assert reason in library.invalid["foreign"]
+    with pytest.raises(InvalidMask, match=r"mask 'corrupt' cannot be used: .*not a readable mask file"):
+        library.resolve("corrupt")
+    assert library.resolve("vi") is not None
+
+
+def test_an_empty_directory_is_a_library(tmp_path: Path, fingerprint: Fingerprint) -> None:
+    library = MaskLibrary.load(tmp_path, fingerprint)
+    assert library.masks == {}
+    with pytest.raises(UnknownMask, match="unknown mask 'zh'; this server has no masks"):
+        library.resolve("zh")
+
+
+def test_refuses_what_is_no_directory(tmp_path: Path, fingerprint: Fingerprint) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "missing", tmp_path / "file"):
+        with pytest.raises(MaskFileError, match=f"{path} is not a directory of mask files"):
+            MaskLibrary.load(path, fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("expression", "name"),
+    [
+        ("attnlrp-zh", "attnlrp-zh"),
+        ("zh", "attnlrp-zh"),
+        ("en", "attnlrp-en"),
+        ("vi", "vi"),  # the exact name beats the default method
+        ("lape-zh", "lape-zh"),
+        ("zh,en", "attnlrp-en,attnlrp-zh"),
+        (" en , zh ", "attnlrp-en,attnlrp-zh"),
+        ("zh,attnlrp-zh", "attnlrp-zh"),
+        ("vi,attnlrp-vi", "attnlrp-vi,vi"),
+    ],
+)
+def test_resolves_names(library: MaskLibrary, expression: str, name: str) -> None:
+    resolved = library.resolve(expression)
+    assert resolved is not None
+    assert resolved.name == name
+    members = [library.masks[member].mask for member in name.split(",")]
+    assert resolved.mask.digest == NeuronMask.union(members).digest
+    assert resolved.wire == ",".join(sorted(mask.digest for mask in members))
+
+
+@pytest.mark.parametrize("expression", ["zh", "zh,en", "vi,attnlrp-vi,en"])
+def test_the_wire_form_means_the_same(library: MaskLibrary, expression: str) -> None:
+    resolved = library.resolve(expression)
+    assert resolved is not None
+    again = library.resolve(resolved.wire)
+    assert again is not None
+    assert (again.name, again.wire, again.mask.digest) == (resolved.name, resolved.wire, resolved.mask.digest)
+
+
+def test_a_digest_means_its_content_whatever_files_are_called(directory: Path, fingerprint: Fingerprint) -> None:
+    digest = NeuronMask.switching_off(NEURONS["lape-zh"], fingerprint.intermediate_sizes).digest
+    write(directory, digest, [[4], [4]], fingerprint)
+    write(directory, f"attnlrp-{digest}", [[3], [4]], fingerprint)
+    resolved = MaskLibrary.load(directory, fingerprint, "attnlrp").resolve(digest)
+    assert resolved is not None
+    assert resolved.mask.digest == digest
+
+
+@pytest.mark.parametrize("expression", [None, "none"])
+def test_none_means_unmasked(library: MaskLibrary, expression: str | None) -> None:
+    assert library.resolve(expression) is None
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("", "malformed"),
+        (" ", "malformed"),
+        (",", "malformed"),
+        ("zh,", "mask 'zh,' is malformed; expected a name, or names joined with commas"),
+        (",zh", "malformed"),
+        ("zh,,vi", "malformed"),
+        ("none,zh", "joins 'none' with other masks"),
+        ("zh, none", "joins 'none' with other masks"),
+        (",".join(["zh"] * 17), "joins 17 masks; at most 16 are allowed"),
+    ],
+)
+def test_refuses_malformed_expressions(library: MaskLibrary, expression: str, message: str) -> None:
+    with pytest.raises(MaskError, match=message) as refused:
+        library.resolve(expression)
+    assert type(refused.value) is MaskError
+
+
+@pytest.mark.parametrize("expression", ["fr", "zh,fr", "ZH", "attnlrp", "../zh", "0" * 64])
+def test_unknown_masks_are_answered_with_the_known(library: MaskLibrary, expression: str) -> None:
+    with pytest.raises(UnknownMask, match=r"this server has attnlrp-en, attnlrp-vi, attnlrp-zh, lape-zh, vi$"):
+        library.resolve(expression)
+
+
+def test_without_default_method_a_language_is_no_name(directory: Path, fingerprint: Fingerprint) -> None:
+    library = MaskLibrary.load(directory, fingerprint)
+    assert library.resolve("vi") is not None
+    with pytest.raises(UnknownMask, match="unknown mask 'zh'"):
+        library.resolve("zh")
+
+
+def test_a_broken_default_mask_is_not_silently_another(directory: Path, fingerprint: Fingerprint) -> None:
+    (directory / "attnlrp-zh.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InvalidMask, match="mask 'attnlrp-zh' cannot be used"):
+        MaskLibrary.load(directory, fingerprint, "attnlrp").resolve("zh")
+
+
+def test_unions_are_computed_once(library: MaskLibrary) -> None:
+    first, second = library.resolve("zh,en"), library.resolve("en,zh")
+    assert first is not None
+    assert second is not None
+    assert first.mask is second.mask
+
+
+def test_many_unions_stay_right(directory: Path, fingerprint: Fingerprint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crane_serve.masks.library._CACHED_UNIONS", 2)
+    library = MaskLibrary.load(directory, fingerprint, "attnlrp")
+    pairs = [("en", "zh"), ("en", "vi"), ("zh", "vi"), ("lape-zh", "en")]
+    for pair in [*pairs, *pairs]:
+        resolved = library.resolve(",".join(pair))
+        assert resolved is not None
+        product = torch.stack([library.get(name).mask.intermediate for name in pair]).prod(dim=0)
+        assert torch.equal(resolved.mask.intermediate, product)
+
+
+def test_the_manifest_follows_names_and_contents(directory: Path, fingerprint: Fingerprint) -> None:
+    def manifest() -> str:
+        return MaskLibrary.load(directory, fingerprint).manifest
+
+    seen = [manifest()]
+    assert manifest() == seen[0]
+    write(directory, "vi", [[3], [1]], fingerprint)
+    seen.append(manifest())
+    (directory / "vi.safetensors").rename(directory / "vietnamese.safetensors")
+    seen.append(manifest())
+    (directory / "vietnamese.safetensors").unlink()
+    seen.append(manifest())
+    assert len(set(seen)) == len(seen)
