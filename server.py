@@ -7,19 +7,20 @@ import uvicorn
 
 from crane_serve.api.app import create_app
 from crane_serve.checkpoints.resolve import resolve_checkpoint
-from crane_serve.engine.service import EngineService
+from crane_serve.engine.service import EngineService, configure_engine
 from crane_serve.settings import ServeSettings
 
 
 def serve(settings: ServeSettings) -> None:
-    """Serve until a signal ends the process. Raises CheckpointError before anything starts if there is no model."""
+    """Serve until a signal ends the process.
+
+    Raises ValueError (CheckpointError, MaskFileError, UnsupportedEngine, ...) before anything starts.
+    """
     model = resolve_checkpoint(settings.model)
     name = model.name if Path(settings.model).is_dir() else settings.model
-
-    def start_engine() -> EngineService:
-        return EngineService.start(model, settings.masks, settings.default_method, settings.engine_flags, name)
-
-    uvicorn.run(create_app(start_engine), host=settings.host, port=settings.port, timeout_graceful_shutdown=30)
+    config = configure_engine(model, settings.masks, settings.default_method, settings.engine_flags)
+    app = create_app(lambda: EngineService.start(config, name))
+    uvicorn.run(app, host=settings.host, port=settings.port, timeout_graceful_shutdown=30)
 
 
 if __name__ == "__main__":

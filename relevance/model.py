@@ -47,7 +47,9 @@ def load_model(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> nn
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(checkpoint)
         require_family((config.architectures or [type(config).__name__])[0])

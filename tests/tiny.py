@@ -1,5 +1,6 @@
 """Tiny random checkpoints, made in a second: a few layers and a byte-level tokenizer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,11 +12,11 @@ BOS, EOS = "<s>", "</s>"
 LAYERS, HIDDEN, NEURONS = 3, 64, 160
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte after BOS (id 0); EOS is id 1."""
+def byte_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:
+    """One token per byte, and one per merge of two bytes, after BOS (id 0); EOS is id 1."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([BOS, EOS, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokens = [BOS, EOS, *alphabet, *("".join(merge) for merge in merges)]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])

@@ -111,13 +111,15 @@ class _Generation:
 
     async def _run(self, index: int, *, stream: bool) -> AsyncGenerator[Step]:
         output = self._outputs[index]
-        async for step in self._engine.generate(self._prompts[index], self._sampling, self._mask, stream=stream):
-            output.text += step.text
-            output.completion_tokens += step.tokens
-            output.finish_reason = step.finish_reason
-            if step.logprobs is not None:
-                output.logprobs = [*(output.logprobs or []), *(_tokens(step.logprobs) or [])]
-            yield step
+        steps = self._engine.generate(self._prompts[index], self._sampling, self._mask, stream=stream)
+        async with aclosing(steps):
+            async for step in steps:
+                output.text += step.text
+                output.completion_tokens += step.tokens
+                output.finish_reason = step.finish_reason
+                if step.logprobs is not None:
+                    output.logprobs = [*(output.logprobs or []), *(_tokens(step.logprobs) or [])]
+                yield step
 
     def _answer(self) -> GenerateAnswer:
         usage = Usage.of(

@@ -1,5 +1,7 @@
 """POST /score: log-probabilities of given texts under a mask."""
 
+from itertools import takewhile
+
 from fastapi import APIRouter
 
 from crane_serve.api.concurrency import run_all
@@ -17,35 +19,44 @@ router = APIRouter()
 async def score(body: ScoreRequest, engine: Engine, mask: MaskQuery = None) -> ScoreAnswer:
     """Score whole texts, or continuations of a context.
 
-    A text is scored from its start, every token after BOS. A continuation's tokens are those that come after the
-    tokens of the context; white space at the end of the context counts as part of the continuation.
+    A text is scored from its start, every token after BOS. A continuation's tokens are those after the tokens that
+    context and continuation together share with the context alone; white space at the end of the context, and a token
+    that reaches across the boundary, count as part of the continuation.
     """
     resolved = choose_mask(engine.library, mask, body.mask)
-    scores: list[Score] | list[ContinuationScore]
     if body.text is not None:
-        scores = await run_all(_score_text(engine, text, resolved) for text in body.text)
+        scored = await run_all(_score_text(engine, text, resolved) for text in body.text)
     else:
-        context = body.context or ""
-        continuations = body.continuations or []
-        scores = await run_all(_score_continuation(engine, context, text, resolved) for text in continuations)
-    usage = Usage.of(sum(item.tokens for item in scores), 0)
-    return ScoreAnswer(model=engine.model_name, mask=MaskUsed.of(resolved), scores=list(scores), usage=usage)
+        context, continuations = body.context or "", body.continuations or []
+        scored = await run_all(_score_continuation(engine, context, text, resolved) for text in continuations)
+    return ScoreAnswer(
+        model=engine.model_name,
+        mask=MaskUsed.of(resolved),
+        scores=[score for score, _ in scored],
+        usage=Usage.of(sum(prompt_tokens for _, prompt_tokens in scored), 0),
+    )
 
 
-async def _score_text(engine: EngineService, text: str, mask: ResolvedMask | None) -> Score:
+async def _score_text(engine: EngineService, text: str, mask: ResolvedMask | None) -> tuple[Score, int]:
+    """The score, and the number of tokens that the engine read."""
     token_ids = encode_from_start(engine.tokenizer, text)
-    scored = (await engine.score(token_ids, mask)).logprobs if len(token_ids) > 1 else ()
-    return Score(logprob=sum(scored), tokens=len(scored), bytes=len(text.encode()))
+    if len(token_ids) == 1:
+        return Score(logprob=0.0, tokens=0, bytes=0), 0
+    logprobs = (await engine.score(token_ids, mask)).logprobs
+    return Score(logprob=sum(logprobs), tokens=len(logprobs), bytes=len(text.encode())), len(token_ids)
 
 
 async def _score_continuation(
     engine: EngineService, context: str, continuation: str, mask: ResolvedMask | None
-) -> ContinuationScore:
-    trimmed = context.rstrip()
+) -> tuple[Score, int]:
+    """The score, and the number of tokens that the engine read."""
     whole = encode_from_start(engine.tokenizer, context + continuation)
-    skipped = len(encode_from_start(engine.tokenizer, trimmed)) - 1  # scored tokens that belong to the context
-    scored = await engine.score(whole, mask)
-    logprobs, is_greedy = scored.logprobs[skipped:], scored.is_greedy[skipped:]
-    return ContinuationScore(
+    alone = encode_from_start(engine.tokenizer, context.rstrip())
+    # A token that reaches across the boundary is not one of the context's: it is scored with the continuation.
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, alone, strict=False)))
+    result = await engine.score(whole, mask)
+    logprobs, is_greedy = result.logprobs[shared - 1 :], result.is_greedy[shared - 1 :]
+    score = ContinuationScore(
         logprob=sum(logprobs), tokens=len(logprobs), bytes=len(continuation.encode()), is_greedy=all(is_greedy)
     )
+    return score, len(whole)

@@ -1,14 +1,23 @@
 """EngineService: vLLM's asynchronous engine as the HTTP layer sees it: tokens in, tokens and log-probabilities out."""
 
+import math
 import os
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from argparse import ArgumentError
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from crane_serve.engine.admission import MASK_ARGUMENT
-from crane_serve.engine.config import DEFAULT_METHOD_VARIABLE, MASKS_VARIABLE, mask_library
+from crane_serve.engine.config import (
+    DEFAULT_METHOD_VARIABLE,
+    DISABLE_VARIABLE,
+    MASKS_VARIABLE,
+    mask_config,
+    mask_library,
+)
 from crane_serve.masks import MaskLibrary, ResolvedMask
 
 _CPU_KV_CACHE_GIB = "2"
@@ -69,6 +78,40 @@ class PromptLogprobs:
     is_greedy: tuple[bool, ...]
 
 
+@dataclass(frozen=True)
+class EngineConfig:
+    """A checked configuration of an engine with masks. vllm_config: vLLM's own."""
+
+    vllm_config: Any
+    disable_log_stats: bool
+
+
+def configure_engine(model: Path, masks: Path, default_method: str, flags: Sequence[str]) -> EngineConfig:
+    """Check everything that can be checked before processes start. `flags` are vLLM's own engine flags.
+
+    Raises ValueError (MaskFileError, FingerprintError, UnsupportedEngine, ...) naming what is wrong.
+    """
+    os.environ[MASKS_VARIABLE] = str(masks)
+    os.environ[DEFAULT_METHOD_VARIABLE] = default_method
+    # Without a limit vLLM takes most of a CPU host's memory for its KV cache.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="crane serve", exit_on_error=False))
+    try:
+        arguments, unknown = parser.parse_known_args(list(flags))
+    except ArgumentError as error:
+        raise ValueError(f"engine flags: {error}") from error
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r}; expected an option of crane serve or an engine flag of vLLM")
+    arguments.model = str(model)
+    vllm_config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+    if mask_config(vllm_config) is None:
+        raise ValueError(f"masks are disabled ({DISABLE_VARIABLE} is set); the mask service cannot start")
+    return EngineConfig(vllm_config, bool(arguments.disable_log_stats))
+
+
 class EngineService:
     """One vLLM engine with masks. Made by `start`; then any number of concurrent `generate` and `score`; `stop`."""
 
@@ -79,22 +122,13 @@ class EngineService:
         self.tokenizer = engine.get_tokenizer()
 
     @classmethod
-    def start(cls, model: Path, masks: Path, default_method: str, flags: Sequence[str], name: str) -> "EngineService":
-        """Start the engine for a local checkpoint; `flags` are vLLM's own engine flags.
-
-        Raises ValueError for flags that do not parse or engines that cannot serve masks (with the reason).
-        """
-        os.environ[MASKS_VARIABLE] = str(masks)
-        os.environ[DEFAULT_METHOD_VARIABLE] = default_method
-        # Without a limit vLLM takes most of a CPU host's memory for its KV cache.
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
+    def start(cls, config: EngineConfig, name: str) -> "EngineService":
+        """Start the engine's processes. Must be called in the event loop that will serve."""
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        engine = AsyncLLM.from_engine_args(_engine_args(model, flags))
-        library = mask_library(engine.vllm_config)
-        if library is None:
-            engine.shutdown()
-            raise ValueError("masks are disabled (CRANE_DISABLE is set), so the mask service cannot start")
+        engine = AsyncLLM.from_vllm_config(config.vllm_config, disable_log_stats=config.disable_log_stats)
+        library = mask_library(config.vllm_config)
+        assert library is not None, "configure_engine returns no configuration without masks"
         return cls(engine, library, name)
 
     def stop(self) -> None:
@@ -112,7 +146,7 @@ class EngineService:
 
     async def generate(
         self, prompt_ids: list[int], sampling: Sampling, mask: ResolvedMask | None, *, stream: bool
-    ) -> AsyncIterator[Step]:
+    ) -> AsyncGenerator[Step]:
         """Continue a prompt; with `stream` in steps as they come, otherwise as one step.
 
         Raises RejectedRequest or EngineDead. Closing the iterator aborts the request.
@@ -128,13 +162,14 @@ class EngineService:
             "logprobs": sampling.logprobs,
             "output_kind": RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
         }
-        async for result in self._run(prompt_ids, parameters, mask):
-            output = result.outputs[0]
-            logprobs = None
-            if output.logprobs is not None:
-                pairs = zip(output.token_ids, output.logprobs, strict=True)
-                logprobs = tuple(_sampled_token(token_id, candidates, sampling) for token_id, candidates in pairs)
-            yield Step(output.text, len(output.token_ids), output.finish_reason, logprobs)
+        async with aclosing(self._run(prompt_ids, parameters, mask)) as results:
+            async for result in results:
+                output = result.outputs[0]
+                logprobs = None
+                if output.logprobs is not None:
+                    pairs = zip(output.token_ids, output.logprobs, strict=True)
+                    logprobs = tuple(_sampled_token(token_id, candidates, sampling) for token_id, candidates in pairs)
+                yield Step(output.text, len(output.token_ids), output.finish_reason, logprobs)
 
     async def score(self, token_ids: list[int], mask: ResolvedMask | None) -> PromptLogprobs:
         """Log-probability of each of `token_ids` [n] after the first given those before it: [n - 1].
@@ -147,11 +182,13 @@ class EngineService:
         if per_token is None:
             raise RejectedRequest("the engine returned no prompt log-probabilities")
         rows = [candidates[token] for token, candidates in zip(token_ids[1:], per_token[1:], strict=True)]
+        if not all(math.isfinite(row.logprob) for row in rows):
+            raise RejectedRequest("the model gives a token of this text no finite log-probability")
         return PromptLogprobs(tuple(row.logprob for row in rows), tuple(row.rank == 1 for row in rows))
 
     async def _run(
         self, token_ids: list[int], parameters: dict[str, Any], mask: ResolvedMask | None
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any]:
         from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
         from vllm.sampling_params import SamplingParams
@@ -162,11 +199,12 @@ class EngineService:
         extra_args = None if mask is None else {MASK_ARGUMENT: mask.wire}
         try:
             sampling_params = SamplingParams(**parameters, extra_args=extra_args)
-            results = self._engine.generate(tokens_input(token_ids), sampling_params, uuid.uuid4().hex)
-            async for result in results:
-                if result.outputs and result.outputs[0].finish_reason == "error":
-                    raise RejectedRequest("the engine could not run this request")
-                yield result
+            run = self._engine.generate(tokens_input(token_ids), sampling_params, uuid.uuid4().hex)
+            async with aclosing(run) as results:
+                async for result in results:
+                    if result.outputs and result.outputs[0].finish_reason == "error":
+                        raise RejectedRequest("the engine could not run this request")
+                    yield result
         except EngineDeadError as error:
             raise EngineDead("the engine has died") from error
         except EngineGenerateError as error:
@@ -175,18 +213,6 @@ class EngineService:
             raise RejectedRequest(str(error.__cause__ or error)) from error
         except (VLLMClientError, ValueError) as error:
             raise RejectedRequest(str(error)) from error
-
-
-def _engine_args(model: Path, flags: Sequence[str]) -> Any:
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="crane serve", exit_on_error=False))
-    arguments, unknown = parser.parse_known_args(list(flags))
-    if unknown:
-        raise ValueError(f"unknown option {unknown[0]!r}; expected an option of crane serve or an engine flag of vLLM")
-    arguments.model = str(model)
-    return AsyncEngineArgs.from_cli_args(arguments)
 
 
 def _sampled_token(token_id: int, candidates: Any, sampling: Sampling) -> SampledToken:

@@ -1,7 +1,7 @@
 """FakeEngine: EngineService's interface without vLLM; deterministic, and it can be told to fail, wait or die."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from crane_serve.engine.service import EngineDead, PromptLogprobs, SampledToken, Sampling, Step, TokenLogprob
@@ -68,7 +68,7 @@ class FakeEngine:
 
     async def generate(
         self, prompt_ids: list[int], sampling: Sampling, mask: ResolvedMask | None, *, stream: bool
-    ) -> AsyncIterator[Step]:
+    ) -> AsyncGenerator[Step]:
         self.calls.append(Call(prompt_ids, mask, sampling, stream))
         self.running += 1
         done = False

@@ -7,6 +7,7 @@ import pytest
 
 from crane_serve.engine.service import EngineDead, RejectedRequest
 from tests.api.fake_engine import FakeEngine
+from tests.tiny import byte_tokenizer
 
 
 async def score(client: httpx.AsyncClient, query: str = "", **body: Any) -> dict[str, Any]:
@@ -30,7 +31,7 @@ async def test_texts_are_scored_from_their_start(
     assert answer["scores"] == [
         {"logprob": nats(engine, text), "tokens": len(text.encode()), "bytes": len(text.encode())} for text in texts
     ]
-    tokens = sum(len(text.encode()) for text in texts)
+    tokens = sum(1 + len(text.encode()) for text in texts)  # each with BOS
     assert answer["usage"] == {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
     assert all(call.token_ids[0] == 0 and 0 not in call.token_ids[1:] for call in engine.calls)
 
@@ -77,10 +78,19 @@ async def test_a_continuation_is_what_follows_the_context(
     assert engine.calls[0].token_ids == engine.tokenizer(context + continuation)["input_ids"]
 
 
+async def test_a_token_across_the_boundary_is_scored_with_the_continuation(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.tokenizer = byte_tokenizer(merges=[("b", "c")])
+    answer = await score(client, context="ab", continuations=["cd", "c"])
+    assert [item["tokens"] for item in answer["scores"]] == [2, 1]  # "bc" and "d"; "bc"
+    assert answer["scores"][1]["logprob"] == nats(engine, "bc")
+
+
 async def test_continuations_keep_their_order(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     answer = await score(client, "?mask=vi", context="x", continuations=["a", "bc", "a"])
     assert [item["logprob"] for item in answer["scores"]] == [2 * nats(engine, text) for text in ("a", "bc", "a")]
-    assert answer["usage"]["total_tokens"] == 4
+    assert answer["usage"]["total_tokens"] == (2 + 1) + (2 + 2) + (2 + 1)
     assert answer["mask"]["name"] == "attnlrp-vi"
 
 
