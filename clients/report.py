@@ -11,7 +11,7 @@ PICTURE_FILE = "matrix.png"
 REPORT_FILE = "report.md"
 FILES = (MATRIX_FILE, TABLE_FILE, PICTURE_FILE, REPORT_FILE)
 
-_LINEAR_NATS = 0.1  # below this the colours are linear in the change, above it logarithmic
+_LINEAR_NATS = 1.0  # below this the colours are linear in the change, above it logarithmic
 _FAILURES_SHOWN = 200
 
 

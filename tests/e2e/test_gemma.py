@@ -20,10 +20,10 @@ def oracle() -> Oracle:
     return Oracle(GEMMA)
 
 
-@pytest.mark.parametrize("mask", ["none", "en", "zh", "vi", "en,vi"])
+@pytest.mark.parametrize("mask", ["none", "zh", "en,vi"])
 def test_score_equals_transformers(gemma_server: Server, gemma_library: MaskLibrary, oracle: Oracle, mask: str) -> None:
     corpus = Corpus.load(EMBEDDED_CORPUS, "validation")
-    texts = [document.text for language in corpus.languages for document in corpus.documents[language][:3]]
+    texts = [document.text for language in corpus.languages for document in corpus.documents[language][:2]]
     resolved = gemma_library.resolve(mask)
     with CraneClient(gemma_server.url) as client:
         scores = client.score_text(texts, mask=mask).scores
