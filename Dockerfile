@@ -8,6 +8,7 @@ COPY crane_serve crane_serve
 COPY relevance relevance
 COPY clients clients
 # The image holds the vLLM and torch that belong together: install beside them, never over them.
+ENV PIP_BREAK_SYSTEM_PACKAGES=1
 RUN python3 -c "import torch; print('torch==' + torch.__version__)" > /tmp/constraints.txt \
     && python3 -m pip install --no-cache-dir --constraint /tmp/constraints.txt . \
     && rm /tmp/constraints.txt

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from crane_serve.masks import MaskLibrary
-from tests.engines import Oracle, Server, random_masks
-from tests.tiny import tiny_llama
+from tests.engines import Oracle, Server, add_output_mask, random_masks
+from tests.tiny import tiny_model
 
 GEMMA = Path(__file__).parent.parent / "models" / "gemma-3-270m"
 TINY_FLAGS = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8", "--block-size", "32")
@@ -34,9 +34,11 @@ class Engines:
     def __init__(self, directory: Path, wanted: set[str]) -> None:
         self.directory = directory
         checkpoint, masks = directory / "tiny", directory / "tiny-masks"
-        self.tiny = Tiny(tiny_llama(checkpoint), masks, random_masks(checkpoint, masks, share=0.4))
+        self.tiny = Tiny(tiny_model("llama", checkpoint), masks, random_masks(checkpoint, masks, share=0.4))
+        self.output_masks = directory / "tiny-output-masks"
+        self.output_library = add_output_mask(self.tiny.library, self.output_masks)
         (masks / "corrupt.safetensors").write_bytes(b"not a mask")
-        random_masks(tiny_llama(directory / "other", seed=1), directory / "other-masks", share=0.1)
+        random_masks(tiny_model("llama", directory / "other", seed=1), directory / "other-masks", share=0.1)
         shutil.copy(directory / "other-masks" / "attnlrp-zh.safetensors", masks / "foreign.safetensors")
         self.servers: dict[str, Server] = {}
         self.baseline: subprocess.Popen[bytes] | None = None

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crane_serve.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, write_mask
+from tests.tiny import mlp_projections
 
 START_TIMEOUT_S = 420
 
@@ -32,8 +33,20 @@ def random_masks(checkpoint: Path, directory: Path, *, share: float) -> MaskLibr
     return MaskLibrary.load(directory, fingerprint, "attnlrp")
 
 
+def add_output_mask(library: MaskLibrary, directory: Path) -> MaskLibrary:
+    """Copy a library to `directory`, with a mask attnlrp-out that scales neurons and MLP output dimensions."""
+    for stored in library.masks.values():
+        write_mask(directory, stored.name, stored.mask, stored.info)
+    fingerprint = library.fingerprint
+    draw = torch.Generator().manual_seed(0)
+    output = (torch.rand(fingerprint.layers, fingerprint.hidden_size, generator=draw) > 0.2).float()
+    mask = NeuronMask(library.get("attnlrp-en").mask.intermediate, fingerprint.intermediate_sizes, output)
+    write_mask(directory, "attnlrp-out", mask, MaskInfo(language="out", method="attnlrp", fingerprint=fingerprint))
+    return MaskLibrary.load(directory, fingerprint, "attnlrp")
+
+
 class Oracle:
-    """Plain transformers in float32, with neurons switched off by a hook on the input of down_proj."""
+    """Plain transformers in float32, with scales applied by hooks on the input of down_proj and on the MLP's output."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
@@ -42,9 +55,12 @@ class Oracle:
     @contextmanager
     def _masked(self, mask: NeuronMask | None):
         hooks = []
-        for index, layer in enumerate(self.model.model.layers if mask is not None else ()):
+        for index, (mlp, projection) in enumerate(mlp_projections(self.model) if mask is not None else ()):
             scale = mask.intermediate[index]
-            hooks.append(layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, s=scale: (args[0] * s,)))
+            hooks.append(projection.register_forward_pre_hook(lambda _, args, s=scale: (args[0] * s,)))
+            if mask.output is not None:
+                output = mask.output[index]
+                hooks.append(mlp.register_forward_hook(lambda *args, s=output: args[2] * s))
         try:
             yield
         finally:

@@ -35,7 +35,5 @@ def admit(vllm_config: Any, sampling_params: Any, *, resumable: bool) -> Resolve
         return None
     if resumable:
         raise MaskError(f"{MASK_ARGUMENT}={expression!r}: streaming-input sessions cannot be masked")
-    if resolved.mask.output is not None:
-        raise MaskError(f"mask {resolved.name!r} scales MLP output dimensions, which this engine does not do")
     sampling_params.extra_args = {**sampling_params.extra_args, MASK_ARGUMENT: resolved.wire}
     return resolved

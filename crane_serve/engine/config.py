@@ -25,8 +25,8 @@ class MaskConfig(dict[str, Any]):
     compilation.
     """
 
-    def __init__(self, rows: int, model: str, masks: Path, default_method: str, manifest: str) -> None:
-        super().__init__(plugin=crane_serve.__version__, rows=rows)
+    def __init__(self, rows: int, outputs: bool, model: str, masks: Path, default_method: str, manifest: str) -> None:
+        super().__init__(plugin=crane_serve.__version__, rows=rows, outputs=outputs)
         self.model = model
         self.masks = masks
         self.default_method = default_method
@@ -37,8 +37,13 @@ class MaskConfig(dict[str, Any]):
         """Rows of the mask table, row 0 (all ones) included."""
         return int(self["rows"])
 
+    @property
+    def outputs(self) -> bool:
+        """Whether MLP output dimensions can be scaled; the graph multiplies them only if some mask does."""
+        return bool(self["outputs"])
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.rows, self.model, self.masks, self.default_method, self.manifest)
+        return type(self), (self.rows, self.outputs, self.model, self.masks, self.default_method, self.manifest)
 
 
 def masks_disabled() -> bool:
@@ -59,7 +64,8 @@ def add_mask_config(vllm_config: Any) -> None:
     library = MaskLibrary.load(masks, Fingerprint.of(resolve_checkpoint(model)), default_method)
     # As many rows as requests can run at once, plus row 0: a running request always finds a row.
     rows = int(vllm_config.scheduler_config.max_num_seqs) + 1
-    config = MaskConfig(rows, model, masks, default_method, library.manifest)
+    outputs = any(stored.mask.output is not None for stored in library.masks.values())
+    config = MaskConfig(rows, outputs, model, masks, default_method, library.manifest)
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config}
 
 

@@ -1,6 +1,7 @@
 """The module that multiplies, and its installation in a loaded vLLM model."""
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,11 +9,41 @@ from torch import Tensor, nn
 
 from crane_serve.engine.table import MaskTable, new_table
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+# Decoder layers are numbered children of one list: "model.layers.3.mlp", "transformer.h.3.mlp".
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """How an MLP is told by the attributes of its module.
+
+    projection: from the neurons to the hidden size; alone: whether the module is the MLP and nothing else.
+    """
+
+    activation: str
+    projection: str
+    alone: bool = True
+
+
+_KINDS = (
+    _Parts("act_fn", "down_proj"),  # Llama, Mistral, Qwen, Gemma, Phi-3: gated
+    _Parts("act", "c_proj"),  # GPT-2
+    _Parts("gelu_impl", "dense_4h_to_h"),  # BLOOM
+    _Parts("activation_fn", "fc2", alone=False),  # OPT, where they are parts of the decoder layer
+)
 
 
 class UnsupportedModel(ValueError):
     """The model has an MLP that cannot be masked exactly."""
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    """An MLP of a decoder layer, by the module that holds its parts."""
+
+    name: str
+    module: nn.Module
+    parts: _Parts
 
 
 class MaskedActivation(nn.Module):
@@ -37,63 +68,90 @@ class MaskedActivation(nn.Module):
         return neurons * self.table[self.slots[: neurons.shape[0]]]
 
 
+class MaskedOutput(nn.Module):
+    """`down_proj`, followed by the scale of each output dimension of the MLP under each token's mask."""
+
+    table: Tensor  # [rows, hidden]
+    slots: Tensor  # [maximum tokens], the row of each token
+
+    def __init__(self, projection: nn.Module, table: Tensor, slots: Tensor) -> None:
+        super().__init__()
+        self.projection = projection
+        self.register_buffer("table", table, persistent=False)
+        self.register_buffer("slots", slots, persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        output, bias = self.projection(x)  # [tokens, hidden], complete on every tensor-parallel rank
+        return output * self.table[self.slots[: output.shape[0]]], bias
+
+
 def install_masks(
-    model: nn.Module, intermediate_sizes: tuple[int, ...], rows: int, max_tokens: int
+    model: nn.Module, intermediate_sizes: tuple[int, ...], rows: int, max_tokens: int, *, outputs: bool
 ) -> tuple[MaskTable, Tensor]:
     """Patch every decoder layer's MLP of a loaded model; return the mask table and the slots [max_tokens].
 
-    Structure decides, not class names: an MLP is a module of a decoder layer with `act_fn` and `down_proj`. Raises
+    Structure decides, not class names: an MLP is a module of a decoder layer that has the parts of a known kind. Raises
     UnsupportedModel unless there is exactly one per layer, of the size that `intermediate_sizes` says, and each is
-    shown to obey its mask.
+    shown to obey its mask. `outputs`: whether masks may also scale the MLP's output dimensions.
     """
     mlps = _find_mlps(model)
     if sorted(mlps) != list(range(len(intermediate_sizes))):
         raise UnsupportedModel(
             f"found maskable MLPs in layers {sorted(mlps)}, expected one in each of {len(intermediate_sizes)} layers; "
-            "an MLP needs 'act_fn' and 'down_proj' (mixture-of-experts layers cannot be masked)"
+            f"an MLP has {' or '.join(f'{kind.activation} and {kind.projection}' for kind in _KINDS)}, and experts of "
+            "a mixture cannot be masked"
         )
     reference = next(model.parameters())
     slots = torch.zeros(max_tokens, dtype=torch.int64, device=reference.device)
     tables: dict[int, Tensor] = {}
     offsets: dict[int, int] = {}
-    for layer, (name, mlp) in mlps.items():
-        down_proj: Any = mlp.down_proj
-        if down_proj.input_size != intermediate_sizes[layer]:
+    output_tables: dict[int, Tensor] = {}
+    for layer, mlp in mlps.items():
+        parts = mlp.parts
+        projection: Any = getattr(mlp.module, parts.projection)
+        if projection.input_size != intermediate_sizes[layer]:
             raise UnsupportedModel(
-                f"{name}.down_proj takes {down_proj.input_size} inputs, expected {intermediate_sizes[layer]}"
+                f"{mlp.name}.{parts.projection} takes {projection.input_size} inputs, "
+                f"expected {intermediate_sizes[layer]}"
             )
-        neurons = int(down_proj.input_size_per_partition)
+        neurons, hidden_size = int(projection.input_size_per_partition), int(projection.output_size)
         tables[layer] = new_table(rows, neurons, like=reference)
-        offsets[layer] = int(down_proj.tp_rank) * neurons
-        activation: Any = mlp.act_fn
-        mlp.act_fn = MaskedActivation(activation, tables[layer], slots)
-        _prove(name, mlp, tables[layer], slots, hidden_size=int(down_proj.output_size))
-    return MaskTable(tables, offsets), slots
+        offsets[layer] = int(projection.tp_rank) * neurons
+        activation = getattr(mlp.module, parts.activation)
+        setattr(mlp.module, parts.activation, MaskedActivation(activation, tables[layer], slots))
+        if parts.alone:
+            _prove(mlp, tables[layer], slots, hidden_size)
+        if outputs:
+            output_tables[layer] = new_table(rows, hidden_size, like=reference)
+            setattr(mlp.module, parts.projection, MaskedOutput(projection, output_tables[layer], slots))
+    return MaskTable(tables, offsets, output_tables), slots
 
 
-def _find_mlps(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
-    mlps: dict[int, tuple[str, nn.Module]] = {}
+def _find_mlps(model: nn.Module) -> dict[int, _Mlp]:
+    mlps: dict[int, _Mlp] = {}
     for name, module in model.named_modules():
-        layer = _LAYER.search(name + ".")
-        if layer and hasattr(module, "act_fn") and hasattr(module, "down_proj"):
-            index = int(layer.group(1))
-            if index in mlps:
-                raise UnsupportedModel(f"layer {index} has two MLPs, {mlps[index][0]} and {name}; expected one")
-            mlps[index] = (name, module)
+        layer = _LAYER.search(name)
+        if layer is None:
+            continue
+        for parts in _KINDS:
+            if hasattr(module, parts.activation) and hasattr(module, parts.projection):
+                index = int(layer.group(1))
+                if index in mlps:
+                    raise UnsupportedModel(f"layer {index} has two MLPs, {mlps[index].name} and {name}; expected one")
+                mlps[index] = _Mlp(name, module, parts)
     return dict(sorted(mlps.items()))
 
 
 @torch.inference_mode()
-def _prove(name: str, mlp: nn.Module, table: Tensor, slots: Tensor, hidden_size: int) -> None:
-    """Run the MLP on two random tokens, the second with all neurons off; its output must not depend on its input."""
+def _prove(mlp: _Mlp, table: Tensor, slots: Tensor, hidden_size: int) -> None:
+    """Run the MLP unmasked and with all neurons off; what is off must not depend on its input, what is on must."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(2, hidden_size, generator=generator).to(table.device, table.dtype)
-    off = torch.zeros_like(tokens[:1])
-    last_row = table.shape[0] - 1
-    table[last_row].fill_(0.0)
-    slots[:3] = torch.tensor([0, last_row, last_row], device=slots.device)
-    live, dead, dead_zero = mlp(torch.cat([tokens, off]))[:3]
-    table[last_row].fill_(1.0)
+    token, other = torch.randn(2, hidden_size, generator=generator).to(table.device, table.dtype)
+    off = table.shape[0] - 1
+    table[off].fill_(0.0)
+    slots[:3] = torch.tensor([0, off, off], device=slots.device)
+    live, dead, dead_too = mlp.module(torch.stack([token, token, other]))
+    table[off].fill_(1.0)
     slots[:3].fill_(0)
-    if not torch.equal(dead, dead_zero) or torch.equal(live, dead):
-        raise UnsupportedModel(f"{name}: switching off all its neurons does not switch it off; it cannot be masked")
+    if not torch.equal(dead, dead_too) or torch.equal(live, dead):
+        raise UnsupportedModel(f"{mlp.name}: switching off all its neurons does not switch it off; it cannot be masked")

@@ -1,8 +1,9 @@
 """Entry point of the vLLM general plugin: what is wrapped, and where. vLLM calls `register` in every process.
 
-Four places are wrapped, each once per process:
+What is wrapped, each once per process:
 - EngineArgs.create_engine_config: decides whether this engine serves masks, and refuses what cannot be exact;
 - InputProcessor.process_inputs (front end): admission, so that a bad mask is the caller's error;
+- to_beam_search_params of vLLM's own HTTP requests (front end): beam search would drop the mask, so it is refused;
 - EngineCore.preprocess_add_request (engine core): admission again, and the prefix-cache salt;
 - WorkerWrapperBase.init_device (worker): hands the model runner to MaskedRunner.
 """
@@ -12,7 +13,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from crane_serve.engine.admission import admit
+from crane_serve.engine.admission import MASK_ARGUMENT, admit
 from crane_serve.engine.config import MASKS_VARIABLE, add_mask_config, mask_config, masks_disabled
 from crane_serve.engine.prefix_cache import salted
 from crane_serve.engine.support import ALLOW_UNTESTED_VARIABLE, UnsupportedEngine, check_engine, check_version
@@ -40,6 +41,7 @@ def register() -> None:
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     _wrap(EngineArgs, "create_engine_config", _create_engine_config)
+    _wrap(InputProcessor, "__init__", _init_front_end)
     _wrap(InputProcessor, "process_inputs", _process_inputs)
     _wrap(EngineCore, "preprocess_add_request", _preprocess_add_request)
     _wrap(WorkerWrapperBase, "init_device", _init_device)
@@ -66,6 +68,23 @@ def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, *
     return vllm_config
 
 
+def _init_front_end(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    for request in (ChatCompletionRequest, CompletionRequest):
+        _wrap(request, "to_beam_search_params", _to_beam_search_params)
+
+
+def _to_beam_search_params(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    from vllm.exceptions import VLLMValidationError
+
+    if MASK_ARGUMENT in (self.vllm_xargs or {}):
+        raise VLLMValidationError(f"{MASK_ARGUMENT}: beam search cannot be masked", parameter=MASK_ARGUMENT)
+    return original(self, *args, **kwargs)
+
+
 def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     request = original(self, *args, **kwargs)  # an EngineCoreRequest with its own copy of the sampling parameters
     from vllm.exceptions import VLLMValidationError
@@ -74,7 +93,7 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
         admit(self.vllm_config, request.sampling_params, resumable=request.resumable)
         salted(None, request.cache_salt)
     except MaskError as error:
-        raise VLLMValidationError(str(error), parameter="crane_mask") from error
+        raise VLLMValidationError(str(error), parameter=MASK_ARGUMENT) from error
     return request
 
 

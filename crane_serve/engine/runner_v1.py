@@ -26,7 +26,7 @@ class MaskedRunner:
         if config is None or library is None:
             raise ValueError("the engine was configured without masks")
         self._runner = runner
-        self._rows = config.rows
+        self._config = config
         self._library: MaskLibrary = library
         self._table: MaskTable | None = None
         self._slots: Tensor | None = None  # [maximum tokens]
@@ -39,7 +39,9 @@ class MaskedRunner:
         sizes = self._library.fingerprint.intermediate_sizes
         compilation = self._runner.vllm_config.compilation_config
         max_tokens = max(self._runner.max_num_tokens, *(compilation.cudagraph_capture_sizes or [0]), 3)
-        self._table, self._slots = install_masks(self._runner.model, sizes, self._rows, max_tokens)
+        self._table, self._slots = install_masks(
+            self._runner.model, sizes, self._config.rows, max_tokens, outputs=self._config.outputs
+        )
 
     def prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray[Any, Any], *args: Any) -> Any:
         prepared = self._prepare_inputs(scheduler_output, num_scheduled_tokens, *args)
@@ -55,9 +57,28 @@ class MaskedRunner:
         masked_rows = iter(self._table.assign([mask for mask in masks if mask is not None]))
         rows = [UNMASKED_ROW if mask is None else next(masked_rows) for mask in masks]
         fill_slots(self._slots, row_per_token(rows, num_scheduled_tokens))
+        if self._slots.device.type == "cpu":
+            _spare_seeds(self._runner)
         return prepared
 
     def dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         if self._slots is not None:
             self._slots.fill_(UNMASKED_ROW)
         return self._dummy_run(*args, **kwargs)
+
+
+def _spare_seeds(runner: Any) -> None:
+    """Keep the seeds of requests in mid-prefill away from the sampler.
+
+    vLLM 0.32 samples for them too, discards the token, and rewinds their generators; CPU generators cannot be rewound,
+    and the engine dies. A seed that is not used needs no rewinding; the request keeps its generator for later steps.
+    """
+    batch = runner.input_batch
+    discarded = runner.discard_request_mask.np
+    for index, request_id in enumerate(batch.req_ids):
+        generator = runner.requests[request_id].generator
+        if generator is not None:
+            if discarded[index]:
+                batch.generators.pop(index, None)
+            else:
+                batch.generators[index] = generator

@@ -16,16 +16,20 @@ class MaskTable:
 
     tables: per owned layer (global index) a tensor [rows, neurons on this rank], changed in place only.
     offsets: per owned layer the first neuron of this rank's tensor-parallel shard.
+    outputs: per owned layer a tensor [rows, hidden] for the MLP's output, if that can be scaled.
     """
 
-    def __init__(self, tables: Mapping[int, Tensor], offsets: Mapping[int, int]) -> None:
+    def __init__(
+        self, tables: Mapping[int, Tensor], offsets: Mapping[int, int], outputs: Mapping[int, Tensor] | None = None
+    ) -> None:
         if not tables:
             raise ValueError("a mask table needs at least one layer")
         self._tables = dict(tables)
         self._offsets = dict(offsets)
+        self._outputs = dict(outputs or {})
         self._capacity = next(iter(self._tables.values())).shape[0]
         self._rows: OrderedDict[str, int] = OrderedDict()  # digest -> row, least recently used first
-        for table in self._tables.values():
+        for table in (*self._tables.values(), *self._outputs.values()):
             table.fill_(1.0)
 
     def assign(self, masks: list[NeuronMask]) -> list[int]:
@@ -55,6 +59,13 @@ class MaskTable:
             start, width = self._offsets[layer], table.shape[1]
             scales = mask.intermediate[layer, start : start + width]  # [neurons on this rank]
             table[row].copy_(scales.to(table.device, table.dtype))
+        if mask.output is not None and not self._outputs:
+            raise RuntimeError("a mask scales MLP output dimensions, the model was patched without them")
+        for layer, table in self._outputs.items():
+            if mask.output is None:
+                table[row].fill_(1.0)
+            else:
+                table[row].copy_(mask.output[layer].to(table.device, table.dtype))
         return row
 
 

@@ -1,6 +1,7 @@
 """MaskLibrary: the masks of one directory, and the one place that says which mask a request means."""
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from crane_serve.masks.mask import NeuronMask
 
 UNMASKED = "none"
 _MAX_UNION = 16
-_CACHED_UNIONS = 256
+_CACHED = 256
+MAX_FACTOR = 100.0
 
 
 class MaskError(ValueError):
@@ -57,7 +59,7 @@ class MaskLibrary:
         self.invalid = dict(sorted((invalid or {}).items()))
         self.default_method = default_method
         self._by_digest = {stored.mask.digest: stored for stored in self.masks.values()}
-        self._unions: OrderedDict[str, NeuronMask] = OrderedDict()
+        self._composed: OrderedDict[str, NeuronMask] = OrderedDict()
 
     @classmethod
     def load(cls, directory: Path, fingerprint: Fingerprint, default_method: str | None = None) -> "MaskLibrary":
@@ -100,8 +102,9 @@ class MaskLibrary:
         return [name] if self.default_method is None else [name, f"{self.default_method}-{name}"]
 
     def resolve(self, expression: str | None) -> ResolvedMask | None:
-        """The mask that `expression` means: a name, a digest, or several joined with commas (their union).
+        """The mask that `expression` means: a name or a digest, or several joined with commas (their union).
 
+        `zh@0.5` damps the neurons of `zh` to half instead of switching them off; a factor above 1 amplifies them.
         None, and the word "none", mean unmasked. Raises UnknownMask, InvalidMask, or MaskError for a malformed
         expression.
         """
@@ -114,17 +117,43 @@ class MaskLibrary:
             raise MaskError(f"mask {expression!r} joins {UNMASKED!r} with other masks")
         if len(parts) > _MAX_UNION:
             raise MaskError(f"mask {expression[:40]!r}... joins {len(parts)} masks; at most {_MAX_UNION} are allowed")
-        members = {stored.mask.digest: stored for stored in map(self.get, parts)}
-        name = ",".join(sorted(stored.name for stored in members.values()))
+        members = {member.wire: member for member in map(self._member, parts)}
+        name = ",".join(sorted(member.name for member in members.values()))
         wire = ",".join(sorted(members))
-        return ResolvedMask(name, wire, self._union(wire, [stored.mask for stored in members.values()]))
+        return ResolvedMask(name, wire, self._compose(wire, list(members.values())))
 
-    def _union(self, wire: str, members: list[NeuronMask]) -> NeuronMask:
-        if len(members) == 1:
-            return members[0]
-        union = self._unions.get(wire)
-        if union is None:
-            union = self._unions[wire] = NeuronMask.union(members)
-            if len(self._unions) > _CACHED_UNIONS:
-                self._unions.popitem(last=False)
-        return union
+    def _member(self, part: str) -> "_Member":
+        name, at, text = part.partition("@")
+        stored = self.get(name)
+        if not at:
+            return _Member(stored.name, stored.mask.digest, stored.mask, None)
+        try:
+            factor = float(text)
+        except ValueError:
+            factor = math.nan
+        if not 0 <= factor <= MAX_FACTOR:
+            raise MaskError(f"mask {part!r}: {text!r} is no factor; expected a number from 0 to {MAX_FACTOR:g}")
+        return _Member(f"{stored.name}@{factor!r}", f"{stored.mask.digest}@{factor!r}", stored.mask, factor)
+
+    def _compose(self, wire: str, members: list["_Member"]) -> NeuronMask:
+        if len(members) == 1 and members[0].factor is None:
+            return members[0].mask
+        composed = self._composed.get(wire)
+        if composed is None:
+            composed = self._composed[wire] = NeuronMask.union([member.scaled() for member in members])
+            if len(self._composed) > _CACHED:
+                self._composed.popitem(last=False)
+        return composed
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One part of an expression. factor: the scale that it gives to neurons which its mask switches off, if not 0."""
+
+    name: str
+    wire: str
+    mask: NeuronMask
+    factor: float | None
+
+    def scaled(self) -> NeuronMask:
+        return self.mask if self.factor is None else self.mask.scaled(self.factor)

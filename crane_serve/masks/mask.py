@@ -89,6 +89,18 @@ class NeuronMask:
                 output = mask.output if output is None else output * mask.output
         return cls(intermediate, first.intermediate_sizes, output)
 
+    def scaled(self, factor: float) -> "NeuronMask":
+        """The same neurons at a strength in between: scale 0 becomes `factor`, 1 stays 1, s becomes f + (1 - f) s.
+
+        0 gives this mask, 1 none, 2 doubles what this mask switches off. Raises ValueError for a factor not finite.
+        """
+
+        def moved(scales: Tensor) -> Tensor:
+            return torch.where(scales == 1, scales, factor + (1 - factor) * scales)
+
+        output = None if self.output is None else moved(self.output)
+        return NeuronMask(moved(self.intermediate), self.intermediate_sizes, output)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of the scales and their shapes. Names, languages and dates are not part of the identity."""

@@ -18,7 +18,7 @@ from tests.engines import Oracle, Server
 pytestmark = pytest.mark.engine
 
 TEXTS = ["The harbour froze.", "港口结冰了。", "Bến cảng đóng băng.", "A text longer than one chunk of prefill. " * 5]
-MASKS = ["none", "en", "zh", "vi", "zh,vi"]
+MASKS = ["none", "en", "zh", "vi", "zh,vi", "zh@0.5", "en@2,vi"]
 
 
 def neuron_mask(tiny: Tiny, name: str) -> NeuronMask | None:
@@ -72,6 +72,15 @@ def test_a_stream_says_what_the_plain_answer_says(tiny_server: Server) -> None:
     assert stream.end is not None
     assert stream.end.mask == plain.mask
     assert [output.completion_tokens for output in stream.end.outputs] == [20, 20]
+
+
+def test_a_seed_makes_sampling_repeatable_also_for_prompts_in_several_chunks(tiny_server: Server) -> None:
+    sampling = {"max_tokens": 16, "temperature": 1.0, "seed": 7}
+    with CraneClient(tiny_server.url) as client:
+        first, again = (client.generate(TEXTS[3], mask="zh", **sampling).outputs[0].text for _ in range(2))
+        other = client.generate(TEXTS[3], mask="zh", **{**sampling, "seed": 8}).outputs[0].text
+    assert first == again
+    assert first != other
 
 
 def test_the_answer_names_the_mask_it_was_computed_under(tiny: Tiny, tiny_server: Server) -> None:

@@ -3,17 +3,24 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import Tiny
+from crane_serve.masks import MaskLibrary
+from tests.conftest import Engines
 from tests.engine.offline import start
 
 
 @pytest.fixture(scope="session")
-def llm(tiny: Tiny) -> Iterator[object]:
-    """vLLM's offline engine with the plugin, switched on by nothing but CRANE_MASKS."""
+def llm(engines: Engines) -> Iterator[object]:
+    """vLLM's offline engine with the plugin, switched on by nothing but CRANE_MASKS; one mask scales outputs."""
     saved = dict(os.environ)
-    os.environ.update(CRANE_MASKS=str(tiny.masks), VLLM_CPU_KVCACHE_SPACE="1")
-    engine = start(tiny.checkpoint)
+    os.environ.update(CRANE_MASKS=str(engines.output_masks), VLLM_CPU_KVCACHE_SPACE="1")
+    engine = start(engines.tiny.checkpoint)
     yield engine
     engine.llm_engine.engine_core.shutdown()
     os.environ.clear()
     os.environ.update(saved)
+
+
+@pytest.fixture(scope="session")
+def library(engines: Engines) -> MaskLibrary:
+    """The masks of `llm`."""
+    return engines.output_library

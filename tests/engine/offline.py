@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-CHUNK_TOKENS = 64
+CHUNK_TOKENS, BLOCK_TOKENS, KV_BLOCKS = 64, 32, 40
 LONG = "A prompt that is longer than one chunk of the prefill, so that it takes several steps. " * 3
 PROMPTS = ["The harbour froze.", "港口结冰了。", "Bến cảng đóng băng.", LONG, "One more short one"]
 MAX_TOKENS = 12
@@ -16,7 +16,10 @@ def start(checkpoint: Path, **options: object):
         "max_model_len": 512,
         "max_num_seqs": 8,
         "max_num_batched_tokens": CHUNK_TOKENS,
-        "block_size": 32,
+        "block_size": BLOCK_TOKENS,
+        # Few enough KV blocks that eight long requests preempt each other.
+        "num_gpu_blocks_override": KV_BLOCKS,
+        "disable_log_stats": False,
         "enable_prefix_caching": True,
     }
     return LLM(str(checkpoint), **{**settings, **options})

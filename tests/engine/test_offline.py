@@ -2,13 +2,13 @@
 
 import pytest
 
-from tests.conftest import Tiny
-from tests.engine.offline import CHUNK_TOKENS, LONG, PROMPTS, generate
+from crane_serve.masks import MaskLibrary
+from tests.engine.offline import BLOCK_TOKENS, CHUNK_TOKENS, LONG, PROMPTS, generate
 from tests.engines import Oracle
 
 pytestmark = pytest.mark.engine
 
-MASKS = [None, "en", "zh", "vi", "zh,vi"]
+MASKS = [None, "en", "zh", "vi", "zh,vi", "zh@0.5", "out"]
 TOLERANCE = 1e-4  # nats
 
 
@@ -24,8 +24,10 @@ def test_unmasked_requests_are_bit_identical_to_vllm_without_the_plugin(llm, bas
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_every_prompt_and_generated_token_agrees_with_transformers(llm, tiny: Tiny, tiny_oracle: Oracle, mask) -> None:
-    resolved = tiny.library.resolve(mask)
+def test_every_prompt_and_generated_token_agrees_with_transformers(
+    llm, library: MaskLibrary, tiny_oracle: Oracle, mask
+) -> None:
+    resolved = library.resolve(mask)
     neuron_mask = None if resolved is None else resolved.mask
     for answer in generate(llm, PROMPTS, [mask] * len(PROMPTS), score=True):
         expected = tiny_oracle.logprobs(answer["prompt"] + answer["tokens"], neuron_mask)
@@ -55,12 +57,16 @@ def test_prompts_of_all_lengths_with_all_masks_equal_solo_runs(llm) -> None:
         assert_same(mixed, generate(llm, [prompt], [mask], salt="cold")[0])
 
 
-@pytest.mark.parametrize(("first", "second"), [("zh", None), (None, "zh"), ("zh", "vi"), ("zh", "zh,vi")])
-def test_the_prefix_cache_does_not_leak_between_masks(llm, tiny: Tiny, tiny_oracle: Oracle, first, second) -> None:
+@pytest.mark.parametrize(
+    ("first", "second"), [("zh", None), (None, "zh"), ("zh", "vi"), ("zh", "zh,vi"), ("zh", "zh@0.5"), ("en", "out")]
+)
+def test_the_prefix_cache_does_not_leak_between_masks(
+    llm, library: MaskLibrary, tiny_oracle: Oracle, first, second
+) -> None:
     prompt = f"{first} before {second}: {LONG}"
     generate(llm, [prompt], [first])
     answer = generate(llm, [prompt], [second])[0]
-    resolved = tiny.library.resolve(second)
+    resolved = library.resolve(second)
     expected = tiny_oracle.logprobs(answer["prompt"] + answer["tokens"], resolved.mask if resolved else None)
     assert answer["cached"] == 0
     assert answer["logprobs"] == pytest.approx(expected[-len(answer["tokens"]) :], abs=1e-3)
@@ -70,7 +76,7 @@ def test_the_prefix_cache_does_not_leak_between_masks(llm, tiny: Tiny, tiny_orac
 def test_the_same_mask_twice_hits_the_prefix_cache(llm, mask) -> None:
     prompt = f"twice under {mask}: {LONG}"
     cold, warm = (generate(llm, [prompt], [mask])[0] for _ in range(2))
-    assert (cold["cached"], warm["cached"]) == (0, len(warm["prompt"]) // 32 * 32)
+    assert (cold["cached"], warm["cached"]) == (0, len(warm["prompt"]) // BLOCK_TOKENS * BLOCK_TOKENS)
     assert_same(cold, warm)
 
 
@@ -93,6 +99,22 @@ def test_a_bad_mask_is_refused_and_the_engine_lives(llm, mask, message: str) -> 
 def test_a_salt_of_the_reserved_form_is_refused(llm) -> None:
     with pytest.raises(Exception, match="cache_salt must not begin with"):
         generate(llm, [PROMPTS[0]], [None], salt="crane-mask-0")
+
+
+@pytest.mark.parametrize("kind", ["completion", "chat"])
+def test_beam_search_over_http_refuses_a_mask_which_it_would_drop(llm, kind: str) -> None:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    asked = {"use_beam_search": True, "n": 2, "vllm_xargs": {"crane_mask": "zh"}}
+    if kind == "completion":
+        request = CompletionRequest(prompt="x", **asked)
+    else:
+        request = ChatCompletionRequest(messages=[{"role": "user", "content": "x"}], **asked)
+    with pytest.raises(Exception, match="beam search cannot be masked"):
+        request.to_beam_search_params(8, {})
+    request.vllm_xargs = None
+    assert request.to_beam_search_params(8, {}).beam_width == 2
 
 
 def test_the_engine_core_refuses_what_the_front_end_let_through(llm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from crane_serve.masks import Fingerprint
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("checkpoint"))
+    return tiny_model("llama", tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture

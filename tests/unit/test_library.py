@@ -101,13 +101,30 @@ def test_resolves_names(library: MaskLibrary, expression: str, name: str) -> Non
     assert resolved.wire == ",".join(sorted(mask.digest for mask in members))
 
 
-@pytest.mark.parametrize("expression", ["zh", "zh,en", "vi,attnlrp-vi,en"])
+@pytest.mark.parametrize("expression", ["zh", "zh,en", "vi,attnlrp-vi,en", "zh@0.1", "en@2,zh"])
 def test_the_wire_form_means_the_same(library: MaskLibrary, expression: str) -> None:
     resolved = library.resolve(expression)
     assert resolved is not None
     again = library.resolve(resolved.wire)
     assert again is not None
     assert (again.name, again.wire, again.mask.digest) == (resolved.name, resolved.wire, resolved.mask.digest)
+
+
+@pytest.mark.parametrize(
+    ("expression", "factor"), [("zh@0.5", 0.5), ("attnlrp-zh@2", 2.0), ("zh@0", 0.0), ("zh@1e-1", 0.1)]
+)
+def test_a_factor_scales_a_mask(library: MaskLibrary, expression: str, factor: float) -> None:
+    resolved = library.resolve(expression)
+    assert resolved is not None
+    assert resolved.name == f"attnlrp-zh@{factor}"
+    assert resolved.mask.digest == library.masks["attnlrp-zh"].mask.scaled(factor).digest
+
+
+def test_factors_join_with_other_masks(library: MaskLibrary) -> None:
+    resolved = library.resolve("en@0.5,zh")
+    assert resolved is not None
+    members = [library.masks["attnlrp-en"].mask.scaled(0.5), library.masks["attnlrp-zh"].mask]
+    assert resolved.mask.digest == NeuronMask.union(members).digest
 
 
 def test_a_digest_means_its_content_whatever_files_are_called(directory: Path, fingerprint: Fingerprint) -> None:
@@ -135,6 +152,13 @@ def test_none_means_unmasked(library: MaskLibrary, expression: str | None) -> No
         ("zh,,vi", "malformed"),
         ("none,zh", "joins 'none' with other masks"),
         ("zh, none", "joins 'none' with other masks"),
+        ("zh@", "mask 'zh@': '' is no factor; expected a number from 0 to 100"),
+        ("zh@half", "'half' is no factor"),
+        ("zh@-1", "'-1' is no factor"),
+        ("zh@nan", "'nan' is no factor"),
+        ("zh@inf", "'inf' is no factor"),
+        ("zh@101", "'101' is no factor"),
+        ("zh@0.5@2", "'0.5@2' is no factor"),
         (",".join(["zh"] * 17), "joins 17 masks; at most 16 are allowed"),
     ],
 )
@@ -171,7 +195,7 @@ def test_unions_are_computed_once(library: MaskLibrary) -> None:
 
 
 def test_many_unions_stay_right(directory: Path, fingerprint: Fingerprint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crane_serve.masks.library._CACHED_UNIONS", 2)
+    monkeypatch.setattr("crane_serve.masks.library._CACHED", 2)
     library = MaskLibrary.load(directory, fingerprint, "attnlrp")
     pairs = [("en", "zh"), ("en", "vi"), ("zh", "vi"), ("lape-zh", "en")]
     for pair in [*pairs, *pairs]:

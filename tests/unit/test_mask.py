@@ -154,3 +154,18 @@ def test_union_leaves_its_members_as_they_were() -> None:
 def test_union_refuses(masks: list[NeuronMask], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NeuronMask.union(masks)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.3, 1.0, 2.0])
+def test_scaling_moves_what_is_masked_and_leaves_the_rest_at_exactly_one(factor: float) -> None:
+    mask = NeuronMask(scales((0, 1, 0.0), (1, 2, 0.5)), SIZES, torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
+    scaled = mask.scaled(factor)
+    expected = scales((0, 1, factor), (1, 2, factor + (1 - factor) * 0.5))
+    assert torch.equal(scaled.intermediate, expected)
+    assert scaled.output is not None
+    assert torch.equal(scaled.output, torch.tensor([[factor, 1.0], [1.0, 1.0]]))
+
+
+def test_scaling_refuses_what_is_not_finite() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        NeuronMask.switching_off([[1], []], SIZES).scaled(float("inf"))

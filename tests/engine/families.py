@@ -1,0 +1,41 @@
+"""Generate under masks with every model family: `python families.py CHECKPOINTS OUT`, all in one process.
+
+CHECKPOINTS holds a directory per family, with its masks in `{family}-masks`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from offline import generate, start
+
+LONG = "A prompt that is longer than one chunk of the prefill, in steps. " * 2
+PROMPTS = ["The harbour froze.", "港口结冰了。", LONG]
+MASKS = [None, "en", "zh", "vi", "en@0.5,vi"]
+
+
+def main() -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    checkpoints, out = Path(sys.argv[1]), Path(sys.argv[2])
+    answers: dict[str, list | str] = {}
+    for masks in sorted(checkpoints.glob("*-masks")):
+        family = masks.name.removesuffix("-masks")
+        os.environ["CRANE_MASKS"] = str(masks)
+        try:
+            llm = start(checkpoints / family, enforce_eager=True, distributed_executor_backend="uni")
+            pairs = [(prompt, mask) for prompt in PROMPTS for mask in MASKS]
+            prompts, expressions = zip(*pairs, strict=True)
+            generated = generate(llm, list(prompts), list(expressions), score=True)
+            answers[family] = [{"mask": mask, **answer} for (_, mask), answer in zip(pairs, generated, strict=True)]
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
+        except Exception as error:
+            answers[family] = repr(error)
+    out.write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Masks under everything a scheduler does to a request, driven step by step and checked against transformers."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from crane_serve.masks import MaskLibrary
+from tests.engine.offline import BLOCK_TOKENS, KV_BLOCKS
+from tests.engines import Oracle
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]  # an engine that has died would wait for ever
+
+EXPRESSIONS = (None, "en", "zh", "vi", "zh,vi", "en@0.5", "vi@2", "out")
+TOLERANCE = 1e-3  # nats, for a single token
+_IDS = itertools.count()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request: `length` bytes of prompt, all from `seed`, so that prompts share prefixes of their shorter length."""
+
+    mask: str | None
+    length: int
+    seed: int = 0
+    max_tokens: int = 4
+    n: int = 1
+    temperature: float = 0.0
+    stop: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        return "".join(chr(ord("a") + (self.seed + index * (index + 7)) % 26) for index in range(self.length))
+
+
+class Schedule:
+    """Requests of one vLLM engine, added, stepped and aborted by hand."""
+
+    def __init__(self, llm) -> None:
+        self.engine = llm.llm_engine
+        self.jobs: dict[str, Job] = {}
+        self.finished: dict[str, object] = {}
+
+    def add(self, job: Job, request_id: str | None = None) -> str:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            temperature=job.temperature,
+            max_tokens=job.max_tokens,
+            n=job.n,
+            seed=job.seed,
+            stop=list(job.stop),
+            logprobs=0,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args=None if job.mask is None else {"crane_mask": job.mask},
+        )
+        request_id = request_id or f"scheduled-{next(_IDS)}"
+        self.engine.add_request(request_id, job.prompt, parameters)
+        self.jobs[request_id] = job
+        return request_id
+
+    def step(self) -> None:
+        if self.engine.has_unfinished_requests():
+            for result in self.engine.step():
+                if result.finished:
+                    self.finished[result.request_id] = result
+
+    def abort(self, request_id: str) -> None:
+        self.engine.abort_request([request_id])
+        del self.jobs[request_id]
+
+    def drain(self) -> None:
+        while self.engine.has_unfinished_requests():
+            self.step()
+
+    def check(self, oracle: Oracle, library: MaskLibrary) -> None:
+        """Every job has finished, and each of its tokens has the log-probability that transformers gives it."""
+        for request_id, job in self.jobs.items():
+            result = self.finished[request_id]
+            resolved = library.resolve(job.mask)
+            assert len(result.outputs) == job.n
+            for output in result.outputs:
+                logprobs = [step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)]
+                sequence = [*result.prompt_token_ids, *output.token_ids]
+                expected = oracle.logprobs(sequence, None if resolved is None else resolved.mask)
+                assert logprobs == pytest.approx(expected[-len(logprobs) :], abs=TOLERANCE), job
+
+
+@pytest.fixture
+def schedule(llm) -> Iterator[Schedule]:
+    schedule = Schedule(llm)
+    yield schedule
+    schedule.drain()
+
+
+def preemptions(llm) -> int:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
+def test_preempted_requests_keep_their_masks(
+    llm, schedule: Schedule, tiny_oracle: Oracle, library: MaskLibrary
+) -> None:
+    before = preemptions(llm)
+    jobs = [Job(mask, length=150 + index, seed=index, max_tokens=120) for index, mask in enumerate(EXPRESSIONS)]
+    assert sum(job.length + job.max_tokens for job in jobs) > KV_BLOCKS * BLOCK_TOKENS
+    for job in jobs:
+        schedule.add(job)
+    schedule.drain()
+    schedule.check(tiny_oracle, library)
+    assert preemptions(llm) > before
+
+
+def test_an_aborted_id_may_come_back_with_another_mask(
+    schedule: Schedule, tiny_oracle: Oracle, library: MaskLibrary
+) -> None:
+    for first, second in itertools.permutations(("zh", "vi", None), 2):
+        request_id = schedule.add(Job(first, length=100, max_tokens=50))
+        schedule.step()
+        schedule.step()
+        schedule.abort(request_id)
+        schedule.add(Job(second, length=100, max_tokens=6), request_id)
+        schedule.drain()
+        schedule.check(tiny_oracle, library)
+
+
+def test_seeded_samples_of_a_request_share_its_mask(
+    schedule: Schedule, tiny_oracle: Oracle, library: MaskLibrary
+) -> None:
+    for mask in EXPRESSIONS:
+        schedule.add(Job(mask, length=70, n=3, temperature=1.0, max_tokens=8))
+    schedule.drain()
+    schedule.check(tiny_oracle, library)
+
+
+def test_a_stop_string_ends_a_masked_request_where_it_stands(
+    schedule: Schedule, tiny_oracle: Oracle, library: MaskLibrary
+) -> None:
+    free = schedule.add(Job("zh", length=40, max_tokens=24))
+    schedule.drain()
+    text = schedule.finished[free].outputs[0].text
+    character = next(character for character in text[4:] if character.isascii() and text.index(character) > 2)
+    stopped = schedule.add(Job("zh", length=40, max_tokens=24, stop=(character,)))
+    schedule.drain()
+    output = schedule.finished[stopped].outputs[0]
+    assert output.finish_reason == "stop"
+    assert text.startswith(output.text)
+    schedule.check(tiny_oracle, library)
+
+
+def test_requests_that_come_while_others_end_keep_their_masks(
+    schedule: Schedule, tiny_oracle: Oracle, library: MaskLibrary
+) -> None:
+    for index in range(24):
+        mask = EXPRESSIONS[index % len(EXPRESSIONS)]
+        schedule.add(Job(mask, length=5 + 9 * (index % 7), seed=index, max_tokens=1 + index % 5))
+        schedule.step()
+    schedule.drain()
+    schedule.check(tiny_oracle, library)
+
+
+_JOBS = st.builds(
+    Job,
+    mask=st.sampled_from(EXPRESSIONS),
+    length=st.integers(1, 200),
+    seed=st.integers(0, 2),
+    max_tokens=st.integers(1, 12),
+    n=st.integers(1, 2),
+    temperature=st.sampled_from((0.0, 1.0)),
+).map(lambda job: job if job.temperature else replace(job, n=1))  # greedy requests have one sample
+_ACTIONS = st.lists(st.one_of(_JOBS, st.just("step"), st.just("abort")), min_size=4, max_size=24)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(actions=_ACTIONS)
+def test_any_schedule_gives_every_request_its_own_mask(
+    llm, tiny_oracle: Oracle, library: MaskLibrary, actions: list[Job | str]
+) -> None:
+    schedule = Schedule(llm)
+    try:
+        for action in actions:
+            if isinstance(action, Job):
+                schedule.add(action)
+            elif action == "step":
+                schedule.step()
+            elif running := [id_ for id_ in schedule.jobs if id_ not in schedule.finished]:
+                schedule.abort(running[0])
+    finally:
+        schedule.drain()
+    schedule.check(tiny_oracle, library)
