@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 VARIANTS = ("no plugin", "unmasked", "masked")
-PROMPT_TOKENS, OUTPUT_TOKENS, REQUESTS = 128, 32, 64
+PROMPT_TOKENS, OUTPUT_TOKENS, REQUESTS = 128, 32, 32
 
 
 def write_masks(model: Path, directory: Path, count: int) -> None:

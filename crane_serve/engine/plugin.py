@@ -5,7 +5,8 @@ What is wrapped, each once per process:
 - InputProcessor.process_inputs (front end): admission, so that a bad mask is the caller's error;
 - to_beam_search_params of vLLM's own HTTP requests (front end): beam search would drop the mask, so it is refused;
 - EngineCore.preprocess_add_request (engine core): admission again, and the prefix-cache salt;
-- WorkerWrapperBase.init_device (worker): hands the model runner to MaskedRunner.
+- WorkerWrapperBase.init_device (worker): gives the model runner its masks, through MaskedRunner (V1)
+  or MaskedModelState (V2).
 """
 
 import functools
@@ -16,7 +17,7 @@ from typing import Any
 from crane_serve.engine.admission import MASK_ARGUMENT, admit
 from crane_serve.engine.config import MASKS_VARIABLE, add_mask_config, mask_config, masks_disabled
 from crane_serve.engine.prefix_cache import salted
-from crane_serve.engine.support import ALLOW_UNTESTED_VARIABLE, UnsupportedEngine, check_engine, check_version
+from crane_serve.engine.support import UnsupportedEngine, check_engine, check_version
 from crane_serve.masks import MaskError
 
 _MARK = "_crane_wrapped"
@@ -28,7 +29,7 @@ def register() -> None:
     from vllm.logger import init_logger
 
     try:
-        check_version(vllm.__version__, os.environ.get(ALLOW_UNTESTED_VARIABLE, "") not in ("", "0"))
+        check_version(vllm.__version__)
     except UnsupportedEngine as error:
         if os.environ.get(MASKS_VARIABLE) and not masks_disabled():
             raise
@@ -107,7 +108,29 @@ def _preprocess_add_request(original: Callable[..., Any], self: Any, request: An
 def _init_device(original: Callable[..., Any], self: Any) -> Any:
     result = original(self)
     if mask_config(self.vllm_config) is not None:
-        from crane_serve.engine.runner_v1 import MaskedRunner
+        if self.vllm_config.use_v2_model_runner:
+            _mask_model_states()
+        else:
+            from crane_serve.engine.runner_v1 import MaskedRunner
 
-        MaskedRunner(self.worker.model_runner)
+            MaskedRunner(self.worker.model_runner)
     return result
+
+
+def _mask_model_states() -> None:
+    """Have V2 make masked states for engines with masks; its model is loaded after this."""
+    from vllm.v1.worker.gpu import model_states
+
+    from crane_serve.engine.runner_v2 import masked
+
+    original = model_states.resolve_model_state_cls
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def resolve(vllm_config: Any, model: Any) -> type:
+        state: type = original(vllm_config, model)
+        return state if mask_config(vllm_config) is None else masked(state)
+
+    setattr(resolve, _MARK, True)
+    model_states.resolve_model_state_cls = resolve

@@ -3,14 +3,9 @@
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from crane_serve.engine.admission import requested_mask
-from crane_serve.engine.config import mask_config, mask_library
-from crane_serve.engine.masked_mlp import install_masks
-from crane_serve.engine.routing import fill_slots, row_per_token
-from crane_serve.engine.table import UNMASKED_ROW, MaskTable
-from crane_serve.masks import MaskLibrary
+from crane_serve.engine.batch import BatchMasks
 
 
 class MaskedRunner:
@@ -21,49 +16,30 @@ class MaskedRunner:
     """
 
     def __init__(self, runner: Any) -> None:
-        config = mask_config(runner.vllm_config)
-        library = mask_library(runner.vllm_config)
-        if config is None or library is None:
-            raise ValueError("the engine was configured without masks")
         self._runner = runner
-        self._config = config
-        self._library: MaskLibrary = library
-        self._table: MaskTable | None = None
-        self._slots: Tensor | None = None  # [maximum tokens]
+        self._masks: BatchMasks | None = None
         self._load_model, runner.load_model = runner.load_model, self.load_model
         self._prepare_inputs, runner._prepare_inputs = runner._prepare_inputs, self.prepare_inputs
         self._dummy_run, runner._dummy_run = runner._dummy_run, self.dummy_run
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         self._load_model(*args, **kwargs)
-        sizes = self._library.fingerprint.intermediate_sizes
-        compilation = self._runner.vllm_config.compilation_config
-        max_tokens = max(self._runner.max_num_tokens, *(compilation.cudagraph_capture_sizes or [0]), 3)
-        self._table, self._slots = install_masks(
-            self._runner.model, sizes, self._config.rows, max_tokens, outputs=self._config.outputs
-        )
+        self._masks = BatchMasks.install(self._runner.model, self._runner.vllm_config)
 
     def prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray[Any, Any], *args: Any) -> Any:
         prepared = self._prepare_inputs(scheduler_output, num_scheduled_tokens, *args)
         # Only now is the order of the batch final: _update_states and _prepare_inputs may change it.
-        assert self._table is not None
-        assert self._slots is not None
-        masks = []
-        for request_id in self._runner.input_batch.req_ids:
-            # Raising here stops the engine. Admission has resolved this digest already, so it cannot happen; if it
-            # does, stopping is right, since the request must not run unmasked.
-            resolved = self._library.resolve(requested_mask(self._runner.requests[request_id].sampling_params))
-            masks.append(None if resolved is None else resolved.mask)
-        masked_rows = iter(self._table.assign([mask for mask in masks if mask is not None]))
-        rows = [UNMASKED_ROW if mask is None else next(masked_rows) for mask in masks]
-        fill_slots(self._slots, row_per_token(rows, num_scheduled_tokens))
-        if self._slots.device.type == "cpu":
+        assert self._masks is not None
+        requests = self._runner.requests
+        parameters = [requests[request_id].sampling_params for request_id in self._runner.input_batch.req_ids]
+        self._masks.fill([requested_mask(params) for params in parameters], num_scheduled_tokens)
+        if self._masks.slots.device.type == "cpu":
             _spare_seeds(self._runner)
         return prepared
 
     def dummy_run(self, *args: Any, **kwargs: Any) -> Any:
-        if self._slots is not None:
-            self._slots.fill_(UNMASKED_ROW)
+        if self._masks is not None:
+            self._masks.clear()
         return self._dummy_run(*args, **kwargs)
 
 

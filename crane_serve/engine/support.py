@@ -1,8 +1,10 @@
 """What cannot be masked exactly is refused at start-up, with the reason."""
 
+import os
 from typing import Any
 
 TESTED_VERSIONS = ("0.32.0",)
+AVOID_V2 = "VLLM_USE_V2_MODEL_RUNNER=0"
 ALLOW_UNTESTED_VARIABLE = "CRANE_ALLOW_UNTESTED_VLLM"
 
 
@@ -10,10 +12,14 @@ class UnsupportedEngine(ValueError):
     """The engine uses a feature under which masks would not be exact."""
 
 
-def check_version(version: str, allow_untested: bool) -> None:
-    """Raise UnsupportedEngine for a vLLM version this plugin was not tested with, unless that is allowed."""
+def _untested_allowed() -> bool:
+    return os.environ.get(ALLOW_UNTESTED_VARIABLE, "") not in ("", "0")
+
+
+def check_version(version: str) -> None:
+    """Raise UnsupportedEngine for a vLLM version this plugin was not tested with, unless the environment allows it."""
     base = version.split("+")[0]
-    if base not in TESTED_VERSIONS and not allow_untested:
+    if base not in TESTED_VERSIONS and not _untested_allowed():
         raise UnsupportedEngine(
             f"vLLM {version} has not been tested with this plugin (tested: {', '.join(TESTED_VERSIONS)}); "
             f"set {ALLOW_UNTESTED_VARIABLE}=1 to try it all the same"
@@ -31,8 +37,10 @@ def check_engine(vllm_config: Any) -> None:
         "speculative decoding": vllm_config.speculative_config is not None,
         "LoRA": vllm_config.lora_config is not None,
         "KV transfer between engines": vllm_config.kv_transfer_config is not None,
-        "the V2 model runner (set VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,
     }
+    if not _untested_allowed():
+        v2 = f"the V2 model runner, which is untested ({ALLOW_UNTESTED_VARIABLE}=1 allows it, {AVOID_V2} avoids it)"
+        refused[v2] = vllm_config.use_v2_model_runner
     for feature, used in refused.items():
         if used:
             raise UnsupportedEngine(f"masks cannot be served with {feature}; start without it or without masks")

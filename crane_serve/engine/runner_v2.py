@@ -1,0 +1,46 @@
+"""The seam to vLLM's V2 model runner (`v1/worker/gpu/model_runner.py`, vLLM 0.32): its ModelState.
+
+V2 asks `resolve_model_state_cls` which class holds a model's per-request state, makes one when the weights are loaded,
+and calls it for every request and every batch. Written from vLLM's source and tested against its classes; V2 needs
+Triton, so it has not run on a CPU, and it has not run on a GPU.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from crane_serve.engine.admission import requested_mask
+from crane_serve.engine.batch import BatchMasks
+
+
+class MaskedModelState:
+    """Mixed in before a ModelState class: the masks of V2's requests by id."""
+
+    def __init__(self, vllm_config: Any, model: Any, *args: Any) -> None:
+        super().__init__(vllm_config, model, *args)  # type: ignore[call-arg]
+        self._crane_masks = BatchMasks.install(model, vllm_config)
+        self._crane_requests: dict[str, str | None] = {}
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        """A preempted request comes back through here too, as a new one."""
+        super().add_request(req_index, new_req_data)  # type: ignore[misc]
+        self._crane_requests[new_req_data.req_id] = requested_mask(new_req_data.sampling_params)
+
+    def remove_request(self, req_id: str) -> None:
+        super().remove_request(req_id)  # type: ignore[misc]
+        self._crane_requests.pop(req_id, None)
+
+    def prepare_inputs(self, input_batch: Any, *args: Any) -> Any:
+        """Called for dummy batches too; their ids are nobody's, so they are unmasked."""
+        expressions = [self._crane_requests.get(req_id) for req_id in input_batch.req_ids]
+        self._crane_masks.fill(expressions, np.diff(input_batch.query_start_loc_np[: len(expressions) + 1]))
+        return super().prepare_inputs(input_batch, *args)  # type: ignore[misc]
+
+    def prepare_dummy_inputs(self, *args: Any) -> Any:
+        self._crane_masks.clear()
+        return super().prepare_dummy_inputs(*args)  # type: ignore[misc]
+
+
+def masked(state: type) -> type:
+    """The ModelState class `state` with masks."""
+    return type(f"Masked{state.__name__}", (MaskedModelState, state), {})

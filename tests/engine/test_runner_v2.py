@@ -1,0 +1,170 @@
+"""The V2 seam against vLLM's own classes, with batches made by hand: V2 itself needs Triton."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from crane_serve.engine.config import MaskConfig
+from crane_serve.engine.runner_v2 import masked
+from crane_serve.masks import MaskError, MaskLibrary
+from tests.engines import random_masks
+from tests.tiny import HIDDEN, LAYERS, NEURONS, tiny_model
+
+MAX_TOKENS = 16
+
+
+class Projection(nn.Linear):
+    """What the installer reads of vLLM's RowParallelLinear, on one rank."""
+
+    input_size = input_size_per_partition = NEURONS
+    output_size = HIDDEN
+    tp_rank = 0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return super().forward(x), None
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, NEURONS, bias=False)
+        self.act_fn = nn.SiLU()
+        self.down_proj = Projection(NEURONS, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate(x)))[0]
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp()
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[MaskLibrary, MaskConfig]:
+    directory = tmp_path_factory.mktemp("v2")
+    checkpoint = tiny_model("llama", directory / "model")
+    library = random_masks(checkpoint, directory / "masks", share=0.3)
+    return library, MaskConfig(5, False, str(checkpoint), directory / "masks", "attnlrp", library.manifest)
+
+
+class Bench:
+    """vLLM's DefaultModelState with masks, past its own construction, which wants a whole engine."""
+
+    def __init__(self, library: MaskLibrary, config: MaskConfig) -> None:
+        from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+        class Bare(DefaultModelState):
+            def __init__(self, vllm_config: object, model: nn.Module, *args: object) -> None:
+                self.rope_state = self.prompt_embeds_state = None
+                self.supports_mm_inputs = False
+
+        vllm_config = SimpleNamespace(
+            additional_config={"crane": config},
+            compilation_config=SimpleNamespace(cudagraph_capture_sizes=None),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=MAX_TOKENS),
+        )
+        self.library = library
+        self.model = Model()
+        self.state = masked(Bare)(vllm_config, self.model, None, torch.device("cpu"))
+
+    def add(self, **masks: str | None) -> None:
+        for request_id, mask in masks.items():
+            parameters = SimpleNamespace(extra_args=None if mask is None else {"crane_mask": mask})
+            self.state.add_request(0, SimpleNamespace(req_id=request_id, sampling_params=parameters))
+
+    def run(self, **tokens: int) -> list[str]:
+        """Prepare a batch of requests, each with its scheduled tokens; per slot, the mask whose scales it reads."""
+        starts = np.cumsum([0, *tokens.values()], dtype=np.int32)
+        padded = np.concatenate([starts, np.full(3, starts[-1])])  # padded requests have no tokens
+        batch = SimpleNamespace(req_ids=list(tokens), query_start_loc_np=padded, num_reqs=len(tokens))
+        assert self.state.prepare_inputs(batch, None) == {}
+        return self.read()
+
+    def read(self) -> list[str]:
+        by_layer = [self._read_layer(layer) for layer in range(LAYERS)]
+        assert all(names == by_layer[0] for names in by_layer)
+        return by_layer[0]
+
+    def _read_layer(self, layer: int) -> list[str]:
+        known = {"none": torch.ones(NEURONS)}
+        known |= {name: stored.mask.intermediate[layer] for name, stored in self.library.masks.items()}
+        table = self.model.layers[layer].mlp.act_fn.table
+        rows = table[self.state._crane_masks.slots]  # [maximum tokens, neurons]
+        return [next(name for name, scale in known.items() if torch.equal(row, scale)) for row in rows]
+
+
+@pytest.fixture
+def bench(library: tuple[MaskLibrary, MaskConfig]) -> Bench:
+    return Bench(*library)
+
+
+def test_each_token_reads_the_mask_of_its_request_and_padding_none(bench: Bench) -> None:
+    bench.add(a="zh", b=None, c="vi")
+    slots = bench.run(a=3, b=2, c=1)
+    assert slots == ["attnlrp-zh"] * 3 + ["none"] * 2 + ["attnlrp-vi"] + ["none"] * (MAX_TOKENS - 6)
+
+
+def test_the_order_of_the_batch_decides_not_the_order_of_arrival(bench: Bench) -> None:
+    bench.add(a="zh", b="vi")
+    assert bench.run(b=1, a=2)[:3] == ["attnlrp-vi", "attnlrp-zh", "attnlrp-zh"]
+
+
+def test_dummy_batches_are_unmasked(bench: Bench) -> None:
+    bench.add(a="zh")
+    bench.run(a=4)
+    assert set(bench.run(req_0_dummy=MAX_TOKENS)) == {"none"}
+
+
+def test_graph_capture_is_unmasked(bench: Bench) -> None:
+    bench.add(a="zh")
+    bench.run(a=4)
+    bench.state.prepare_dummy_inputs(1, 4)
+    assert set(bench.read()) == {"none"}
+
+
+def test_a_preempted_request_comes_back_with_its_mask_and_an_id_with_its_new_one(bench: Bench) -> None:
+    bench.add(a="zh")
+    bench.run(a=2)
+    bench.state.remove_request("a")
+    bench.add(a="zh")
+    assert bench.run(a=1)[0] == "attnlrp-zh"
+    bench.state.remove_request("a")
+    bench.add(a="vi")
+    assert bench.run(a=1)[0] == "attnlrp-vi"
+
+
+def test_a_mask_that_admission_never_saw_stops_the_engine(bench: Bench) -> None:
+    bench.add(a="fr")
+    with pytest.raises(MaskError, match="unknown mask 'fr'"):
+        bench.run(a=1)
+
+
+def test_vllm_makes_masked_states_for_engines_with_masks_only(
+    library: tuple[MaskLibrary, MaskConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.worker.gpu import model_states
+
+    from crane_serve.engine.plugin import _mask_model_states
+    from crane_serve.engine.runner_v2 import MaskedModelState
+
+    class State:
+        pass
+
+    monkeypatch.setattr(model_states, "resolve_model_state_cls", lambda vllm_config, model: State)
+    _mask_model_states()
+    _mask_model_states()  # a second worker of the same process
+    plain = model_states.resolve_model_state_cls(SimpleNamespace(additional_config={}), None)
+    assert plain is State
+    with_masks = model_states.resolve_model_state_cls(SimpleNamespace(additional_config={"crane": library[1]}), None)
+    assert with_masks.__mro__[1:3] == (MaskedModelState, State)

@@ -1,0 +1,171 @@
+"""What is refused at start-up, and the parts of the engine seam that need no engine."""
+
+import copy
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from crane_serve.engine.admission import admit, requested_mask
+from crane_serve.engine.config import MaskConfig, mask_config, mask_library
+from crane_serve.engine.support import UnsupportedEngine, check_engine, check_version
+from crane_serve.masks import MaskError, MaskFileError, MaskLibrary
+from tests.engines import random_masks
+from tests.tiny import tiny_model
+
+
+def plain_config(**changes: object) -> SimpleNamespace:
+    """The fields of a VllmConfig that are looked at, for an engine in which everything is supported."""
+    fields = {
+        "parallel_config": SimpleNamespace(
+            pipeline_parallel_size=1, use_ubatching=False, prefill_context_parallel_size=1
+        ),
+        "cache_config": SimpleNamespace(kv_sharing_fast_prefill=False),
+        "speculative_config": None,
+        "lora_config": None,
+        "kv_transfer_config": None,
+        "use_v2_model_runner": False,
+        "additional_config": {},
+    }
+    for path, value in changes.items():
+        holder, _, attribute = path.partition("__")
+        if attribute:
+            setattr(fields[holder], attribute, value)
+        else:
+            fields[holder] = value
+    return SimpleNamespace(**fields)
+
+
+def test_a_plain_engine_is_supported() -> None:
+    check_engine(plain_config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "feature"),
+    [
+        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"parallel_config__use_ubatching": True}, "microbatching"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "prefill context parallelism"),
+        ({"cache_config__kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"lora_config": object()}, "LoRA"),
+        ({"kv_transfer_config": object()}, "KV transfer"),
+        ({"use_v2_model_runner": True}, "V2 model runner"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused_by_name(changes: dict[str, object], feature: str) -> None:
+    with pytest.raises(UnsupportedEngine, match=feature):
+        check_engine(plain_config(**changes))
+
+
+def test_the_fields_that_are_checked_exist_in_vllm() -> None:
+    """A renamed field would make a check pass for ever."""
+    from vllm.config import CacheConfig, ParallelConfig, VllmConfig
+
+    fields = {"pipeline_parallel_size", "use_ubatching", "prefill_context_parallel_size"}
+    assert fields <= set(dir(ParallelConfig()))
+    assert "kv_sharing_fast_prefill" in dir(CacheConfig())
+    fields = {"speculative_config", "lora_config", "kv_transfer_config", "use_v2_model_runner", "additional_config"}
+    assert fields <= set(dir(VllmConfig)) | set(VllmConfig.__dataclass_fields__)
+
+
+def test_only_tested_versions_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_version("0.32.0")
+    check_version("0.32.0+cpu")
+    with pytest.raises(UnsupportedEngine, match=r"vLLM 0\.33\.0 has not been tested.*CRANE_ALLOW_UNTESTED_VLLM=1"):
+        check_version("0.33.0")
+    monkeypatch.setenv("CRANE_ALLOW_UNTESTED_VLLM", "1")
+    check_version("0.33.0")
+
+
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory: pytest.TempPathFactory) -> tuple[MaskConfig, MaskLibrary]:
+    directory = tmp_path_factory.mktemp("configured")
+    model = tiny_model("llama", directory / "model")
+    library = random_masks(model, directory / "masks", share=0.1)
+    return MaskConfig(9, False, str(model), directory / "masks", "attnlrp", library.manifest), library
+
+
+def test_the_configuration_survives_the_way_to_other_processes(configured: tuple[MaskConfig, MaskLibrary]) -> None:
+    config, _ = configured
+    for arrived in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):  # noqa: S301
+        assert arrived == config
+        assert (arrived.masks, arrived.manifest, arrived.rows) == (config.masks, config.manifest, 9)
+
+
+def test_only_what_changes_the_graph_is_in_the_compile_cache_key(configured: tuple[MaskConfig, MaskLibrary]) -> None:
+    config, _ = configured
+    elsewhere = MaskConfig(9, False, "other", Path("other"), "lape", "0" * 64)
+    assert elsewhere == config
+    assert MaskConfig(10, False, "other", Path("other"), "lape", "0" * 64) != config
+    assert MaskConfig(9, True, "other", Path("other"), "lape", "0" * 64) != config
+
+
+def test_the_compile_cache_key_of_vllm_differs_with_and_without_masks(
+    configured: tuple[MaskConfig, MaskLibrary],
+) -> None:
+    from vllm.config import VllmConfig
+
+    config, _ = configured
+    masked = VllmConfig(additional_config={"crane": config})
+    assert masked.compute_hash() != VllmConfig().compute_hash()
+    assert mask_config(masked) is masked.additional_config["crane"]
+    assert mask_config(masked).manifest == config.manifest
+
+
+def test_a_foreign_entry_under_our_key_is_refused() -> None:
+    with pytest.raises(TypeError, match="reserved"):
+        mask_config(plain_config(additional_config={"crane": {"rows": 3}}))
+
+
+def test_masks_that_changed_since_the_start_are_refused(configured: tuple[MaskConfig, MaskLibrary]) -> None:
+    config, _ = configured
+    stale = MaskConfig(config.rows, False, config.model, config.masks, config.default_method, "0" * 64)
+    with pytest.raises(MaskFileError, match="changed while the engine was starting"):
+        mask_library(plain_config(additional_config={"crane": stale}))
+
+
+def parameters(**extra_args: object) -> SimpleNamespace:
+    return SimpleNamespace(extra_args=dict(extra_args) or None)
+
+
+def test_admission_sends_digests_on_and_leaves_the_callers_arguments_alone(
+    configured: tuple[MaskConfig, MaskLibrary],
+) -> None:
+    config, library = configured
+    engine = plain_config(additional_config={"crane": config})
+    asked = parameters(crane_mask="zh", other=1)
+    original = asked.extra_args
+    resolved = admit(engine, asked, resumable=False)
+    assert resolved is not None
+    assert asked.extra_args == {"crane_mask": library.get("zh").mask.digest, "other": 1}
+    assert original == {"crane_mask": "zh", "other": 1}
+    unmasked = parameters(crane_mask="none", other=1)
+    assert admit(engine, unmasked, resumable=False) is None
+    assert unmasked.extra_args == {"other": 1}
+    assert admit(engine, None, resumable=False) is None
+
+
+@pytest.mark.parametrize(("asked", "message"), [("fr", "unknown mask"), (3, "is int, expected a mask name")])
+def test_admission_refuses(configured: tuple[MaskConfig, MaskLibrary], asked: object, message: str) -> None:
+    engine = plain_config(additional_config={"crane": configured[0]})
+    with pytest.raises(MaskError, match=message):
+        admit(engine, parameters(crane_mask=asked), resumable=False)
+
+
+def test_a_session_with_streamed_input_is_refused(configured: tuple[MaskConfig, MaskLibrary]) -> None:
+    engine = plain_config(additional_config={"crane": configured[0]})
+    with pytest.raises(MaskError, match="streaming-input sessions"):
+        admit(engine, parameters(crane_mask="zh"), resumable=True)
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_an_engine_without_masks_refuses_masked_requests(monkeypatch: pytest.MonkeyPatch, disabled: bool) -> None:
+    monkeypatch.setenv("CRANE_DISABLE", "1" if disabled else "0")
+    with pytest.raises(MaskError, match="CRANE_DISABLE is set" if disabled else "start it with CRANE_MASKS"):
+        admit(plain_config(), parameters(crane_mask="zh"), resumable=False)
+
+
+def test_no_sampling_parameters_ask_for_no_mask() -> None:
+    assert requested_mask(None) is None
