@@ -17,7 +17,7 @@ RUN useradd --create-home --uid 10001 crane
 USER crane
 WORKDIR /home/crane
 
-# Masks are served by vLLM's V1 model runner; the V2 runner is refused.
+# Masks are served by vLLM's V1 model runner; the V2 runner is refused unless allowed.
 ENV VLLM_USE_V2_MODEL_RUNNER=0
 
 EXPOSE 8000

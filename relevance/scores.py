@@ -1,8 +1,6 @@
 """Scores: what each method says about every neuron and language, with where it comes from."""
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import crane_serve
+from crane_serve.atomic import write_atomically
 from crane_serve.masks import Fingerprint
 from relevance.method import Shape
 
@@ -85,17 +84,7 @@ class Scores:
         tensors = {method: scores.contiguous() for method, scores in self.by_method.items()}
         metadata = _Metadata(**dict(self.info), format_version=FORMAT_VERSION, digest=_digest(tensors))
         content = save(tensors, metadata={_METADATA_KEY: metadata.model_dump_json()})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as scratch:
-            try:
-                scratch.write(content)
-                scratch.flush()
-                os.fsync(scratch.fileno())
-                Path(scratch.name).chmod(0o644)
-                Path(scratch.name).replace(path)
-            except BaseException:
-                Path(scratch.name).unlink(missing_ok=True)
-                raise
+        write_atomically(path, content)
 
     @classmethod
     def load(cls, path: Path) -> "Scores":

@@ -28,7 +28,6 @@ class _Parts:
 _KINDS = (
     _Parts("act_fn", "down_proj"),  # Llama, Mistral, Qwen, Gemma, Phi-3: gated
     _Parts("act", "c_proj"),  # GPT-2
-    _Parts("gelu_impl", "dense_4h_to_h"),  # BLOOM
     _Parts("activation_fn", "fc2", alone=False),  # OPT, where they are parts of the decoder layer
 )
 

@@ -1,8 +1,6 @@
 """Mask files: one safetensors file per mask, with JSON metadata that is checked against the tensors."""
 
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 import crane_serve
+from crane_serve.atomic import write_atomically
 from crane_serve.masks.fingerprint import Fingerprint
 from crane_serve.masks.mask import NeuronMask
 
@@ -80,17 +79,7 @@ def write_mask(directory: Path, name: str, mask: NeuronMask, info: MaskInfo) -> 
     if mask.output is not None:
         tensors["output"] = mask.output
     content = save(tensors, metadata={_METADATA_KEY: metadata.model_dump_json()})
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=directory, prefix=f".{name}-", delete=False) as scratch:
-        try:
-            scratch.write(content)
-            scratch.flush()
-            os.fsync(scratch.fileno())
-            Path(scratch.name).chmod(0o644)
-            Path(scratch.name).replace(path)
-        except BaseException:
-            Path(scratch.name).unlink(missing_ok=True)
-            raise
+    write_atomically(path, content)
     return path
 
 
