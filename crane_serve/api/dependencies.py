@@ -3,6 +3,7 @@
 from typing import Annotated, cast
 
 from fastapi import Depends, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
 
 from crane_serve.api.errors import BadRequest
 from crane_serve.engine.service import EngineService
@@ -13,21 +14,29 @@ def get_engine(request: Request) -> EngineService:
     return cast(EngineService, request.app.state.engine)
 
 
-MaskQuery = Annotated[
-    list[str] | None,
-    Query(alias="mask", description="Mask name, or names joined with commas; 'none' or absent for no mask"),
-]
+class _Query(BaseModel):
+    """The query of a request. Other parameters are refused: a misspelt `mask` must not run unmasked."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    mask: list[str] | None = Field(
+        None, description="Mask name, or names joined with commas; 'none' or absent for no mask"
+    )
+
+
+MaskQuery = Annotated[_Query, Query()]
 Engine = Annotated[EngineService, Depends(get_engine)]
 
 
-def choose_mask(library: MaskLibrary, query: list[str] | None, body: str | None) -> ResolvedMask | None:
+def choose_mask(library: MaskLibrary, query: _Query, body: str | None) -> ResolvedMask | None:
     """The mask of a request that may name it in the query, in the body, or in both if they mean the same.
 
     Raises MaskError for a mask that cannot be used, BadRequest if the request names two.
     """
-    if query is not None and len(query) > 1:
+    in_query = query.mask or []
+    if len(in_query) > 1:
         raise BadRequest("mask_conflict", "'mask' is given twice in the query; join names with commas", "mask")
-    resolved = [library.resolve(expression) for expression in (*(query or ()), body) if expression is not None]
+    resolved = [library.resolve(expression) for expression in (*in_query, body) if expression is not None]
     if len({None if mask is None else mask.wire for mask in resolved}) > 1:
-        raise BadRequest("mask_conflict", f"the query says mask={(query or ['none'])[0]}, the body {body}", "mask")
+        raise BadRequest("mask_conflict", f"the query says mask={in_query[0]}, the body {body}", "mask")
     return resolved[0] if resolved else None

@@ -31,9 +31,9 @@ router = APIRouter()
 
 
 @router.post("/generate", response_model=GenerateAnswer, responses=RESPONSES)
-async def generate(body: GenerateRequest, engine: Engine, mask: MaskQuery = None) -> GenerateAnswer | StreamingResponse:
+async def generate(body: GenerateRequest, engine: Engine, query: MaskQuery) -> GenerateAnswer | StreamingResponse:
     """Continue each prompt. With `stream: true` the answer is server-sent events, ended by `data: [DONE]`."""
-    resolved = choose_mask(engine.library, mask, body.mask)
+    resolved = choose_mask(engine.library, query, body.mask)
     generation = _Generation(engine, body, resolved)
     if body.stream:
         # The first event is awaited here, so that a refused request is an HTTP error and not a broken stream.

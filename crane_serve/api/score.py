@@ -16,14 +16,14 @@ router = APIRouter()
 
 
 @router.post("/score", response_model=ScoreAnswer, responses=RESPONSES)
-async def score(body: ScoreRequest, engine: Engine, mask: MaskQuery = None) -> ScoreAnswer:
+async def score(body: ScoreRequest, engine: Engine, query: MaskQuery) -> ScoreAnswer:
     """Score whole texts, or continuations of a context.
 
     A text is scored from its start, every token after BOS. A continuation's tokens are those after the tokens that
     context and continuation together share with the context alone; white space at the end of the context, and a token
     that reaches across the boundary, count as part of the continuation.
     """
-    resolved = choose_mask(engine.library, mask, body.mask)
+    resolved = choose_mask(engine.library, query, body.mask)
     if body.text is not None:
         scored = await run_all(_score_text(engine, text, resolved) for text in body.text)
     else:

@@ -9,8 +9,14 @@ MASK_ARGUMENT = "crane_mask"
 
 
 def requested_mask(sampling_params: Any) -> str | None:
-    """The mask expression in a request's `extra_args`, or None. Raises MaskError if it is not a string."""
+    """The mask expression in a request's `extra_args`, or None.
+
+    Raises MaskError if it is not a string, or for another argument of that look: a misspelt one must not run unmasked.
+    """
     extra_args = getattr(sampling_params, "extra_args", None) or {}
+    for argument in extra_args:
+        if argument.startswith("crane") and argument != MASK_ARGUMENT:
+            raise MaskError(f"unknown argument {argument!r}; expected {MASK_ARGUMENT!r}")
     expression = extra_args.get(MASK_ARGUMENT)
     if expression is not None and not isinstance(expression, str):
         raise MaskError(f"{MASK_ARGUMENT} is {type(expression).__name__}, expected a mask name")

@@ -353,3 +353,14 @@ async def test_the_engine_lives_as_long_as_the_application(engine: FakeEngine) -
         assert started == [engine]
         assert not engine.stopped
     assert engine.stopped
+
+
+@pytest.mark.parametrize("route", ["/generate", "/score"])
+@pytest.mark.parametrize("query", ["?masks=zh", "?Mask=zh", "?mask=zh&temperature=0"])
+async def test_a_query_parameter_that_is_not_the_mask_is_refused(
+    client: httpx.AsyncClient, engine: FakeEngine, route: str, query: str
+) -> None:
+    response = await client.post(f"{route}{query}", json={"prompt": "x"} if route == "/generate" else {"text": ["x"]})
+    assert response.status_code == 422
+    assert response.json()["error"]["param"] in query
+    assert engine.calls == []

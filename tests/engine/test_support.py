@@ -167,5 +167,11 @@ def test_an_engine_without_masks_refuses_masked_requests(monkeypatch: pytest.Mon
         admit(plain_config(), parameters(crane_mask="zh"), resumable=False)
 
 
+def test_a_misspelt_argument_is_refused(configured: tuple[MaskConfig, MaskLibrary]) -> None:
+    engine = plain_config(additional_config={"crane": configured[0]})
+    with pytest.raises(MaskError, match="unknown argument 'crane_masks'; expected 'crane_mask'"):
+        admit(engine, parameters(crane_masks="zh"), resumable=False)
+
+
 def test_no_sampling_parameters_ask_for_no_mask() -> None:
     assert requested_mask(None) is None
