@@ -97,8 +97,7 @@ def install_masks(
     if sorted(mlps) != list(range(len(intermediate_sizes))):
         raise UnsupportedModel(
             f"found maskable MLPs in layers {sorted(mlps)}, expected one in each of {len(intermediate_sizes)} layers; "
-            f"an MLP has {' or '.join(f'{kind.activation} and {kind.projection}' for kind in _KINDS)}, and experts of "
-            "a mixture cannot be masked"
+            f"an MLP has {' or '.join(f'{kind.activation} and {kind.projection}' for kind in _KINDS)}"
         )
     reference = next(model.parameters())
     slots = torch.zeros(max_tokens, dtype=torch.int64, device=reference.device)
@@ -129,6 +128,11 @@ def install_masks(
 def _find_mlps(model: nn.Module) -> dict[int, _Mlp]:
     mlps: dict[int, _Mlp] = {}
     for name, module in model.named_modules():
+        # A shared expert looks like an MLP, but the experts beside it would go unmasked.
+        if "experts" in name.split(".") or "moe" in type(module).__name__.lower():
+            raise UnsupportedModel(
+                f"{name} ({type(module).__name__}) belongs to a mixture of experts; it cannot be masked"
+            )
         layer = _LAYER.search(name)
         if layer is None:
             continue
