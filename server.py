@@ -18,7 +18,7 @@ def serve(settings: ServeSettings) -> None:
     """
     model = resolve_checkpoint(settings.model)
     name = model.name if Path(settings.model).is_dir() else settings.model
-    config = configure_engine(model, settings.masks, settings.default_method, settings.engine_flags)
+    config = configure_engine(model, settings.masks, settings.default_method, settings.mask_rows, settings.engine_flags)
     app = create_app(lambda: EngineService.start(config, name))
     uvicorn.run(app, host=settings.host, port=settings.port, timeout_graceful_shutdown=30)
 

@@ -138,6 +138,9 @@ def serve(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id")],
     masks: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Directory of mask files")],
     default_method: Annotated[str | None, typer.Option(help="Method that a bare language name means")] = None,
+    mask_rows: Annotated[
+        int | None, typer.Option(min=1, help="How many different masks are resident at most  [default: 256]")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on  [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on  [default: 8000]")] = None,
 ) -> None:
@@ -145,7 +148,12 @@ def serve(
     from crane_serve.settings import ServeSettings
     from server import serve as run_server
 
-    given: dict[str, Any] = {"default_method": default_method, "host": host, "port": port}
+    given: dict[str, Any] = {
+        "default_method": default_method,
+        "mask_rows": mask_rows,
+        "host": host,
+        "port": port,
+    }
     given = {name: value for name, value in given.items() if value is not None}
     run_server(ServeSettings(model=model, masks=masks, engine_flags=tuple(context.args), **given))
 

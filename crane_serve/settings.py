@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from crane_serve.engine.config import DEFAULT_METHOD
+from crane_serve.engine.config import DEFAULT_METHOD, DEFAULT_ROWS
 
 
 class ServeSettings(BaseSettings):
@@ -16,6 +16,7 @@ class ServeSettings(BaseSettings):
     model: str = Field(description="Checkpoint directory or hub id")
     masks: Path = Field(description="Directory of mask files")
     default_method: str = Field(DEFAULT_METHOD, description="Method that a bare language name means")
+    mask_rows: int = Field(DEFAULT_ROWS, ge=1, description="How many different masks are resident at most")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     engine_flags: tuple[str, ...] = ()

@@ -1,6 +1,6 @@
 """The FastAPI application: starts the engine, mounts the routes, stops the engine."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -11,12 +11,12 @@ from crane_serve.api.errors import install_error_handlers
 from crane_serve.engine.service import EngineService
 
 
-def create_app(start_engine: Callable[[], EngineService]) -> FastAPI:
+def create_app(start_engine: Callable[[], Awaitable[EngineService]]) -> FastAPI:
     """The service over the engine that `start_engine` starts when the application does."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.engine = start_engine()
+        app.state.engine = await start_engine()
         try:
             yield
         finally:

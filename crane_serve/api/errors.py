@@ -12,15 +12,17 @@ from starlette.exceptions import HTTPException
 
 from crane_serve.api.schemas import ErrorAnswer, ErrorBody
 from crane_serve.engine.service import EngineDead, RejectedRequest
-from crane_serve.masks import InvalidMask, MaskError, UnknownMask
+from crane_serve.masks import InvalidMask, MaskError, MaskTableFull, UnknownMask
 
 _log = logging.getLogger("crane.api")
+RETRY_AFTER_S = "1"
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "Contradictory, or refused by the engine"},
     404: {"model": ErrorAnswer, "description": "Unknown mask"},
     409: {"model": ErrorAnswer, "description": "The mask's file is corrupt or belongs to another model"},
     422: {"model": ErrorAnswer, "description": "Malformed body"},
+    429: {"model": ErrorAnswer, "description": "As many different masks are in use as the engine has rows for"},
     503: {"model": ErrorAnswer, "description": "The engine has died"},
 }
 
@@ -43,6 +45,8 @@ def describe(error: Exception) -> tuple[int, ErrorBody]:
             status, code, param = 404, "unknown_mask", "mask"
         case InvalidMask():
             status, code, param = 409, "invalid_mask", "mask"
+        case MaskTableFull():
+            status, code, param = 429, "mask_table_full", "mask"
         case MaskError():
             status, code, param = 400, "malformed_mask", "mask"
         case RejectedRequest():
@@ -89,6 +93,8 @@ def install_error_handlers(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> JSONResponse:
         status, body = describe(error)
         headers = error.headers if isinstance(error, HTTPException) else None  # 405 must say what is allowed
+        if status == 429:
+            headers = {"Retry-After": RETRY_AFTER_S}
         return JSONResponse(ErrorAnswer(error=body).model_dump(), status_code=status, headers=headers)
 
     for kind in (BadRequest, MaskError, RejectedRequest, EngineDead, RequestValidationError, HTTPException, Exception):

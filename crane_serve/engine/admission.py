@@ -1,26 +1,51 @@
 """Admission: the one rule that says which mask a request gets, applied in the front end and in the engine core."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from crane_serve.engine.config import DISABLE_VARIABLE, MASKS_VARIABLE, mask_library, masks_disabled
-from crane_serve.masks import MaskError, ResolvedMask
+from crane_serve.engine.config import DISABLE_VARIABLE, MASKS_VARIABLE, mask_config, masks_disabled
+from crane_serve.masks import MaskError, MaskTableFull, Positions, ResolvedMask
 
 MASK_ARGUMENT = "crane_mask"
+POSITIONS_ARGUMENT = "crane_positions"
+_ARGUMENTS = (MASK_ARGUMENT, POSITIONS_ARGUMENT)
 
 
-def requested_mask(sampling_params: Any) -> str | None:
-    """The mask expression in a request's `extra_args`, or None.
+class Asked(NamedTuple):
+    """What a request's `extra_args` say: a mask expression, and which tokens it is for."""
 
-    Raises MaskError if it is not a string, or for another argument of that look: a misspelt one must not run unmasked.
+    expression: str
+    positions: Positions
+
+
+def asked_mask(sampling_params: Any) -> Asked | None:
+    """The mask that a request asks for, or None.
+
+    Raises MaskError for malformed arguments, and for others of that look: a misspelt one must not run unmasked.
     """
-    extra_args = getattr(sampling_params, "extra_args", None) or {}
+    extra_args = getattr(sampling_params, "extra_args", None)
+    if not extra_args:
+        return None
     for argument in extra_args:
-        if argument.startswith("crane") and argument != MASK_ARGUMENT:
-            raise MaskError(f"unknown argument {argument!r}; expected {MASK_ARGUMENT!r}")
-    expression = extra_args.get(MASK_ARGUMENT)
-    if expression is not None and not isinstance(expression, str):
+        if argument.lower().startswith("crane") and argument not in _ARGUMENTS:
+            raise MaskError(f"unknown argument {argument!r}; expected {' or '.join(map(repr, _ARGUMENTS))}")
+    expression, positions = (extra_args.get(argument) for argument in _ARGUMENTS)
+    if expression is None:
+        if positions is not None:
+            raise MaskError(f"{POSITIONS_ARGUMENT}={positions!r} without {MASK_ARGUMENT}")
+        return None
+    if not isinstance(expression, str):
         raise MaskError(f"{MASK_ARGUMENT} is {type(expression).__name__}, expected a mask name")
-    return expression
+    try:
+        return Asked(expression, Positions.ALL if positions is None else Positions(positions))
+    except ValueError:
+        raise MaskError(
+            f"{POSITIONS_ARGUMENT} is {positions!r}, expected {' or '.join(map(repr, map(str, Positions)))}"
+        ) from None
+
+
+def mask_arguments(mask: ResolvedMask) -> dict[str, str]:
+    """The `extra_args` that make a request run with `mask`."""
+    return {MASK_ARGUMENT: mask.wire, POSITIONS_ARGUMENT: mask.positions.value}
 
 
 def admit(vllm_config: Any, sampling_params: Any, *, resumable: bool) -> ResolvedMask | None:
@@ -28,18 +53,27 @@ def admit(vllm_config: Any, sampling_params: Any, *, resumable: bool) -> Resolve
 
     Rewrites the request's `extra_args` so that the mask travels on by content digest.
     """
-    expression = requested_mask(sampling_params)
-    if expression is None:
+    asked = asked_mask(sampling_params)
+    if asked is None:
         return None
-    library = mask_library(vllm_config)
-    if library is None:
+    what = f"{MASK_ARGUMENT}={asked.expression!r}"
+    config = mask_config(vllm_config)
+    if config is None:
         reason = f"{DISABLE_VARIABLE} is set" if masks_disabled() else f"start it with {MASKS_VARIABLE}=DIRECTORY"
-        raise MaskError(f"{MASK_ARGUMENT}={expression!r}: this engine serves no masks ({reason})")
-    resolved = library.resolve(expression)
+        raise MaskError(f"{what}: this engine serves no masks ({reason})")
+    library = config.library()
+    # Content that was replaced a moment ago is admitted by its digest: the request may have been on its way.
+    resolved = library.resolve(asked.expression, asked.positions, retired=True)
+    others = {key: value for key, value in sampling_params.extra_args.items() if key not in _ARGUMENTS}
     if resolved is None:
-        sampling_params.extra_args = {k: v for k, v in sampling_params.extra_args.items() if k != MASK_ARGUMENT}
+        sampling_params.extra_args = others
         return None
     if resumable:
-        raise MaskError(f"{MASK_ARGUMENT}={expression!r}: streaming-input sessions cannot be masked")
-    sampling_params.extra_args = {**sampling_params.extra_args, MASK_ARGUMENT: resolved.wire}
+        raise MaskError(f"{what}: streaming-input sessions cannot be masked")
+    if resolved.mask.output is not None and not config.outputs:
+        raise MaskError(f"{what}: scales MLP output dimensions, which this engine was started without")
+    # With a row for every request that can run at once, no request has to be refused for want of one.
+    if config.rows < vllm_config.scheduler_config.max_num_seqs and len(library.distinct_in_use()) > config.rows:
+        raise MaskTableFull(f"{what}: {config.rows} other masks are in use, as many as this engine has rows for")
+    sampling_params.extra_args = {**others, **mask_arguments(resolved)}
     return resolved

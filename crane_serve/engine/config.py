@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,11 @@ from crane_serve.masks import Fingerprint, MaskFileError, MaskLibrary
 CONFIG_KEY = "crane"
 MASKS_VARIABLE = "CRANE_MASKS"
 DEFAULT_METHOD_VARIABLE = "CRANE_DEFAULT_METHOD"
+ROWS_VARIABLE = "CRANE_MASK_ROWS"
+OUTPUTS_VARIABLE = "CRANE_MASK_OUTPUTS"
 DISABLE_VARIABLE = "CRANE_DISABLE"
 DEFAULT_METHOD = "attnlrp"
+DEFAULT_ROWS = 256
 
 
 class MaskConfig(dict[str, Any]):
@@ -22,7 +24,8 @@ class MaskConfig(dict[str, Any]):
 
     Its items change the compiled graph and so become part of vLLM's compile-cache key: without them an artefact that
     was compiled without masks could serve a masked request. Its attributes travel along, but new masks need no new
-    compilation.
+    compilation. A process that receives one installs the plugin or fails: vLLM would only log a plugin that does not
+    load, and run masked requests unmasked.
     """
 
     def __init__(self, rows: int, outputs: bool, model: str, masks: Path, default_method: str, manifest: str) -> None:
@@ -31,10 +34,11 @@ class MaskConfig(dict[str, Any]):
         self.masks = masks
         self.default_method = default_method
         self.manifest = manifest
+        self._library: MaskLibrary | None = None
 
     @property
     def rows(self) -> int:
-        """Rows of the mask table, row 0 (all ones) included."""
+        """How many different masks can be resident; the table has one row more, row 0, which is all ones."""
         return int(self["rows"])
 
     @property
@@ -42,19 +46,52 @@ class MaskConfig(dict[str, Any]):
         """Whether MLP output dimensions can be scaled; the graph multiplies them only if some mask does."""
         return bool(self["outputs"])
 
+    def library(self) -> MaskLibrary:
+        """This process's masks of the engine, read when first asked for.
+
+        Raises MaskFileError if the directory changed since the engine was configured: all processes must agree on it.
+        """
+        if self._library is None:
+            fingerprint = Fingerprint.of(resolve_checkpoint(self.model))
+            library = MaskLibrary.load(self.masks, fingerprint, self.default_method)
+            if library.manifest != self.manifest:
+                raise MaskFileError(f"{self.masks} changed while the engine was starting; start it again")
+            self._library = library
+        return self._library
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.rows, self.outputs, self.model, self.masks, self.default_method, self.manifest)
+        return _arrive, (self.rows, self.outputs, self.model, self.masks, self.default_method, self.manifest)
+
+
+def _arrive(*fields: Any) -> MaskConfig:
+    from crane_serve.engine.plugin import install
+
+    install()
+    return MaskConfig(*fields)
 
 
 def masks_disabled() -> bool:
     """Whether the kill switch CRANE_DISABLE=1 is set."""
-    return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
+    return flag(DISABLE_VARIABLE)
+
+
+def flag(variable: str) -> bool:
+    """Whether an environment variable is set to something other than 0."""
+    return os.environ.get(variable, "") not in ("", "0")
+
+
+def _rows() -> int:
+    value = os.environ.get(ROWS_VARIABLE, str(DEFAULT_ROWS))
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"{ROWS_VARIABLE} is {value!r}, expected the number of masks to keep resident, at least 1")
+    return int(value)
 
 
 def add_mask_config(vllm_config: Any) -> None:
     """Put a MaskConfig into a new VllmConfig if CRANE_MASKS names a directory of masks.
 
-    Raises MaskFileError when the directory does not exist, FingerprintError when the model cannot be identified.
+    Raises MaskFileError when the directory does not exist, FingerprintError when the model cannot be identified,
+    ValueError for an unusable number of rows.
     """
     directory = os.environ.get(MASKS_VARIABLE)
     if not directory or masks_disabled():
@@ -62,10 +99,8 @@ def add_mask_config(vllm_config: Any) -> None:
     default_method = os.environ.get(DEFAULT_METHOD_VARIABLE, DEFAULT_METHOD)
     model, masks = str(vllm_config.model_config.model), Path(directory).resolve()
     library = MaskLibrary.load(masks, Fingerprint.of(resolve_checkpoint(model)), default_method)
-    # As many rows as requests can run at once, plus row 0: a running request always finds a row.
-    rows = int(vllm_config.scheduler_config.max_num_seqs) + 1
-    outputs = any(stored.mask.output is not None for stored in library.masks.values())
-    config = MaskConfig(rows, outputs, model, masks, default_method, library.manifest)
+    outputs = flag(OUTPUTS_VARIABLE) or any(stored.mask.output is not None for stored in library.masks.values())
+    config = MaskConfig(_rows(), outputs, model, masks, default_method, library.manifest)
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config}
 
 
@@ -79,19 +114,6 @@ def mask_config(vllm_config: Any) -> MaskConfig | None:
 
 
 def mask_library(vllm_config: Any) -> MaskLibrary | None:
-    """The masks of an engine, or None for an engine without masks; read once per process.
-
-    Raises MaskFileError if the directory changed since the engine was configured: all processes must agree on it.
-    """
+    """This process's masks of an engine, or None for an engine without masks. Raises like `MaskConfig.library`."""
     config = mask_config(vllm_config)
-    if config is None:
-        return None
-    return _load(config.model, config.masks, config.default_method, config.manifest)
-
-
-@lru_cache(maxsize=8)
-def _load(model: str, masks: Path, default_method: str, manifest: str) -> MaskLibrary:
-    library = MaskLibrary.load(masks, Fingerprint.of(resolve_checkpoint(model)), default_method)
-    if library.manifest != manifest:
-        raise MaskFileError(f"{masks} changed while the engine was starting; start it again")
-    return library
+    return None if config is None else config.library()

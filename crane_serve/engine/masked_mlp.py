@@ -91,12 +91,14 @@ def install_masks(
 
     Structure decides, not class names: an MLP is a module of a decoder layer that has the parts of a known kind. Raises
     UnsupportedModel unless there is exactly one per layer, of the size that `intermediate_sizes` says, and each is
-    shown to obey its mask. `outputs`: whether masks may also scale the MLP's output dimensions.
+    shown to obey its mask. Layers keep their global index; those of other pipeline ranks are left out. `outputs`:
+    whether masks may also scale the MLP's output dimensions.
     """
-    mlps = _find_mlps(model)
-    if sorted(mlps) != list(range(len(intermediate_sizes))):
+    mlps, elsewhere = _find_mlps(model), _layers_of_other_ranks(model)
+    owned = [layer for layer in range(len(intermediate_sizes)) if layer not in elsewhere]
+    if sorted(mlps) != owned or not owned:
         raise UnsupportedModel(
-            f"found maskable MLPs in layers {sorted(mlps)}, expected one in each of {len(intermediate_sizes)} layers; "
+            f"found maskable MLPs in layers {sorted(mlps)}, expected one in each of {_listed(owned)}; "
             f"an MLP has {' or '.join(f'{kind.activation} and {kind.projection}' for kind in _KINDS)}"
         )
     reference = next(model.parameters())
@@ -123,6 +125,18 @@ def install_masks(
             output_tables[layer] = new_table(rows, hidden_size, like=reference)
             setattr(mlp.module, parts.projection, MaskedOutput(projection, output_tables[layer], slots))
     return MaskTable(tables, offsets, output_tables), slots
+
+
+def _listed(layers: list[int]) -> str:
+    contiguous = layers and layers == list(range(layers[0], layers[-1] + 1))
+    return f"layers {layers[0]} to {layers[-1]}" if contiguous else f"layers {layers}"
+
+
+def _layers_of_other_ranks(model: nn.Module) -> set[int]:
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    places = ((_LAYER.search(name), module) for name, module in model.named_modules())
+    return {int(place.group(1)) for place, module in places if place and isinstance(module, PPMissingLayer)}
 
 
 def _find_mlps(model: nn.Module) -> dict[int, _Mlp]:

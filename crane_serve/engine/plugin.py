@@ -5,8 +5,11 @@ What is wrapped, each once per process:
 - InputProcessor.process_inputs (front end): admission, so that a bad mask is the caller's error;
 - to_beam_search_params of vLLM's own HTTP requests (front end): beam search would drop the mask, so it is refused;
 - EngineCore.preprocess_add_request (engine core): admission again, and the prefix-cache salt;
+- generate_block_hash_extra_keys (engine core): the salt of blocks with generated tokens, if only some are masked;
+- EngineCore.add_request (engine core): content of masks that are gone is forgotten when no longer needed;
 - WorkerWrapperBase.init_device (worker): gives the model runner its masks, through MaskedRunner (V1)
   or MaskedModelState (V2).
+Added to EngineCore and WorkerWrapperBase: the methods of `changes`.
 """
 
 import functools
@@ -14,13 +17,15 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from crane_serve.engine.admission import MASK_ARGUMENT, admit
+from crane_serve.engine import changes
+from crane_serve.engine.admission import MASK_ARGUMENT, admit, asked_mask
 from crane_serve.engine.config import MASKS_VARIABLE, add_mask_config, mask_config, masks_disabled
-from crane_serve.engine.prefix_cache import salted
+from crane_serve.engine.prefix_cache import check_salt, generated_salt, salted, with_generated_salt
 from crane_serve.engine.support import UnsupportedEngine, check_engine, check_version
 from crane_serve.masks import MaskError
 
 _MARK = "_crane_wrapped"
+_LEASE = "_crane_mask"
 
 
 def register() -> None:
@@ -34,9 +39,21 @@ def register() -> None:
         if os.environ.get(MASKS_VARIABLE) and not masks_disabled():
             raise
         init_logger("vllm.crane").warning("crane plugin not installed: %s", error)
+        _refuse_masks()
         return
+    install()
 
+
+def install() -> None:
+    """Wrap what masks need in this process; once is enough, and more does no harm.
+
+    Raises UnsupportedEngine on an untested vLLM version.
+    """
+    import vllm
+
+    check_version(vllm.__version__)
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.core import kv_cache_utils
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.worker_base import WorkerWrapperBase
@@ -45,20 +62,44 @@ def register() -> None:
     _wrap(InputProcessor, "__init__", _init_front_end)
     _wrap(InputProcessor, "process_inputs", _process_inputs)
     _wrap(EngineCore, "preprocess_add_request", _preprocess_add_request)
+    _wrap(EngineCore, "add_request", _add_request)
+    _wrap(kv_cache_utils, "generate_block_hash_extra_keys", _block_keys)
     _wrap(WorkerWrapperBase, "init_device", _init_device)
+    setattr(EngineCore, changes.CHANGE_METHOD, changes.change_in_core)
+    setattr(EngineCore, changes.FORGET_METHOD, changes.forget_in_core)
+    setattr(WorkerWrapperBase, changes.CHANGE_METHOD, changes.change_in_worker)
+    setattr(WorkerWrapperBase, changes.FORGET_METHOD, changes.forget_in_worker)
 
 
-def _wrap(owner: type, method: str, wrapper: Callable[..., Any]) -> None:
-    original = getattr(owner, method)
+def _refuse_masks() -> None:
+    """On a vLLM that the plugin is not installed in: refuse requests for masks, if requests pass where they used to."""
+    try:
+        from vllm.v1.engine.input_processor import InputProcessor
+
+        _wrap(InputProcessor, "process_inputs", _refuse_masked_inputs)
+    except (ImportError, AttributeError):
+        return
+
+
+def _refuse_masked_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    request = original(self, *args, **kwargs)
+    if asked_mask(getattr(request, "sampling_params", None)) is not None:
+        raise ValueError(f"{MASK_ARGUMENT}: the crane plugin is not installed in this untested vLLM version")
+    return request
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replace a method of a class, or a function of a module, by `wrapper(original, *its arguments)`."""
+    original = getattr(owner, name)
     if getattr(original, _MARK, False):
         return
 
     @functools.wraps(original)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, self, *args, **kwargs)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
 
     setattr(wrapped, _MARK, True)
-    setattr(owner, method, wrapped)
+    setattr(owner, name, wrapped)
 
 
 def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +133,7 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
 
     try:
         admit(self.vllm_config, request.sampling_params, resumable=request.resumable)
-        salted(None, request.cache_salt)
+        check_salt(request.cache_salt)
     except MaskError as error:
         raise VLLMValidationError(str(error), parameter=MASK_ARGUMENT) from error
     return request
@@ -101,8 +142,23 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
 def _preprocess_add_request(original: Callable[..., Any], self: Any, request: Any) -> Any:
     # An error here is sent to the client as a failed request (EngineCoreProc) or raised to the caller (in-process).
     resolved = admit(self.vllm_config, request.sampling_params, resumable=request.resumable)
-    request.cache_salt = salted(None if resolved is None else resolved.mask.digest, request.cache_salt)
-    return original(self, request)
+    request.cache_salt = salted(resolved, request.cache_salt)
+    admitted = original(self, request)
+    # As long as vLLM keeps the request, its mask is in use.
+    setattr(admitted[0], _LEASE, resolved)
+    return admitted
+
+
+def _add_request(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    changes.forget_pending(self)
+    return original(self, *args, **kwargs)
+
+
+def _block_keys(original: Callable[..., Any], request: Any, start: int, end: int, *args: Any) -> Any:
+    keys, *rest = original(request, start, end, *args)
+    # The prompt's blocks are hashed while the request is being made, before it has its mask; they need no second salt.
+    salt = generated_salt(getattr(request, _LEASE, None), request.num_prompt_tokens, end)
+    return with_generated_salt(keys, salt), *rest
 
 
 def _init_device(original: Callable[..., Any], self: Any) -> Any:

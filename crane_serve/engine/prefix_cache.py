@@ -1,20 +1,46 @@
-"""The prefix-cache salt: KV blocks computed under one mask must never serve a request with another."""
+"""The identity of KV blocks: what was computed under one mask must never serve a request with another."""
 
 import hashlib
+from typing import Any
 
-from crane_serve.masks import MaskError
+from crane_serve.masks import MaskError, Positions, ResolvedMask
 
 _PREFIX = "crane-mask-"
 
 
-def salted(digest: str | None, client_salt: str | None) -> str | None:
-    """The cache salt of a request under the mask with content `digest` (None: unmasked).
-
-    Unmasked requests keep the client's salt, so they share blocks as they would without masks. Raises MaskError for a
-    client salt of the form used here, which could otherwise reach blocks computed under a mask.
-    """
+def check_salt(client_salt: str | None) -> None:
+    """Raise MaskError for a client's salt of the form used here, which could reach blocks computed under a mask."""
     if client_salt is not None and client_salt.startswith(_PREFIX):
         raise MaskError(f"cache_salt must not begin with {_PREFIX!r}")
-    if digest is None:
+
+
+def salted(mask: ResolvedMask | None, client_salt: str | None) -> str | None:
+    """The cache salt of a request, which identifies its KV blocks from the first on.
+
+    A prompt that is computed unmasked keeps the client's salt, and shares blocks as it would without masks. Raises
+    MaskError like `check_salt`.
+    """
+    check_salt(client_salt)
+    if mask is None or mask.positions is Positions.GENERATED:
         return client_salt
-    return _PREFIX + hashlib.sha256(f"{digest}|{client_salt or ''}".encode()).hexdigest()
+    return _PREFIX + _hash(mask.mask.digest, client_salt or "")
+
+
+def generated_salt(mask: ResolvedMask | None, prompt_tokens: int, end: int) -> str | None:
+    """A second salt, for a block that ends before token `end`; None if the first says all about it.
+
+    Where prompt and generated tokens are treated differently, the same tokens have other KV depending on where the
+    prompt ended.
+    """
+    if mask is None or mask.positions is Positions.ALL or end <= prompt_tokens:
+        return None
+    return _PREFIX + _hash(mask.mask.digest, mask.positions.value, str(prompt_tokens))
+
+
+def with_generated_salt(keys: tuple[Any, ...] | None, salt: str | None) -> tuple[Any, ...] | None:
+    """vLLM's extra keys of a KV block, extended in the form that vLLM gives to cache salts."""
+    return keys if salt is None else (*(keys or ()), ("cache_salt", salt))
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()

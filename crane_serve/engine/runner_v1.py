@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from crane_serve.engine.admission import requested_mask
+from crane_serve.engine.admission import Asked, asked_mask
 from crane_serve.engine.batch import BatchMasks
 
 
@@ -30,9 +30,11 @@ class MaskedRunner:
         prepared = self._prepare_inputs(scheduler_output, num_scheduled_tokens, *args)
         # Only now is the order of the batch final: _update_states and _prepare_inputs may change it.
         assert self._masks is not None
-        requests = self._runner.requests
-        parameters = [requests[request_id].sampling_params for request_id in self._runner.input_batch.req_ids]
-        self._masks.fill([requested_mask(params) for params in parameters], num_scheduled_tokens)
+        batch, requests = self._runner.input_batch, self._runner.requests
+        asked = [_asked(requests[request_id]) for request_id in batch.req_ids]
+        count = len(asked)
+        computed, prompts = batch.num_computed_tokens_cpu[:count], batch.num_prompt_tokens[:count]
+        self._masks.fill(asked, num_scheduled_tokens, computed, prompts)
         if self._masks.slots.device.type == "cpu":
             _spare_seeds(self._runner)
         return prepared
@@ -41,6 +43,15 @@ class MaskedRunner:
         if self._masks is not None:
             self._masks.clear()
         return self._dummy_run(*args, **kwargs)
+
+
+def _asked(state: Any) -> Asked | None:
+    """What vLLM's state of a request says about its mask; read once, for it is asked for in every step."""
+    try:
+        return state.crane_asked  # type: ignore[no-any-return]
+    except AttributeError:
+        state.crane_asked = asked_mask(state.sampling_params)
+        return state.crane_asked  # type: ignore[no-any-return]
 
 
 def _spare_seeds(runner: Any) -> None:

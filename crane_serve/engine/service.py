@@ -1,5 +1,6 @@
 """EngineService: vLLM's asynchronous engine as the HTTP layer sees it: tokens in, tokens and log-probabilities out."""
 
+import asyncio
 import math
 import os
 import uuid
@@ -10,15 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crane_serve.engine.admission import MASK_ARGUMENT
+from crane_serve.engine.admission import mask_arguments
+from crane_serve.engine.changes import CHANGE_METHOD, FORGET_METHOD
 from crane_serve.engine.config import (
     DEFAULT_METHOD_VARIABLE,
     DISABLE_VARIABLE,
     MASKS_VARIABLE,
+    ROWS_VARIABLE,
+    MaskConfig,
     mask_config,
-    mask_library,
 )
-from crane_serve.masks import MaskLibrary, ResolvedMask
+from crane_serve.engine.self_check import check_masks
+from crane_serve.masks import (
+    MaskError,
+    MaskFileError,
+    MaskLibrary,
+    ResolvedMask,
+    StoredMask,
+    UnknownMask,
+    encode_mask,
+)
 
 _CPU_KV_CACHE_GIB = "2"
 
@@ -86,13 +98,15 @@ class EngineConfig:
     disable_log_stats: bool
 
 
-def configure_engine(model: Path, masks: Path, default_method: str, flags: Sequence[str]) -> EngineConfig:
-    """Check everything that can be checked before processes start. `flags` are vLLM's own engine flags.
+def configure_engine(model: Path, masks: Path, default_method: str, rows: int, flags: Sequence[str]) -> EngineConfig:
+    """Check everything that can be checked before processes start.
 
+    rows: how many different masks can be resident; flags: vLLM's own engine flags.
     Raises ValueError (MaskFileError, FingerprintError, UnsupportedEngine, ...) naming what is wrong.
     """
     os.environ[MASKS_VARIABLE] = str(masks)
     os.environ[DEFAULT_METHOD_VARIABLE] = default_method
+    os.environ[ROWS_VARIABLE] = str(rows)
     # Without a limit vLLM takes most of a CPU host's memory for its KV cache.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -113,23 +127,41 @@ def configure_engine(model: Path, masks: Path, default_method: str, flags: Seque
 
 
 class EngineService:
-    """One vLLM engine with masks. Made by `start`; then any number of concurrent `generate` and `score`; `stop`."""
+    """One vLLM engine with masks.
 
-    def __init__(self, engine: Any, library: MaskLibrary, model_name: str) -> None:
+    Made by `start`; then any number of concurrent `generate`, `score`, `put_mask` and `remove_mask`; `stop`.
+    """
+
+    def __init__(self, engine: Any, config: MaskConfig, model_name: str) -> None:
         self._engine = engine
-        self.library = library
+        self._config = config
+        self.library: MaskLibrary = config.library()
         self.model_name = model_name
         self.tokenizer = engine.get_tokenizer()
+        self._changing = asyncio.Lock()
+        self._forgetting: asyncio.Task[None] | None = None
 
     @classmethod
-    def start(cls, config: EngineConfig, name: str) -> "EngineService":
-        """Start the engine's processes. Must be called in the event loop that will serve."""
+    async def start(cls, config: EngineConfig, name: str) -> "EngineService":
+        """Start the engine's processes, and see that masks take effect in every layer of every rank.
+
+        Must be called in the event loop that will serve. Raises SelfCheckFailed if they do not.
+        """
         from vllm.v1.engine.async_llm import AsyncLLM
 
         engine = AsyncLLM.from_vllm_config(config.vllm_config, disable_log_stats=config.disable_log_stats)
-        library = mask_library(config.vllm_config)
-        assert library is not None, "configure_engine returns no configuration without masks"
-        return cls(engine, library, name)
+        # The configuration that admission reads; its library is the one that requests are resolved in.
+        masks = mask_config(engine.input_processor.vllm_config)
+        assert masks is not None, "configure_engine returns no configuration without masks"
+        service = cls(engine, masks, name)
+        loop = asyncio.get_running_loop()
+        service.library.on_unused = lambda: loop.call_soon_threadsafe(service._forget_soon)
+        try:
+            await check_masks(service)
+        except BaseException:
+            service.stop()
+            raise
+        return service
 
     def stop(self) -> None:
         """End the engine's processes."""
@@ -144,12 +176,66 @@ class EngineService:
         """Longest sequence, prompt and completion together, in tokens."""
         return int(self._engine.model_config.max_model_len)
 
+    @property
+    def data_parallel_ranks(self) -> int:
+        """How many engines share the requests."""
+        return int(self._engine.vllm_config.parallel_config.data_parallel_size)
+
+    async def put_mask(self, stored: StoredMask) -> None:
+        """Add a mask while serving, or replace the one of its name; requests that use the old one finish with it.
+
+        Returns when every process has it. Raises FingerprintError for another model's mask, MaskFileError for one that
+        this engine cannot run, EngineDead.
+        """
+        self.library.fingerprint.require(stored.info.fingerprint, f"mask {stored.name!r}")
+        if stored.mask.output is not None and not self._config.outputs:
+            raise MaskFileError(
+                f"mask {stored.name!r} scales MLP output dimensions, which this engine was started without"
+            )
+        content = encode_mask(stored.name, stored.mask, stored.info)
+        async with self._changing:
+            await self._tell_cores(CHANGE_METHOD, stored.name, content)
+            self.library.put(stored)
+        await self._forget_unused()
+
+    async def remove_mask(self, name: str) -> None:
+        """Remove the mask of exactly this name while serving; requests that use it finish with it.
+
+        Raises UnknownMask, EngineDead.
+        """
+        if name not in self.library.masks:
+            raise UnknownMask(f"unknown mask {name!r}; this server has {', '.join(self.library.masks) or 'no masks'}")
+        async with self._changing:
+            self.library.discard(name)
+            await self._tell_cores(CHANGE_METHOD, name, None)
+        await self._forget_unused()
+
+    def _forget_soon(self) -> None:
+        if self._forgetting is None or self._forgetting.done():
+            self._forgetting = asyncio.get_running_loop().create_task(self._forget_unused())
+
+    async def _forget_unused(self) -> None:
+        async with self._changing:
+            while digests := self.library.forget(self.library.retired):
+                if self.is_dead:
+                    return
+                await self._tell_cores(FORGET_METHOD, digests)
+
+    async def _tell_cores(self, method: str, *arguments: Any) -> None:
+        """Call a method of `changes` in every engine core."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            await self._engine.engine_core.call_utility_async(method, *arguments)
+        except EngineDeadError as error:
+            raise EngineDead("the engine has died") from error
+
     async def generate(
         self, prompt_ids: list[int], sampling: Sampling, mask: ResolvedMask | None, *, stream: bool
     ) -> AsyncGenerator[Step]:
         """Continue a prompt; with `stream` in steps as they come, otherwise as one step.
 
-        Raises RejectedRequest or EngineDead. Closing the iterator aborts the request.
+        Raises RejectedRequest, MaskError or EngineDead. Closing the iterator aborts the request.
         """
         from vllm.sampling_params import RequestOutputKind
 
@@ -171,13 +257,16 @@ class EngineService:
                     logprobs = tuple(_sampled_token(token_id, candidates, sampling) for token_id, candidates in pairs)
                 yield Step(output.text, len(output.token_ids), output.finish_reason, logprobs)
 
-    async def score(self, token_ids: list[int], mask: ResolvedMask | None) -> PromptLogprobs:
+    async def score(
+        self, token_ids: list[int], mask: ResolvedMask | None, *, data_parallel_rank: int | None = None
+    ) -> PromptLogprobs:
         """Log-probability of each of `token_ids` [n] after the first given those before it: [n - 1].
 
-        Raises RejectedRequest or EngineDead.
+        data_parallel_rank: the engine to run it, if not the one with the least to do. Raises RejectedRequest,
+        MaskError or EngineDead.
         """
         parameters = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
-        results = [result async for result in self._run(token_ids, parameters, mask)]
+        results = [result async for result in self._run(token_ids, parameters, mask, data_parallel_rank)]
         per_token = next((result.prompt_logprobs for result in reversed(results) if result.prompt_logprobs), None)
         if per_token is None:
             raise RejectedRequest("the engine returned no prompt log-probabilities")
@@ -187,7 +276,11 @@ class EngineService:
         return PromptLogprobs(tuple(row.logprob for row in rows), tuple(row.rank == 1 for row in rows))
 
     async def _run(
-        self, token_ids: list[int], parameters: dict[str, Any], mask: ResolvedMask | None
+        self,
+        token_ids: list[int],
+        parameters: dict[str, Any],
+        mask: ResolvedMask | None,
+        data_parallel_rank: int | None = None,
     ) -> AsyncGenerator[Any]:
         from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
@@ -196,10 +289,12 @@ class EngineService:
 
         if self.is_dead:
             raise EngineDead("the engine has died")
-        extra_args = None if mask is None else {MASK_ARGUMENT: mask.wire}
+        extra_args = None if mask is None else mask_arguments(mask)
         try:
             sampling_params = SamplingParams(**parameters, extra_args=extra_args)
-            run = self._engine.generate(tokens_input(token_ids), sampling_params, uuid.uuid4().hex)
+            run = self._engine.generate(
+                tokens_input(token_ids), sampling_params, uuid.uuid4().hex, data_parallel_rank=data_parallel_rank
+            )
             async with aclosing(run) as results:
                 async for result in results:
                     if result.outputs and result.outputs[0].finish_reason == "error":
@@ -212,6 +307,8 @@ class EngineService:
                 raise EngineDead("the engine has died") from error
             raise RejectedRequest(str(error.__cause__ or error)) from error
         except (VLLMClientError, ValueError) as error:
+            if isinstance(error.__cause__, MaskError):
+                raise error.__cause__ from error
             raise RejectedRequest(str(error)) from error
 
 

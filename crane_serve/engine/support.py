@@ -1,7 +1,8 @@
 """What cannot be masked exactly is refused at start-up, with the reason."""
 
-import os
 from typing import Any
+
+from crane_serve.engine.config import flag
 
 TESTED_VERSIONS = ("0.32.0",)
 AVOID_V2 = "VLLM_USE_V2_MODEL_RUNNER=0"
@@ -13,7 +14,7 @@ class UnsupportedEngine(ValueError):
 
 
 def _untested_allowed() -> bool:
-    return os.environ.get(ALLOW_UNTESTED_VARIABLE, "") not in ("", "0")
+    return flag(ALLOW_UNTESTED_VARIABLE)
 
 
 def check_version(version: str) -> None:
@@ -30,7 +31,6 @@ def check_engine(vllm_config: Any) -> None:
     """Raise UnsupportedEngine naming the first feature of a configured engine that masks cannot be exact under."""
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     refused = {
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "microbatching (--enable-dbo)": getattr(parallel, "use_ubatching", False),
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "kv_sharing_fast_prefill": getattr(cache, "kv_sharing_fast_prefill", False),

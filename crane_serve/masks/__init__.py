@@ -1,9 +1,18 @@
 """Neuron masks: what they say, how they are stored, which model they belong to. Imports no vLLM."""
 
-from crane_serve.masks.files import MaskFileError, MaskInfo, StoredMask, read_mask, write_mask
+from crane_serve.masks.files import (
+    MaskFileError,
+    MaskInfo,
+    StoredMask,
+    decode_mask,
+    encode_mask,
+    read_mask,
+    write_mask,
+)
 from crane_serve.masks.fingerprint import Fingerprint, FingerprintError
-from crane_serve.masks.library import InvalidMask, MaskError, MaskLibrary, ResolvedMask, UnknownMask
+from crane_serve.masks.library import InvalidMask, MaskError, MaskLibrary, MaskTableFull, ResolvedMask, UnknownMask
 from crane_serve.masks.mask import NeuronMask
+from crane_serve.masks.positions import Positions
 
 __all__ = [
     "Fingerprint",
@@ -13,10 +22,14 @@ __all__ = [
     "MaskFileError",
     "MaskInfo",
     "MaskLibrary",
+    "MaskTableFull",
     "NeuronMask",
+    "Positions",
     "ResolvedMask",
     "StoredMask",
     "UnknownMask",
+    "decode_mask",
+    "encode_mask",
     "read_mask",
     "write_mask",
 ]

@@ -1,13 +1,14 @@
 """Mask files: one safetensors file per mask, with JSON metadata that is checked against the tensors."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 import crane_serve
 from crane_serve.atomic import write_atomically
@@ -65,21 +66,26 @@ def check_name(name: str) -> str:
     return name
 
 
-def write_mask(directory: Path, name: str, mask: NeuronMask, info: MaskInfo) -> Path:
-    """Write `{name}.safetensors` atomically into `directory` (made if missing) and return its path.
-
-    Raises MaskFileError, before anything is written, for a bad name or a mask of other sizes than its fingerprint's.
-    """
-    path = directory / f"{check_name(name)}{SUFFIX}"
+def encode_mask(name: str, mask: NeuronMask, info: MaskInfo) -> bytes:
+    """The content of a mask file. Raises MaskFileError for a bad name, or other sizes than the fingerprint says."""
+    check_name(name)
     if mask.intermediate_sizes != info.fingerprint.intermediate_sizes:
-        raise MaskFileError(f"{path}: the mask's intermediate sizes differ from those of the model it was made for")
-    _check_output(path, mask, info.fingerprint)
+        raise MaskFileError(f"mask {name!r}: its intermediate sizes differ from those of the model it was made for")
+    _check_output(f"mask {name!r}", mask, info.fingerprint)
     metadata = _Metadata(**dict(info), format_version=FORMAT_VERSION, digest=mask.digest, neurons=mask.neuron_sets())
     tensors = {"intermediate": mask.intermediate}
     if mask.output is not None:
         tensors["output"] = mask.output
-    content = save(tensors, metadata={_METADATA_KEY: metadata.model_dump_json()})
-    write_atomically(path, content)
+    return save(tensors, metadata={_METADATA_KEY: metadata.model_dump_json()})
+
+
+def write_mask(directory: Path, name: str, mask: NeuronMask, info: MaskInfo) -> Path:
+    """Write `{name}.safetensors` atomically into `directory` (made if missing) and return its path.
+
+    Raises MaskFileError, before anything is written, for what `encode_mask` refuses.
+    """
+    path = directory / f"{check_name(name)}{SUFFIX}"
+    write_atomically(path, encode_mask(name, mask, info))
     return path
 
 
@@ -87,40 +93,58 @@ def read_mask(path: Path) -> StoredMask:
     """Read and verify a mask file. Raises MaskFileError for anything that is not a whole, consistent mask."""
     name = check_name(path.stem)
     try:
-        with safe_open(path, framework="pt") as file:
-            raw = (file.metadata() or {}).get(_METADATA_KEY)
-            if raw is None:
-                raise MaskFileError(f"{path}: no {_METADATA_KEY!r} metadata; this is not a mask file")
-            metadata = _Metadata.model_validate_json(raw)
-            if metadata.format_version != FORMAT_VERSION:
-                raise MaskFileError(
-                    f"{path}: format version {metadata.format_version}, this program reads {FORMAT_VERSION}"
-                )
-            names = set(file.keys())
-            if "intermediate" not in names or names - {"intermediate", "output"}:
-                raise MaskFileError(f"{path}: tensors {sorted(names)}, expected 'intermediate' and maybe 'output'")
-            mask = NeuronMask(
-                intermediate=file.get_tensor("intermediate"),
-                intermediate_sizes=metadata.fingerprint.intermediate_sizes,
-                output=file.get_tensor("output") if "output" in names else None,
+        content = path.read_bytes()
+    except OSError as error:
+        raise MaskFileError(f"{path}: not a readable mask file: {error}") from error
+    return decode_mask(name, content, source=str(path))
+
+
+def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
+    """Verify the content of a mask file. `source` names it in errors.
+
+    Raises MaskFileError for anything that is not a whole, consistent mask.
+    """
+    check_name(name)
+    try:
+        tensors = load(content)  # checks the header, too
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        raw = header.get("__metadata__", {}).get(_METADATA_KEY)
+        if raw is None:
+            raise MaskFileError(f"{source}: no {_METADATA_KEY!r} metadata; this is not a mask file")
+        metadata = _Metadata.model_validate_json(raw)
+        if metadata.format_version != FORMAT_VERSION:
+            raise MaskFileError(
+                f"{source}: format version {metadata.format_version}, this program reads {FORMAT_VERSION}"
             )
+        names = set(tensors)
+        if "intermediate" not in names or names - {"intermediate", "output"}:
+            raise MaskFileError(f"{source}: tensors {sorted(names)}, expected 'intermediate' and maybe 'output'")
+        mask = NeuronMask(
+            intermediate=tensors["intermediate"],
+            intermediate_sizes=metadata.fingerprint.intermediate_sizes,
+            output=tensors.get("output"),
+        )
     except MaskFileError:
         raise
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        raise MaskFileError(f"{path}: metadata field {where!r}: {problem['msg']}") from error
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:  # RuntimeError: formats without arithmetic
-        raise MaskFileError(f"{path}: not a readable mask file: {error}") from error
-    _check_output(path, mask, metadata.fingerprint)
+        raise MaskFileError(f"{source}: metadata field {where!r}: {problem['msg']}") from error
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # RuntimeError, KeyError: unknown formats
+        raise MaskFileError(f"{source}: not a readable mask file: {error}") from error
+    _check_output(source, mask, metadata.fingerprint)
     if mask.digest != metadata.digest:
-        raise MaskFileError(f"{path}: content digest is {mask.digest[:16]}..., metadata says {metadata.digest[:16]}...")
+        raise MaskFileError(
+            f"{source}: content digest is {mask.digest[:16]}..., metadata says {metadata.digest[:16]}..."
+        )
     if mask.neuron_sets() != metadata.neurons:
-        raise MaskFileError(f"{path}: the neuron sets in the metadata differ from those in the tensor")
+        raise MaskFileError(f"{source}: the neuron sets in the metadata differ from those in the tensor")
     info = MaskInfo(**{field: getattr(metadata, field) for field in MaskInfo.model_fields})
     return StoredMask(name, mask, info)
 
 
-def _check_output(path: Path, mask: NeuronMask, fingerprint: Fingerprint) -> None:
+def _check_output(source: str, mask: NeuronMask, fingerprint: Fingerprint) -> None:
     if mask.output is not None and mask.output.shape[1] != fingerprint.hidden_size:
-        raise MaskFileError(f"{path}: 'output' has {mask.output.shape[1]} columns, expected {fingerprint.hidden_size}")
+        raise MaskFileError(
+            f"{source}: 'output' has {mask.output.shape[1]} columns, expected {fingerprint.hidden_size}"
+        )

@@ -2,18 +2,22 @@
 
 import hashlib
 import math
-from collections import OrderedDict
-from collections.abc import Mapping
+import threading
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from crane_serve.masks.files import SUFFIX, MaskFileError, StoredMask, read_mask
 from crane_serve.masks.fingerprint import Fingerprint, FingerprintError
 from crane_serve.masks.mask import NeuronMask
+from crane_serve.masks.positions import Positions
 
 UNMASKED = "none"
 _MAX_UNION = 16
 _CACHED = 256
+_MEMO = 4096
 MAX_FACTOR = 100.0
 
 
@@ -29,22 +33,31 @@ class InvalidMask(MaskError):
     """The mask's file exists but is corrupt or belongs to another model."""
 
 
+class MaskTableFull(MaskError):
+    """As many different masks are in use as the engine has rows for; it will pass."""
+
+
 @dataclass(frozen=True)
 class ResolvedMask:
     """What a request's mask expression means.
 
     name: canonical names joined with commas; wire: the same by content digest, which is what travels to the engine.
+    positions: which of the request's tokens are masked.
+    While this object lives, the library keeps the content that it refers to, even if the mask is replaced or removed.
     """
 
     name: str
     wire: str
     mask: NeuronMask
+    positions: Positions = Positions.ALL
 
 
 class MaskLibrary:
     """The masks of one directory for one model.
 
-    Files that cannot be used stay listed with the reason, so that asking for one is an error that says why.
+    Files that cannot be used stay listed with the reason, so that asking for one is an error that says why. Masks may
+    come and go while the library is in use, also from other threads: a mask that was replaced or removed is retired,
+    which means that its content stays until nobody needs it.
     """
 
     def __init__(
@@ -58,8 +71,14 @@ class MaskLibrary:
         self.masks = dict(sorted(masks.items()))
         self.invalid = dict(sorted((invalid or {}).items()))
         self.default_method = default_method
-        self._by_digest = {stored.mask.digest: stored for stored in self.masks.values()}
+        self.on_unused: Callable[[], object] | None = None  # called when retired content has lost its last user
+        self._by_digest = {stored.mask.digest: stored for stored in self.masks.values()}  # retired ones too
+        self._retired: frozenset[str] = frozenset()
         self._composed: OrderedDict[str, NeuronMask] = OrderedDict()
+        self._memo: dict[str, NeuronMask] = {}
+        self._lock = threading.RLock()  # re-entrant: a garbage collection under the lock may end a lease
+        self._held: Counter[str] = Counter()  # by digest of a stored mask: living ResolvedMasks that refer to it
+        self._rows: Counter[str] = Counter()  # by digest of what a request runs with: living ResolvedMasks
 
     @classmethod
     def load(cls, directory: Path, fingerprint: Fingerprint, default_method: str | None = None) -> "MaskLibrary":
@@ -77,18 +96,85 @@ class MaskLibrary:
                 invalid[path.stem] = str(error)
         return cls(fingerprint, masks, invalid, default_method)
 
+    def __contains__(self, digest: str) -> bool:
+        """Whether the content with this digest is here, live or retired."""
+        return digest in self._by_digest
+
     @property
     def manifest(self) -> str:
         """Digest of all names and contents: processes that agree on it hold the same masks."""
         listing = "\n".join(f"{name} {stored.mask.digest}" for name, stored in self.masks.items())
         return hashlib.sha256(listing.encode()).hexdigest()
 
-    def get(self, name: str) -> StoredMask:
+    def put(self, stored: StoredMask) -> None:
+        """Add a mask, or replace the one of its name, which is retired. Raises FingerprintError for another model's."""
+        self.fingerprint.require(stored.info.fingerprint, f"mask {stored.name!r}")
+        with self._lock:
+            self.invalid = {name: reason for name, reason in self.invalid.items() if name != stored.name}
+            self._set_masks({**self.masks, stored.name: stored})
+
+    def discard(self, name: str) -> None:
+        """Retire the mask of exactly this name, if there is one."""
+        with self._lock:
+            self._set_masks({known: stored for known, stored in self.masks.items() if known != name})
+
+    def _set_masks(self, masks: Mapping[str, StoredMask]) -> None:
+        self.masks = dict(sorted(masks.items()))
+        live = {stored.mask.digest: stored for stored in self.masks.values()}
+        self._by_digest |= live
+        self._retired = frozenset(self._by_digest) - frozenset(live)
+
+    @property
+    def retired(self) -> frozenset[str]:
+        """Digests of content that no name means any more."""
+        return self._retired
+
+    def forget(self, digests: Iterable[str]) -> list[str]:
+        """Drop those of the retired `digests` that no living ResolvedMask refers to; return them."""
+        with self._lock:
+            dropped = [digest for digest in digests if digest in self._retired and digest not in self._held]
+            for digest in dropped:
+                del self._by_digest[digest]
+            if dropped:
+                self._retired -= frozenset(dropped)
+                self._memo.clear()
+                for wire in [wire for wire in self._composed if any(digest in wire for digest in dropped)]:
+                    del self._composed[wire]
+            return dropped
+
+    def distinct_in_use(self) -> set[str]:
+        """Digests of what living ResolvedMasks stand for: the rows that the requests in flight need."""
+        with self._lock:
+            return set(self._rows)
+
+    def mask_of(self, wire: str) -> NeuronMask:
+        """The scales that a wire means; what `resolve` says, without a lease and fast when asked again.
+
+        Raises MaskError.
+        """
+        mask = self._memo.get(wire)
+        if mask is None:
+            resolved = self.resolve(wire, retired=True)
+            if resolved is None:
+                raise MaskError(f"{wire!r} stands for no mask")
+            mask = resolved.mask
+            with self._lock:
+                if len(self._memo) >= _MEMO:
+                    self._memo.clear()
+                self._memo[wire] = mask
+        return mask
+
+    def get(self, name: str, *, retired: bool = False) -> StoredMask:
         """The mask a single content digest or name means; a bare language means the default method's mask.
 
-        A digest always means its content, even if a file is named like it. Raises UnknownMask or InvalidMask.
+        A digest always means its content, even if a file is named like it; only with `retired` also content that was
+        replaced or removed. Raises UnknownMask or InvalidMask.
         """
-        if name in self._by_digest:
+        with self._lock:
+            return self._get(name, retired)
+
+    def _get(self, name: str, retired: bool) -> StoredMask:
+        if name in self._by_digest and (retired or name not in self._retired):
             return self._by_digest[name]
         for candidate in self._candidates(name):
             if candidate in self.masks:
@@ -101,12 +187,15 @@ class MaskLibrary:
     def _candidates(self, name: str) -> list[str]:
         return [name] if self.default_method is None else [name, f"{self.default_method}-{name}"]
 
-    def resolve(self, expression: str | None) -> ResolvedMask | None:
+    def resolve(
+        self, expression: str | None, positions: Positions = Positions.ALL, *, retired: bool = False
+    ) -> ResolvedMask | None:
         """The mask that `expression` means: a name or a digest, or several joined with commas (their union).
 
         `zh@0.5` damps the neurons of `zh` to half instead of switching them off; a factor above 1 amplifies them.
-        None, and the word "none", mean unmasked. Raises UnknownMask, InvalidMask, or MaskError for a malformed
-        expression.
+        None, and the word "none", mean unmasked. With `retired`, digests of retired content are understood too: a
+        request that was admitted before a change goes on with what it was admitted for. Raises UnknownMask,
+        InvalidMask, or MaskError for a malformed expression.
         """
         if expression is None or expression == UNMASKED:
             return None
@@ -117,23 +206,43 @@ class MaskLibrary:
             raise MaskError(f"mask {expression!r} joins {UNMASKED!r} with other masks")
         if len(parts) > _MAX_UNION:
             raise MaskError(f"mask {expression[:40]!r}... joins {len(parts)} masks; at most {_MAX_UNION} are allowed")
-        members = {member.wire: member for member in map(self._member, parts)}
-        name = ",".join(sorted(member.name for member in members.values()))
-        wire = ",".join(sorted(members))
-        return ResolvedMask(name, wire, self._compose(wire, list(members.values())))
+        with self._lock:
+            members = {member.wire: member for member in (self._member(part, retired) for part in parts)}
+            name = ",".join(sorted(member.name for member in members.values()))
+            wire = ",".join(sorted(members))
+            resolved = ResolvedMask(name, wire, self._compose(wire, list(members.values())), positions)
+            self._lease(resolved, {member.digest for member in members.values()})
+            return resolved
 
-    def _member(self, part: str) -> "_Member":
+    def _lease(self, resolved: ResolvedMask, digests: set[str]) -> None:
+        row = resolved.mask.digest
+        self._held.update(digests)
+        self._rows[row] += 1
+        weakref.finalize(resolved, self._release, digests, row).atexit = False
+
+    def _release(self, digests: set[str], row: str) -> None:
+        with self._lock:
+            for counter, key in ((self._rows, row), *((self._held, digest) for digest in digests)):
+                counter[key] -= 1
+                if not counter[key]:
+                    del counter[key]
+            unused = any(digest in self._retired and digest not in self._held for digest in digests)
+        if unused and self.on_unused is not None:
+            self.on_unused()
+
+    def _member(self, part: str, retired: bool) -> "_Member":
         name, at, text = part.partition("@")
-        stored = self.get(name)
+        stored = self._get(name, retired)
         if not at:
-            return _Member(stored.name, stored.mask.digest, stored.mask, None)
+            return _Member(stored.name, stored.mask.digest, stored.mask, None, stored.mask.digest)
         try:
             factor = float(text)
         except ValueError:
             factor = math.nan
         if not 0 <= factor <= MAX_FACTOR:
             raise MaskError(f"mask {part!r}: {text!r} is no factor; expected a number from 0 to {MAX_FACTOR:g}")
-        return _Member(f"{stored.name}@{factor!r}", f"{stored.mask.digest}@{factor!r}", stored.mask, factor)
+        digest = stored.mask.digest
+        return _Member(f"{stored.name}@{factor!r}", f"{digest}@{factor!r}", stored.mask, factor, digest)
 
     def _compose(self, wire: str, members: list["_Member"]) -> NeuronMask:
         if len(members) == 1 and members[0].factor is None:
@@ -148,12 +257,16 @@ class MaskLibrary:
 
 @dataclass(frozen=True)
 class _Member:
-    """One part of an expression. factor: the scale that it gives to neurons which its mask switches off, if not 0."""
+    """One part of an expression.
+
+    factor: the scale that it gives to neurons which its mask switches off, if not 0; digest: of the stored mask.
+    """
 
     name: str
     wire: str
     mask: NeuronMask
     factor: float | None
+    digest: str
 
     def scaled(self) -> NeuronMask:
         return self.mask if self.factor is None else self.mask.scaled(self.factor)

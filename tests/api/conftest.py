@@ -18,7 +18,10 @@ def engine() -> FakeEngine:
 
 @pytest_asyncio.fixture
 async def app(engine: FakeEngine) -> AsyncIterator[FastAPI]:
-    app = create_app(lambda: engine)  # type: ignore[arg-type, return-value]
+    async def start() -> FakeEngine:
+        return engine
+
+    app = create_app(start)  # type: ignore[arg-type]
     async with app.router.lifespan_context(app):
         yield app
 

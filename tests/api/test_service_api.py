@@ -343,7 +343,7 @@ async def test_openapi_documents_the_one_shape_of_errors(client: httpx.AsyncClie
 async def test_the_engine_lives_as_long_as_the_application(engine: FakeEngine) -> None:
     started = []
 
-    def start() -> FakeEngine:
+    async def start() -> FakeEngine:
         started.append(engine)
         return engine
 

@@ -54,8 +54,34 @@ def test_a_mask_of_outputs_never_runs_without_them() -> None:
 
 
 def test_a_layer_too_many_or_too_few_is_refused() -> None:
-    with pytest.raises(UnsupportedModel, match=r"layers \[0, 1, 2\], expected one in each of 4 layers"):
+    with pytest.raises(UnsupportedModel, match=r"layers \[0, 1, 2\], expected one in each of layers 0 to 3"):
         install(Model(), (NEURONS,) * (LAYERS + 1))
+
+
+@torch.no_grad()
+def test_a_pipeline_rank_installs_its_own_layers_by_their_global_index() -> None:
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    model, x = Model(), torch.randn(2, HIDDEN)
+    model.layers[0] = PPMissingLayer()
+    table, slots = install(model)
+    neurons = [[1], [2], [3]]
+    (row,) = table.assign([NeuronMask.switching_off(neurons, SIZES)])
+    slots[:2] = row
+    for layer in (1, 2):
+        activations = model.layers[layer].mlp.act_fn(model.layers[layer].mlp.gate(x))
+        assert bool((activations[:, neurons[layer]] == 0).all())
+        assert int((activations == 0).sum()) == 2
+
+
+def test_a_rank_whose_own_layer_has_no_mlp_is_refused() -> None:
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    model = Model()
+    model.layers[0] = PPMissingLayer()
+    del model.layers[1].mlp
+    with pytest.raises(UnsupportedModel, match=r"layers \[2\], expected one in each of layers 1 to 2"):
+        install(model)
 
 
 def test_another_size_is_refused() -> None:

@@ -14,7 +14,7 @@ from tests.engine.stand_in import Model
 from tests.engines import random_masks
 from tests.tiny import LAYERS, NEURONS, tiny_model
 
-MAX_TOKENS = 16
+MAX_TOKENS, PROMPT = 16, 4
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +39,31 @@ class Bench:
         vllm_config = SimpleNamespace(
             additional_config={"crane": config},
             compilation_config=SimpleNamespace(cudagraph_capture_sizes=None),
-            scheduler_config=SimpleNamespace(max_num_batched_tokens=MAX_TOKENS),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=MAX_TOKENS, max_num_seqs=4),
         )
         self.library = library
         self.model = Model()
         self.state = masked(Bare)(vllm_config, self.model, None, torch.device("cpu"))
 
     def add(self, **masks: str | None) -> None:
+        """Add requests with a prompt of four tokens; "zh/prompt" asks for zh at the positions of the prompt."""
         for request_id, mask in masks.items():
-            parameters = SimpleNamespace(extra_args=None if mask is None else {"crane_mask": mask})
-            self.state.add_request(0, SimpleNamespace(req_id=request_id, sampling_params=parameters))
+            name, _, positions = (mask or "").partition("/")
+            asked = {"crane_mask": name, "crane_positions": positions or "all"}
+            parameters = SimpleNamespace(extra_args=None if mask is None else asked)
+            request = SimpleNamespace(req_id=request_id, sampling_params=parameters, prompt_token_ids=[0] * PROMPT)
+            self.state.add_request(0, request)
 
-    def run(self, **tokens: int) -> list[str]:
+    def run(self, computed: int = 0, **tokens: int) -> list[str]:
         """Prepare a batch of requests, each with its scheduled tokens; per slot, the mask whose scales it reads."""
         starts = np.cumsum([0, *tokens.values()], dtype=np.int32)
         padded = np.concatenate([starts, np.full(3, starts[-1])])  # padded requests have no tokens
-        batch = SimpleNamespace(req_ids=list(tokens), query_start_loc_np=padded, num_reqs=len(tokens))
+        batch = SimpleNamespace(
+            req_ids=list(tokens),
+            query_start_loc_np=padded,
+            num_computed_tokens_np=np.full(len(padded), computed, dtype=np.int32),
+            num_reqs=len(tokens),
+        )
         assert self.state.prepare_inputs(batch, None) == {}
         return self.read()
 
@@ -109,6 +118,20 @@ def test_a_preempted_request_comes_back_with_its_mask_and_an_id_with_its_new_one
     bench.state.remove_request("a")
     bench.add(a="vi")
     assert bench.run(a=1)[0] == "attnlrp-vi"
+
+
+def test_a_mask_of_the_prompt_or_of_what_is_generated_ends_and_begins_there(bench: Bench) -> None:
+    bench.add(a="zh/prompt", b="vi/generated")
+    assert bench.run(computed=2, a=3, b=3)[:6] == ["attnlrp-zh", "attnlrp-zh", "none", "none", "none", "attnlrp-vi"]
+
+
+def test_the_batch_that_decodes_on_keeps_its_slots_and_a_change_of_order_changes_them(bench: Bench) -> None:
+    bench.add(a="zh", b="vi", c=None)
+    for _ in range(2):
+        assert bench.run(computed=5, a=1, b=1, c=1)[:4] == ["attnlrp-zh", "attnlrp-vi", "none", "none"]
+    assert bench.run(computed=5, c=1, b=1, a=1)[:4] == ["none", "attnlrp-vi", "attnlrp-zh", "none"]
+    assert set(bench.run(computed=5, c=1)) == {"none"}
+    assert bench.run(computed=6, c=1, b=1, a=1)[:4] == ["none", "attnlrp-vi", "attnlrp-zh", "none"]
 
 
 def test_a_mask_that_admission_never_saw_stops_the_engine(bench: Bench) -> None:

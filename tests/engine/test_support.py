@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from crane_serve.engine.admission import admit, requested_mask
+from crane_serve.engine.admission import admit, asked_mask
 from crane_serve.engine.config import MaskConfig, mask_config, mask_library
 from crane_serve.engine.support import UnsupportedEngine, check_engine, check_version
 from crane_serve.masks import MaskError, MaskFileError, MaskLibrary
@@ -18,9 +18,8 @@ from tests.tiny import tiny_model
 def plain_config(**changes: object) -> SimpleNamespace:
     """The fields of a VllmConfig that are looked at, for an engine in which everything is supported."""
     fields = {
-        "parallel_config": SimpleNamespace(
-            pipeline_parallel_size=1, use_ubatching=False, prefill_context_parallel_size=1
-        ),
+        "parallel_config": SimpleNamespace(use_ubatching=False, prefill_context_parallel_size=1),
+        "scheduler_config": SimpleNamespace(max_num_seqs=8),
         "cache_config": SimpleNamespace(kv_sharing_fast_prefill=False),
         "speculative_config": None,
         "lora_config": None,
@@ -44,7 +43,6 @@ def test_a_plain_engine_is_supported() -> None:
 @pytest.mark.parametrize(
     ("changes", "feature"),
     [
-        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"parallel_config__use_ubatching": True}, "microbatching"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "prefill context parallelism"),
         ({"cache_config__kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
@@ -63,7 +61,7 @@ def test_the_fields_that_are_checked_exist_in_vllm() -> None:
     """A renamed field would make a check pass for ever."""
     from vllm.config import CacheConfig, ParallelConfig, VllmConfig
 
-    fields = {"pipeline_parallel_size", "use_ubatching", "prefill_context_parallel_size"}
+    fields = {"use_ubatching", "prefill_context_parallel_size"}
     assert fields <= set(dir(ParallelConfig()))
     assert "kv_sharing_fast_prefill" in dir(CacheConfig())
     fields = {"speculative_config", "lora_config", "kv_transfer_config", "use_v2_model_runner", "additional_config"}
@@ -139,7 +137,7 @@ def test_admission_sends_digests_on_and_leaves_the_callers_arguments_alone(
     original = asked.extra_args
     resolved = admit(engine, asked, resumable=False)
     assert resolved is not None
-    assert asked.extra_args == {"crane_mask": library.get("zh").mask.digest, "other": 1}
+    assert asked.extra_args == {"crane_mask": library.get("zh").mask.digest, "crane_positions": "all", "other": 1}
     assert original == {"crane_mask": "zh", "other": 1}
     unmasked = parameters(crane_mask="none", other=1)
     assert admit(engine, unmasked, resumable=False) is None
@@ -169,9 +167,9 @@ def test_an_engine_without_masks_refuses_masked_requests(monkeypatch: pytest.Mon
 
 def test_a_misspelt_argument_is_refused(configured: tuple[MaskConfig, MaskLibrary]) -> None:
     engine = plain_config(additional_config={"crane": configured[0]})
-    with pytest.raises(MaskError, match="unknown argument 'crane_masks'; expected 'crane_mask'"):
+    with pytest.raises(MaskError, match="unknown argument 'crane_masks'; expected 'crane_mask' or 'crane_positions'"):
         admit(engine, parameters(crane_masks="zh"), resumable=False)
 
 
 def test_no_sampling_parameters_ask_for_no_mask() -> None:
-    assert requested_mask(None) is None
+    assert asked_mask(None) is None

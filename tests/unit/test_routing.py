@@ -9,7 +9,7 @@ from torch import Tensor
 
 from crane_serve.engine.routing import fill_slots, row_per_token
 from crane_serve.engine.table import UNMASKED_ROW, MaskTable, new_table
-from crane_serve.masks import NeuronMask
+from crane_serve.masks import NeuronMask, Positions
 
 LAYERS, NEURONS = 3, 8
 
@@ -123,32 +123,54 @@ def test_refuses_a_table_without_layers() -> None:
         MaskTable({}, {})
 
 
+ALL, PROMPT, GENERATED = Positions.ALL, Positions.PROMPT, Positions.GENERATED
+
+
 @pytest.mark.parametrize("tokens", [[3, 1, 2], np.array([3, 1, 2], dtype=np.int32)], ids=["list", "array"])
 def test_each_token_reads_the_row_of_its_request(tokens: list[int]) -> None:
-    rows = row_per_token([2, 0, 5], tokens)
+    rows = row_per_token([2, 0, 5], [ALL] * 3, tokens, [0, 0, 0], [9, 9, 1])
     assert rows.tolist() == [2, 2, 2, 0, 5, 5]
     assert rows.dtype == np.int64
 
 
 def test_a_request_without_tokens_has_none() -> None:
-    assert row_per_token([2, 3], [0, 1]).tolist() == [3]
-    assert row_per_token([], []).tolist() == []
+    assert row_per_token([2, 3], [ALL, PROMPT], [0, 1], [0, 0], [4, 4]).tolist() == [3]
+    assert row_per_token([], [], [], [], []).tolist() == []
 
 
-def test_refuses_rows_and_requests_of_different_number() -> None:
-    with pytest.raises(ValueError, match="2 rows for 1 requests"):
-        row_per_token([1, 2], [3])
+@pytest.mark.parametrize(
+    ("computed", "prompt", "masked_prompt", "masked_generated"),
+    [
+        (0, 9, [7, 7, 7, 7], [0, 0, 0, 0]),  # a chunk within the prompt
+        (5, 9, [7, 7, 7, 7], [0, 0, 0, 0]),  # its last chunk
+        (9, 9, [0, 0, 0, 0], [7, 7, 7, 7]),  # behind it
+        (7, 9, [7, 7, 0, 0], [0, 0, 7, 7]),  # across its end, as after a preemption
+    ],
+)
+def test_positions_decide_token_by_token(
+    computed: int, prompt: int, masked_prompt: list[int], masked_generated: list[int]
+) -> None:
+    rows = row_per_token(
+        [3, 7, 7, 0], [ALL, PROMPT, GENERATED, PROMPT], [1, 4, 4, 2], [0, computed, computed, 0], [1, prompt, prompt, 1]
+    )
+    assert rows.tolist() == [3, *masked_prompt, *masked_generated, 0, 0]
+
+
+def test_refuses_lists_of_different_length() -> None:
+    with pytest.raises(ValueError, match="2 rows and 2 positions for 1, 2 and 2 requests"):
+        row_per_token([1, 2], [ALL, ALL], [3], [0, 0], [5, 5])
 
 
 @pytest.mark.parametrize("rows", [[], [4], [4, 4, 2], [1, 2, 3, 4, 5]])
-def test_slots_behind_the_batch_are_unmasked(rows: list[int]) -> None:
-    slots = torch.full((5,), 9, dtype=torch.int64)
-    fill_slots(slots, np.asarray(rows, dtype=np.int64))
+@pytest.mark.parametrize("used", [0, 2, 5])
+def test_slots_behind_the_batch_are_unmasked(rows: list[int], used: int) -> None:
+    slots = torch.tensor([9] * used + [UNMASKED_ROW] * (5 - used))
+    assert fill_slots(slots, np.asarray(rows, dtype=np.int64), used) == len(rows)
     assert slots.tolist() == rows + [UNMASKED_ROW] * (5 - len(rows))
 
 
 def test_refuses_a_batch_longer_than_the_slots() -> None:
     slots = torch.full((2,), 9, dtype=torch.int64)
     with pytest.raises(ValueError, match="3 tokens in a batch, slots for 2"):
-        fill_slots(slots, np.ones(3, dtype=np.int64))
+        fill_slots(slots, np.ones(3, dtype=np.int64), 2)
     assert slots.tolist() == [9, 9]

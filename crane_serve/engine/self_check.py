@@ -1,0 +1,59 @@
+"""The check at start: masks take effect, in every layer and on every data-parallel rank, or nothing is served."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from crane_serve.masks import MaskInfo, NeuronMask, StoredMask
+
+if TYPE_CHECKING:
+    from crane_serve.engine.service import EngineService
+
+_NAME = "self-check-layer"
+_TEXT = "One two three four five six seven eight nine ten."
+_TOKENS = 16
+
+
+class SelfCheckFailed(ValueError):
+    """Masks do not take effect in this engine."""
+
+
+async def check_masks(service: "EngineService") -> None:
+    """Score a text unmasked and with each layer's MLP switched off, by masks that come and go for it.
+
+    Raises SelfCheckFailed naming the layers whose mask changes nothing, and if an unmasked request is not what it was
+    before masked ones ran.
+    """
+    fingerprint = service.library.fingerprint
+    tokens = list(service.tokenizer(_TEXT)["input_ids"])[:_TOKENS]
+    ranks = range(service.data_parallel_ranks)
+
+    async def score(mask: str | None) -> list[tuple[float, ...]]:
+        resolved = service.library.resolve(mask)
+        return [(await service.score(tokens, resolved, data_parallel_rank=rank)).logprobs for rank in ranks]
+
+    before = await score(None)
+    idle, effects = [], []
+    for layer in range(fingerprint.layers):
+        scales = torch.ones(fingerprint.layers, max(fingerprint.intermediate_sizes))
+        scales[layer, : fingerprint.intermediate_sizes[layer]] = 0.0
+        info = MaskInfo(language="any", method="self-check", fingerprint=fingerprint)
+        await service.put_mask(StoredMask(_NAME, NeuronMask(scales, fingerprint.intermediate_sizes), info))
+        masked = await score(_NAME)
+        effects.append(min(_apart(off, on) for off, on in zip(masked, before, strict=True)))
+        if not effects[-1]:
+            idle.append(layer)
+    await service.remove_mask(_NAME)
+    if idle:
+        raise SelfCheckFailed(f"switching off all neurons of layers {idle} changes nothing; masks cannot be served")
+    drift = max(_apart(now, then) for now, then in zip(await score(None), before, strict=True))
+    if drift > min(effects) / 2:
+        raise SelfCheckFailed(
+            f"an unmasked request differs by {drift:.3g} nats from what it was before masked ones, while masks make "
+            f"a difference of {min(effects):.3g}; masks cannot be served"
+        )
+
+
+def _apart(left: tuple[float, ...], right: tuple[float, ...]) -> float:
+    """Largest difference between log-probabilities of the same tokens, in nats."""
+    return max(abs(one - other) for one, other in zip(left, right, strict=True))
