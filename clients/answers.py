@@ -10,11 +10,15 @@ class Answer(BaseModel):
 
 
 class MaskReference(Answer):
-    """The mask an answer was made under: canonical name, content digest, number of neurons switched or scaled."""
+    """The mask an answer was made under: canonical name, content digest, number of neurons switched or scaled.
+
+    positions: the tokens that were masked: all, prompt or generated.
+    """
 
     name: str
     digest: str
     neurons: int
+    positions: str = "all"
 
 
 class Usage(Answer):

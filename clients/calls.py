@@ -23,6 +23,7 @@ class Sampling(TypedDict, total=False):
     seed: int
     stop: str | list[str]
     logprobs: int
+    positions: str  # which tokens the mask is for: all, prompt or generated
 
 
 @dataclass(frozen=True)

@@ -53,14 +53,25 @@ class Oracle:
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
     @contextmanager
-    def _masked(self, mask: NeuronMask | None):
+    def _masked(self, mask: NeuronMask | None, masked: slice):
+        """Scale the MLPs' inputs and outputs at the token positions `masked`."""
+
+        def per_token(scale: torch.Tensor, tokens: int) -> torch.Tensor:
+            scales = torch.ones(tokens, len(scale))
+            scales[masked] = scale
+            return scales
+
         hooks = []
         for index, (mlp, projection) in enumerate(mlp_projections(self.model) if mask is not None else ()):
             scale = mask.intermediate[index]
-            hooks.append(projection.register_forward_pre_hook(lambda _, args, s=scale: (args[0] * s,)))
+            hooks.append(
+                projection.register_forward_pre_hook(
+                    lambda _, args, s=scale: (args[0] * per_token(s, args[0].shape[-2]).view_as(args[0]),)
+                )
+            )
             if mask.output is not None:
                 output = mask.output[index]
-                hooks.append(mlp.register_forward_hook(lambda *args, s=output: args[2] * s))
+                hooks.append(mlp.register_forward_hook(lambda *args, s=output: args[2] * per_token(s, args[2].shape[-2])))
         try:
             yield
         finally:
@@ -68,10 +79,10 @@ class Oracle:
                 hook.remove()
 
     @torch.no_grad()
-    def logprobs(self, token_ids: Sequence[int], mask: NeuronMask | None) -> list[float]:
-        """Log-probability in nats of each token after the first."""
+    def logprobs(self, token_ids: Sequence[int], mask: NeuronMask | None, masked: slice = slice(None)) -> list[float]:
+        """Log-probability in nats of each token after the first, with the mask at the token positions `masked`."""
         ids = torch.tensor([list(token_ids)])
-        with self._masked(mask):
+        with self._masked(mask, masked):
             logprobs = self.model(ids).logits[0].log_softmax(-1)
         return logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist()
 

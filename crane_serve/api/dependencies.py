@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from crane_serve.api.errors import BadRequest
 from crane_serve.engine.service import EngineService
-from crane_serve.masks import MaskLibrary, ResolvedMask
+from crane_serve.masks import MaskLibrary, Positions, ResolvedMask
 
 
 def get_engine(request: Request) -> EngineService:
@@ -24,11 +24,31 @@ class _Query(BaseModel):
     )
 
 
+class _GenerateQuery(_Query):
+    positions: Positions | None = Field(None, description="The tokens to be masked: all (default), prompt or generated")
+
+
 MaskQuery = Annotated[_Query, Query()]
+GenerateQuery = Annotated[_GenerateQuery, Query()]
 Engine = Annotated[EngineService, Depends(get_engine)]
 
 
-def choose_mask(library: MaskLibrary, query: _Query, body: str | None) -> ResolvedMask | None:
+def choose_positions(query: Positions | None, body: Positions | None, mask: str | None) -> Positions:
+    """The positions of a request that may name them in the query, in the body, or in both if they are the same.
+
+    Raises BadRequest if the request names two, or names positions without a mask.
+    """
+    if query is not None and body is not None and query is not body:
+        raise BadRequest("mask_conflict", f"the query says positions={query}, the body {body}", "positions")
+    asked = body if query is None else query
+    if asked is not None and mask is None:
+        raise BadRequest("mask_conflict", f"positions={asked} without a mask", "positions")
+    return Positions.ALL if asked is None else asked
+
+
+def choose_mask(
+    library: MaskLibrary, query: _Query, body: str | None, positions: Positions = Positions.ALL
+) -> ResolvedMask | None:
     """The mask of a request that may name it in the query, in the body, or in both if they mean the same.
 
     Raises MaskError for a mask that cannot be used, BadRequest if the request names two.
@@ -36,7 +56,7 @@ def choose_mask(library: MaskLibrary, query: _Query, body: str | None) -> Resolv
     in_query = query.mask or []
     if len(in_query) > 1:
         raise BadRequest("mask_conflict", "'mask' is given twice in the query; join names with commas", "mask")
-    resolved = [library.resolve(expression) for expression in (*in_query, body) if expression is not None]
+    resolved = [library.resolve(expression, positions) for expression in (*in_query, body) if expression is not None]
     if len({None if mask is None else mask.wire for mask in resolved}) > 1:
         raise BadRequest("mask_conflict", f"the query says mask={in_query[0]}, the body {body}", "mask")
     return resolved[0] if resolved else None

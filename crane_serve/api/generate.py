@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from crane_serve.api.concurrency import run_all
-from crane_serve.api.dependencies import Engine, MaskQuery, choose_mask
+from crane_serve.api.dependencies import Engine, GenerateQuery, choose_mask, choose_positions
 from crane_serve.api.errors import RESPONSES, describe
 from crane_serve.api.schemas import (
     Delta,
@@ -31,9 +31,10 @@ router = APIRouter()
 
 
 @router.post("/generate", response_model=GenerateAnswer, responses=RESPONSES)
-async def generate(body: GenerateRequest, engine: Engine, query: MaskQuery) -> GenerateAnswer | StreamingResponse:
+async def generate(body: GenerateRequest, engine: Engine, query: GenerateQuery) -> GenerateAnswer | StreamingResponse:
     """Continue each prompt. With `stream: true` the answer is server-sent events, ended by `data: [DONE]`."""
-    resolved = choose_mask(engine.library, query, body.mask)
+    positions = choose_positions(query.positions, body.positions, body.mask or "".join(query.mask or []) or None)
+    resolved = choose_mask(engine.library, query, body.mask, positions)
     generation = _Generation(engine, body, resolved)
     if body.stream:
         # The first event is awaited here, so that a refused request is an HTTP error and not a broken stream.

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from crane_serve.masks import Fingerprint, ResolvedMask, StoredMask
+from crane_serve.masks import Fingerprint, Positions, ResolvedMask, StoredMask
 
 MAX_ITEMS = 1024
 _Text = Annotated[str, Field(min_length=1)]
@@ -26,6 +26,9 @@ class GenerateRequest(_Request):
     stop: _Text | Annotated[list[_Text], Field(max_length=16)] | None = None
     logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives to return per generated token")
     stream: bool = False
+    positions: Annotated[Positions, Field(strict=False)] | None = Field(
+        None, description="The tokens to be masked: all (default), prompt or generated"
+    )
 
     @property
     def prompts(self) -> list[str]:
@@ -57,12 +60,18 @@ class MaskUsed(BaseModel):
     name: str
     digest: str
     neurons: int = Field(description="How many neurons it scales")
+    positions: Positions = Field(description="The tokens that were masked")
 
     @classmethod
     def of(cls, resolved: ResolvedMask | None) -> Self | None:
         if resolved is None:
             return None
-        return cls(name=resolved.name, digest=resolved.mask.digest, neurons=resolved.mask.neurons)
+        return cls(
+            name=resolved.name,
+            digest=resolved.mask.digest,
+            neurons=resolved.mask.neurons,
+            positions=resolved.positions,
+        )
 
 
 class Usage(BaseModel):

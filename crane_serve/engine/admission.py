@@ -1,5 +1,6 @@
 """Admission: the one rule that says which mask a request gets, applied in the front end and in the engine core."""
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from crane_serve.engine.config import DISABLE_VARIABLE, MASKS_VARIABLE, mask_config, masks_disabled
@@ -61,9 +62,8 @@ def admit(vllm_config: Any, sampling_params: Any, *, resumable: bool) -> Resolve
     if config is None:
         reason = f"{DISABLE_VARIABLE} is set" if masks_disabled() else f"start it with {MASKS_VARIABLE}=DIRECTORY"
         raise MaskError(f"{what}: this engine serves no masks ({reason})")
-    library = config.library()
     # Content that was replaced a moment ago is admitted by its digest: the request may have been on its way.
-    resolved = library.resolve(asked.expression, asked.positions, retired=True)
+    resolved = config.library().resolve(asked.expression, asked.positions, retired=True)
     others = {key: value for key, value in sampling_params.extra_args.items() if key not in _ARGUMENTS}
     if resolved is None:
         sampling_params.extra_args = others
@@ -72,8 +72,17 @@ def admit(vllm_config: Any, sampling_params: Any, *, resumable: bool) -> Resolve
         raise MaskError(f"{what}: streaming-input sessions cannot be masked")
     if resolved.mask.output is not None and not config.outputs:
         raise MaskError(f"{what}: scales MLP output dimensions, which this engine was started without")
-    # With a row for every request that can run at once, no request has to be refused for want of one.
-    if config.rows < vllm_config.scheduler_config.max_num_seqs and len(library.distinct_in_use()) > config.rows:
-        raise MaskTableFull(f"{what}: {config.rows} other masks are in use, as many as this engine has rows for")
     sampling_params.extra_args = {**others, **mask_arguments(resolved)}
     return resolved
+
+
+def require_row(vllm_config: Any, mask: ResolvedMask, in_use: Collection[str]) -> None:
+    """Raise MaskTableFull if the engine has no row for `mask` beside those `in_use`, by digest, by other requests.
+
+    With a row for every request that can run at once, none has to be refused.
+    """
+    config = mask_config(vllm_config)
+    if config is None or config.rows >= vllm_config.scheduler_config.max_num_seqs or mask.mask.digest in in_use:
+        return
+    if len(in_use) >= config.rows:
+        raise MaskTableFull(f"mask {mask.name}: {config.rows} others are in use, as many as this engine has rows for")

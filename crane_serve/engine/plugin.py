@@ -18,11 +18,11 @@ from collections.abc import Callable
 from typing import Any
 
 from crane_serve.engine import changes
-from crane_serve.engine.admission import MASK_ARGUMENT, admit, asked_mask
+from crane_serve.engine.admission import MASK_ARGUMENT, admit, asked_mask, require_row
 from crane_serve.engine.config import MASKS_VARIABLE, add_mask_config, mask_config, masks_disabled
 from crane_serve.engine.prefix_cache import check_salt, generated_salt, salted, with_generated_salt
 from crane_serve.engine.support import UnsupportedEngine, check_engine, check_version
-from crane_serve.masks import MaskError
+from crane_serve.masks import MaskError, MaskTableFull, ResolvedMask
 
 _MARK = "_crane_wrapped"
 _LEASE = "_crane_mask"
@@ -149,9 +149,20 @@ def _preprocess_add_request(original: Callable[..., Any], self: Any, request: An
     return admitted
 
 
-def _add_request(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+def _add_request(original: Callable[..., Any], self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     changes.forget_pending(self)
-    return original(self, *args, **kwargs)
+    mask: ResolvedMask | None = getattr(request, _LEASE, None)
+    if mask is not None:
+        leases = (getattr(other, _LEASE, None) for other in self.scheduler.requests.values())
+        try:
+            require_row(self.vllm_config, mask, {lease.mask.digest for lease in leases if lease is not None})
+        except MaskTableFull:
+            # In a process of its own the engine core must not raise here; in the caller's process it may.
+            if not hasattr(self, "_send_error_outputs_to_client"):
+                raise
+            self._send_error_outputs_to_client([request.request_id], request.client_index)
+            return None
+    return original(self, request, *args, **kwargs)
 
 
 def _block_keys(original: Callable[..., Any], request: Any, start: int, end: int, *args: Any) -> Any:

@@ -5,13 +5,14 @@ import math
 import os
 import uuid
 from argparse import ArgumentError
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crane_serve.engine.admission import mask_arguments
+from crane_serve.engine.admission import mask_arguments, require_row
 from crane_serve.engine.changes import CHANGE_METHOD, FORGET_METHOD
 from crane_serve.engine.config import (
     DEFAULT_METHOD_VARIABLE,
@@ -26,6 +27,7 @@ from crane_serve.masks import (
     MaskError,
     MaskFileError,
     MaskLibrary,
+    MaskTableFull,
     ResolvedMask,
     StoredMask,
     UnknownMask,
@@ -138,6 +140,7 @@ class EngineService:
         self.library: MaskLibrary = config.library()
         self.model_name = model_name
         self.tokenizer = engine.get_tokenizer()
+        self._running: Counter[str] = Counter()  # by digest of their mask: requests between submission and end
         self._changing = asyncio.Lock()
         self._forgetting: asyncio.Task[None] | None = None
 
@@ -295,11 +298,14 @@ class EngineService:
             run = self._engine.generate(
                 tokens_input(token_ids), sampling_params, uuid.uuid4().hex, data_parallel_rank=data_parallel_rank
             )
-            async with aclosing(run) as results:
-                async for result in results:
-                    if result.outputs and result.outputs[0].finish_reason == "error":
-                        raise RejectedRequest("the engine could not run this request")
-                    yield result
+            with self._row(mask):
+                async with aclosing(run) as results:
+                    async for result in results:
+                        if result.outputs and result.outputs[0].finish_reason == "error":
+                            raise RejectedRequest("the engine could not run this request")
+                        yield result
+        except MaskTableFull:
+            raise
         except EngineDeadError as error:
             raise EngineDead("the engine has died") from error
         except EngineGenerateError as error:
@@ -308,8 +314,25 @@ class EngineService:
             raise RejectedRequest(str(error.__cause__ or error)) from error
         except (VLLMClientError, ValueError) as error:
             if isinstance(error.__cause__, MaskError):
-                raise error.__cause__ from error
+                # A new one: to raise the old one again would tie the two into a cycle.
+                raise type(error.__cause__)(str(error.__cause__)) from error
             raise RejectedRequest(str(error)) from error
+
+    @contextmanager
+    def _row(self, mask: ResolvedMask | None) -> Iterator[None]:
+        """Count a request among those that need a row for their mask. Raises MaskTableFull if there is none."""
+        if mask is None:
+            yield
+            return
+        digest = mask.mask.digest
+        require_row(self._engine.vllm_config, mask, self._running)
+        self._running[digest] += 1
+        try:
+            yield
+        finally:
+            self._running[digest] -= 1
+            if not self._running[digest]:
+                del self._running[digest]
 
 
 def _sampled_token(token_id: int, candidates: Any, sampling: Sampling) -> SampledToken:

@@ -78,7 +78,6 @@ class MaskLibrary:
         self._memo: dict[str, NeuronMask] = {}
         self._lock = threading.RLock()  # re-entrant: a garbage collection under the lock may end a lease
         self._held: Counter[str] = Counter()  # by digest of a stored mask: living ResolvedMasks that refer to it
-        self._rows: Counter[str] = Counter()  # by digest of what a request runs with: living ResolvedMasks
 
     @classmethod
     def load(cls, directory: Path, fingerprint: Fingerprint, default_method: str | None = None) -> "MaskLibrary":
@@ -141,11 +140,6 @@ class MaskLibrary:
                 for wire in [wire for wire in self._composed if any(digest in wire for digest in dropped)]:
                     del self._composed[wire]
             return dropped
-
-    def distinct_in_use(self) -> set[str]:
-        """Digests of what living ResolvedMasks stand for: the rows that the requests in flight need."""
-        with self._lock:
-            return set(self._rows)
 
     def mask_of(self, wire: str) -> NeuronMask:
         """The scales that a wire means; what `resolve` says, without a lease and fast when asked again.
@@ -215,17 +209,15 @@ class MaskLibrary:
             return resolved
 
     def _lease(self, resolved: ResolvedMask, digests: set[str]) -> None:
-        row = resolved.mask.digest
         self._held.update(digests)
-        self._rows[row] += 1
-        weakref.finalize(resolved, self._release, digests, row).atexit = False
+        weakref.finalize(resolved, self._release, digests).atexit = False
 
-    def _release(self, digests: set[str], row: str) -> None:
+    def _release(self, digests: set[str]) -> None:
         with self._lock:
-            for counter, key in ((self._rows, row), *((self._held, digest) for digest in digests)):
-                counter[key] -= 1
-                if not counter[key]:
-                    del counter[key]
+            for digest in digests:
+                self._held[digest] -= 1
+                if not self._held[digest]:
+                    del self._held[digest]
             unused = any(digest in self._retired and digest not in self._held for digest in digests)
         if unused and self.on_unused is not None:
             self.on_unused()

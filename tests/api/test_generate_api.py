@@ -9,6 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from crane_serve.engine.service import EngineDead, RejectedRequest, Sampling
+from crane_serve.masks import MaskTableFull
 from tests.api.fake_engine import FakeEngine
 
 
@@ -74,8 +75,53 @@ async def test_a_mask_reaches_the_engine(client: httpx.AsyncClient, engine: Fake
     response = await client.post("/generate?mask=zh", json={"prompt": ["a", "b"], "max_tokens": 1, "stream": stream})
     answer = events(response)[-2] if stream else response.json()
     stored = engine.library.masks["attnlrp-zh"]
-    assert answer["mask"] == {"name": "attnlrp-zh", "digest": stored.mask.digest, "neurons": 2}
+    content = {"digest": stored.mask.digest, "neurons": 2}
+    assert answer["mask"] == {"name": "attnlrp-zh", **content, "positions": "all"}
     assert [call.mask.wire for call in engine.calls if call.mask] == [stored.mask.digest] * 2
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
+@pytest.mark.parametrize("where", ["query", "body", "both"])
+async def test_positions_reach_the_engine(
+    client: httpx.AsyncClient, engine: FakeEngine, positions: str, where: str
+) -> None:
+    query = {} if where == "body" else {"positions": positions}
+    body = {} if where == "query" else {"positions": positions}
+    response = await client.post("/generate", params={"mask": "zh", **query}, json={"prompt": "hi", **body})
+    assert response.json()["mask"]["positions"] == positions
+    assert engine.calls[0].mask.positions == positions
+
+
+@pytest.mark.parametrize(
+    ("query", "body", "status", "message"),
+    [
+        ({"mask": "zh", "positions": "prompt"}, {"positions": "all"}, 400, "the query says positions=prompt"),
+        ({"positions": "prompt"}, {}, 400, "positions=prompt without a mask"),
+        ({"mask": "zh"}, {"positions": "first"}, 422, "positions: Input should be 'all', 'prompt' or 'generated'"),
+        ({"mask": "zh", "positions": "first"}, {}, 422, "positions: Input should be 'all', 'prompt' or 'generated'"),
+    ],
+)
+async def test_bad_positions_are_refused(
+    client: httpx.AsyncClient, engine: FakeEngine, query: dict, body: dict, status: int, message: str
+) -> None:
+    response = await client.post("/generate", params=query, json={"prompt": "hi", **body})
+    assert response.status_code == status
+    assert response.json()["error"]["message"].startswith(message)
+    assert engine.calls == []
+
+
+async def test_scores_have_no_positions(client: httpx.AsyncClient) -> None:
+    response = await client.post("/score", params={"mask": "zh", "positions": "prompt"}, json={"text": ["hi"]})
+    assert response.status_code == 422
+
+
+async def test_a_full_table_is_a_429_that_says_when_to_come_back(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.error = MaskTableFull("256 other masks are in use")
+    response = await client.post("/generate?mask=zh", json={"prompt": "hi"})
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "mask_table_full")
+    assert int(response.headers["retry-after"]) > 0
 
 
 async def test_logprobs_are_given_per_token(client: httpx.AsyncClient) -> None:

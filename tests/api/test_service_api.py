@@ -59,7 +59,8 @@ async def test_a_mask_in_query_or_body(
     if resolved is None:
         assert used is None
     else:
-        assert used == {"name": name, "digest": resolved.mask.digest, "neurons": resolved.mask.neurons}
+        content = {"digest": resolved.mask.digest, "neurons": resolved.mask.neurons}
+        assert used == {"name": name, **content, "positions": "all"}
 
 
 @routes

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crane_serve.masks import MaskLibrary
+from crane_serve.masks import MaskLibrary, Positions
 from tests.engine.offline import BLOCK_TOKENS, KV_BLOCKS
 from tests.engines import Oracle
 
@@ -30,10 +30,28 @@ class Job:
     n: int = 1
     temperature: float = 0.0
     stop: tuple[str, ...] = ()
+    positions: Positions = Positions.ALL
+    tokens: tuple[int, ...] | None = None
 
     @property
-    def prompt(self) -> str:
+    def prompt(self) -> str | dict[str, list[int]]:
+        if self.tokens is not None:
+            return {"prompt_token_ids": list(self.tokens)}
         return "".join(chr(ord("a") + (self.seed + index * (index + 7)) % 26) for index in range(self.length))
+
+    @property
+    def arguments(self) -> dict[str, str] | None:
+        return None if self.mask is None else {"crane_mask": self.mask, "crane_positions": self.positions.value}
+
+    def masked(self, prompt_tokens: int) -> slice:
+        """The token positions that are masked."""
+        match self.positions:
+            case Positions.PROMPT:
+                return slice(prompt_tokens)
+            case Positions.GENERATED:
+                return slice(prompt_tokens, None)
+            case Positions.ALL:
+                return slice(None)
 
 
 class Schedule:
@@ -57,7 +75,7 @@ class Schedule:
             logprobs=0,
             ignore_eos=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=None if job.mask is None else {"crane_mask": job.mask},
+            extra_args=job.arguments,
         )
         request_id = request_id or f"scheduled-{next(_IDS)}"
         self.engine.add_request(request_id, job.prompt, parameters)
@@ -87,7 +105,8 @@ class Schedule:
             for output in result.outputs:
                 logprobs = [step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)]
                 sequence = [*result.prompt_token_ids, *output.token_ids]
-                expected = oracle.logprobs(sequence, None if resolved is None else resolved.mask)
+                masked = job.masked(len(result.prompt_token_ids))
+                expected = oracle.logprobs(sequence, None if resolved is None else resolved.mask, masked)
                 assert logprobs == pytest.approx(expected[-len(logprobs) :], abs=TOLERANCE), job
 
 
@@ -163,8 +182,56 @@ def test_requests_that_come_while_others_end_keep_their_masks(
     schedule.check(tiny_oracle, library)
 
 
+@pytest.mark.parametrize("positions", [Positions.PROMPT, Positions.GENERATED])
+def test_a_mask_of_the_prompt_or_of_what_is_generated_is_exact_also_when_preempted(
+    llm, schedule: Schedule, tiny_oracle: Oracle, library: MaskLibrary, positions: Positions
+) -> None:
+    before = preemptions(llm)
+    for index, mask in enumerate(("en", "zh", "vi", None, "zh,vi", "en@0.5", "vi@2", None)):
+        schedule.add(Job(mask, length=150 + index, seed=index, max_tokens=120, positions=positions))
+    schedule.drain()
+    schedule.check(tiny_oracle, library)
+    assert preemptions(llm) > before
+
+
+def test_the_prefix_cache_tells_generated_tokens_from_the_same_tokens_in_a_prompt(
+    schedule: Schedule, tiny_oracle: Oracle, library: MaskLibrary
+) -> None:
+    """What one request generates is the prompt of the next, under all pairs of positions."""
+    for number, (first, second) in enumerate(itertools.product((*Positions, None), repeat=2)):
+
+        def job(positions: Positions | None, **fields: object) -> Job:
+            return Job("zh" if positions else None, positions=positions or Positions.ALL, **fields)
+
+        one = schedule.add(job(first, length=40 + number, seed=number, max_tokens=60))
+        schedule.drain()
+        result = schedule.finished[one]
+        tokens = (*result.prompt_token_ids, *result.outputs[0].token_ids)
+        schedule.add(job(second, length=0, tokens=tokens, max_tokens=8))
+        schedule.drain()
+        schedule.check(tiny_oracle, library)
+
+
+def test_a_prompt_computed_unmasked_is_shared_with_unmasked_requests_and_a_masked_one_with_masked(
+    schedule: Schedule,
+) -> None:
+    pairs = [
+        (("zh", Positions.GENERATED), (None, Positions.ALL), True),
+        (("zh", Positions.PROMPT), ("zh", Positions.ALL), True),
+        (("zh", Positions.GENERATED), ("zh", Positions.PROMPT), False),
+        (("zh", Positions.PROMPT), (None, Positions.ALL), False),
+    ]
+    for number, (*jobs, shared) in enumerate(pairs):
+        for mask, positions in jobs:
+            last = schedule.add(Job(mask, length=100, seed=1000 + 7 * number, positions=positions))
+            schedule.drain()
+        cached = schedule.finished[last].num_cached_tokens
+        assert cached == (100 // BLOCK_TOKENS * BLOCK_TOKENS if shared else 0), jobs
+
+
 _JOBS = st.builds(
     Job,
+    positions=st.sampled_from(Positions),
     mask=st.sampled_from(EXPRESSIONS),
     length=st.integers(1, 200),
     seed=st.integers(0, 2),

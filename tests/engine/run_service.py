@@ -1,0 +1,156 @@
+"""Drive an EngineService through masks that come and go: `python run_service.py CHECKPOINT MASKS OUT [engine flags]`.
+
+Writes what every request was promised and what it got; test_service.py judges. Rows for four masks, eight requests at
+once.
+"""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+from crane_serve.engine.service import EngineConfig, EngineService, Sampling, configure_engine
+from crane_serve.masks import MaskError, MaskFileError, NeuronMask, Positions, StoredMask
+
+MASKS = [None, "en", "zh", "vi", "zh,vi", "en@0.5"]
+PROMPTS = ["The harbour froze.", "港口结冰了。", "A prompt that is longer than one chunk of the prefill, in steps. " * 2]
+ROWS, REQUESTS = 4, 8
+REPLACEMENTS = 12
+SCALED = 60
+
+
+def content(number: int) -> str:
+    """A mask expression whose scales become the content of a name that is replaced over and over."""
+    return f"vi@{number / 16!r}"
+
+
+class Run:
+    def __init__(self, service: EngineService) -> None:
+        self.service = service
+        self.answers: list[dict] = []
+        self.refused: dict[str, str] = {}
+
+    async def generate(
+        self, prompt: str, mask: str | None, promised: str | None, tokens: int = 6, positions: Positions = Positions.ALL
+    ) -> None:
+        """Generate under `mask`, whose content at this moment is what the expression `promised` means."""
+        resolved = self.service.library.resolve(mask, positions)
+        prompt_ids = self.service.tokenizer(prompt)["input_ids"]
+        sampling = Sampling(max_tokens=tokens, temperature=0.0, top_p=1.0, seed=None, stop=(), logprobs=0)
+        steps = [step async for step in self.service.generate(prompt_ids, sampling, resolved, stream=False)]
+        chosen = [token.chosen for step in steps for token in step.logprobs]
+        self.answers.append(
+            {
+                "promised": promised,
+                "positions": positions.value,
+                "prompt": prompt_ids,
+                "tokens": [token.token_id for token in chosen],
+                "logprobs": [token.logprob for token in chosen],
+            }
+        )
+
+    async def score(self, prompt: str, mask: str | None, rank: int) -> None:
+        prompt_ids = self.service.tokenizer(prompt)["input_ids"]
+        resolved = self.service.library.resolve(mask)
+        scored = await self.service.score(prompt_ids, resolved, data_parallel_rank=rank)
+        self.answers.append(
+            {"promised": mask, "positions": "all", "prompt": prompt_ids[:1], "tokens": prompt_ids[1:]}
+            | {"logprobs": scored.logprobs}
+        )
+
+    async def refuses(self, what: str, action) -> None:
+        """Expect an error, and that the engine goes on."""
+        try:
+            await action
+        except (MaskError, MaskFileError, ValueError) as error:
+            self.refused[what] = f"{type(error).__name__}: {error}"
+        await self.generate(PROMPTS[0], "zh", "zh", tokens=2)
+
+    def stored(self, name: str, expression: str) -> StoredMask:
+        resolved = self.service.library.resolve(expression)
+        return StoredMask(name, resolved.mask, self.service.library.masks["attnlrp-zh"].info)
+
+    async def everything(self, foreign: StoredMask) -> None:
+        service = self.service
+        ranks = range(service.data_parallel_ranks)
+        await asyncio.gather(*(self.score(p, m, rank) for p in PROMPTS for m in MASKS[:4] for rank in ranks))
+        for mask in MASKS[4:]:
+            await asyncio.gather(*(self.score(prompt, mask, rank) for prompt in PROMPTS for rank in ranks))
+
+        # A name is replaced over and over while requests that use it come and go.
+        await service.put_mask(self.stored("changing", content(0)))
+        current = 0
+
+        async def stream(number: int) -> None:
+            while current < REPLACEMENTS:
+                prompt = f"{number}: {PROMPTS[number % len(PROMPTS)]}"
+                await self.generate(prompt, "changing", content(current), tokens=8)
+
+        streams = [asyncio.create_task(stream(number)) for number in range(2)]
+        for number in range(1, REPLACEMENTS + 1):
+            await asyncio.sleep(0.1)
+            await service.put_mask(self.stored("changing", content(number)))
+            current = number
+        await asyncio.gather(*streams)
+
+        # A mask is removed while a request runs under it; its digest goes with it.
+        digest = service.library.get("changing").mask.digest
+        long = asyncio.create_task(self.generate(PROMPTS[2], "changing", content(REPLACEMENTS), tokens=300))
+        await asyncio.sleep(0.1)
+        await service.remove_mask("changing")
+        self.refused["in use"] = "kept" if digest in service.library and not long.done() else "forgotten"
+        await self.refuses("removed name", self.generate(PROMPTS[0], "changing", None))
+        await self.refuses("removed digest", self.generate(PROMPTS[0], digest, None))
+        await long
+        for _ in range(50):
+            if digest not in service.library:
+                break
+            await asyncio.sleep(0.1)
+        self.refused["after use"] = "kept" if digest in service.library else "forgotten"
+
+        # More masks than rows, at once and one after the other.
+        factors = [f"zh@{(number + 1) / 128!r}" for number in range(SCALED)]
+        many = await asyncio.gather(
+            *(self.generate(PROMPTS[0], factor, factor) for factor in factors[:REQUESTS]), return_exceptions=True
+        )
+        self.refused["full"] = ", ".join(sorted({type(error).__name__ for error in many if error is not None}))
+        for start in range(0, SCALED, ROWS):
+            await asyncio.gather(*(self.generate(PROMPTS[0], f, f) for f in factors[start : start + ROWS]))
+
+        await self.refuses("foreign", service.put_mask(foreign))
+        outputs = self.stored("outputs", "zh")
+        scales = NeuronMask(outputs.mask.intermediate, outputs.mask.intermediate_sizes, _ones(service))
+        await self.refuses("outputs", service.put_mask(StoredMask("outputs", scales, outputs.info)))
+        await self.refuses("unknown", service.remove_mask("nobody"))
+        for positions in Positions:
+            await self.generate(PROMPTS[2], "zh", "zh", tokens=12, positions=positions)
+
+
+def _ones(service: EngineService):
+    import torch
+
+    return torch.ones(service.library.fingerprint.layers, service.library.fingerprint.hidden_size)
+
+
+async def run(config: EngineConfig, foreign: StoredMask) -> dict:
+    service = await EngineService.start(config, "tiny")
+    try:
+        run = Run(service)
+        await run.everything(foreign)
+        assert service.library.retired == frozenset()
+        return {"answers": run.answers, "refused": run.refused, "ranks": service.data_parallel_ranks}
+    finally:
+        service.stop()
+
+
+def main() -> None:
+    from crane_serve.masks import read_mask
+
+    checkpoint, masks, out, foreign, *flags = sys.argv[1:]
+    config = configure_engine(Path(checkpoint), Path(masks), "attnlrp", ROWS, flags)
+    result = asyncio.run(run(config, read_mask(Path(foreign))))
+    Path(out).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
