@@ -18,6 +18,11 @@ class Asked(NamedTuple):
     positions: Positions
 
 
+def looks_like_ours(argument: str) -> bool:
+    """Whether an argument asks for a mask, rightly spelt or not."""
+    return argument.lower().startswith("crane")
+
+
 def asked_mask(sampling_params: Any) -> Asked | None:
     """The mask that a request asks for, or None.
 
@@ -27,7 +32,7 @@ def asked_mask(sampling_params: Any) -> Asked | None:
     if not extra_args:
         return None
     for argument in extra_args:
-        if argument.lower().startswith("crane") and argument not in _ARGUMENTS:
+        if looks_like_ours(argument) and argument not in _ARGUMENTS:
             raise MaskError(f"unknown argument {argument!r}; expected {' or '.join(map(repr, _ARGUMENTS))}")
     expression, positions = (extra_args.get(argument) for argument in _ARGUMENTS)
     if expression is None:

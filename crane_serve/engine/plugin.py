@@ -4,6 +4,7 @@ What is wrapped, each once per process:
 - EngineArgs.create_engine_config: decides whether this engine serves masks, and refuses what cannot be exact;
 - InputProcessor.process_inputs (front end): admission, so that a bad mask is the caller's error;
 - to_beam_search_params of vLLM's own HTTP requests (front end): beam search would drop the mask, so it is refused;
+- what vLLM's own server and offline classes would drop a mask in: see `vllm_routes`;
 - EngineCore.preprocess_add_request (engine core): admission again, and the prefix-cache salt;
 - generate_block_hash_extra_keys (engine core): the salt of blocks with generated tokens, if only some are masked;
 - EngineCore.add_request (engine core): content of masks that are gone is forgotten when no longer needed;
@@ -12,19 +13,18 @@ What is wrapped, each once per process:
 Added to EngineCore and WorkerWrapperBase: the methods of `changes`.
 """
 
-import functools
 import os
 from collections.abc import Callable
 from typing import Any
 
-from crane_serve.engine import changes
-from crane_serve.engine.admission import MASK_ARGUMENT, admit, asked_mask, require_row
+from crane_serve.engine import changes, vllm_routes
+from crane_serve.engine.admission import MASK_ARGUMENT, admit, asked_mask, looks_like_ours, require_row
 from crane_serve.engine.config import MASKS_VARIABLE, add_mask_config, mask_config, masks_disabled
 from crane_serve.engine.prefix_cache import check_salt, generated_salt, salted, with_generated_salt
 from crane_serve.engine.support import UnsupportedEngine, check_engine, check_version
+from crane_serve.engine.wrapping import wrap
 from crane_serve.masks import MaskError, MaskTableFull, ResolvedMask
 
-_MARK = "_crane_wrapped"
 _LEASE = "_crane_mask"
 
 
@@ -58,17 +58,18 @@ def install() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    _wrap(EngineArgs, "create_engine_config", _create_engine_config)
-    _wrap(InputProcessor, "__init__", _init_front_end)
-    _wrap(InputProcessor, "process_inputs", _process_inputs)
-    _wrap(EngineCore, "preprocess_add_request", _preprocess_add_request)
-    _wrap(EngineCore, "add_request", _add_request)
-    _wrap(kv_cache_utils, "generate_block_hash_extra_keys", _block_keys)
-    _wrap(WorkerWrapperBase, "init_device", _init_device)
+    wrap(EngineArgs, "create_engine_config", _create_engine_config)
+    wrap(InputProcessor, "__init__", _init_front_end)
+    wrap(InputProcessor, "process_inputs", _process_inputs)
+    wrap(EngineCore, "preprocess_add_request", _preprocess_add_request)
+    wrap(EngineCore, "add_request", _add_request)
+    wrap(kv_cache_utils, "generate_block_hash_extra_keys", _block_keys)
+    wrap(WorkerWrapperBase, "init_device", _init_device)
     setattr(EngineCore, changes.CHANGE_METHOD, changes.change_in_core)
     setattr(EngineCore, changes.FORGET_METHOD, changes.forget_in_core)
     setattr(WorkerWrapperBase, changes.CHANGE_METHOD, changes.change_in_worker)
     setattr(WorkerWrapperBase, changes.FORGET_METHOD, changes.forget_in_worker)
+    vllm_routes.install()
 
 
 def _refuse_masks() -> None:
@@ -76,7 +77,7 @@ def _refuse_masks() -> None:
     try:
         from vllm.v1.engine.input_processor import InputProcessor
 
-        _wrap(InputProcessor, "process_inputs", _refuse_masked_inputs)
+        wrap(InputProcessor, "process_inputs", _refuse_masked_inputs)
     except (ImportError, AttributeError):
         return
 
@@ -86,20 +87,6 @@ def _refuse_masked_inputs(original: Callable[..., Any], self: Any, *args: Any, *
     if asked_mask(getattr(request, "sampling_params", None)) is not None:
         raise ValueError(f"{MASK_ARGUMENT}: the crane plugin is not installed in this untested vLLM version")
     return request
-
-
-def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace a method of a class, or a function of a module, by `wrapper(original, *its arguments)`."""
-    original = getattr(owner, name)
-    if getattr(original, _MARK, False):
-        return
-
-    @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
-
-    setattr(wrapped, _MARK, True)
-    setattr(owner, name, wrapped)
 
 
 def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -112,17 +99,18 @@ def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, *
 
 def _init_front_end(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
     original(self, *args, **kwargs)
+    vllm_routes.install()  # again, for modules that were imported since the plugin was loaded
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
     for request in (ChatCompletionRequest, CompletionRequest):
-        _wrap(request, "to_beam_search_params", _to_beam_search_params)
+        wrap(request, "to_beam_search_params", _to_beam_search_params)
 
 
 def _to_beam_search_params(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     from vllm.exceptions import VLLMValidationError
 
-    if MASK_ARGUMENT in (self.vllm_xargs or {}):
+    if any(map(looks_like_ours, self.vllm_xargs or ())):
         raise VLLMValidationError(f"{MASK_ARGUMENT}: beam search cannot be masked", parameter=MASK_ARGUMENT)
     return original(self, *args, **kwargs)
 
@@ -134,6 +122,8 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
     try:
         admit(self.vllm_config, request.sampling_params, resumable=request.resumable)
         check_salt(request.cache_salt)
+        if any(map(looks_like_ours, getattr(request.pooling_params, "extra_kwargs", None) or ())):
+            raise MaskError(f"{MASK_ARGUMENT}: pooling requests cannot be masked")
     except MaskError as error:
         raise VLLMValidationError(str(error), parameter=MASK_ARGUMENT) from error
     return request
@@ -190,14 +180,8 @@ def _mask_model_states() -> None:
 
     from crane_serve.engine.runner_v2 import masked
 
-    original = model_states.resolve_model_state_cls
-    if getattr(original, _MARK, False):
-        return
-
-    @functools.wraps(original)
-    def resolve(vllm_config: Any, model: Any) -> type:
-        state: type = original(vllm_config, model)
+    def resolve(original: Callable[..., type], vllm_config: Any, model: Any) -> type:
+        state = original(vllm_config, model)
         return state if mask_config(vllm_config) is None else masked(state)
 
-    setattr(resolve, _MARK, True)
-    model_states.resolve_model_state_cls = resolve
+    wrap(model_states, "resolve_model_state_cls", resolve)

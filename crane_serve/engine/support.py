@@ -41,6 +41,7 @@ def check_engine(vllm_config: Any) -> None:
     if not _untested_allowed():
         v2 = f"the V2 model runner, which is untested ({ALLOW_UNTESTED_VARIABLE}=1 allows it, {AVOID_V2} avoids it)"
         refused[v2] = vllm_config.use_v2_model_runner
+    refused["vLLM's Rust front end (VLLM_USE_RUST_FRONTEND), which loads no plugins"] = flag("VLLM_USE_RUST_FRONTEND")
     for feature, used in refused.items():
         if used:
             raise UnsupportedEngine(f"masks cannot be served with {feature}; start without it or without masks")

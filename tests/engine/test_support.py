@@ -57,6 +57,12 @@ def test_what_cannot_be_exact_is_refused_by_name(changes: dict[str, object], fea
         check_engine(plain_config(**changes))
 
 
+def test_a_front_end_that_loads_no_plugins_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(UnsupportedEngine, match="Rust front end"):
+        check_engine(plain_config())
+
+
 def test_the_fields_that_are_checked_exist_in_vllm() -> None:
     """A renamed field would make a check pass for ever."""
     from vllm.config import CacheConfig, ParallelConfig, VllmConfig

@@ -1,0 +1,301 @@
+"""MaskGuard: on vLLM's own server, a request that asks for a mask where vLLM would drop it is refused.
+
+Most of vLLM's request models ignore fields they do not know, and several routes make sampling parameters of their own,
+so that a mask would be dropped in silence. Of vLLM 0.32, with the first three rows tested route by route:
+
+| route                                                 | a mask arrives if it is in               |
+|-------------------------------------------------------|------------------------------------------|
+| /v1/completions, /v1/chat/completions, /v1/responses, | vllm_xargs, unless use_beam_search       |
+| /v1/messages, and /render of each                     |                                          |
+| /v1/chat/completions/batch                            | vllm_xargs, which it does not declare    |
+| /inference/v1/generate                                | sampling_params.extra_args               |
+| /invocations                                          | vllm_xargs or nowhere, by the model's    |
+|                                                       | task: refused                            |
+| /v1/audio/transcriptions, /v1/audio/translations      | vllm_xargs, but language detection and   |
+|                                                       | beam search drop it: refused             |
+| /generative_scoring, /v1/systemone, /v2/chat,         | nowhere: they make their own parameters  |
+| /v1/realtime                                          |                                          |
+| embeddings, score, rerank, classify, pooling          | nowhere: they have none                  |
+| all others: tokenize, count_tokens, derender, ...     | nowhere: they run no model               |
+
+A route that is not in `CARRYING` is refused a mask whatever it is, also one of an endpoint plugin.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from email.message import Message as Header
+from typing import Any
+from urllib.parse import parse_qsl
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from crane_serve.engine.admission import MASK_ARGUMENT, looks_like_ours
+from crane_serve.engine.wrapping import wrap
+from crane_serve.masks import MaskError
+
+_XARGS = ("vllm_xargs",)
+CARRYING: Mapping[str, tuple[str, ...]] = {
+    **{
+        f"/v1/{name}{render}": _XARGS
+        for name in ("completions", "chat/completions", "responses", "messages")
+        for render in ("", "/render")
+    },
+    "/v1/chat/completions/batch": _XARGS,
+    "/inference/v1/generate": ("sampling_params", "extra_args"),
+}
+"""Per route that carries a mask: the object of the body whose keys reach the engine."""
+
+_PREFIX, _MASK = "crane", "mask"
+# Objects that hold parameters. `mask` is crane serve's own name for a mask; elsewhere in a body it is somebody's data.
+_PARAMETERS = frozenset({"vllm_xargs", "extra_args", "extra_body", "sampling_params"})
+# A schema's names are somebody's data too, also if they begin with "crane".
+_SCHEMA_NAMES = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_TWICE = " (given twice)"
+_OVERLAP_BYTES = 32  # the longest text that `_may_ask` looks for, in UTF-32
+
+
+def refusal(path: str, query: str, body: bytes, content_type: str = "application/json") -> str | None:
+    """Why vLLM would ignore a mask that this request asks for, or None if it asks for none or it arrives.
+
+    path: of the route, without the prefix of a mount. query: raw, without "?". body: JSON, or a form if `content_type`
+    says so. Whether the mask exists is for admission to say.
+    """
+    for name, _ in parse_qsl(query, keep_blank_values=True):
+        if looks_like_ours(name) or name.lower() == _MASK:
+            return _reason(path, f"query parameter {name!r}")
+    if not _may_ask(body):
+        return None
+    try:
+        is_form = content_type.lower().startswith("multipart/")
+        return _misplaced(path, _form(body, content_type) if is_form else _json(body))
+    except RecursionError:
+        return "the body is nested too deeply to see whether it asks for a mask"
+    except ValueError:
+        return None  # vLLM cannot read it either
+
+
+def _misplaced(path: str, content: Any) -> str | None:
+    place = CARRYING.get(path.rstrip("/"))
+    carried = False
+    for *parents, name in _asked(content):
+        if place is None or tuple(parents) != place or not name.startswith(_PREFIX) or name.endswith(_TWICE):
+            return _reason(path, repr(".".join((*parents, name))))
+        carried = True
+    if carried and any(name == "use_beam_search" and value for name, value in content):
+        return f"{MASK_ARGUMENT}: beam search cannot be masked"
+    return None
+
+
+def _reason(path: str, asked: str) -> str:
+    place = CARRYING.get(path.rstrip("/"))
+    if place is None:
+        return f"{asked}: {path} cannot run under a mask; /v1/completions can, if it is in vllm_xargs.{MASK_ARGUMENT}"
+    return f"{asked} would be ignored; the place for a mask in {path} is {'.'.join((*place, MASK_ARGUMENT))}"
+
+
+def _may_ask(body: bytes) -> bool:
+    """A test without parsing: false for almost every body that asks for no mask, true for every one that does."""
+    text = body.replace(b"\0", b"").lower()  # JSON may be UTF-16 or UTF-32
+    # \u006X and \u007X are lower-case letters; no common encoder writes them so.
+    return b"crane" in text or b'"mask"' in text or b"\\u006" in text or b"\\u007" in text
+
+
+class _Object(list[tuple[str, Any]]):
+    """A JSON object as pairs: of a name that is given twice, both are seen."""
+
+
+def _json(body: bytes | str) -> Any:
+    return json.loads(body, object_pairs_hook=_Object)
+
+
+def _form(body: bytes, content_type: str) -> _Object:
+    """The fields of a multipart form without its files; JSON in a field is parsed, and a[b] is b in a."""
+    header = Header()
+    header["content-type"] = content_type
+    fields = _Object()
+    for part in body.split(f"--{header.get_boundary('')}".encode())[1:]:
+        head, _, text = part.partition(b"\r\n\r\n")
+        disposition = Header()
+        for line in head.decode("latin-1").split("\r\n"):
+            if line.lower().startswith("content-disposition:"):
+                disposition["content-disposition"] = line.partition(":")[2].strip()
+        name = disposition.get_param("name", header="content-disposition")
+        if not isinstance(name, str) or disposition.get_filename() is not None:
+            continue
+        try:
+            value = _json(text)
+        except ValueError:
+            value = None
+        outer, bracket, inner = name.partition("[")
+        fields.append((outer, _Object([(inner.rstrip("]"), value)]) if bracket else value))
+    return fields
+
+
+def _asked(content: Any) -> Iterator[tuple[str, ...]]:
+    """The paths of all names that ask for a mask. What is given twice says so in its path."""
+    pending: list[tuple[tuple[str, ...], Any]] = [((), content)]
+    while pending:
+        path, value = pending.pop()
+        if isinstance(value, _Object):
+            names = [name for name, _ in value]
+            is_tool_call = ("type", "tool_use") in value
+            for name, child in value:
+                place = (*path, name + _TWICE if names.count(name) > 1 else name)
+                if looks_like_ours(name) or (name.lower() == _MASK and _PARAMETERS.issuperset(path)):
+                    yield place
+                elif name not in _SCHEMA_NAMES and not (is_tool_call and name == "input"):
+                    pending.append((place, child))
+        elif isinstance(value, list):
+            pending.extend(((*path, str(index)), child) for index, child in enumerate(value))
+
+
+class MaskGuard:
+    """ASGI middleware: 400 (a websocket is closed) if `refusal` has a reason. Responses pass through as they come.
+
+    query: whether query parameters are examined; not needed by an app that translates them into the body.
+    """
+
+    def __init__(self, app: ASGIApp, *, query: bool = True) -> None:
+        self.app = app
+        self.query = query
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await self._websocket(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        messages: list[Message] = []
+        body = b""
+        if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+            messages, may_ask = await _read(receive)
+            if may_ask:
+                body = b"".join(message.get("body", b"") for message in messages)
+        content_type = dict(scope["headers"]).get(b"content-type", b"").decode("latin-1")
+        reason = refusal(_route(scope), self._query(scope), body, content_type)
+        if reason is not None:
+            error = {"message": reason, "type": "BadRequestError", "param": MASK_ARGUMENT, "code": 400}
+            await JSONResponse({"error": error}, status_code=400)(scope, receive, send)
+            return
+        del body
+        replay = iter(messages)
+
+        async def receive_again() -> Message:
+            message = next(replay, None)
+            return await receive() if message is None else message
+
+        await self.app(scope, receive_again, send)
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = _route(scope)
+
+        async def close(reason: str) -> None:
+            short = reason.encode()[:123].decode(errors="ignore")  # what fits into a close frame
+            await send({"type": "websocket.close", "code": 1008, "reason": short})
+
+        async def receive_checked() -> Message:
+            message = await receive()
+            frame = message.get("text") or message.get("bytes") or b""
+            reason = refusal(path, "", frame.encode() if isinstance(frame, str) else frame)
+            if reason is None:
+                return message
+            await close(reason)
+            return {"type": "websocket.disconnect", "code": 1008}
+
+        reason = refusal(path, self._query(scope), b"")
+        if reason is None:
+            await self.app(scope, receive_checked, send)
+        else:
+            await close(reason)
+
+    def _query(self, scope: Scope) -> str:
+        return scope["query_string"].decode("latin-1") if self.query else ""
+
+
+async def _read(receive: Receive) -> tuple[list[Message], bool]:
+    """All messages of a request's body, and whether it may ask for a mask."""
+    messages, may_ask, text = [await receive()], False, b""
+    while True:
+        text = text[-_OVERLAP_BYTES:] + messages[-1].get("body", b"")
+        may_ask = may_ask or _may_ask(text)
+        if not messages[-1].get("more_body"):
+            return messages, may_ask
+        messages.append(await receive())
+
+
+def _route(scope: Scope) -> str:
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+def guard(app: Starlette, *, query: bool = True) -> None:
+    """Put a MaskGuard behind all other middleware of an app, in place of the one that may be there.
+
+    Behind: authentication comes first, and what other middleware makes of a body is seen.
+    """
+    guards: Any = MaskGuard
+    others = [middleware for middleware in app.user_middleware if middleware.cls is not guards]
+    app.user_middleware = [*others, Middleware(MaskGuard, query=query)]
+    if app.middleware_stack is not None:  # vLLM builds it early
+        app.middleware_stack = app.build_middleware_stack()
+
+
+def install() -> None:
+    """Guard each app that vLLM builds, each line of its batch runner, and what beam search and prompts would ignore.
+
+    Runs when the plugin is loaded, and again when a front end is made, for modules imported in between.
+    """
+    from vllm.entrypoints.serve.middleware import register
+    from vllm.renderers.inputs import preprocess
+
+    # build_app may have been imported by name already, but looks up what it calls in its own module.
+    for owner in (register, sys.modules.get("vllm.entrypoints.launchers.app")):
+        wrap(owner, "init_entrypoints_middleware", _init_entrypoints_middleware)
+    for module in ("vllm.entrypoints.launchers.run_batch", "__main__"):
+        runner = sys.modules.get(module)
+        wrap(runner if hasattr(runner, "BatchRequestInput") else None, "read_file", _read_file)
+    beam_search = sys.modules.get("vllm.entrypoints.generate.beam_search.offline")
+    wrap(getattr(beam_search, "BeamSearchOfflineMixin", None), "beam_search", _beam_search)
+    wrap(preprocess, "_validate_prompt_dict", _validate_prompt_dict)
+
+
+def _init_entrypoints_middleware(original: Callable[..., Any], args: Any, app: Starlette, *rest: Any) -> None:
+    original(args, app, *rest)
+    guard(app)
+
+
+async def _read_file(original: Callable[..., Any], path_or_url: str) -> str:
+    text: str = await original(path_or_url)
+    for number, line in enumerate(text.split("\n"), 1):
+        if not _may_ask(line.encode()):
+            continue
+        try:
+            request = dict(_json(line))
+        except (TypeError, ValueError):
+            continue  # vLLM cannot read it either
+        url, body = str(request.get("url", "")), request.pop("body", None)
+        reason = _misplaced(url, _Object(request.items())) or _misplaced(url, body)
+        if reason is not None:
+            raise MaskError(f"line {number} of {path_or_url}: {reason}")
+    return text
+
+
+def _beam_search(original: Callable[..., Any], self: Any, prompts: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    attributes = getattr(params, "__dict__", {})
+    if any(map(looks_like_ours, (*attributes, *(attributes.get("extra_args") or ())))):
+        raise MaskError(f"{MASK_ARGUMENT}: beam search cannot be masked")
+    return original(self, prompts, params, *args, **kwargs)
+
+
+def _validate_prompt_dict(original: Callable[..., Any], prompt: Mapping[str, Any]) -> Any:
+    for name in prompt:
+        if looks_like_ours(name):
+            raise MaskError(f"{name!r} would be ignored in a prompt; its place is SamplingParams.extra_args")
+    return original(prompt)
