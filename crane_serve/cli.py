@@ -17,6 +17,7 @@ from clients import commands as client_commands
 from crane_serve.checkpoints.fetch import SOURCES, FetchError
 from crane_serve.checkpoints.fetch import fetch as fetch_model
 from crane_serve.demo import DemoError, run_demo
+from crane_serve.verify.command import verify
 from relevance import commands as relevance_commands
 
 _P = ParamSpec("_P")
@@ -170,6 +171,8 @@ def demo(
     run_demo(model, out, documents=documents, keep=keep, report=typer.echo)
 
 
+_FLAGS_OF_VLLM = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command("verify", context_settings=_FLAGS_OF_VLLM)(one_line_errors(verify))
 app.command("relevance")(one_line_errors(relevance_commands.relevance))
 app.command("select")(one_line_errors(relevance_commands.select))
 app.command("eval")(one_line_errors(client_commands.evaluate))

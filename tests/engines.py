@@ -71,7 +71,9 @@ class Oracle:
             )
             if mask.output is not None:
                 output = mask.output[index]
-                hooks.append(mlp.register_forward_hook(lambda *args, s=output: args[2] * per_token(s, args[2].shape[-2])))
+                hooks.append(
+                    mlp.register_forward_hook(lambda *args, s=output: args[2] * per_token(s, args[2].shape[-2]))
+                )
         try:
             yield
         finally:

@@ -115,9 +115,7 @@ async def test_scores_have_no_positions(client: httpx.AsyncClient) -> None:
     assert response.status_code == 422
 
 
-async def test_a_full_table_is_a_429_that_says_when_to_come_back(
-    client: httpx.AsyncClient, engine: FakeEngine
-) -> None:
+async def test_a_full_table_is_a_429_that_says_when_to_come_back(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.error = MaskTableFull("256 other masks are in use")
     response = await client.post("/generate?mask=zh", json={"prompt": "hi"})
     assert (response.status_code, response.json()["error"]["code"]) == (429, "mask_table_full")

@@ -1,4 +1,4 @@
-"""Generate without the plugin, for comparison: `python baseline.py CHECKPOINT OUT` with VLLM_PLUGINS set empty."""
+"""Generate unmasked, for comparison: `python baseline.py CHECKPOINT OUT [eager]`; VLLM_PLUGINS="" for no plugin."""
 
 import json
 import sys
@@ -8,11 +8,11 @@ from offline import PROMPTS, generate, start
 
 
 def main() -> None:
-    checkpoint, out = Path(sys.argv[1]), Path(sys.argv[2])
-    llm = start(checkpoint)
+    checkpoint, out, *eager = sys.argv[1:]
+    llm = start(Path(checkpoint), **({"enforce_eager": True, "distributed_executor_backend": "uni"} if eager else {}))
     generations = [generate(llm, [prompt], [None])[0] for prompt in PROMPTS]
-    mixed = generate(llm, PROMPTS, [None] * len(PROMPTS))
-    out.write_text(json.dumps({"solo": generations, "batch": mixed}))
+    masks = "crane" in llm.llm_engine.vllm_config.additional_config
+    Path(out).write_text(json.dumps({"solo": generations, "masks": masks}))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,11 @@ from crane_serve.engine.service import EngineConfig, EngineService, Sampling, co
 from crane_serve.masks import MaskError, MaskFileError, NeuronMask, Positions, StoredMask
 
 MASKS = [None, "en", "zh", "vi", "zh,vi", "en@0.5"]
-PROMPTS = ["The harbour froze.", "港口结冰了。", "A prompt that is longer than one chunk of the prefill, in steps. " * 2]
+PROMPTS = [
+    "The harbour froze.",
+    "港口结冰了。",
+    "A prompt that is longer than one chunk of the prefill, in steps. " * 2,
+]
 ROWS, REQUESTS = 4, 8
 REPLACEMENTS = 12
 SCALED = 60

@@ -1,8 +1,16 @@
 """Masks under vLLM's own scheduler: parity, mixing, chunked prefill, prefix cache, admission."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
+from crane_serve.engine.config import DEFAULT_ROWS
 from crane_serve.masks import MaskLibrary
+from tests.conftest import Tiny
 from tests.engine.offline import BLOCK_TOKENS, CHUNK_TOKENS, LONG, PROMPTS, generate
 from tests.engines import Oracle
 
@@ -35,6 +43,29 @@ def test_every_prompt_and_generated_token_agrees_with_transformers(
         assert sum(answer["prompt_logprobs"] + answer["logprobs"]) == pytest.approx(
             sum(expected), abs=TOLERANCE * len(expected)
         )
+
+
+def test_unmasked_requests_are_bit_identical_in_eager_mode_too(tiny: Tiny, tmp_path: Path) -> None:
+    """Two processes without compilation: with the plugin, and without."""
+    answers = []
+    for name, plugin in (("with", {"CRANE_MASKS": str(tiny.masks)}), ("without", {"VLLM_PLUGINS": ""})):
+        out = tmp_path / f"{name}.json"
+        command = [sys.executable, str(Path(__file__).parent / "baseline.py"), str(tiny.checkpoint), str(out), "eager"]
+        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        run = subprocess.run(
+            command,
+            env={**environment, **plugin},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr[-4000:]
+        answers.append(json.loads(out.read_text()))
+    assert answers[0]["masks"] is True
+    assert answers[1]["masks"] is False
+    assert answers[0]["solo"] == answers[1]["solo"]
 
 
 def test_the_masks_matter(llm) -> None:
@@ -78,6 +109,26 @@ def test_the_same_mask_twice_hits_the_prefix_cache(llm, mask) -> None:
     cold, warm = (generate(llm, [prompt], [mask])[0] for _ in range(2))
     assert (cold["cached"], warm["cached"]) == (0, len(warm["prompt"]) // BLOCK_TOKENS * BLOCK_TOKENS)
     assert_same(cold, warm)
+
+
+def test_clients_with_salts_of_their_own_share_with_themselves_under_the_same_mask_only(llm) -> None:
+    prompt = f"salted: {LONG}"[: 2 * BLOCK_TOKENS]  # short, so that all of it fits into the cache at once
+    whole = len(generate(llm, [prompt], [None])[0]["prompt"]) // BLOCK_TOKENS * BLOCK_TOKENS
+    visits = [(mask, salt) for salt in ("one", "two") for mask in ("zh", None, "vi")]
+    first = [generate(llm, [prompt], [mask], salt=salt)[0] for mask, salt in visits]
+    again = [generate(llm, [prompt], [mask], salt=salt)[0] for mask, salt in reversed(visits)]
+    assert [answer["cached"] for answer in first] == [0] * len(visits)
+    assert [answer["cached"] for answer in again] == [whole] * len(visits)
+    for cold, warm in zip(first, reversed(again), strict=True):
+        assert_same(cold, warm)
+
+
+def test_more_masks_than_rows_pass_through_the_table(llm, library: MaskLibrary, tiny_oracle: Oracle) -> None:
+    masks = [f"{name}@{factor / 128!r}" for factor in range(100) for name in ("en", "zh", "vi")]
+    assert len(masks) > DEFAULT_ROWS
+    for mask, answer in zip(masks, generate(llm, [PROMPTS[0]] * len(masks), masks), strict=True):
+        expected = tiny_oracle.logprobs(answer["prompt"] + answer["tokens"], library.resolve(mask).mask)
+        assert answer["logprobs"] == pytest.approx(expected[-len(answer["tokens"]) :], abs=1e-3)
 
 
 def test_a_union_in_another_order_is_the_same_mask(llm) -> None:

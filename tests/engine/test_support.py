@@ -179,3 +179,69 @@ def test_a_misspelt_argument_is_refused(configured: tuple[MaskConfig, MaskLibrar
 
 def test_no_sampling_parameters_ask_for_no_mask() -> None:
     assert asked_mask(None) is None
+
+
+def test_a_process_that_receives_the_configuration_has_the_plugin(
+    configured: tuple[MaskConfig, MaskLibrary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM only logs a plugin that fails to load; an engine process must not go on without it."""
+    from crane_serve.engine import plugin
+
+    sent = pickle.dumps(configured[0])
+    installed = []
+    monkeypatch.setattr(plugin, "install", lambda: installed.append(True))
+    pickle.loads(sent)  # noqa: S301
+    assert installed == [True]
+    monkeypatch.setattr(plugin, "install", lambda: check_version("0.33.0"))
+    with pytest.raises(UnsupportedEngine):
+        pickle.loads(sent)  # noqa: S301
+
+
+def test_an_untested_vllm_refuses_masks_even_where_none_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a class that stands for what vLLM calls; the plugin wraps nothing else there."""
+    import vllm
+    from vllm.v1.engine import input_processor
+
+    from crane_serve.engine import plugin
+
+    class InputProcessor:
+        def process_inputs(self, sampling_params: object) -> SimpleNamespace:
+            return SimpleNamespace(sampling_params=sampling_params)
+
+    monkeypatch.setattr(input_processor, "InputProcessor", InputProcessor)
+    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    monkeypatch.delenv("CRANE_MASKS", raising=False)
+    plugin.register()
+    assert InputProcessor().process_inputs(parameters(other=1)).sampling_params.extra_args == {"other": 1}
+    with pytest.raises(ValueError, match="not installed in this untested vLLM version"):
+        InputProcessor().process_inputs(parameters(crane_mask="zh"))
+    monkeypatch.setenv("CRANE_MASKS", "masks")
+    with pytest.raises(UnsupportedEngine, match=r"vLLM 0\.33\.0 has not been tested"):
+        plugin.register()
+
+
+@pytest.mark.parametrize("rows", ["0", "-1", "many", ""])
+def test_an_unusable_number_of_rows_is_refused(
+    configured: tuple[MaskConfig, MaskLibrary], monkeypatch: pytest.MonkeyPatch, rows: str
+) -> None:
+    from crane_serve.engine.config import add_mask_config
+
+    monkeypatch.setenv("CRANE_MASKS", str(configured[0].masks))
+    monkeypatch.setenv("CRANE_MASK_ROWS", rows)
+    engine = SimpleNamespace(model_config=SimpleNamespace(model=configured[0].model), additional_config={})
+    with pytest.raises(ValueError, match=r"CRANE_MASK_ROWS is .*, expected the number of masks to keep resident"):
+        add_mask_config(engine)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"crane_mask": "zh", "crane_positions": "first"}, "expected 'all' or 'prompt' or 'generated'"),
+        ({"crane_mask": "zh", "crane_positions": 3}, "expected 'all' or 'prompt' or 'generated'"),
+        ({"crane_positions": "prompt"}, "crane_positions='prompt' without crane_mask"),
+        ({"Crane_Mask": "zh"}, "unknown argument 'Crane_Mask'"),
+    ],
+)
+def test_bad_positions_are_refused(asked: dict[str, object], message: str) -> None:
+    with pytest.raises(MaskError, match=message):
+        asked_mask(parameters(**asked))

@@ -1,0 +1,104 @@
+"""What goes into the processes of a verification, and what comes out of them: JSON files."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+from crane_serve.engine.offline import Answer, EngineFacts
+from crane_serve.masks import Fingerprint
+from crane_serve.verify.checks import Check
+from crane_serve.verify.generated import TrialMasks
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What vLLM gives without the plugin: the unmasked batch, again, and tokens per second if asked for."""
+
+    batch: tuple[Answer, ...]
+    again: tuple[Answer, ...]
+    rates: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Log-probabilities by transformers: [masks][texts][tokens after the first]; mask None is unmasked."""
+
+    dtype: str
+    texts: tuple[tuple[int, ...], ...]
+    masks: tuple[str | None, ...]
+    logprobs: tuple[tuple[tuple[float, ...], ...], ...]
+
+
+class Plan(BaseModel):
+    """What a process has to do. outcome: where its results go; plain, reference: those of earlier processes, if any."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: Path
+    flags: tuple[str, ...]
+    fingerprint: Fingerprint
+    outcome: Path
+    throughput: bool
+    float32: bool  # whether the engine was asked for float32
+    trust_remote_code: bool
+    directory: Path  # of the masks
+    masks: TrialMasks | None  # None for an engine without the plugin
+    plain: Path
+    reference: Path
+
+    @classmethod
+    def load(cls, path: Path) -> "Plan":
+        return cls.model_validate_json(path.read_text())
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.model_dump_json())
+
+
+class Outcome:
+    """A file of results, written one by one, so that those of a process that died are not lost."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def record(self, **results: Any) -> None:
+        """Append results by name: facts, check, plain, reference or error."""
+        plain = {name: asdict(value) if is_dataclass(value) else value for name, value in results.items()}  # type: ignore[arg-type]
+        with self._path.open("a") as file:
+            file.write(json.dumps(plain) + "\n")  # numbers that are not finite survive Python's own JSON
+
+    @property
+    def error(self) -> str | None:
+        return next(iter(self._read("error", str)), None)
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        return next(iter(self._read("facts", EngineFacts)), None)
+
+    @property
+    def plain(self) -> Plain | None:
+        return next(iter(self._read("plain", Plain)), None)
+
+    @property
+    def reference(self) -> Reference | None:
+        return next(iter(self._read("reference", Reference)), None)
+
+    @property
+    def checks(self) -> list[Check]:
+        return self._read("check", Check)
+
+    def _read(self, name: str, kind: type[_T]) -> list[_T]:
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        records: list[Mapping[str, Any]] = [json.loads(line) for line in lines]
+        return [TypeAdapter(kind).validate_python(record[name]) for record in records if name in record]
+
+
+def describe(error: BaseException) -> str:
+    """An error as one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,110 @@
+"""Plain transformers with the masks as hooks: `python -m crane_serve.verify.reference PLAN` writes a Reference."""
+
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crane_serve.masks import MaskLibrary, NeuronMask
+from crane_serve.verify import probes
+from crane_serve.verify.plan import Outcome, Plan, Reference, describe
+
+_FLOAT32_PARAMETERS = 1_000_000_000
+_GIVEN = 3  # of the user's masks
+# The projection whose inputs are a layer's neurons; not those of a vision tower.
+_PROJECTION = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.(?:mlp\.)?(?:down_proj|c_proj|fc2)$")
+_OTHER_TOWERS = ("vision", "visual", "audio")
+
+
+def measure_reference(plan: Plan) -> Reference:
+    """Score the texts of `probes` under the plan's masks. Raises ValueError for a model with other MLPs."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert plan.masks is not None
+    library = MaskLibrary.load(plan.directory, plan.fingerprint)
+    trust = {"trust_remote_code": plan.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(plan.model, **trust)
+    model = AutoModelForCausalLM.from_pretrained(plan.model, dtype="auto", **trust).eval()
+    gpu = torch.cuda.is_available()
+    if plan.float32 or not gpu or sum(p.numel() for p in model.parameters()) < _FLOAT32_PARAMETERS:
+        model.float()
+    model.to("cuda" if gpu else "cpu")
+    projections = find_projections(model, plan.fingerprint.layers)
+    texts = tuple(tuple(tokenizer.encode(text)) for text in probes.TEXTS)
+    masks: list[str | None] = [None, *plan.masks.random, *plan.masks.given[:_GIVEN]]
+    return Reference(
+        dtype=str(model.dtype).removeprefix("torch."),
+        texts=texts,
+        masks=tuple(masks),
+        logprobs=tuple(
+            tuple(
+                _score(model, projections, text, None if name is None else library.masks[name].mask) for text in texts
+            )
+            for name in masks
+        ),
+    )
+
+
+def find_projections(model: nn.Module, layers: int) -> list[nn.Module]:
+    """The projection behind the neurons, per layer. Raises ValueError unless there is exactly one in each."""
+    found: dict[int, nn.Module] = {}
+    names = []
+    for name, module in model.named_modules():
+        match = _PROJECTION.search(name)
+        if match is None or any(tower in name for tower in _OTHER_TOWERS):
+            continue
+        names.append(name)
+        found[int(match.group(1))] = module
+    if len(names) != layers or sorted(found) != list(range(layers)):
+        raise ValueError(f"transformers' model has {len(names)} MLP projections {names[:2]}, expected {layers}")
+    return [found[layer] for layer in range(layers)]
+
+
+@contextmanager
+def _masked(projections: list[nn.Module], mask: NeuronMask | None) -> Iterator[None]:
+    hooks = []
+    for layer, projection in enumerate(projections if mask is not None else ()):
+        assert mask is not None
+        scale = mask.intermediate[layer, : mask.intermediate_sizes[layer]]  # [neurons]
+        hooks.append(projection.register_forward_pre_hook(lambda _, args, s=scale: (args[0] * s.to(args[0]),)))
+        if mask.output is not None:
+            output = mask.output[layer]  # [hidden]
+            hooks.append(projection.register_forward_hook(lambda _, __, out, s=output: out * s.to(out)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.inference_mode()
+def _score(
+    model: Any, projections: list[nn.Module], text: tuple[int, ...], mask: NeuronMask | None
+) -> tuple[float, ...]:
+    ids = torch.tensor([text], device=model.device)  # [1, tokens]
+    with _masked(projections, mask):
+        logits: Tensor = model(ids).logits[0].float()  # [tokens, vocabulary]
+    logprobs = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]  # [tokens - 1]
+    return tuple(logprobs.tolist())
+
+
+def main(plan_file: str) -> int:
+    """Score and record; returns the exit code."""
+    plan = Plan.load(Path(plan_file))
+    try:
+        Outcome(plan.outcome).record(reference=measure_reference(plan))
+    except Exception as error:  # a model that does not fit, or that transformers does not know
+        Outcome(plan.outcome).record(error=describe(error))
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,237 @@
+"""Trial: one engine, put through every check."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import cycle, islice
+from typing import Protocol
+
+from crane_serve.engine.offline import Answer, EngineFacts, Request
+from crane_serve.verify import checks, probes
+from crane_serve.verify.checks import Batch, Check, Logprobs, Visit
+from crane_serve.verify.generated import TrialMasks
+from crane_serve.verify.plan import Plain, Reference, describe
+
+_GIVEN_IN_BATCHES = 3  # of the user's masks; every one of them is in the first check
+_REPETITIONS = 3
+_GENERATED_TOKENS = 64
+_GENERATED_TOKENS_CPU = 24
+_READ_BACK_TOKENS = 16
+_CACHE_TOKENS = 8
+
+
+class Engine(Protocol):
+    """What a trial needs of an engine."""
+
+    facts: EngineFacts
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text."""
+
+    def run(self, requests: Sequence[Request]) -> list[Answer]:
+        """Run a batch, all of it queued before the first step."""
+
+
+def measure_plain(engine: Engine, *, rates: bool) -> Plain:
+    """Run what is to be compared with an idle plugin, on an engine without it."""
+    requests = probes.batch(engine.encode, engine.facts.max_model_tokens)
+    unmasked = [None] * len(requests)
+    batch, again = (tuple(engine.run(probes.masked(requests, unmasked, run))) for run in ("plain", "plain-again"))
+    speed = _Speed(engine)
+    return Plain(batch, again, tuple(speed.rate([None]) for _ in range(_REPETITIONS)) if rates else ())
+
+
+class Trial:
+    """An engine with the masks of a trial directory. `checks` makes all checks, in order."""
+
+    def __init__(
+        self, engine: Engine, masks: TrialMasks, *, plain: Plain | None, reference: Reference | None, rates: bool
+    ) -> None:
+        """plain, reference: None leaves out the checks against them; rates: whether to measure throughput."""
+        self._engine = engine
+        self._masks = masks
+        self._plain = plain
+        self._reference = reference
+        self._rates = rates
+        self._requests = probes.batch(engine.encode, engine.facts.max_model_tokens)
+        self._exact = engine.facts.dtype == "float32"
+
+    def checks(self) -> Iterator[Check]:
+        """Make the checks one by one. After one that raises, the rest fail unmade: the engine may be in pieces."""
+        steps: dict[str, Callable[[], Check]] = {
+            checks.LAYERS: self.layers,
+            checks.NEIGHBOURS: self.neighbours,
+            checks.MIXED: self.mixed,
+            checks.CACHE: self.cache,
+            checks.DECODING: self.decoding,
+        }
+        if self._plain is not None:
+            steps[checks.IDLE] = self.idle
+        if self._reference is not None:
+            steps[checks.REFERENCE] = self.reference
+        if self._rates:
+            steps[checks.THROUGHPUT] = self.throughput
+        broken = None
+        for name, step in steps.items():
+            if broken is not None:
+                yield checks.failed(name, f"not made, since the engine failed in {broken!r}")
+                continue
+            try:
+                yield step()
+            except Exception as error:  # whatever a dying engine raises
+                broken = name
+                yield checks.failed(name, f"expected answers, got {describe(error)}")
+
+    def layers(self) -> Check:
+        """Requests one at a time, so that all have the same shapes and rounding cannot pass for an effect."""
+        prompt = self._engine.encode(" ".join(probes.TEXTS[::2]))[: self._engine.facts.max_model_tokens - 1]
+
+        def score(mask: str | None) -> Logprobs:
+            return self._engine.run([Request(prompt, mask=mask, salt="verify-layers", score=True)])[0].prompt_logprobs
+
+        others = (*self._masks.slices, *self._masks.random, *self._masks.given)
+        check = checks.masks_take_effect(
+            score(None),
+            score(None),
+            {index: score(name) for index, name in enumerate(self._masks.layers)},
+            {name: score(name) for name in others},
+        )
+        if self._masks.unusable:
+            problem = "; ".join(filter(None, (check.problem, *self._masks.unusable)))
+            check = replace(check, status=checks.Status.FAIL, problem=problem)
+        return check
+
+    def neighbours(self) -> Check:
+        masks = list(islice(cycle(self._masks.random), len(self._requests)))
+        neighbours = [mask if index % 2 else None for index, mask in enumerate(masks)]
+        mixed = self._run(neighbours, "neighbours")
+        return checks.neighbours_untouched(
+            self._unmasked, self._unmasked_again, mixed, [mask is not None for mask in neighbours]
+        )
+
+    def mixed(self) -> Check:
+        masks: tuple[str | None, ...] = (None, *self._masks.random, *self._masks.given[:_GIVEN_IN_BATCHES])
+        uniform = {mask: self._uniform(mask) for mask in masks}
+        assigned = list(islice(cycle(masks), len(self._requests)))
+        return checks.mixed_equals_uniform(uniform, self._unmasked_again, self._run(assigned, "mixed"), assigned)
+
+    def idle(self) -> Check:
+        assert self._plain is not None
+        return checks.idle_equals_plain(self._plain.batch, self._plain.again, self._unmasked)
+
+    def cache(self) -> Check:
+        facts = self._engine.facts
+        if not facts.prefix_caching:
+            return checks.skipped(checks.CACHE, "the engine caches no prefixes")
+        wanted = 3 * facts.block_tokens + facts.block_tokens // 2
+        tokens = min(wanted, facts.max_model_tokens - _CACHE_TOKENS - 1)
+        if tokens <= facts.block_tokens:
+            return checks.skipped(
+                checks.CACHE, f"blocks of {facts.block_tokens} tokens, sequences of {facts.max_model_tokens}"
+            )
+        request = Request(probes.long_prompt(self._engine.encode, tokens), _CACHE_TOKENS)
+
+        def ask(mask: str | None, salt: str | None = None) -> Answer:
+            return self._engine.run([replace(request, mask=mask, salt=salt)])[0]
+
+        one, other = self._masks.random[:2]
+        visits = [Visit(mask, ask(mask)) for mask in (one, None, other, None, one, other)]
+        cold = {mask: ask(mask, f"verify-cache-{mask}") for mask in (None, one, other)}
+        warm = {mask: ask(mask, f"verify-cache-{mask}") for mask in (None, one, other)}
+        again = ask(None, "verify-cache-again")
+        return checks.prefix_cache_kept_apart(visits, cold, warm, again, exact=self._exact)
+
+    def decoding(self) -> Check:
+        masks: list[str | None] = [None, *self._masks.random]
+        room = self._engine.facts.max_model_tokens - _READ_BACK_TOKENS - 1
+        prompts = [self._engine.encode(text)[:room] for text in probes.TEXTS]
+        asked = [Request(prompt, _READ_BACK_TOKENS, mask) for mask in masks for prompt in prompts]
+        owners = [request.mask for request in asked]
+        generated = self._engine.run(probes.masked(asked, owners, "generated"))
+        texts = [
+            Request(request.prompt + answer.tokens, score=True)
+            for request, answer in zip(asked, generated, strict=True)
+        ]
+        scored = self._engine.run(probes.masked(texts, owners, "scored"))
+        unmasked = self._engine.run(probes.masked(texts, [None] * len(texts), "unmasked"))
+
+        def per_mask(rows: Sequence[Logprobs]) -> dict[str | None, Logprobs]:
+            pairs = list(zip(owners, rows, strict=True))
+            return {mask: [x for owner, row in pairs if owner == mask for x in row] for mask in masks}
+
+        return checks.reads_back(
+            per_mask([answer.logprobs for answer in generated]),
+            per_mask([answer.prompt_logprobs[-_READ_BACK_TOKENS:] for answer in scored]),
+            per_mask([answer.prompt_logprobs[-_READ_BACK_TOKENS:] for answer in unmasked]),
+            exact=self._exact,
+        )
+
+    def reference(self) -> Check:
+        """All texts under all masks in one batch, so that mixing is held against transformers too."""
+        assert self._reference is not None
+        theirs = dict(zip(self._reference.masks, self._reference.logprobs, strict=True))
+        asked = [Request(text, mask=mask, score=True) for mask in theirs for text in self._reference.texts]
+        owners = [request.mask for request in asked]
+        answers = self._engine.run(probes.masked(asked, owners, "reference"))
+        pairs = list(zip(owners, answers, strict=True))
+        ours = {
+            mask: [x for owner, answer in pairs if owner == mask for x in answer.prompt_logprobs] for mask in theirs
+        }
+        return checks.agrees_with_reference(
+            ours,
+            {mask: [x for row in rows for x in row] for mask, rows in theirs.items()},
+            exact=self._exact and self._reference.dtype == "float32",
+            strong=self._masks.random,
+        )
+
+    def throughput(self) -> Check:
+        speed = _Speed(self._engine)
+        ways: dict[str, list[str | None]] = {
+            "idle": [None],
+            "one": [self._masks.random[0]],
+            "mixed": [None, *self._masks.random],
+        }
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(_REPETITIONS):
+            for name, masks in ways.items():
+                rates[name].append(speed.rate(masks))
+        plain = self._plain.rates if self._plain is not None and self._plain.rates else None
+        return checks.throughput(plain, rates["idle"], rates["one"], rates["mixed"], str(speed))
+
+    def _run(self, masks: Sequence[str | None], run: str) -> list[Answer]:
+        return self._engine.run(probes.masked(self._requests, masks, run))
+
+    def _uniform(self, mask: str | None) -> Batch:
+        return self._unmasked if mask is None else self._run([mask] * len(self._requests), f"uniform-{mask}")
+
+    @cached_property
+    def _unmasked(self) -> Batch:
+        return self._run([None] * len(self._requests), "unmasked")
+
+    @cached_property
+    def _unmasked_again(self) -> Batch:
+        return self._run([None] * len(self._requests), "unmasked-again")
+
+
+class _Speed:
+    """Decoding of one batch, timed; the first run is for warming up."""
+
+    def __init__(self, engine: Engine) -> None:
+        generated = _GENERATED_TOKENS_CPU if engine.facts.device.startswith("cpu") else _GENERATED_TOKENS
+        self._engine = engine
+        self._requests = probes.throughput_batch(engine.encode, generated)
+        self._runs = 0
+        self.rate([None])
+
+    def rate(self, masks: Sequence[str | None]) -> float:
+        """Generated tokens per second, with `masks` in turn."""
+        self._runs += 1
+        assigned = list(islice(cycle(masks), len(self._requests)))
+        requests = probes.masked(self._requests, assigned, f"speed-{self._runs}")
+        start = time.perf_counter()
+        answers = self._engine.run(requests)
+        return sum(len(answer.tokens) for answer in answers) / (time.perf_counter() - start)
+
+    def __str__(self) -> str:
+        return f"{len(self._requests)} requests of {self._requests[0].max_tokens} tokens"
