@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +10,19 @@ import pytest
 
 from crane_serve.masks import MaskLibrary
 from tests.engines import Oracle, Server, add_output_mask, random_masks
-from tests.tiny import tiny_model
+from tests.jobs import Jobs
+from tests.tiny import FAMILIES, tiny_model
 
 GEMMA = Path(__file__).parent.parent / "models" / "gemma-3-270m"
-TINY_FLAGS = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8", "--block-size", "32")
 TINY_CHUNK_TOKENS = 64
+TINY_FLAGS = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8", "--block-size", "32")
+TINY_FLAGS += ("--max-num-batched-tokens", str(TINY_CHUNK_TOKENS))
+RANKS = {
+    "tensor parallel": ("--tensor-parallel-size", "2", "--enforce-eager"),
+    "data parallel": ("--data-parallel-size", "2", "--enforce-eager"),
+    # vLLM 0.32 on the CPU makes the buffers between stages only where it compiles.
+    "pipeline parallel": ("--pipeline-parallel-size", "2"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,6 @@ class Engines:
         random_masks(tiny_model("llama", directory / "other", seed=1), directory / "other-masks", share=0.1)
         shutil.copy(directory / "other-masks" / "attnlrp-zh.safetensors", masks / "foreign.safetensors")
         self.servers: dict[str, Server] = {}
-        self.baseline: subprocess.Popen[bytes] | None = None
         if "gemma_server" in wanted:
             gemma_masks = directory / "gemma-masks"
             random_masks(GEMMA, gemma_masks, share=0.05)
@@ -50,22 +55,39 @@ class Engines:
                 GEMMA, gemma_masks, directory / "gemma.log", *flags, core=1 % (os.cpu_count() or 1)
             )
         if "tiny_server" in wanted:
-            flags = (*TINY_FLAGS, "--max-num-batched-tokens", str(TINY_CHUNK_TOKENS))
-            self.servers["tiny_server"] = Server.start(checkpoint, masks, directory / "tiny.log", *flags, core=0)
+            self.servers["tiny_server"] = Server.start(checkpoint, masks, directory / "tiny.log", *TINY_FLAGS, core=0)
+        self.jobs = Jobs(directory)
+        self._add_jobs(wanted)
+
+    def _add_jobs(self, wanted: set[str]) -> None:
+        scripts = Path(__file__).parent / "engine"
+        here = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        in_process = {**here, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+        def baseline(name: str, *arguments: str, **environment: str) -> None:
+            out = self.directory / f"{name}.json"
+            self.jobs.add(name, scripts / "baseline.py", self.tiny.checkpoint, out, *arguments, **environment)
+
         if "baseline" in wanted:
-            script = Path(__file__).parent / "engine" / "baseline.py"
-            self.baseline = subprocess.Popen(
-                [sys.executable, str(script), str(checkpoint), str(directory / "baseline.json")],
-                env={**os.environ, "VLLM_PLUGINS": "", "VLLM_CPU_KVCACHE_SPACE": "1"},
-                stdout=(directory / "baseline.log").open("wb"),
-                stderr=subprocess.STDOUT,
-            )
+            baseline("baseline", VLLM_PLUGINS="", VLLM_CPU_KVCACHE_SPACE="1")
+        if "eager" in wanted:
+            baseline("eager-idle", "eager", CRANE_MASKS=str(self.tiny.masks), **in_process)
+            baseline("eager-plain", "eager", VLLM_PLUGINS="", **in_process)
+        if "families" in wanted:
+            checkpoints = self.directory / "families"
+            for family in FAMILIES:
+                random_masks(tiny_model(family, checkpoints / family), checkpoints / f"{family}-masks", share=0.4)
+            self.jobs.add("families", scripts / "families.py", checkpoints, checkpoints / "answers.json", **in_process)
+        for ranks, flags in RANKS.items() if "over_ranks" in wanted else ():
+            out, foreign = self.directory / f"{ranks}.json", self.directory / "other-masks" / "attnlrp-zh.safetensors"
+            arguments = (self.tiny.checkpoint, self.tiny.masks, out, foreign, *TINY_FLAGS, *flags)
+            environment = {**here, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+            self.jobs.add(ranks, scripts / "run_service.py", *arguments, **environment)
 
     def stop(self) -> None:
+        self.jobs.stop()
         for server in self.servers.values():
             server.stop()
-        if self.baseline is not None and self.baseline.poll() is None:
-            self.baseline.kill()
 
 
 _ENGINES = pytest.StashKey[Engines]()
@@ -77,7 +99,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
-    if session.config.option.collectonly or not wanted & {"gemma_server", "tiny_server", "baseline", "tiny"}:
+    if session.config.option.collectonly or "engines" not in wanted:
         return
     directory = session.config._tmp_path_factory.mktemp("engines")  # type: ignore[attr-defined]
     session.config.stash[_ENGINES] = Engines(directory, wanted)
@@ -124,7 +146,5 @@ def gemma_library(engines: Engines, gemma_server: Server) -> MaskLibrary:
 @pytest.fixture(scope="session")
 def baseline(engines: Engines) -> dict[str, list[dict[str, object]]]:
     """Generations of vLLM without the plugin, from a process of its own."""
-    assert engines.baseline is not None
-    code = engines.baseline.wait(timeout=420)
-    assert code == 0, (engines.directory / "baseline.log").read_text(errors="replace")[-4000:]
+    engines.jobs.wait("baseline")
     return json.loads((engines.directory / "baseline.json").read_text())

@@ -1,6 +1,6 @@
 """Drive an EngineService through masks that come and go: `python run_service.py CHECKPOINT MASKS OUT [engine flags]`.
 
-Writes what every request was promised and what it got; test_service.py judges. Rows for four masks, eight requests at
+Writes what every request was promised and what it got; test_ranks.py judges. Rows for four masks, eight requests at
 once.
 """
 
@@ -21,6 +21,7 @@ PROMPTS = [
 ROWS, REQUESTS = 4, 8
 REPLACEMENTS = 12
 SCALED = 60
+CHANGING = "changing"
 
 
 def content(number: int) -> str:
@@ -33,12 +34,15 @@ class Run:
         self.service = service
         self.answers: list[dict] = []
         self.refused: dict[str, str] = {}
+        library = service.library
+        self.contents = {library.resolve(content(n)).mask.digest: content(n) for n in range(REPLACEMENTS + 1)}
 
     async def generate(
-        self, prompt: str, mask: str | None, promised: str | None, tokens: int = 6, positions: Positions = Positions.ALL
+        self, prompt: str, mask: str | None, tokens: int = 6, positions: Positions = Positions.ALL
     ) -> None:
-        """Generate under `mask`, whose content at this moment is what the expression `promised` means."""
+        """Generate under `mask`. What it is promised is what the name means when the request is made."""
         resolved = self.service.library.resolve(mask, positions)
+        promised = self.contents[resolved.mask.digest] if mask == CHANGING else mask
         prompt_ids = self.service.tokenizer(prompt)["input_ids"]
         sampling = Sampling(max_tokens=tokens, temperature=0.0, top_p=1.0, seed=None, stop=(), logprobs=0)
         steps = [step async for step in self.service.generate(prompt_ids, sampling, resolved, stream=False)]
@@ -68,7 +72,7 @@ class Run:
             await action
         except (MaskError, MaskFileError, ValueError) as error:
             self.refused[what] = f"{type(error).__name__}: {error}"
-        await self.generate(PROMPTS[0], "zh", "zh", tokens=2)
+        await self.generate(PROMPTS[0], "zh", tokens=2)
 
     def stored(self, name: str, expression: str) -> StoredMask:
         resolved = self.service.library.resolve(expression)
@@ -82,29 +86,29 @@ class Run:
             await asyncio.gather(*(self.score(prompt, mask, rank) for prompt in PROMPTS for rank in ranks))
 
         # A name is replaced over and over while requests that use it come and go.
-        await service.put_mask(self.stored("changing", content(0)))
-        current = 0
+        await service.put_mask(self.stored(CHANGING, content(0)))
+        changing = True
 
         async def stream(number: int) -> None:
-            while current < REPLACEMENTS:
-                prompt = f"{number}: {PROMPTS[number % len(PROMPTS)]}"
-                await self.generate(prompt, "changing", content(current), tokens=8)
+            while changing:
+                await self.generate(f"{number}: {PROMPTS[number % len(PROMPTS)]}", CHANGING, tokens=8)
 
         streams = [asyncio.create_task(stream(number)) for number in range(2)]
         for number in range(1, REPLACEMENTS + 1):
             await asyncio.sleep(0.1)
-            await service.put_mask(self.stored("changing", content(number)))
-            current = number
+            await service.put_mask(self.stored(CHANGING, content(number)))
+            assert self.contents[service.library.get(CHANGING).mask.digest] == content(number)
+        changing = False
         await asyncio.gather(*streams)
 
         # A mask is removed while a request runs under it; its digest goes with it.
-        digest = service.library.get("changing").mask.digest
-        long = asyncio.create_task(self.generate(PROMPTS[2], "changing", content(REPLACEMENTS), tokens=300))
+        digest = service.library.get(CHANGING).mask.digest
+        long = asyncio.create_task(self.generate(PROMPTS[2], CHANGING, tokens=300))
         await asyncio.sleep(0.1)
-        await service.remove_mask("changing")
+        await service.remove_mask(CHANGING)
         self.refused["in use"] = "kept" if digest in service.library and not long.done() else "forgotten"
-        await self.refuses("removed name", self.generate(PROMPTS[0], "changing", None))
-        await self.refuses("removed digest", self.generate(PROMPTS[0], digest, None))
+        await self.refuses("removed name", self.generate(PROMPTS[0], CHANGING))
+        await self.refuses("removed digest", self.generate(PROMPTS[0], digest))
         await long
         for _ in range(50):
             if digest not in service.library:
@@ -115,11 +119,11 @@ class Run:
         # More masks than rows, at once and one after the other.
         factors = [f"zh@{(number + 1) / 128!r}" for number in range(SCALED)]
         many = await asyncio.gather(
-            *(self.generate(PROMPTS[0], factor, factor) for factor in factors[:REQUESTS]), return_exceptions=True
+            *(self.generate(PROMPTS[0], factor) for factor in factors[:REQUESTS]), return_exceptions=True
         )
         self.refused["full"] = ", ".join(sorted({type(error).__name__ for error in many if error is not None}))
         for start in range(0, SCALED, ROWS):
-            await asyncio.gather(*(self.generate(PROMPTS[0], f, f) for f in factors[start : start + ROWS]))
+            await asyncio.gather(*(self.generate(PROMPTS[0], factor) for factor in factors[start : start + ROWS]))
 
         await self.refuses("foreign", service.put_mask(foreign))
         outputs = self.stored("outputs", "zh")
@@ -127,7 +131,7 @@ class Run:
         await self.refuses("outputs", service.put_mask(StoredMask("outputs", scales, outputs.info)))
         await self.refuses("unknown", service.remove_mask("nobody"))
         for positions in Positions:
-            await self.generate(PROMPTS[2], "zh", "zh", tokens=12, positions=positions)
+            await self.generate(PROMPTS[2], "zh", tokens=12, positions=positions)
 
 
 def _ones(service: EngineService):

@@ -1,16 +1,12 @@
 """Masks under vLLM's own scheduler: parity, mixing, chunked prefill, prefix cache, admission."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from crane_serve.engine.config import DEFAULT_ROWS
 from crane_serve.masks import MaskLibrary
-from tests.conftest import Tiny
+from tests.conftest import Engines
 from tests.engine.offline import BLOCK_TOKENS, CHUNK_TOKENS, LONG, PROMPTS, generate
 from tests.engines import Oracle
 
@@ -45,27 +41,19 @@ def test_every_prompt_and_generated_token_agrees_with_transformers(
         )
 
 
-def test_unmasked_requests_are_bit_identical_in_eager_mode_too(tiny: Tiny, tmp_path: Path) -> None:
-    """Two processes without compilation: with the plugin, and without."""
-    answers = []
-    for name, plugin in (("with", {"CRANE_MASKS": str(tiny.masks)}), ("without", {"VLLM_PLUGINS": ""})):
-        out = tmp_path / f"{name}.json"
-        command = [sys.executable, str(Path(__file__).parent / "baseline.py"), str(tiny.checkpoint), str(out), "eager"]
-        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        run = subprocess.run(
-            command,
-            env={**environment, **plugin},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert run.returncode == 0, run.stderr[-4000:]
-        answers.append(json.loads(out.read_text()))
-    assert answers[0]["masks"] is True
-    assert answers[1]["masks"] is False
-    assert answers[0]["solo"] == answers[1]["solo"]
+@pytest.fixture(scope="module")
+def eager(engines: Engines) -> dict[str, dict]:
+    """Unmasked generations without compilation, with the plugin and without it, from processes of their own."""
+    answers = {}
+    for name in ("eager-idle", "eager-plain"):
+        engines.jobs.wait(name)
+        answers[name] = json.loads((engines.directory / f"{name}.json").read_text())
+    return answers
+
+
+def test_unmasked_requests_are_bit_identical_in_eager_mode_too(eager: dict[str, dict]) -> None:
+    assert (eager["eager-idle"]["masks"], eager["eager-plain"]["masks"]) == (True, False)
+    assert eager["eager-idle"]["solo"] == eager["eager-plain"]["solo"]
 
 
 def test_the_masks_matter(llm) -> None:

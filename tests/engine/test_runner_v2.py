@@ -1,5 +1,6 @@
 """The V2 seam against vLLM's own classes, with batches made by hand: V2 itself needs Triton."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,13 +58,18 @@ class Bench:
     def run(self, computed: int = 0, **tokens: int) -> list[str]:
         """Prepare a batch of requests, each with its scheduled tokens; per slot, the mask whose scales it reads."""
         starts = np.cumsum([0, *tokens.values()], dtype=np.int32)
-        padded = np.concatenate([starts, np.full(3, starts[-1])])  # padded requests have no tokens
-        batch = SimpleNamespace(
+        return self.prepare(
             req_ids=list(tokens),
-            query_start_loc_np=padded,
-            num_computed_tokens_np=np.full(len(padded), computed, dtype=np.int32),
-            num_reqs=len(tokens),
+            query_start_loc_np=np.concatenate([starts, np.full(3, starts[-1])]),  # padded requests have no tokens
+            num_computed_tokens_np=np.full(len(tokens), computed, dtype=np.int32),
         )
+
+    def prepare(self, **fields: object) -> list[str]:
+        """Prepare vLLM's own dummy batch with other `fields`."""
+        from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+
+        buffers = InputBuffers(max_num_reqs=8, max_num_tokens=MAX_TOKENS, device=torch.device("cpu"))
+        batch = replace(InputBatch.make_dummy(2, MAX_TOKENS, buffers), **fields)
         assert self.state.prepare_inputs(batch, None) == {}
         return self.read()
 
@@ -99,7 +105,19 @@ def test_the_order_of_the_batch_decides_not_the_order_of_arrival(bench: Bench) -
 def test_dummy_batches_are_unmasked(bench: Bench) -> None:
     bench.add(a="zh")
     bench.run(a=4)
-    assert set(bench.run(req_0_dummy=MAX_TOKENS)) == {"none"}
+    assert set(bench.prepare()) == {"none"}
+
+
+def test_the_boundaries_of_the_batch_decide_not_the_tokens_scheduled_at_most(bench: Bench) -> None:
+    """With adaptive verification vLLM schedules more tokens for a request than it runs."""
+    bench.add(a="zh", b="vi")
+    slots = bench.prepare(
+        req_ids=["a", "b"],
+        num_scheduled_tokens=np.array([4, 4], dtype=np.int32),
+        query_start_loc_np=np.array([0, 2, 3], dtype=np.int32),
+        num_computed_tokens_np=np.array([0, 0], dtype=np.int32),
+    )
+    assert slots == ["attnlrp-zh"] * 2 + ["attnlrp-vi"] + ["none"] * (MAX_TOKENS - 3)
 
 
 def test_graph_capture_is_unmasked(bench: Bench) -> None:

@@ -1,0 +1,55 @@
+"""EngineService over two ranks of each kind, while masks come and go."""
+
+import json
+
+import pytest
+
+from crane_serve.masks import Positions
+from tests.conftest import RANKS, Engines, Tiny
+from tests.engines import Oracle
+
+pytestmark = pytest.mark.engine
+
+NATS_PER_TOKEN = 1e-4
+
+
+@pytest.fixture(scope="module", params=RANKS)
+def over_ranks(request: pytest.FixtureRequest, engines: Engines) -> dict:
+    """What requests were promised and got, over two ranks."""
+    engines.jobs.wait(request.param)
+    return {"name": request.param, **json.loads((engines.directory / f"{request.param}.json").read_text())}
+
+
+def test_every_request_ran_with_the_mask_it_was_promised(over_ranks, tiny: Tiny, tiny_oracle: Oracle) -> None:
+    assert over_ranks["ranks"] == (2 if over_ranks["name"] == "data parallel" else 1)
+    promised = {answer["promised"] for answer in over_ranks["answers"]}
+    assert len(promised) > 70  # of contents: those served, those a name went through, and the scaled ones
+    for answer in over_ranks["answers"]:
+        resolved = tiny.library.resolve(answer["promised"])
+        prompt, tokens = answer["prompt"], answer["tokens"]
+        masked = {
+            Positions.ALL: slice(None),
+            Positions.PROMPT: slice(len(prompt)),
+            Positions.GENERATED: slice(len(prompt), None),
+        }[Positions(answer["positions"])]
+        expected = tiny_oracle.logprobs(prompt + tokens, None if resolved is None else resolved.mask, masked)
+        expected = expected[-len(tokens) :]
+        assert abs(sum(answer["logprobs"]) - sum(expected)) / len(expected) < NATS_PER_TOKEN, answer
+        assert answer["logprobs"] == pytest.approx(expected, abs=1e-3), answer
+
+
+@pytest.mark.parametrize(
+    ("what", "outcome"),
+    [
+        ("removed name", "UnknownMask: unknown mask 'changing'"),
+        ("removed digest", "UnknownMask: unknown mask"),
+        ("in use", "kept"),
+        ("after use", "forgotten"),
+        ("full", "MaskTableFull"),
+        ("foreign", "FingerprintError: mask 'attnlrp-zh'"),
+        ("outputs", "MaskFileError: mask 'outputs' scales MLP output dimensions"),
+        ("unknown", "UnknownMask: unknown mask 'nobody'"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_the_next_request_runs(over_ranks, what: str, outcome: str) -> None:
+    assert over_ranks["refused"][what].startswith(outcome)
