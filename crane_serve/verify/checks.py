@@ -23,6 +23,7 @@ ALL = (ENGINES, LAYERS, NEIGHBOURS, MIXED, IDLE, CACHE, DECODING, REFERENCE, THR
 FLOAT32_LIMIT = 1e-3  # nats per token
 LOW_PRECISION_LIMIT = 0.05  # nats per token, bfloat16 and float16
 UNMASKED_FACTOR = 3  # how much further off than the unmasked model a masked one may be in low precision
+ROUNDING_FACTOR = 2  # over what transformers itself loses to the low precision under the same mask
 EFFECT_FACTOR = 10  # how much larger than the differences a mask's effect must be, or the check shows nothing
 NOISE_FACTOR = 4  # over the largest difference of two equal runs, where an engine does not repeat its bits
 SLOWEST = 0.8
@@ -315,8 +316,10 @@ def _drift(left: Answer, right: Answer) -> float:
     return mean_difference(left.logprobs[: same + 1], right.logprobs[: same + 1])
 
 
-def _limit(exact: bool, unmasked: float) -> float:
-    return FLOAT32_LIMIT if exact else max(LOW_PRECISION_LIMIT, UNMASKED_FACTOR * unmasked)
+def _limit(exact: bool, unmasked: float, rounding: float | None = None) -> float:
+    if exact:
+        return FLOAT32_LIMIT
+    return max(LOW_PRECISION_LIMIT, UNMASKED_FACTOR * unmasked if rounding is None else ROUNDING_FACTOR * rounding)
 
 
 def reads_back(
@@ -341,14 +344,18 @@ def agrees_with_reference(
     *,
     exact: bool,
     strong: Iterable[str],
+    rounded: Mapping[str | None, Logprobs] | None = None,
 ) -> Check:
     """Per mask, log-probabilities of the same texts from the engine and from transformers.
 
-    exact: whether both compute in float32; strong: the masks whose effect must dwarf the differences.
+    exact: whether both compute in float32; strong: the masks whose effect must dwarf the differences; rounded: those of
+    transformers in low precision, where `theirs` are in float32. A model whose neurons are switched off can be far more
+    sensitive to rounding than it was, so what transformers loses to it is the measure of what the engine may.
     """
     differences = {mask: mean_difference(ours[mask], theirs[mask]) for mask in theirs}
     effects = {mask: mean_difference(theirs[None], theirs[mask]) for mask in strong}
-    return _agreement(REFERENCE, "transformers", differences, effects, exact=exact)
+    rounding = {mask: mean_difference(rounded[mask], theirs[mask]) for mask in theirs} if rounded else {}
+    return _agreement(REFERENCE, "transformers", differences, effects, exact=exact, rounding=rounding)
 
 
 def _agreement(
@@ -358,8 +365,12 @@ def _agreement(
     effects: Mapping[str | None, float] | Mapping[str, float],
     *,
     exact: bool,
+    rounding: Mapping[str | None, float] | None = None,
 ) -> Check:
-    limits = {mask: _limit(exact, 0.0 if mask is None else differences[None]) for mask in differences}
+    limits = {
+        mask: _limit(exact, 0.0 if mask is None else differences[None], (rounding or {}).get(mask))
+        for mask in differences
+    }
     problems = [
         f"mask {mask!r}: expected {other} within {limits[mask]:.2g} nats per token, got {_nats(difference)}"
         for mask, difference in differences.items()

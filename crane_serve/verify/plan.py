@@ -27,12 +27,16 @@ class Plain:
 
 @dataclass(frozen=True)
 class Reference:
-    """Log-probabilities by transformers: [masks][texts][tokens after the first]; mask None is unmasked."""
+    """Log-probabilities by transformers: [masks][texts][tokens after the first]; mask None is unmasked.
+
+    rounded: the same in the low precision that the engine computes in, if `dtype` is float32 and the engine's is not.
+    """
 
     dtype: str
     texts: tuple[tuple[int, ...], ...]
     masks: tuple[str | None, ...]
     logprobs: tuple[tuple[tuple[float, ...], ...], ...]
+    rounded: tuple[tuple[tuple[float, ...], ...], ...] | None = None
 
 
 class Plan(BaseModel):

@@ -31,23 +31,24 @@ def measure_reference(plan: Plan) -> Reference:
     trust = {"trust_remote_code": plan.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(plan.model, **trust)
     model = AutoModelForCausalLM.from_pretrained(plan.model, dtype="auto", **trust).eval()
-    gpu = torch.cuda.is_available()
+    gpu, low = torch.cuda.is_available(), model.dtype
     if plan.float32 or not gpu or sum(p.numel() for p in model.parameters()) < _FLOAT32_PARAMETERS:
         model.float()
     model.to("cuda" if gpu else "cpu")
     projections = find_projections(model, plan.fingerprint.layers)
     texts = tuple(tuple(tokenizer.encode(text)) for text in probes.TEXTS)
     masks: list[str | None] = [None, *plan.masks.random, *plan.masks.given[:_GIVEN]]
+
+    def scores() -> tuple[tuple[tuple[float, ...], ...], ...]:
+        scaled = [None if name is None else library.masks[name].mask for name in masks]
+        return tuple(tuple(_score(model, projections, text, mask) for text in texts) for mask in scaled)
+
+    dtype, logprobs, rounded = model.dtype, scores(), None
+    if dtype == torch.float32 and not plan.float32:
+        model.to(low if low != torch.float32 else torch.bfloat16)
+        rounded = scores()
     return Reference(
-        dtype=str(model.dtype).removeprefix("torch."),
-        texts=texts,
-        masks=tuple(masks),
-        logprobs=tuple(
-            tuple(
-                _score(model, projections, text, None if name is None else library.masks[name].mask) for text in texts
-            )
-            for name in masks
-        ),
+        dtype=str(dtype).removeprefix("torch."), texts=texts, masks=tuple(masks), logprobs=logprobs, rounded=rounded
     )
 
 

@@ -170,7 +170,8 @@ class Trial:
     def reference(self) -> Check:
         """All texts under all masks in one batch, so that mixing is held against transformers too."""
         assert self._reference is not None
-        theirs = dict(zip(self._reference.masks, self._reference.logprobs, strict=True))
+        theirs = _by_mask(self._reference.masks, self._reference.logprobs)
+        rounded = self._reference.rounded and _by_mask(self._reference.masks, self._reference.rounded)
         asked = [Request(text, mask=mask, score=True) for mask in theirs for text in self._reference.texts]
         owners = [request.mask for request in asked]
         answers = self._engine.run(probes.masked(asked, owners, "reference"))
@@ -180,9 +181,10 @@ class Trial:
         }
         return checks.agrees_with_reference(
             ours,
-            {mask: [x for row in rows for x in row] for mask, rows in theirs.items()},
+            theirs,
             exact=self._exact and self._reference.dtype == "float32",
             strong=self._masks.random,
+            rounded=rounded or None,
         )
 
     def throughput(self) -> Check:
@@ -212,6 +214,11 @@ class Trial:
     @cached_property
     def _unmasked_again(self) -> Batch:
         return self._run([None] * len(self._requests), "unmasked-again")
+
+
+def _by_mask(masks: Sequence[str | None], scores: Sequence[Sequence[Sequence[float]]]) -> dict[str | None, list[float]]:
+    """The log-probabilities [masks][texts][tokens] of all texts in one list, by mask."""
+    return {mask: [x for row in rows for x in row] for mask, rows in zip(masks, scores, strict=True)}
 
 
 class _Speed:

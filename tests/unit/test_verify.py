@@ -364,6 +364,19 @@ def test_low_precision_is_allowed_three_times_the_unmasked_difference_and_no_mor
     assert masked_off_by(0.061).status is Status.FAIL
 
 
+def test_what_transformers_loses_to_low_precision_under_a_mask_is_the_measure_of_what_the_engine_may() -> None:
+    """Masks that damage a model make it sensitive to rounding: the engine may be twice as far off as transformers."""
+    theirs = {None: [-1.0, -2.0], "m": [-3.0, -4.0]}
+    rounded = {None: [-1.01, -2.01], "m": [-3.1, -4.1]}
+
+    def masked_off_by(difference: float) -> Check:
+        ours = {None: [-1.02, -2.02], "m": [-3.0 - difference, -4.0 - difference]}
+        return checks.agrees_with_reference(ours, theirs, exact=False, strong=["m"], rounded=rounded)
+
+    assert masked_off_by(0.19).status is Status.PASS
+    assert masked_off_by(0.21).status is Status.FAIL
+
+
 # The command, with processes replaced by fake engines.
 
 
