@@ -3,11 +3,12 @@
 import asyncio
 import math
 import os
+import time
 import uuid
 from argparse import ArgumentError
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,7 @@ class EngineService:
 
         Must be called in the event loop that will serve. Raises SelfCheckFailed if they do not.
         """
+        from vllm.logger import init_logger
         from vllm.v1.engine.async_llm import AsyncLLM
 
         engine = AsyncLLM.from_vllm_config(config.vllm_config, disable_log_stats=config.disable_log_stats)
@@ -159,15 +161,18 @@ class EngineService:
         service = cls(engine, masks, name)
         loop = asyncio.get_running_loop()
         service.library.on_unused = lambda: loop.call_soon_threadsafe(service._forget_soon)
+        began = time.monotonic()
         try:
             await check_masks(service)
         except BaseException:
             service.stop()
             raise
+        init_logger("vllm.crane").info("masks take effect in every layer (%.1f s)", time.monotonic() - began)
         return service
 
     def stop(self) -> None:
         """End the engine's processes."""
+        self.library.on_unused = None
         self._engine.shutdown()
 
     @property
@@ -219,10 +224,9 @@ class EngineService:
 
     async def _forget_unused(self) -> None:
         async with self._changing:
-            while digests := self.library.forget(self.library.retired):
-                if self.is_dead:
-                    return
-                await self._tell_cores(FORGET_METHOD, digests)
+            with suppress(EngineDead):  # then there is nobody left to forget
+                while digests := self.library.forget(self.library.retired):
+                    await self._tell_cores(FORGET_METHOD, digests)
 
     async def _tell_cores(self, method: str, *arguments: Any) -> None:
         """Call a method of `changes` in every engine core."""
