@@ -33,15 +33,16 @@ GenerateQuery = Annotated[_GenerateQuery, Query()]
 Engine = Annotated[EngineService, Depends(get_engine)]
 
 
-def choose_positions(query: Positions | None, body: Positions | None, mask: str | None) -> Positions:
+def choose_positions(query: _GenerateQuery, body: Positions | None, body_mask: str | None) -> Positions:
     """The positions of a request that may name them in the query, in the body, or in both if they are the same.
 
     Raises BadRequest if the request names two, or names positions without a mask.
     """
-    if query is not None and body is not None and query is not body:
-        raise BadRequest("mask_conflict", f"the query says positions={query}, the body {body}", "positions")
-    asked = body if query is None else query
-    if asked is not None and mask is None:
+    in_query = query.positions
+    if in_query is not None and body is not None and in_query is not body:
+        raise BadRequest("mask_conflict", f"the query says positions={in_query}, the body {body}", "positions")
+    asked = body if in_query is None else in_query
+    if asked is not None and query.mask is None and body_mask is None:
         raise BadRequest("mask_conflict", f"positions={asked} without a mask", "positions")
     return Positions.ALL if asked is None else asked
 

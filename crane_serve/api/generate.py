@@ -33,7 +33,7 @@ router = APIRouter()
 @router.post("/generate", response_model=GenerateAnswer, responses=RESPONSES)
 async def generate(body: GenerateRequest, engine: Engine, query: GenerateQuery) -> GenerateAnswer | StreamingResponse:
     """Continue each prompt. With `stream: true` the answer is server-sent events, ended by `data: [DONE]`."""
-    positions = choose_positions(query.positions, body.positions, body.mask or "".join(query.mask or []) or None)
+    positions = choose_positions(query, body.positions, body.mask)
     resolved = choose_mask(engine.library, query, body.mask, positions)
     generation = _Generation(engine, body, resolved)
     if body.stream:

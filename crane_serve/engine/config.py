@@ -111,9 +111,3 @@ def mask_config(vllm_config: Any) -> MaskConfig | None:
     if config is not None and not isinstance(config, MaskConfig):
         raise TypeError(f"additional_config[{CONFIG_KEY!r}] is reserved for the crane plugin")
     return config
-
-
-def mask_library(vllm_config: Any) -> MaskLibrary | None:
-    """This process's masks of an engine, or None for an engine without masks. Raises like `MaskConfig.library`."""
-    config = mask_config(vllm_config)
-    return None if config is None else config.library()

@@ -6,13 +6,13 @@ tensor parallelism its workers are processes of their own, stepped together.
 
 import os
 import platform
-from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from crane_serve.engine.admission import MASK_ARGUMENT
+from crane_serve.engine.flags import engine_arguments
 
 _CPU_KV_CACHE_GIB = "1"
 
@@ -76,16 +76,8 @@ class OfflineEngine:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
         from vllm import LLM
         from vllm.engine.arg_utils import EngineArgs
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-        parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="crane verify", exit_on_error=False))
-        try:
-            arguments, unknown = parser.parse_known_args(list(flags))
-        except ArgumentError as error:
-            raise ValueError(f"engine flags: {error}") from error
-        if unknown:
-            raise ValueError(f"unknown option {unknown[0]!r}; expected an option of crane verify or an engine flag")
-        arguments.model = str(model)
+        arguments = engine_arguments(EngineArgs, model, flags, program="crane verify")
         arguments.disable_log_stats = True
         return cls(LLM.from_engine_args(EngineArgs.from_cli_args(arguments)))
 

@@ -7,7 +7,7 @@ What is wrapped, each once per process:
 - what vLLM's own server and offline classes would drop a mask in: see `vllm_routes`;
 - EngineCore.preprocess_add_request (engine core): admission again, and the prefix-cache salt;
 - generate_block_hash_extra_keys (engine core): the salt of blocks with generated tokens, if only some are masked;
-- EngineCore.add_request (engine core): content of masks that are gone is forgotten when no longer needed;
+- EngineCore.add_request (engine core): a mask without a row is refused, content that nobody needs any more forgotten;
 - WorkerWrapperBase.init_device (worker): gives the model runner its masks, through MaskedRunner (V1)
   or MaskedModelState (V2).
 Added to EngineCore and WorkerWrapperBase: the methods of `changes`.

@@ -27,6 +27,9 @@ async def check_masks(service: "EngineService") -> None:
     fingerprint = service.library.fingerprint
     tokens = list(service.tokenizer(_TEXT)["input_ids"])[:_TOKENS]
     ranks = range(service.data_parallel_ranks)
+    name = _NAME
+    while name in service.library.masks or name in service.library.invalid:
+        name += "-"  # a user's mask must not be replaced
 
     async def score(mask: str | None) -> list[tuple[float, ...]]:
         resolved = service.library.resolve(mask)
@@ -38,12 +41,12 @@ async def check_masks(service: "EngineService") -> None:
         scales = torch.ones(fingerprint.layers, max(fingerprint.intermediate_sizes))
         scales[layer, : fingerprint.intermediate_sizes[layer]] = 0.0
         info = MaskInfo(language="any", method="self-check", fingerprint=fingerprint)
-        await service.put_mask(StoredMask(_NAME, NeuronMask(scales, fingerprint.intermediate_sizes), info))
-        masked = await score(_NAME)
+        await service.put_mask(StoredMask(name, NeuronMask(scales, fingerprint.intermediate_sizes), info))
+        masked = await score(name)
         effects.append(min(_apart(off, on) for off, on in zip(masked, before, strict=True)))
         if not effects[-1]:
             idle.append(layer)
-    await service.remove_mask(_NAME)
+    await service.remove_mask(name)
     if idle:
         raise SelfCheckFailed(f"switching off all neurons of layers {idle} changes nothing; masks cannot be served")
     drift = max(_apart(now, then) for now, then in zip(await score(None), before, strict=True))

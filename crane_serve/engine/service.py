@@ -5,7 +5,6 @@ import math
 import os
 import time
 import uuid
-from argparse import ArgumentError
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
@@ -23,6 +22,7 @@ from crane_serve.engine.config import (
     MaskConfig,
     mask_config,
 )
+from crane_serve.engine.flags import engine_arguments
 from crane_serve.engine.self_check import check_masks
 from crane_serve.masks import (
     MaskError,
@@ -113,16 +113,8 @@ def configure_engine(model: Path, masks: Path, default_method: str, rows: int, f
     # Without a limit vLLM takes most of a CPU host's memory for its KV cache.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="crane serve", exit_on_error=False))
-    try:
-        arguments, unknown = parser.parse_known_args(list(flags))
-    except ArgumentError as error:
-        raise ValueError(f"engine flags: {error}") from error
-    if unknown:
-        raise ValueError(f"unknown option {unknown[0]!r}; expected an option of crane serve or an engine flag of vLLM")
-    arguments.model = str(model)
+    arguments = engine_arguments(AsyncEngineArgs, model, flags, program="crane serve")
     vllm_config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
     if mask_config(vllm_config) is None:
         raise ValueError(f"masks are disabled ({DISABLE_VARIABLE} is set); the mask service cannot start")

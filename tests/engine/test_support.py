@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from crane_serve.engine.admission import admit, asked_mask
-from crane_serve.engine.config import MaskConfig, mask_config, mask_library
+from crane_serve.engine.config import MaskConfig, mask_config
 from crane_serve.engine.support import UnsupportedEngine, check_engine, check_version
 from crane_serve.masks import MaskError, MaskFileError, MaskLibrary
 from tests.engines import random_masks
@@ -127,7 +127,7 @@ def test_masks_that_changed_since_the_start_are_refused(configured: tuple[MaskCo
     config, _ = configured
     stale = MaskConfig(config.rows, False, config.model, config.masks, config.default_method, "0" * 64)
     with pytest.raises(MaskFileError, match="changed while the engine was starting"):
-        mask_library(plain_config(additional_config={"crane": stale}))
+        stale.library()
 
 
 def parameters(**extra_args: object) -> SimpleNamespace:

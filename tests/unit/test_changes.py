@@ -223,3 +223,41 @@ def test_a_mask_without_a_row_is_refused_only_where_rows_can_run_out(
             require_row(config, mask, in_use)
     else:
         require_row(config, mask, in_use)
+
+
+@pytest.mark.parametrize("own_process", [True, False])
+def test_the_engine_core_too_refuses_a_mask_without_a_row(fingerprint: Fingerprint, own_process: bool) -> None:
+    """Its second line: a batch with more masks than rows would end the worker."""
+    from pathlib import Path
+
+    from crane_serve.engine.config import MaskConfig
+    from crane_serve.engine.plugin import _LEASE, _add_request
+
+    def request(name: str, neuron: int) -> SimpleNamespace:
+        lease = ResolvedMask(name, name, stored(name, neuron, fingerprint).mask)
+        return SimpleNamespace(request_id=name, client_index=0, **{_LEASE: lease})
+
+    added: list[str] = []
+    refused: list[str] = []
+    config = MaskConfig(2, False, "model", Path("masks"), "attnlrp", "0")
+    core = SimpleNamespace(
+        vllm_config=SimpleNamespace(
+            additional_config={"crane": config}, scheduler_config=SimpleNamespace(max_num_seqs=8)
+        ),
+        scheduler=SimpleNamespace(requests={name: request(name, number) for number, name in enumerate("ab")}),
+    )
+    if own_process:
+        core._send_error_outputs_to_client = lambda ids, client: refused.extend(ids)
+
+    def add(one: SimpleNamespace) -> None:
+        _add_request(lambda core, request: added.append(request.request_id), core, one)
+
+    add(request("same content as a", 0))
+    add(SimpleNamespace(request_id="unmasked", client_index=0))
+    if own_process:
+        add(request("c", 2))
+    else:
+        with pytest.raises(MaskTableFull):
+            add(request("c", 2))
+    assert added == ["same content as a", "unmasked"]
+    assert refused == (["c"] if own_process else [])

@@ -5,7 +5,7 @@ import torch
 
 from crane_serve.engine.self_check import SelfCheckFailed, check_masks
 from crane_serve.engine.service import PromptLogprobs
-from crane_serve.masks import Fingerprint, MaskLibrary, ResolvedMask, StoredMask
+from crane_serve.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, ResolvedMask, StoredMask
 from tests.tiny import byte_tokenizer
 
 RANKS = 2
@@ -49,6 +49,15 @@ async def test_an_engine_that_obeys_passes_and_keeps_no_trace(fingerprint: Finge
     assert service.library.masks == {}
     assert service.library.forget(service.library.retired)
     assert service.library.retired == frozenset()
+
+
+async def test_a_users_mask_of_the_same_name_stays(fingerprint: Fingerprint) -> None:
+    service = FakeService(fingerprint)
+    mask = NeuronMask.switching_off([[0], []], fingerprint.intermediate_sizes)
+    info = MaskInfo(language="xx", method="test", fingerprint=fingerprint)
+    await service.put_mask(StoredMask("self-check-layer", mask, info))
+    await check_masks(service)  # type: ignore[arg-type]
+    assert [stored.mask.digest for stored in service.library.masks.values()] == [mask.digest]
 
 
 @pytest.mark.parametrize("rank", range(RANKS))
