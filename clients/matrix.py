@@ -14,7 +14,7 @@ import crane_serve
 from clients.errors import EvaluationError
 from clients.plan import UNMASKED, Item, Plan, PlannedMask
 from clients.results import ItemResult
-from clients.statistics import CONFIDENCE, RESAMPLES, Estimate, change_per_token
+from crane_serve.statistics import CONFIDENCE, RESAMPLES, Estimate, change_per_token
 
 MATRIX_FILE = "matrix.json"
 TABLE_FILE = "matrix.csv"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from clients.matrix import MATRIX_FILE, TABLE_FILE, Matrix
 from clients.plan import UNMASKED
-from clients.statistics import Estimate
+from crane_serve.statistics import Estimate
 
 PICTURE_FILE = "matrix.png"
 REPORT_FILE = "report.md"

@@ -19,6 +19,7 @@ from crane_serve.checkpoints.fetch import fetch as fetch_model
 from crane_serve.demo import DemoError, run_demo
 from crane_serve.verify.command import verify
 from relevance import commands as relevance_commands
+from relevance import search_commands
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -28,6 +29,8 @@ model_app = typer.Typer(no_args_is_help=True, help="Demonstration models.")
 masks_app = typer.Typer(no_args_is_help=True, help="Mask files.")
 app.add_typer(model_app, name="model")
 app.add_typer(masks_app, name="masks")
+corpus_app = typer.Typer(no_args_is_help=True, help="Texts to measure relevance on.")
+app.add_typer(corpus_app, name="corpus")
 
 
 def one_line_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -87,6 +90,7 @@ def list_masks(directory: Annotated[Path, typer.Argument(help="Directory of mask
         info = stored.info
         budget = "" if info.budget is None else f"{info.budget:.4g}"
         language, method = escape(info.language), escape(info.method)
+        method += "" if info.transferred_from is None else ", transferred"
         table.add_row(stored.name, language, method, budget, str(stored.mask.neurons), stored.mask.digest[:12])
     Console().print(table)
     if broken:
@@ -112,6 +116,23 @@ def show_masks(
         stored = read_mask(file)
         shown = {"name": stored.name, "digest": stored.mask.digest, **stored.info.model_dump(mode="json")}
         Console(soft_wrap=True).print_json(data={**shown, "neurons": stored.mask.neuron_sets()}, indent=None)
+
+
+@masks_app.command("transfer")
+@one_line_errors
+def transfer(
+    masks: Annotated[Path, typer.Argument(help="Directory of mask files")],
+    to: Annotated[str, typer.Option("--to", help="Checkpoint directory or hub id that the masks shall be used on")],
+    out: Annotated[Path, typer.Option(help="Another directory, for the new mask files")],
+    names: Annotated[list[str] | None, typer.Argument(help="Names of masks; default all")] = None,
+) -> None:
+    """Make masks usable on another checkpoint of the same shape; the new files name both models."""
+    from crane_serve.checkpoints.resolve import resolve_checkpoint
+    from crane_serve.masks.fingerprint import Fingerprint
+    from crane_serve.masks.transfer import transfer_masks
+
+    for path in transfer_masks(masks, Fingerprint.of(resolve_checkpoint(to)), out, names or ()):
+        typer.echo(path)
 
 
 @masks_app.command("import-lape")
@@ -174,6 +195,11 @@ def demo(
 _FLAGS_OF_VLLM = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("verify", context_settings=_FLAGS_OF_VLLM)(one_line_errors(verify))
 app.command("relevance")(one_line_errors(relevance_commands.relevance))
+app.command("refine")(one_line_errors(search_commands.refine))
+app.command("learn")(one_line_errors(search_commands.learn))
 app.command("select")(one_line_errors(relevance_commands.select))
+app.command("transfer")(one_line_errors(search_commands.compare_pair))
+app.command("validate")(one_line_errors(search_commands.validate))
+corpus_app.command("import")(one_line_errors(relevance_commands.import_corpus))
 app.command("eval")(one_line_errors(client_commands.evaluate))
 app.command("report")(one_line_errors(client_commands.render))

@@ -1,24 +1,44 @@
-"""The commands `crane relevance` and `crane select`. What is wrong with the input is raised as a ValueError."""
+"""`crane relevance`, `select` and `corpus import`. What is wrong with the input is raised as a ValueError."""
 
 from pathlib import Path
-from typing import Annotated
+from shutil import rmtree
+from typing import Annotated, Literal
 
 import typer
 
-from relevance.corpus import EMBEDDED_CORPUS, Corpus
+from relevance.corpus import EMBEDDED_CORPUS, CorpusError
+from relevance.sources import Unit, line_parts, load_corpus, parse_splits, squad_parts, write_corpus
 
 
 def relevance(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.")],
     corpus: Annotated[
-        Path, typer.Option(help="Directory of {lang}.jsonl or {lang}.txt; default: the packaged parallel corpus.")
-    ] = EMBEDDED_CORPUS,
+        str,
+        typer.Option(
+            help="Directory of {lang}.jsonl or {lang}.txt, or hf:NAME[:CONFIG], a dataset of the Hub whose name or "
+            "configuration may hold {lang}.",
+            show_default="the packaged parallel corpus",
+        ),
+    ] = str(EMBEDDED_CORPUS),
     split: Annotated[
         str, typer.Option(help="Split of the corpus to use; a corpus without splits is used whole.")
     ] = "relevance",
-    languages: Annotated[str | None, typer.Option(help="Comma-separated languages; default: all.")] = None,
+    languages: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated languages; default: all. Of a dataset of the Hub also vi=vie_Latn."),
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column of a dataset of the Hub that holds the text.")] = "text",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents per language, at even distances; default: all.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="File to write the scores to.")] = Path("scores.safetensors"),
-    methods: Annotated[str | None, typer.Option(help="Comma-separated methods; default: all.")] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated methods, or 'all'; default: those that one AttnLRP pass serves."),
+    ] = None,
+    output_dimensions: Annotated[
+        bool, typer.Option("--output-dimensions", help="Score the dimensions of the MLPs' outputs too (crane).")
+    ] = False,
     batch_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a batch, with padding; default: 512 on the CPU, else 2048.")
     ] = None,
@@ -27,21 +47,46 @@ def relevance(
         str | None, typer.Option(help="float32 or bfloat16; default: float32 on the CPU, else bfloat16.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda where there is one.")] = None,
+    checkpointing: Annotated[
+        bool, typer.Option(help="Compute activations again in the backward pass: less memory, a third more time.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes among which the documents are dealt out, by Ray.")] = 1,
+    ray_address: Annotated[
+        str | None, typer.Option(help="A Ray cluster that shares this file system; default: this machine.")
+    ] = None,
+    halves: Annotated[
+        bool,
+        typer.Option(
+            "--halves", help="Also write OUT's scores from two halves of the documents, as OUT-first and -second."
+        ),
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard what an earlier, unfinished run left in OUT.progress.")
+    ] = False,
 ) -> None:
-    """Score how much each language needs each MLP neuron of MODEL."""
+    """Score how much each language needs each MLP neuron of MODEL.
+
+    What is done is kept in OUT.progress: the same command goes on after the last batch.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    texts = Corpus.load(corpus, split, _names(languages))
+    texts = load_corpus(corpus, split, _names(languages), text_column).spread(limit)
 
     from crane_serve.checkpoints.resolve import resolve_checkpoint
-    from relevance.methods import find_all
+    from relevance.language_id import misnamed
+    from relevance.methods import find_scored
     from relevance.model import pick_device, pick_dtype
-    from relevance.scoring import score
+    from relevance.scores import Scores
+    from relevance.scoring import Execution, score
 
-    chosen = find_all(_names(methods))
+    chosen = find_scored(_names(methods))
+    unfinished = out.with_name(f"{out.name}.progress")
     torch_device = pick_device(device)
     console = Console(stderr=True)
+    for suspicion in misnamed(texts):
+        console.print(f"warning: {suspicion}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    of_halves: list[Scores] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("relevance", total=None)
@@ -53,6 +98,9 @@ def relevance(
             max_tokens=max_tokens,
             dtype=pick_dtype(dtype, torch_device),
             device=torch_device,
+            output_dimensions=output_dimensions,
+            execution=Execution(checkpointing, workers, ray_address, unfinished, restart),
+            each_half=of_halves.append if halves else None,
             start=lambda documents: progress.update(task, total=documents),
             advance=lambda documents: progress.advance(task, documents),
         )
@@ -62,7 +110,10 @@ def relevance(
             console.print(f"[yellow]{language}: {truncated} document(s) cut to {info.max_tokens} tokens")
         if skipped:
             console.print(f"[yellow]{language}: {skipped} document(s) without a token to predict skipped")
+    for name, half in zip(("first", "second"), of_halves, strict=False):
+        half.save(out.with_stem(f"{out.stem}-{name}"))
     scores.save(out)
+    rmtree(unfinished, ignore_errors=True)
     counts = ", ".join(
         f"{language} {documents} documents, {tokens} tokens"
         for language, documents, tokens in zip(info.languages, info.documents, info.tokens, strict=True)
@@ -73,22 +124,115 @@ def relevance(
 def select(
     scores: Annotated[Path, typer.Argument(help="File written by `crane relevance`.")],
     method: Annotated[str, typer.Option(help="Method whose scores rank the neurons.")],
-    budget: Annotated[float, typer.Option(help="Fraction of all neurons to switch off, 0 to 1.")] = 0.01,
-    match: Annotated[
-        str | None,
-        typer.Option(help="Take as many neurons per layer as this method, none of its own; 'none' to rank freely."),
+    rule: Annotated[
+        Literal["budget", "z", "published"],
+        typer.Option(help="Take the first so many, those that stand out by z, or what the method's own rule takes."),
+    ] = "budget",
+    budget: Annotated[
+        float | None, typer.Option(help="Fraction of all neurons to switch off, 0 to 1.", show_default="0.01")
     ] = None,
+    count: Annotated[int | None, typer.Option(help="Number of neurons to switch off, instead of a budget.")] = None,
+    z: Annotated[
+        float | None, typer.Option(help="Standard deviations above the mean for the rule z.", show_default="1")
+    ] = None,
+    contrast: Annotated[
+        str | None,
+        typer.Option(
+            help="none, minus-mean, minus-max, share or margin: how languages are compared. Rankings by share alone "
+            "prefer tiny neurons.",
+            show_default="the method's own",
+        ),
+    ] = None,
+    quotas: Annotated[
+        str | None,
+        typer.Option(
+            help="Neurons per layer: global (as ranked), uniform, or like:METHOD (as many as METHOD, none of its own).",
+            show_default="the method's own",
+        ),
+    ] = None,
+    match: Annotated[
+        str | None, typer.Option(help="Short for --quotas like:METHOD; 'none' for --quotas global.")
+    ] = None,
+    overlap: Annotated[
+        Literal["shared", "exclusive"],
+        typer.Option(help="Whether a neuron may be taken for several languages, or where it ranks best."),
+    ] = "shared",
+    output_dimensions: Annotated[
+        bool, typer.Option("--output-dimensions", help="Take MLP output dimensions too (rules z and published).")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of methods that draw.")] = 0,
     out: Annotated[Path, typer.Option(help="Directory of masks to write to.")] = Path("masks"),
+    name: Annotated[
+        str, typer.Option(help="Names of the masks; {method}, {language}, {rule} and {seed} are filled in.")
+    ] = "{method}-{language}",
 ) -> None:
     """Write one mask per language: the neurons that METHOD ranks highest."""
+    from relevance.criteria import Criteria, Overlap, Rule, SelectionError
     from relevance.scores import Scores
     from relevance.selection import select as select_neurons
 
+    given = {option: value for option, value in (("budget", budget), ("count", count), ("z", z)) if value is not None}
+    if len(given) > 1 or (given and (rule == "z") != ("z" in given)) or (given and rule == "published"):
+        raise SelectionError(f"--{', --'.join(given)} and the rule {rule} do not go together")
+    if match is not None and quotas is not None:
+        raise SelectionError("--match and --quotas do not go together")
+    if match is not None:
+        quotas = "global" if match == "none" else f"like:{match}"
     loaded = Scores.load(scores)
-    selection = select_neurons(loaded, method, budget, match, seed)
-    for path, mask in zip(selection.write(out, loaded), selection.masks.values(), strict=True):
-        typer.echo(f"{path}: {mask.neurons} neurons of {loaded.shape.neurons}")
+    criteria = Criteria(
+        method=method,
+        rule=Rule(rule),
+        budget=0.01 if budget is None else budget,
+        count=count,
+        z=1.0 if z is None else z,
+        contrast=contrast,
+        quotas=quotas,
+        overlap=Overlap(overlap),
+        seed=seed,
+        output_dimensions=output_dimensions,
+    )
+    selection = select_neurons(loaded, criteria)
+    for path, mask in zip(selection.write(out, loaded, name), selection.masks.values(), strict=True):
+        dimensions = "" if mask.output is None else f", {int((mask.output != 1).sum())} output dimensions"
+        typer.echo(f"{path}: {mask.neurons} neurons of {loaded.shape.neurons}{dimensions}")
+
+
+def import_corpus(
+    out: Annotated[Path, typer.Option(help="Directory to write {lang}.jsonl to.")],
+    squad: Annotated[
+        str | None,
+        typer.Option(help="SQuAD-form JSON files, as 'xquad.{lang}.json': one document per paragraph."),
+    ] = None,
+    lines: Annotated[
+        str | None, typer.Option(help="Line-aligned text files, as '{lang}.txt': line N says the same in each.")
+    ] = None,
+    document_ids: Annotated[
+        Path | None, typer.Option(help="File with the document id of each line of --lines.")
+    ] = None,
+    by: Annotated[
+        Unit | None,
+        typer.Option(help="A document is a line, or the lines of one document id.", show_default="document if ids"),
+    ] = None,
+    languages: Annotated[
+        str | None, typer.Option(help="Comma-separated languages; default: every file that fits.")
+    ] = None,
+    splits: Annotated[
+        str | None, typer.Option(help="As relevance=0.6,validation=0.2,test=0.2; a document lies in one split.")
+    ] = None,
+) -> None:
+    """Turn parallel texts of another form into a corpus directory."""
+    if (squad is None) == (lines is None):
+        raise CorpusError("expected either --squad or --lines")
+    shares = parse_splits(splits)
+    if squad is not None:
+        if document_ids is not None or by is not None:
+            raise CorpusError("--document-ids and --by belong to --lines")
+        parts = squad_parts(squad, _names(languages))
+    else:
+        assert lines is not None
+        parts = line_parts(lines, _names(languages), document_ids, by)
+    for path, of_language in zip(write_corpus(parts, shares, out), parts.values(), strict=True):
+        typer.echo(f"{path}: {len(of_language)} documents")
 
 
 def _names(listed: str | None) -> list[str] | None:

@@ -9,24 +9,75 @@ from torch import Tensor
 Contrast = Callable[[Tensor], Tensor]
 
 
+class ContrastError(ValueError):
+    """A contrast does not exist, or there is no second language to compare with."""
+
+
 def as_it_is(scores: Tensor) -> Tensor:
     """No contrast: the scores already rank the neurons of each language."""
     return scores
 
 
-def share_margin(scores: Tensor) -> Tensor:
-    """Share of this language minus the largest share of another. scores: [languages >= 2, layers, neurons].
+def minus_mean(scores: Tensor) -> Tensor:
+    """Score in this language minus the mean score in the others. [languages >= 2, layers, neurons], as is the result.
 
-    The share of neuron i of layer l in language g is R_g(l, i) / sum of |R_g| over all neurons of all layers, which
-    makes languages comparable whose logits, and so whose relevances, differ in size.
+    Compares scores as they are: a language whose scores are larger throughout dominates. Raises ContrastError.
     """
-    languages = scores.shape[0]
-    shares = scores / scores.abs().sum(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
-    margins = torch.empty_like(shares)
-    for language in range(languages):
-        others = torch.cat((shares[:language], shares[language + 1 :]))  # [languages - 1, layers, neurons]
-        margins[language] = shares[language] - others.amax(dim=0)
-    return margins
+    others = _require_others("minus-mean", scores)
+    return scores - (scores.sum(dim=0) - scores) / others
 
 
-CONTRASTS: Mapping[str, Contrast] = MappingProxyType({"none": as_it_is, "share-margin": share_margin})
+def minus_max(scores: Tensor) -> Tensor:
+    """Score in this language minus the largest score in another. [languages >= 2, layers, neurons], as is the result.
+
+    Positive only where this language scores highest. Raises ContrastError.
+    """
+    _require_others("minus-max", scores)
+    contrasted = torch.empty_like(scores)
+    for language in range(len(scores)):
+        others = torch.cat((scores[:language], scores[language + 1 :]))  # [languages - 1, layers, neurons]
+        contrasted[language] = scores[language] - others.amax(dim=0)
+    return contrasted
+
+
+def share(scores: Tensor) -> Tensor:
+    """This language's part of what the neuron has in all: R_g / sum over languages of |R|, and 0 where that is 0.
+
+    scores: [languages >= 2, layers, neurons]; the result, of the same shape, lies between -1 and 1.
+    The size of the scores cancels, so a ranking by share alone prefers tiny neurons: one with 1e-9 in one language and
+    0 in the others has share 1, ahead of every neuron that matters in more than one. Raises ContrastError.
+    """
+    _require_others("share", scores)
+    totals = scores.abs().sum(dim=0)  # [layers, neurons]
+    return torch.where(totals > 0, scores / totals.where(totals > 0, 1), 0)
+
+
+def margin(scores: Tensor) -> Tensor:
+    """`minus_max` of scores that each language has divided by its own total.
+
+    R_g(l, i) is divided by the sum of |R_g| over all neurons of all layers, which makes languages comparable whose
+    logits, and so whose relevances, differ in size. [languages >= 2, layers, neurons]. Raises ContrastError.
+    """
+    _require_others("margin", scores)
+    totals = scores.abs().sum(dim=(1, 2), keepdim=True)  # [languages, 1, 1]
+    return minus_max(scores / totals.clamp_min(torch.finfo(scores.dtype).tiny))
+
+
+CONTRASTS: Mapping[str, Contrast] = MappingProxyType(
+    {"none": as_it_is, "minus-mean": minus_mean, "minus-max": minus_max, "share": share, "margin": margin}
+)
+
+
+def find_contrast(name: str) -> Contrast:
+    """The contrast called `name`. Raises ContrastError naming those that exist."""
+    contrast = CONTRASTS.get(name)
+    if contrast is None:
+        raise ContrastError(f"unknown contrast {name!r}; contrasts are {', '.join(CONTRASTS)}")
+    return contrast
+
+
+def _require_others(name: str, scores: Tensor) -> int:
+    """Number of languages to compare each with."""
+    if len(scores) < 2:
+        raise ContrastError(f"contrast {name} compares languages and needs at least 2, found {len(scores)}")
+    return len(scores) - 1

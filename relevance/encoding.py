@@ -1,7 +1,9 @@
 """From documents to batches of token ids."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,10 +68,50 @@ class Batch:
         )
 
     @property
+    def documents(self) -> int:
+        return len(self.token_ids)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Number of counted tokens."""
+        return int(self.predicted.sum())
+
+    @property
+    def predicted(self) -> Tensor:
+        """int64 [documents]: counted tokens of each document, which are those that are predicted."""
+        return self.lengths - 1
+
+    @cached_property
+    def real(self) -> Tensor:
+        """bool [documents, tokens]: not padding."""
+        position = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
+        return position < self.lengths.unsqueeze(1)
+
+    @cached_property
     def counted(self) -> Tensor:
         """bool [documents, tokens]: not the start token, not padding."""
-        position = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
-        return (position > 0) & (position < self.lengths.unsqueeze(1))
+        counted = self.real.clone()
+        counted[:, 0] = False
+        return counted
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """int64 [documents] on the CPU: a hash of each document's tokens, the same in whatever batch it stands."""
+        rows = zip(self.token_ids.tolist(), self.lengths.tolist(), strict=True)
+        return torch.tensor([_hash(token_ids[:length]) for token_ids, length in rows])
+
+    def sum_of(self, values: Tensor) -> Tensor:
+        """Sums over the counted tokens of each document. values: [documents, tokens, n] -> [documents, n].
+
+        In float32, or float64 for values of that dtype.
+        """
+        wide = torch.promote_types(values.dtype, torch.float32)
+        return (self.counted.to(wide).unsqueeze(1) @ values.to(wide)).squeeze(1)
+
+
+def _hash(token_ids: Sequence[int]) -> int:
+    digest = hashlib.blake2b(",".join(map(str, token_ids)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
 
 
 def batches(documents: Sequence[list[int]], batch_tokens: int, device: torch.device) -> Iterator[Batch]:

@@ -1,11 +1,11 @@
 """Where the parts of a decoder sit in each model family. A family is an entry of FAMILIES."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
 
@@ -15,59 +15,127 @@ class UnsupportedModelError(ValueError):
 
 
 @dataclass(frozen=True)
-class Family:
-    """Module paths of one architecture, and what its RMSNorm multiplies by.
+class NormKind:
+    """How an architecture normalises: y = (offset + weight) * x' / sqrt(mean(x'^2) + epsilon), perhaps plus a bias.
 
-    Paths under `layer_norms`, `mlp` and `attention` are relative to a decoder layer, the others to the whole model.
-    norm_scale: module -> [width], the factor of x / rms(x); norm_epsilon: the attribute that holds its epsilon.
-    refused: config key -> value that it must have, for features that the relevance rules do not cover.
+    epsilon: the attribute that holds it; centred: x' is x minus its mean (LayerNorm), else x (RMSNorm).
     """
 
-    norm_scale: Callable[[nn.Module], Tensor]
-    norm_epsilon: str
-    layer_norms: tuple[str, ...]
-    refused: Mapping[str, object]
+    epsilon: str
+    offset: float = 0.0
+    centred: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """Module paths of one architecture, the defaults being Llama's.
+
+    `layer_norms` and the paths from `query` to `down` are relative to a decoder layer, the others to the whole model.
+    Paths that coincide among query, key and value, or gate and up, name one fused module, whose outputs stand in that
+    order. up: None where the MLP is not gated, `gate` then being its first linear layer.
+    positions: learned position embeddings, if there are any. linear: class name of the projections inside a layer.
+    attention_softcap, final_softcap: config keys of the caps c in c tanh(z / c), at attention scores and at logits.
+    attention: the only attention implementation of transformers that computes this family's function, where it is
+    not its default. refused: config key -> the value that it must have unless it is absent or None.
+    """
+
+    norm: NormKind
+    layer_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    attention_output: str = "self_attn.o_proj"
+    gate: str = "mlp.gate_proj"
+    up: str | None = "mlp.up_proj"
+    act_fn: str = "mlp.act_fn"
+    down: str = "mlp.down_proj"
     trunk: str = "model"
     embedding: str = "model.embed_tokens"
+    positions: str | None = None
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     unembedding: str = "lm_head"
-    mlp: str = "mlp"
-    attention: str = "self_attn"
+    linear: str = "Linear"
+    attention_softcap: str | None = None
+    final_softcap: str | None = None
+    attention: str | None = None
+    refused: Mapping[str, object] = field(default_factory=dict)
 
 
-def _weight(norm: nn.Module) -> Tensor:
-    return norm.get_parameter("weight")
-
-
-def _one_plus_weight(norm: nn.Module) -> Tensor:
-    return 1 + norm.get_parameter("weight")
-
+_RMS = NormKind(epsilon="variance_epsilon")
+_GEMMA_RMS = NormKind(epsilon="eps", offset=1.0)
+_LAYER_NORM = NormKind(epsilon="eps", centred=True)
+_SANDWICH = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+# transformers then lets every position see the whole text, whatever the family.
+_CAUSAL = MappingProxyType({"is_causal": True, "use_bidirectional_attention": False})
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "LlamaForCausalLM": Family(
-            norm_scale=_weight,
-            norm_epsilon="variance_epsilon",
-            layer_norms=("input_layernorm", "post_attention_layernorm"),
-            refused={},
+        "LlamaForCausalLM": Family(norm=_RMS),
+        "MistralForCausalLM": Family(norm=_RMS),
+        "Qwen2ForCausalLM": Family(norm=_RMS),
+        "Qwen3ForCausalLM": Family(norm=_RMS, layer_norms=(*Family(_RMS).layer_norms, *_HEAD_NORMS)),
+        "Gemma2ForCausalLM": Family(
+            norm=_GEMMA_RMS,
+            layer_norms=_SANDWICH,
+            attention_softcap="attn_logit_softcapping",
+            final_softcap="final_logit_softcapping",
+            attention="eager",
         ),
         "Gemma3ForCausalLM": Family(
-            norm_scale=_one_plus_weight,
-            norm_epsilon="eps",
-            layer_norms=(
-                "input_layernorm",
-                "self_attn.q_norm",
-                "self_attn.k_norm",
-                "post_attention_layernorm",
-                "pre_feedforward_layernorm",
-                "post_feedforward_layernorm",
-            ),
-            refused={
-                "attn_logit_softcapping": None,
-                "final_logit_softcapping": None,
-                "use_bidirectional_attention": False,
-            },
+            norm=_GEMMA_RMS,
+            layer_norms=(*_SANDWICH, *_HEAD_NORMS),
+            final_softcap="final_logit_softcapping",
+            refused={"attn_logit_softcapping": None},
+        ),
+        "Phi3ForCausalLM": Family(
+            norm=_RMS,
+            query="self_attn.qkv_proj",
+            key="self_attn.qkv_proj",
+            value="self_attn.qkv_proj",
+            gate="mlp.gate_up_proj",
+            up="mlp.gate_up_proj",
+            act_fn="mlp.activation_fn",
+        ),
+        "OPTForCausalLM": Family(
+            norm=_LAYER_NORM,
+            layer_norms=("self_attn_layer_norm", "final_layer_norm"),
+            attention_output="self_attn.out_proj",
+            gate="fc1",
+            up=None,
+            act_fn="activation_fn",
+            down="fc2",
+            trunk="model.decoder",
+            embedding="model.decoder.embed_tokens",
+            positions="model.decoder.embed_positions",
+            layers="model.decoder.layers",
+            final_norm="model.decoder.final_layer_norm",
+            refused={"do_layer_norm_before": True},
+        ),
+        "GPT2LMHeadModel": Family(
+            norm=_LAYER_NORM,
+            layer_norms=("ln_1", "ln_2"),
+            query="attn.c_attn",
+            key="attn.c_attn",
+            value="attn.c_attn",
+            attention_output="attn.c_proj",
+            gate="mlp.c_fc",
+            up=None,
+            act_fn="mlp.act",
+            down="mlp.c_proj",
+            trunk="transformer",
+            embedding="transformer.wte",
+            positions="transformer.wpe",
+            layers="transformer.h",
+            final_norm="transformer.ln_f",
+            linear="Conv1D",
+            refused={"add_cross_attention": False},
         ),
     }
 )
@@ -75,28 +143,45 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMSNorm: y = scale * x / sqrt(mean(x^2) + epsilon)."""
+    """A normalisation: y = (offset + weight) * x' / sqrt(mean(x'^2) + epsilon), as NormKind has it."""
 
     module: nn.Module
-    scale: Callable[[nn.Module], Tensor]
     epsilon: float
+    offset: float
+    centred: bool
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear map: `output[..., rows]` of `module`, all of its outputs unless several maps are fused in it."""
+
+    module: nn.Module
+    rows: slice
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The parts of one decoder layer that relevance needs. Its neurons are the inputs of `down_proj`."""
+    """The parts of one decoder layer that relevance needs.
 
-    gate_proj: nn.Linear
-    up_proj: nn.Linear
+    down_proj: its inputs [documents, tokens, neurons] are the neurons, its outputs [documents, tokens, hidden] are
+    those of the MLP; act_fn: its outputs are act(gate), [documents, tokens, neurons]. OPT flattens its MLP: there all
+    of these are [documents * tokens, ...]. up: None in an MLP that is not gated, where `gate` is the first linear
+    layer.
+    """
+
+    neurons: int
+    gate: Projection
+    up: Projection | None
     act_fn: nn.Module
-    down_proj: nn.Linear
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
+    down_proj: nn.Module
+    query: Projection
+    key: Projection
+    value: Projection
 
     @property
-    def neurons(self) -> int:
-        return self.down_proj.in_features
+    def gated(self) -> bool:
+        """Whether the neurons are act(gate) * up; else they are act(gate)."""
+        return self.up is not None
 
 
 @dataclass(frozen=True)
@@ -104,6 +189,9 @@ class Decoder:
     """A causal language model taken apart.
 
     trunk: from `inputs_embeds` to the last hidden state; unembedding: [vocabulary, hidden] in its weight.
+    positions: how many tokens a document may have where positions are learned, else None.
+    attention_softcap, final_softcap: c of the soft cap c tanh(z / c) at attention scores and at logits, or None. The
+    trunk computes the former itself; whoever makes logits of its hidden states has to apply the latter.
     """
 
     trunk: nn.Module
@@ -111,6 +199,9 @@ class Decoder:
     unembedding: nn.Linear
     layers: tuple[Layer, ...]
     norms: tuple[Norm, ...]
+    positions: int | None
+    attention_softcap: float | None
+    final_softcap: float | None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -132,59 +223,138 @@ def take_apart(model: nn.Module) -> Decoder:
     """Find the parts of a Hugging Face causal language model.
 
     Raises UnsupportedModelError for an unknown class, a part that is missing or of another kind, a number of layers
-    other than the config's, a normalisation that the family does not list, or a config feature that it refuses.
+    other than the config's, a module that the family does not list, a config feature that it refuses, or an attention
+    implementation that computes another function.
     """
     architecture = type(model).__name__
     family = require_family(architecture)
     config: Any = model.config
-    for key, expected in family.refused.items():
-        if (value := getattr(config, key, expected)) != expected:
-            raise UnsupportedModelError(f"{architecture} with {key}={value!r} is not supported; expected {expected!r}")
-
+    _require_features(architecture, family, config)
     layers = _part(model, family.layers, nn.ModuleList)
     if len(layers) != config.num_hidden_layers:
         raise UnsupportedModelError(
             f"{architecture} has {len(layers)} modules in {family.layers}, its config says {config.num_hidden_layers}"
         )
-    norm_paths = [f"{family.layers}.{index}.{path}" for index in range(len(layers)) for path in family.layer_norms]
-    norm_paths.append(family.final_norm)
-    for path, module in model.named_modules():
-        if type(module).__name__.endswith("Norm") and path not in norm_paths:
-            raise UnsupportedModelError(f"{architecture} has a normalisation at {path} that relevance does not know")
+    paths = [f"{family.layers}.{index}" for index in range(len(layers))]
+    norms = [f"{path}.{norm}" for path in paths for norm in family.layer_norms] + [family.final_norm]
     unembedding = _part(model, family.unembedding, nn.Linear)
     if "bias" in dict(unembedding.named_parameters()):
         raise UnsupportedModelError(f"{architecture}: {family.unembedding} has a bias; expected none")
-    return Decoder(
+    positions = None if family.positions is None else _part(model, family.positions, nn.Embedding)
+    decoder = Decoder(
         trunk=_part(model, family.trunk, nn.Module),
         embedding=_part(model, family.embedding, nn.Embedding),
         unembedding=unembedding,
-        layers=tuple(_layer(model, family, f"{family.layers}.{index}") for index in range(len(layers))),
-        norms=tuple(_norm(model, family, path) for path in norm_paths),
+        layers=tuple(_layer(model, family, path) for path in paths),
+        norms=tuple(_norm(model, family.norm, path) for path in norms),
+        positions=None if positions is None else config.max_position_embeddings,
+        attention_softcap=_cap(config, family.attention_softcap),
+        final_softcap=_cap(config, family.final_softcap),
     )
+    _require_known(model, {*norms, *_known_paths(family, paths)})
+    return decoder
+
+
+def _require_features(architecture: str, family: Family, config: Any) -> None:
+    for key, expected in {**_CAUSAL, **family.refused}.items():
+        value = getattr(config, key, None)
+        if value is not None and value != expected:
+            raise UnsupportedModelError(f"{architecture} with {key}={value!r} is not supported; expected {expected!r}")
+    attention = config._attn_implementation
+    if attention == "sdpa" and family.attention is not None and _cap(config, family.attention_softcap) is not None:
+        raise UnsupportedModelError(
+            f"{architecture} with attn_implementation='sdpa' leaves out the soft cap of its attention; "
+            f"expected {family.attention!r}"
+        )
+
+
+def _require_known(model: nn.Module, known: set[str]) -> None:
+    """Refuse a module that computes something and is not in the family's list: the rules would miss it."""
+    for path, module in model.named_modules():
+        inert = isinstance(module, (nn.Dropout, nn.Identity)) or type(module).__name__.endswith("RotaryEmbedding")
+        leaf = next(module.children(), None) is None
+        if leaf and not inert and path not in known:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has a module {path} ({type(module).__name__}) that relevance does not know"
+            )
+
+
+def _known_paths(family: Family, layers: Iterable[str]) -> Iterable[str]:
+    yield from (family.embedding, family.unembedding)
+    if family.positions is not None:
+        yield family.positions
+    inside = (family.query, family.key, family.value, family.attention_output, family.gate, family.act_fn, family.down)
+    for layer in layers:
+        yield from (f"{layer}.{path}" for path in inside)
+        if family.up is not None:
+            yield f"{layer}.{family.up}"
 
 
 def _layer(model: nn.Module, family: Family, path: str) -> Layer:
-    mlp, attention = f"{path}.{family.mlp}", f"{path}.{family.attention}"
-    layer = Layer(
-        gate_proj=_part(model, f"{mlp}.gate_proj", nn.Linear),
-        up_proj=_part(model, f"{mlp}.up_proj", nn.Linear),
-        act_fn=_part(model, f"{mlp}.act_fn", nn.Module),
-        down_proj=_part(model, f"{mlp}.down_proj", nn.Linear),
-        q_proj=_part(model, f"{attention}.q_proj", nn.Linear),
-        k_proj=_part(model, f"{attention}.k_proj", nn.Linear),
-        v_proj=_part(model, f"{attention}.v_proj", nn.Linear),
+    down, neurons, _ = _linear(model, f"{path}.{family.down}", family.linear)
+    _linear(model, f"{path}.{family.attention_output}", family.linear)
+    gated = [f"{path}.{part}" for part in (family.gate, family.up) if part is not None]
+    gate, *up = _projections(model, family.linear, gated, [neurons] * len(gated))
+    query, key, value = _projections(
+        model, family.linear, [f"{path}.{part}" for part in (family.query, family.key, family.value)], _heads(model)
     )
-    if not layer.gate_proj.out_features == layer.up_proj.out_features == layer.neurons:
-        raise UnsupportedModelError(f"{mlp}: gate_proj, up_proj and down_proj differ in their number of neurons")
-    return layer
+    return Layer(
+        neurons=neurons,
+        gate=gate,
+        up=up[0] if up else None,
+        act_fn=_part(model, f"{path}.{family.act_fn}", nn.Module),
+        down_proj=down,
+        query=query,
+        key=key,
+        value=value,
+    )
 
 
-def _norm(model: nn.Module, family: Family, path: str) -> Norm:
+def _heads(model: nn.Module) -> tuple[int, int, int]:
+    """Widths of all queries, keys and values together."""
+    config: Any = model.config
+    heads: int = config.num_attention_heads
+    head_width: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_value_heads: int = getattr(config, "num_key_value_heads", None) or heads
+    return heads * head_width, key_value_heads * head_width, key_value_heads * head_width
+
+
+def _projections(model: nn.Module, kind: str, paths: Sequence[str], widths: Sequence[int]) -> list[Projection]:
+    """One projection of each width; those whose paths coincide follow each other in the rows of that module."""
+    taken = dict.fromkeys(paths, 0)
+    projections: list[Projection] = []
+    for path, width in zip(paths, widths, strict=True):
+        module, _, _ = _linear(model, path, kind)
+        projections.append(Projection(module, slice(taken[path], taken[path] + width)))
+        taken[path] += width
+    for path, rows in taken.items():
+        _, _, outputs = _linear(model, path, kind)
+        if outputs != rows:
+            raise UnsupportedModelError(f"{path} has {outputs} outputs, expected {rows}")
+    return projections
+
+
+def _linear(model: nn.Module, path: str, kind: str) -> tuple[nn.Module, int, int]:
+    """A linear map, with its numbers of inputs and outputs. Conv1D is GPT-2's, its weight being transposed."""
     module = _part(model, path, nn.Module)
-    epsilon = getattr(module, family.norm_epsilon, None)
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ != kind or not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+        raise UnsupportedModelError(f"{path} is {type(module).__name__}, expected {kind}")
+    inputs, outputs = weight.shape if kind == "Conv1D" else reversed(weight.shape)
+    return module, inputs, outputs
+
+
+def _norm(model: nn.Module, kind: NormKind, path: str) -> Norm:
+    module = _part(model, path, nn.Module)
+    epsilon = getattr(module, kind.epsilon, None)
     if not isinstance(epsilon, float) or not isinstance(getattr(module, "weight", None), nn.Parameter):
-        raise UnsupportedModelError(f"{path} is {type(module).__name__}; expected weight and {family.norm_epsilon}")
-    return Norm(module, family.norm_scale, epsilon)
+        raise UnsupportedModelError(f"{path} is {type(module).__name__}; expected weight and {kind.epsilon}")
+    return Norm(module, epsilon, kind.offset, kind.centred)
+
+
+def _cap(config: Any, key: str | None) -> float | None:
+    cap = None if key is None else getattr(config, key, None)
+    return None if cap is None else float(cap)
 
 
 def _part(model: nn.Module, path: str, kind: type[_Kind]) -> _Kind:

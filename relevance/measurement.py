@@ -1,73 +1,144 @@
-"""The pass over the corpus that serves all methods at once."""
+"""Running a model over batches so that methods see its activations and gradients, in as few passes as they need."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from relevance.attnlrp import attnlrp
-from relevance.encoding import Batch, EncodedDocuments, batches
-from relevance.families import Decoder, take_apart
-from relevance.method import Capture, Method, Needs
-from relevance.statistics import NonFiniteError
+from relevance.encoding import Batch
+from relevance.families import Decoder, Layer, UnsupportedModelError, take_apart
+from relevance.method import (
+    Activations,
+    Gradients,
+    Measured,
+    Objective,
+    OfActivations,
+    OfGradients,
+    Pass,
+    Site,
+    Units,
+)
+from relevance.objective import log_probabilities, per_document, target_logits
+from relevance.rules import PLAIN, Rules, propagation
+from relevance.statistics import FiniteCheck
+
+_OBJECTIVES = {Objective.TARGET_LOGIT: target_logits, Objective.LOG_PROBABILITY: log_probabilities}
+_Deliver = Callable[[Tensor, Tensor | None, Tensor], None]
 
 
-def measure(
-    model: nn.Module,
-    documents: Mapping[str, EncodedDocuments],
-    methods: Sequence[Method],
-    batch_tokens: int,
-    advance: Callable[[int], None] = lambda documents: None,
-) -> None:
-    """Run `model` over the documents of every language and let all `methods` accumulate what it does.
+class Tap(torch.autograd.Function):
+    """The identity, which hands what it saved, and the gradient that comes back, to `deliver`.
 
-    The passes that are run are those that some method needs; `advance` hears of every few documents done. The model
-    must be in evaluation mode (dropout would make the result random); it is left as it was.
-
-    Raises UnsupportedModelError for an unknown family, NonFiniteError naming the layer that overflows.
+    value: any shape; input_sum: something small to be saved with it, or None. Both are saved as autograd saves
+    tensors, so they may be recomputed before the backward pass reaches them.
     """
-    needs = max(method.needs for method in methods)
-    if needs is Needs.NOTHING:
-        return
-    decoder = take_apart(model)
-    device = decoder.unembedding.weight.device
-    with ExitStack() as stack:
-        if needs is Needs.BACKWARD:
-            stack.enter_context(attnlrp(model))
-        for language, encoded in enumerate(documents.values()):
-            for batch in batches(encoded.token_ids, batch_tokens, device):
-                for capture in captures(decoder, batch, language, backward=needs is Needs.BACKWARD):
-                    for method in methods:
-                        method.accumulate(capture)
-                advance(len(batch.lengths))
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, input_sum: Tensor | None, deliver: _Deliver) -> Tensor:
+        ctx.save_for_backward(value, input_sum)
+        ctx.deliver = deliver
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        ctx.deliver(*ctx.saved_tensors, gradient)
+        return gradient, None, None
 
 
-def captures(decoder: Decoder, batch: Batch, language: int, backward: bool) -> Iterator[Capture]:
-    """What every layer does on `batch`, with gradients of each document's mean target logit if `backward`."""
-    with _recorded(decoder) as record, torch.set_grad_enabled(backward):
-        embeddings = decoder.embedding(batch.token_ids).detach()  # [documents, tokens, hidden]
-        hidden = last_hidden(decoder, embeddings.requires_grad_(backward))
-        _require_finite("activations", record.activations)
-        gradients: Sequence[Tensor | None] = [None] * len(decoder.layers)
-        if backward:
+def units_of(decoder: Decoder, outputs: bool = False) -> Units:
+    """What there is to measure; outputs: the dimensions of the MLPs' outputs too."""
+    gated = any(layer.gated for layer in decoder.layers)
+    return Units(decoder.sizes, decoder.embedding.get_parameter("weight").shape[1], gated, outputs)
+
+
+def by_pass(methods: Sequence[Measured]) -> dict[Pass | None, list[Measured]]:
+    """The passes that `methods` need, and whom each serves; None is a forward pass alone.
+
+    Methods that listen to activations listen to the first pass, since the rules leave activations as they are.
+    """
+    served: dict[Pass | None, list[Measured]] = {}
+    for method in methods:
+        if isinstance(method.source, Pass):
+            served.setdefault(method.source, []).append(method)
+    listening = [method for method in methods if isinstance(method, OfActivations)]
+    if listening:
+        served.setdefault(next(iter(served), None), []).extend(listening)
+    return served
+
+
+class Measurement:
+    """A model made ready: inside `with Measurement(model) as measurement:`, `run` lets methods see a batch.
+
+    The model must be in evaluation mode (dropout would make the result random); it is left as it was. With
+    `checkpointing` a layer's activations are computed again in the backward pass instead of being kept.
+
+    Raises UnsupportedModelError for an unknown family.
+    """
+
+    def __init__(self, model: nn.Module, checkpointing: bool = False) -> None:
+        self.model = model
+        self.decoder = take_apart(model)
+        self.checkpointing = checkpointing
+        self.device = self.decoder.unembedding.weight.device
+        self._hooks = _Hooks()
+        self._open = ExitStack()
+        self._rules = ExitStack()
+        self._current = PLAIN
+
+    def __enter__(self) -> "Measurement":
+        with ExitStack() as stack:
+            # Before the rules, whose hooks act at the same modules: methods see tensors before the rules do.
+            stack.enter_context(self._hooks.installed(self.decoder))
+            stack.callback(lambda: self._rules.close())
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+        self._current = PLAIN
+
+    def run(self, batch: Batch, methods: Sequence[Measured]) -> None:
+        """Let `methods` accumulate what the model does on `batch`, documents of one language.
+
+        Raises NonFiniteError naming the layer that overflows.
+        """
+        for wanted, served in by_pass(methods).items():
+            if wanted is None:
+                self._forward(batch, served)
+            else:
+                self._backward(batch, served, wanted)
+
+    def _forward(self, batch: Batch, served: Sequence[Measured]) -> None:
+        with self._hooks.listening(batch, served, self.device), torch.no_grad():
+            last_hidden(self.decoder, self.decoder.embedding(batch.token_ids))
+            self._hooks.activations.require("activations")
+
+    def _backward(self, batch: Batch, served: Sequence[Measured], wanted: Pass) -> None:
+        self._switch_to(wanted.rules)
+        with ExitStack() as stack:
+            stack.enter_context(self._hooks.listening(batch, served, self.device))
+            if self.checkpointing:
+                stack.enter_context(checkpointed(self.decoder, self._hooks.recomputing))
+            stack.enter_context(torch.enable_grad())
+            embeddings = self.decoder.embedding(batch.token_ids).detach()  # [documents, tokens, hidden]
+            hidden = last_hidden(self.decoder, embeddings.requires_grad_())
+            self._hooks.activations.require("activations")
+            values = _OBJECTIVES[wanted.objective](self.decoder, hidden, batch, wanted.rules)
             # Documents do not see each other, so one sum gives every document its own gradients.
-            total = mean_target_logits(decoder, hidden, batch).sum()
-            found = torch.autograd.grad(total, record.activations)
-            _require_finite("gradients", found, last_first=True)
-            gradients = found
-    for layer, gradient in enumerate(gradients):
-        activation = record.activations[layer].detach()
-        yield Capture(language, layer, batch.counted, record.gates[layer], activation, gradient)
+            total = per_document(values, batch).sum()
+            # Below the lowest sites there is nothing that anyone listens to.
+            torch.autograd.grad(total, self._hooks.lowest, allow_unused=True)
+            self._hooks.gradients.require("gradients", last_first=True)
 
-
-def _require_finite(what: str, tensors: Sequence[Tensor], last_first: bool = False) -> None:
-    """Raise NonFiniteError naming the first layer, in the order of computation, whose tensor is not finite."""
-    layers = list(enumerate(tensors))
-    for layer, tensor in reversed(layers) if last_first else layers:
-        if not bool(torch.isfinite(tensor.detach().sum(dtype=torch.float32))):
-            raise NonFiniteError(f"layer {layer}: {what} are not finite in {tensor.dtype}; try a wider dtype")
+    def _switch_to(self, rules: Rules) -> None:
+        if rules != self._current:
+            self._rules.close()
+            self._current = PLAIN
+            self._rules.enter_context(propagation(self.model, rules))
+            self._current = rules
 
 
 def last_hidden(decoder: Decoder, embeddings: Tensor) -> Tensor:
@@ -79,37 +150,173 @@ def last_hidden(decoder: Decoder, embeddings: Tensor) -> Tensor:
     return hidden
 
 
-def mean_target_logits(decoder: Decoder, hidden: Tensor, batch: Batch) -> Tensor:
-    """Mean raw logit of the true next token, one per document: [documents].
+@contextmanager
+def checkpointed(
+    decoder: Decoder, recomputing: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Iterator[None]:
+    """Every decoder layer keeps its input alone and is computed again, inside `recomputing()`, in the backward pass."""
 
-    Only the targets' rows of the unembedding are used, h_t . W_U[y_(t+1)], never the whole vocabulary.
+    def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            return checkpoint(
+                forward,
+                *arguments,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), recomputing()),
+                **options,
+            )
+
+        return run
+
+    blocks = _blocks(decoder)
+    try:
+        for block in blocks:
+            block.forward = wrapped(block.forward)
+        yield
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
+
+
+def _blocks(decoder: Decoder) -> list[nn.Module]:
+    """The decoder layers as modules."""
+    for modules in decoder.trunk.modules():
+        if isinstance(modules, nn.ModuleList) and len(modules) == len(decoder.layers):
+            pairs = zip(modules, decoder.layers, strict=True)
+            if all(any(part is layer.down_proj for part in block.modules()) for block, layer in pairs):
+                return list(modules)
+    raise UnsupportedModelError(f"{type(decoder.trunk).__name__} has no list of its decoder layers")
+
+
+class _Hooks:
+    """Hooks at every MLP that hand its tensors to the methods that listen, or to nobody.
+
+    lowest: the tensors of the first layer at which somebody listens; activations, gradients: whether all were finite.
     """
-    rows = nn.functional.embedding(
-        batch.token_ids[:, 1:], decoder.unembedding.weight
-    )  # [documents, tokens - 1, hidden]
-    logits = torch.einsum("dth,dth->dt", hidden[:, :-1], rows)  # [documents, tokens - 1]
-    return logits.where(batch.counted[:, 1:], 0).sum(dim=1) / (batch.lengths - 1)
-
-
-class _Record:
-    """Tensors of one forward pass, by layer: act(gate) and the input of down_proj, [documents, tokens, neurons]."""
 
     def __init__(self) -> None:
-        self.gates: list[Tensor] = []
-        self.activations: list[Tensor] = []
+        self._silence()
 
-    def record_gate(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        self.gates.append(output.detach())
+    def _silence(self) -> None:
+        self.batch: Batch | None = None
+        self.lowest: list[Tensor] = []
+        self._of_activations: list[OfActivations] = []
+        self._of_gradients: dict[Site, list[OfGradients]] = {}
+        self._recomputing = False
+        self._kept: dict[str, Tensor] = {}
 
-    def record_activation(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.activations.append(inputs[0])
+    @contextmanager
+    def listening(self, batch: Batch, methods: Sequence[Measured], device: torch.device) -> Iterator[None]:
+        """What the model does on `batch` goes to `methods`."""
+        self.batch = batch
+        self._of_activations = [method for method in methods if isinstance(method, OfActivations)]
+        for method in methods:
+            if isinstance(method, OfGradients):
+                for site in method.wanted:
+                    self._of_gradients.setdefault(site, []).append(method)
+        layers = max((method.units.layers for method in methods), default=0)
+        self.activations, self.gradients = FiniteCheck(layers, device), FiniteCheck(layers, device)
+        try:
+            yield
+        finally:
+            self._silence()
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """A layer that is computed again has nothing to tell but to the backward pass."""
+        self._recomputing = True
+        try:
+            yield
+        finally:
+            self._recomputing = False
+            self._kept.clear()
+
+    @contextmanager
+    def installed(self, decoder: Decoder) -> Iterator[None]:
+        with ExitStack() as stack:
+            for index, layer in enumerate(decoder.layers):
+                for module, hook in self._of_layer(index, layer).items():
+                    stack.callback(module.register_forward_hook(hook).remove)
+                stack.callback(layer.down_proj.register_forward_pre_hook(self._neurons_hook(index, layer)).remove)
+            yield
+
+    def _of_layer(self, index: int, layer: Layer) -> Mapping[nn.Module, Callable[..., Tensor | None]]:
+        projections = {layer.gate.module: [(Site.GATE, layer.gate.rows)]}
+        if layer.up is not None:
+            projections.setdefault(layer.up.module, []).append((Site.UP, layer.up.rows))
+        source = layer.up or layer.gate
+
+        def projection_hook(sites: list[tuple[Site, slice]], up: slice | None) -> Callable[..., Tensor | None]:
+            def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+                if up is not None and self._of_activations and not self._recomputing:
+                    self._kept["up"] = output.detach()[..., up]
+                return self._tapped(index, sites, output, inputs[0])
+
+            return hook
+
+        def act_hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            if self._of_activations and not self._recomputing:
+                self._kept["act"] = output.detach()
+
+        def down_hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            return self._tapped(index, [(Site.OUTPUT, slice(None))], output, inputs[0])
+
+        hooks: dict[nn.Module, Callable[..., Tensor | None]] = {
+            module: projection_hook(sites, source.rows if module is source.module else None)
+            for module, sites in projections.items()
+        }
+        return hooks | {layer.act_fn: act_hook, layer.down_proj: down_hook}
+
+    def _neurons_hook(self, index: int, layer: Layer) -> Callable[..., tuple[Any, ...] | None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if self.batch is None:
+                return None
+            value: Tensor = inputs[0]
+            if not self._recomputing:
+                self.activations.see(index, value)
+                self._tell(index, value)
+            tapped = self._tapped(index, [(Site.NEURONS, slice(None))], value, None)
+            return None if tapped is None else (tapped, *inputs[1:])
+
+        return hook
+
+    def _tell(self, index: int, neurons: Tensor) -> None:
+        assert self.batch is not None
+        if self._of_activations:
+            with torch.no_grad():
+                parts = (self._kept.pop("act"), self._kept.pop("up"), neurons.detach())
+                seen = Activations(index, self.batch, *(_by_document(part, self.batch) for part in parts))
+                for method in self._of_activations:
+                    method.accumulate(seen)
+
+    def _tapped(
+        self, index: int, sites: list[tuple[Site, slice]], value: Tensor, inputs: Tensor | None
+    ) -> Tensor | None:
+        """`value` behind a tap if somebody listens at one of its `sites`, which are slices of its last dimension."""
+        batch = self.batch
+        wanted = [(site, rows) for site, rows in sites if self._of_gradients.get(site)]
+        if batch is None or not wanted or not value.requires_grad:
+            return None
+        input_sum = None
+        if inputs is not None:
+            dtype = torch.promote_types(inputs.dtype, torch.float32)
+            input_sum = inputs.detach().sum(dim=-1, dtype=dtype).view(batch.token_ids.shape)  # [documents, tokens]
+
+        def deliver(value: Tensor, input_sum: Tensor | None, gradient: Tensor) -> None:
+            self.gradients.see(index, gradient)
+            value, gradient = _by_document(value, batch), _by_document(gradient, batch)
+            for site, rows in wanted:
+                seen = Gradients(index, site, batch, value[..., rows], gradient[..., rows], input_sum)
+                for method in self._of_gradients[site]:
+                    method.accumulate(seen)
+
+        if index == 0 and not self._recomputing:
+            self.lowest.append(value)
+        tapped: Tensor = Tap.apply(value, input_sum, deliver)  # type: ignore[no-untyped-call]
+        return tapped
 
 
-@contextmanager
-def _recorded(decoder: Decoder) -> Iterator[_Record]:
-    record = _Record()
-    with ExitStack() as stack:
-        for layer in decoder.layers:
-            stack.callback(layer.act_fn.register_forward_hook(record.record_gate).remove)
-            stack.callback(layer.down_proj.register_forward_pre_hook(record.record_activation).remove)
-        yield record
+def _by_document(tensor: Tensor, batch: Batch) -> Tensor:
+    """[documents, tokens, n], also of an MLP that has flattened it."""
+    return tensor.reshape(*batch.token_ids.shape, -1)

@@ -1,28 +1,59 @@
-"""Method: how activations and relevances of documents become a score for every neuron and language."""
+"""Method: how activations and gradients of documents become a score for every neuron and language."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum, StrEnum
 from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from relevance.contrast import CONTRASTS
+from relevance.contrast import find_contrast
+from relevance.encoding import Batch
+from relevance.rules import Rules
+from relevance.statistics import Statistic
 
 
 class MethodError(ValueError):
     """A method does not exist, or cannot work with what it is given."""
 
 
-class Needs(IntEnum):
-    """What a method needs of the model: nothing, a forward pass, or also the AttnLRP backward pass."""
+class Objective(StrEnum):
+    """What is differentiated: the mean of this over a document's predicted tokens."""
 
-    NOTHING = 0
-    FORWARD = 1
-    BACKWARD = 2
+    TARGET_LOGIT = "target logit"
+    LOG_PROBABILITY = "log-probability"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward pass: how the gradients are modified, and of what they are."""
+
+    rules: Rules
+    objective: Objective
+
+
+class Source(Enum):
+    """Where the scores of a method come from that needs no backward pass."""
+
+    NOTHING = "no model at all"
+    FORWARD = "any pass, or a forward pass"
+    ELSEWHERE = "another command"
+
+
+class Site(Enum):
+    """A tensor of an MLP whose gradient a method may ask for.
+
+    GATE, UP: raw outputs of those projections (of the first linear layer and nothing, where the MLP is not gated);
+    NEURONS: the inputs of down_proj; OUTPUT: what the MLP adds to the residual stream.
+    """
+
+    GATE = "gate"
+    UP = "up"
+    NEURONS = "neurons"
+    OUTPUT = "output"
 
 
 @dataclass(frozen=True)
@@ -50,55 +81,162 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Capture:
-    """What one layer did on a batch of documents of one language.
+class Units:
+    """What there is to measure in a model.
 
-    language, layer: indices into the shape.
-    counted: bool [documents, tokens]; False at the start token and at padding, which statistics leave out.
-    gate: [documents, tokens, neurons], act(gate_proj(x)).
-    activation: [documents, tokens, neurons], the input of down_proj.
-    gradient: the same shape, d(mean target logit of the document) / d(activation) under the AttnLRP rules;
-        None when no method needs the backward pass.
+    sizes: number of neurons of each layer; hidden: width of the residual stream; gated: whether the MLPs have an up
+    projection beside the gate; outputs: whether the dimensions of the MLPs' outputs are to be scored too.
     """
 
-    language: int
+    sizes: tuple[int, ...]
+    hidden: int = 0
+    gated: bool = True
+    outputs: bool = False
+
+    @property
+    def layers(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def widest(self) -> int:
+        return max(self.sizes)
+
+    @cached_property
+    def exists(self) -> Tensor:
+        """bool [layers, widest]: which places hold a neuron and not padding."""
+        return torch.arange(self.widest) < torch.tensor(self.sizes).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What one layer computed on a batch of documents. All tensors but `batch` are [documents, tokens, neurons].
+
+    act: act(gate); up: raw output of the up projection (of the first linear layer where the MLP is not gated);
+    neurons: the input of down_proj.
+    """
+
     layer: int
-    counted: Tensor
-    gate: Tensor
-    activation: Tensor
-    gradient: Tensor | None
+    batch: Batch
+    act: Tensor
+    up: Tensor
+    neurons: Tensor
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradient of each document's objective at one site of one layer, under the rules of the method's pass.
+
+    value, gradient: [documents, tokens, units], the tensor at the site and its gradient;
+    input_sum: [documents, tokens], sum over the inputs of the linear layer whose output the site is; None at NEURONS.
+    At padding the gradient is 0.
+    """
+
+    layer: int
+    site: Site
+    batch: Batch
+    value: Tensor
+    gradient: Tensor
+    input_sum: Tensor | None
 
 
 class Method(ABC):
     """Scores every neuron for every language. A subclass in a file of `relevance/methods` is found by its name.
 
-    needs: what has to be run for it; languages_needed: fewer make no sense;
-    contrast: which of CONTRASTS turns its scores into a ranking per language;
+    source: the pass that it needs, or where its scores come from otherwise; languages_needed: fewer make no sense;
+    contrast: which of CONTRASTS turns its scores into a ranking per language unless another is asked for;
     matched_to: the method whose number of neurons in each layer a selection takes over unless told otherwise.
     """
 
     name: ClassVar[str]
-    needs: ClassVar[Needs]
+    source: ClassVar[Pass | Source]
     languages_needed: ClassVar[int] = 2
+    documents_needed: ClassVar[int] = 1
     contrast: ClassVar[str] = "none"
     matched_to: ClassVar[str | None] = None
 
-    def __init__(self, shape: Shape, device: torch.device | None = None) -> None:
-        self.shape = shape
-        self.device = device or torch.device("cpu")
+    @classmethod
+    def ranking(cls, scores: Tensor, shape: Shape, seed: int, contrast: str | None = None) -> Tensor:
+        """[languages, layers, widest]: per language, the higher the sooner a neuron is selected.
 
-    @abstractmethod
-    def accumulate(self, capture: Capture) -> None:
-        """Take in one layer of a batch. Memory does not grow with the number of calls."""
-
-    @abstractmethod
-    def scores(self) -> Tensor:
-        """float64 [languages, layers, widest] on the CPU, 0 in padding."""
+        contrast: a key of CONTRASTS, or None for the method's own way. Raises ContrastError for any other.
+        """
+        return find_contrast(contrast or cls.contrast)(scores)
 
     @classmethod
-    def ranking(cls, scores: Tensor, shape: Shape, seed: int) -> Tensor:
-        """[languages, layers, widest]: per language, the higher the sooner a neuron is selected."""
-        return CONTRASTS[cls.contrast](scores)
+    def published(cls, scores: Tensor, shape: Shape) -> Tensor:
+        """bool [languages, layers, widest]: the neurons that the publication's own rule gives each language.
+
+        Raises MethodError for a method that was published without such a rule.
+        """
+        raise MethodError(f"method {cls.name} was published without a rule of selection; choose a budget")
+
+
+class ScoredMethod(Method):
+    """A method whose scores `crane relevance` makes."""
+
+    @classmethod
+    @abstractmethod
+    def score(cls, finalised: Sequence[Tensor], shape: Shape) -> Tensor:
+        """float64 [languages, layers, widest], 0 in padding, from what every language's instance finalised to."""
+
+
+class Measured(ScoredMethod):
+    """A method that accumulates. An instance holds the statistics of ONE language as its attributes.
+
+    sites: where it wants gradients; none for a method that listens to activations.
+    """
+
+    sites: ClassVar[frozenset[Site]] = frozenset()
+
+    def __init__(self, units: Units, device: torch.device | None = None) -> None:
+        self.units = units
+        self.device = device or torch.device("cpu")
+
+    @property
+    def wanted(self) -> frozenset[Site]:
+        """The sites that it wants of this model."""
+        return self.sites
+
+    @property
+    def statistics(self) -> dict[str, Statistic]:
+        """Everything that it has accumulated, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Statistic)}
+
+    @abstractmethod
+    def finalise(self) -> Tensor:
+        """What this language's documents came to, float64 on the CPU; `score` says what becomes of it."""
+
+    @classmethod
+    def score(cls, finalised: Sequence[Tensor], shape: Shape) -> Tensor:
+        return torch.stack(list(finalised)).where(shape.exists, 0)
+
+    @classmethod
+    def outputs(cls, finalised: Sequence[Tensor], shape: Shape) -> Tensor | None:
+        """Scores of the MLPs' output dimensions, float64 [languages, layers, hidden], where the method has them."""
+        return None
+
+    def merge(self, other: "Measured") -> None:
+        """Take in what `other`, of the same kind, has accumulated on other documents of the language."""
+        for name, statistic in self.statistics.items():
+            statistic.merge(other.statistics[name])
+
+
+class OfActivations(Measured):
+    """A method that listens to the forward pass."""
+
+    source = Source.FORWARD
+
+    @abstractmethod
+    def accumulate(self, seen: Activations) -> None:
+        """Take in one layer of a batch. Every layer comes once per batch; memory is bounded."""
+
+
+class OfGradients(Measured):
+    """A method that listens to the backward pass."""
+
+    @abstractmethod
+    def accumulate(self, seen: Gradients) -> None:
+        """Take in one of the wanted sites of one layer of a batch. Memory does not grow with the number of calls."""
 
 
 def require_languages(methods: Sequence[type[Method]], languages: Sequence[str]) -> None:
@@ -109,3 +247,14 @@ def require_languages(methods: Sequence[type[Method]], languages: Sequence[str])
                 f"method {method.name} compares languages and needs at least {method.languages_needed}, "
                 f"found {len(languages)}: {', '.join(languages)}"
             )
+
+
+def require_documents(methods: Sequence[type[Method]], documents: dict[str, int]) -> None:
+    """Raise MethodError if a method needs more documents than a language has."""
+    for method in methods:
+        for language, count in documents.items():
+            if count < method.documents_needed:
+                raise MethodError(
+                    f"method {method.name} needs at least {method.documents_needed} documents of every language, "
+                    f"found {count} of {language}"
+                )

@@ -1,5 +1,7 @@
 """The Hugging Face model that is measured."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +47,43 @@ def load_model(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> nn
     Raises UnsupportedModelError for an unknown architecture, before any weight is read, and CheckpointError when the
     checkpoint cannot be loaded.
     """
+    from transformers import AutoModelForCausalLM
+
+    with _loading(checkpoint):
+        _, attention = _config(checkpoint)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **attention)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_skeleton(checkpoint: Path) -> nn.Module:
+    """The model of a local checkpoint without its weights, on the device "meta". Raises as `load_model` does."""
+    from transformers import AutoModelForCausalLM
+
+    with _loading(checkpoint), torch.device("meta"):
+        config, attention = _config(checkpoint)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, **attention)
+    return model.eval().requires_grad_(False)
+
+
+def _config(checkpoint: Path) -> tuple[Any, dict[str, str]]:
+    """The config, and options that choose an attention which computes the family's function."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    family = require_family((config.architectures or [type(config).__name__])[0])
+    return config, {} if family.attention is None else {"attn_implementation": family.attention}
+
+
+@contextmanager
+def _loading(checkpoint: Path) -> Iterator[None]:
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(checkpoint)
-        require_family((config.architectures or [type(config).__name__])[0])
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+        yield
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return model.to(device).eval().requires_grad_(False)
 
 
 def load_tokenizer(checkpoint: Path) -> Any:

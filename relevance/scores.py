@@ -2,31 +2,45 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 import crane_serve
 from crane_serve.atomic import write_atomically
-from crane_serve.masks import Fingerprint
+from crane_serve.masks import Fingerprint, FingerprintError
 from relevance.method import Shape
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "crane-scores"
+_OUTPUTS = "outputs/"  # in the file, a tensor with this prefix belongs to `outputs`
 
 
 class ScoresError(ValueError):
     """A scores file cannot be read, or does not hold what is asked for; the message names the file or method."""
 
 
+class Texts(BaseModel):
+    """The texts that scores come from: the digest of a corpus, and the split of it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    corpus_digest: str
+    split: str | None
+
+
 class ScoresInfo(BaseModel):
-    """Which model and texts the scores come from. The counts are per language, in the order of `languages`."""
+    """Which model and texts the scores come from. The counts are per language, in the order of `languages`.
+
+    other_texts: the texts of those methods that come from others than `corpus_digest` and `split` say.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,7 +54,12 @@ class ScoresInfo(BaseModel):
     skipped: tuple[int, ...]  # documents without a token to predict
     max_tokens: int
     dtype: str
+    other_texts: dict[str, Texts] = Field(default_factory=dict)
     created_by: str = f"crane-serve {crane_serve.__version__}"
+
+    def texts(self, method: str) -> Texts:
+        """The texts that the scores of `method` come from."""
+        return self.other_texts.get(method, Texts(corpus_digest=self.corpus_digest, split=self.split))
 
 
 class _Metadata(ScoresInfo):
@@ -50,23 +69,30 @@ class _Metadata(ScoresInfo):
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """by_method: method name -> float32 [languages, layers, widest] on the CPU, 0 in padding.
+    """Scores of every neuron by method, and of the MLPs' output dimensions by the methods that have them.
 
-    Raises ScoresError for a tensor of another shape or dtype.
+    by_method: method name -> float32 [languages, layers, widest] on the CPU, 0 in padding.
+    outputs: method name -> float32 [languages, layers, hidden] on the CPU.
+
+    Raises ScoresError for a tensor of another shape or dtype, and for outputs of a method without scores.
     """
 
     by_method: Mapping[str, Tensor]
     info: ScoresInfo
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "by_method", MappingProxyType(dict(self.by_method)))
+        object.__setattr__(self, "outputs", MappingProxyType(dict(self.outputs)))
         if not self.by_method:
             raise ScoresError("scores of no method")
         for method, scores in self.by_method.items():
-            if tuple(scores.shape) != self.shape.tensor or scores.dtype != torch.float32:
-                raise ScoresError(
-                    f"scores of {method} are {scores.dtype} {list(scores.shape)}, "
-                    f"expected torch.float32 {list(self.shape.tensor)}"
-                )
+            _require(f"scores of {method}", scores, self.shape.tensor)
+        languages, layers, _ = self.shape.tensor
+        for method, scores in self.outputs.items():
+            if method not in self.by_method:
+                raise ScoresError(f"there are output scores of {method}, but none of its neurons")
+            _require(f"output scores of {method}", scores, (languages, layers, self.info.fingerprint.hidden_size))
 
     @cached_property
     def shape(self) -> Shape:
@@ -79,9 +105,44 @@ class Scores:
             raise ScoresError(f"no scores of method {method!r}; there are scores of {', '.join(self.by_method)}")
         return scores
 
+    def outputs_of(self, method: str) -> Tensor:
+        """Scores of output dimensions, float32 [languages, layers, hidden]. Raises ScoresError as `of` does."""
+        scores = self.outputs.get(method)
+        if scores is None:
+            existing = f"there are of {', '.join(self.outputs)}" if self.outputs else "there are of no method"
+            raise ScoresError(f"no scores of output dimensions of method {method!r}; {existing}")
+        return scores
+
+    def merged(self, other: "Scores") -> "Scores":
+        """The scores of both, which have no method in common. What `info` counts stays that of this one.
+
+        Methods of `other` keep the texts they come from (`ScoresInfo.texts`).
+        Raises ScoresError for another model, other languages, or a method that both have.
+        """
+        if other.info.languages != self.info.languages:
+            raise ScoresError(
+                f"scores of the languages {', '.join(other.info.languages)} cannot join those of "
+                f"{', '.join(self.info.languages)}"
+            )
+        try:
+            self.info.fingerprint.require(other.info.fingerprint, "the other scores file")
+        except FingerprintError as error:
+            raise ScoresError(str(error)) from error
+        common = self.by_method.keys() & other.by_method.keys()
+        if common:
+            raise ScoresError(f"both hold scores of {', '.join(sorted(common))}; expected each method once")
+        mine = Texts(corpus_digest=self.info.corpus_digest, split=self.info.split)
+        joined = {method: texts for method in other.by_method if (texts := other.info.texts(method)) != mine}
+        return Scores(
+            {**self.by_method, **other.by_method},
+            self.info.model_copy(update={"other_texts": {**self.info.other_texts, **joined}}),
+            {**self.outputs, **other.outputs},
+        )
+
     def save(self, path: Path) -> None:
         """Write a safetensors file atomically, making its directory if that is missing."""
         tensors = {method: scores.contiguous() for method, scores in self.by_method.items()}
+        tensors |= {f"{_OUTPUTS}{method}": scores.contiguous() for method, scores in self.outputs.items()}
         metadata = _Metadata(**dict(self.info), format_version=FORMAT_VERSION, digest=_digest(tensors))
         content = save(tensors, metadata={_METADATA_KEY: metadata.model_dump_json()})
         write_atomically(path, content)
@@ -99,7 +160,7 @@ class Scores:
                     raise ScoresError(
                         f"{path}: format version {metadata.format_version}, this program reads {FORMAT_VERSION}"
                     )
-                tensors = {method: file.get_tensor(method) for method in sorted(file.keys())}
+                tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"]))
@@ -108,15 +169,23 @@ class Scores:
             raise ScoresError(f"{path}: not a readable scores file: {error}") from error
         if _digest(tensors) != metadata.digest:
             raise ScoresError(f"{path}: the scores do not have the digest that the metadata says")
+        outputs = {key.removeprefix(_OUTPUTS): tensor for key, tensor in tensors.items() if key.startswith(_OUTPUTS)}
+        by_method = {key: tensor for key, tensor in tensors.items() if not key.startswith(_OUTPUTS)}
+        info = ScoresInfo(**{name: getattr(metadata, name) for name in ScoresInfo.model_fields})
         try:
-            return cls(tensors, ScoresInfo(**{field: getattr(metadata, field) for field in ScoresInfo.model_fields}))
+            return cls(by_method, info, outputs)
         except ScoresError as error:
             raise ScoresError(f"{path}: {error}") from error
 
 
+def _require(what: str, scores: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(scores.shape) != shape or scores.dtype != torch.float32:
+        raise ScoresError(f"{what} are {scores.dtype} {list(scores.shape)}, expected torch.float32 {list(shape)}")
+
+
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     content = hashlib.sha256()
-    for method in sorted(tensors):
-        content.update(f"{method}{list(tensors[method].shape)}".encode())
-        content.update(tensors[method].contiguous().view(torch.uint8).numpy().tobytes())
+    for key in sorted(tensors):
+        content.update(f"{key}{list(tensors[key].shape)}".encode())
+        content.update(tensors[key].contiguous().view(torch.uint8).numpy().tobytes())
     return content.hexdigest()

@@ -1,65 +1,167 @@
-"""Scoring: from a model and a corpus to Scores, by every method asked for in one pass."""
+"""Scoring: from a model and a corpus to Scores, by every method asked for in as few passes as they need."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from torch import Tensor
 
 from crane_serve.masks import Fingerprint
 from relevance.corpus import Corpus
 from relevance.encoding import EncodedDocuments, encode
 from relevance.families import UnsupportedModelError, take_apart
-from relevance.measurement import measure
-from relevance.method import Method, Shape, require_languages
-from relevance.model import load_model, load_tokenizer
+from relevance.measurement import units_of
+from relevance.method import Measured, MethodError, ScoredMethod, Shape, require_documents, require_languages
+from relevance.model import load_skeleton, load_tokenizer
+from relevance.progress import Plan, Progress
 from relevance.scores import Scores, ScoresInfo
+from relevance.shards import Job, Shard, deal, measure_shard, measure_with_ray, merged
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the work is done; apart from rounding none of it changes the result.
+
+    checkpointing: compute activations again instead of keeping them; workers: Ray tasks among which the documents are
+    dealt out, 1 for this process alone; ray_address: of a cluster, None for this machine; progress: directory in which
+    what is done is kept, None to keep nothing; restart: discard what is kept there.
+    """
+
+    checkpointing: bool = False
+    workers: int = 1
+    ray_address: str | None = None
+    progress: Path | None = None
+    restart: bool = False
 
 
 def score(
     checkpoint: Path,
     corpus: Corpus,
-    methods: Sequence[type[Method]],
+    methods: Sequence[type[ScoredMethod]],
     *,
     batch_tokens: int,
     max_tokens: int,
     dtype: torch.dtype,
     device: torch.device,
+    output_dimensions: bool = False,
+    execution: Execution | None = None,
+    each_half: Callable[[Scores], None] | None = None,
     start: Callable[[int], None] = lambda documents: None,
     advance: Callable[[int], None] = lambda documents: None,
 ) -> Scores:
     """Score the neurons of a local checkpoint on all documents of `corpus`.
 
-    batch_tokens: tokens of a batch with padding; max_tokens: where a document is cut, start token included;
-    start: hears the number of documents once; advance: hears of every few documents done.
+    batch_tokens: tokens of a batch with padding; max_tokens: where a document is cut, start token included, if the
+    model's learned positions do not end before; output_dimensions: score the MLPs' output dimensions too, by the
+    methods that can; each_half: deal the documents out into two halves and hand over the scores of each, too, which
+    tells how much the scores depend on the texts; start: hears the number of documents once; advance: hears of every
+    few documents done. Progress is left behind for the caller to remove once the scores are safe.
 
-    Raises MethodError, CheckpointError, FingerprintError, UnsupportedModelError, CorpusError and NonFiniteError.
+    Raises MethodError, CheckpointError, FingerprintError, UnsupportedModelError, CorpusError, NonFiniteError,
+    ProgressError and WorkerError.
     """
+    execution = execution or Execution()
+    if each_half is not None and execution.workers > 2:
+        raise MethodError(f"halves are dealt out to 1 or 2 workers, not to {execution.workers}")
     require_languages(methods, corpus.languages)
     fingerprint = Fingerprint.of(checkpoint)
-    model = load_model(checkpoint, dtype, device)
-    decoder = take_apart(model)
+    decoder = take_apart(load_skeleton(checkpoint))
     if decoder.sizes != fingerprint.intermediate_sizes:
         raise UnsupportedModelError(f"{checkpoint}: the sizes of the MLP layers differ from those in its config")
+    max_tokens = min(max_tokens, decoder.positions or max_tokens)
     tokenizer = load_tokenizer(checkpoint)
     encoded: dict[str, EncodedDocuments] = {
         language: encode(tokenizer, language, documents, max_tokens) for language, documents in corpus.documents.items()
     }
-    start(sum(len(of_language.token_ids) for of_language in encoded.values()))
-    shape = Shape(corpus.languages, decoder.sizes)
-    running = [method(shape, device) for method in methods]
-    measure(model, encoded, running, batch_tokens, advance)
-    return Scores(
-        {method.name: method.scores().float() for method in running},
-        ScoresInfo(
-            languages=corpus.languages,
-            fingerprint=fingerprint,
-            corpus_digest=corpus.digest,
-            split=corpus.split,
-            documents=tuple(len(of_language.token_ids) for of_language in encoded.values()),
-            tokens=tuple(of_language.tokens for of_language in encoded.values()),
-            truncated=tuple(len(of_language.truncated) for of_language in encoded.values()),
-            skipped=tuple(len(of_language.skipped) for of_language in encoded.values()),
-            max_tokens=max_tokens,
-            dtype=str(dtype).removeprefix("torch."),
-        ),
+    counts = {language: len(of_language.token_ids) for language, of_language in encoded.items()}
+    shards = deal(encoded, 2 if each_half else execution.workers)
+    for shard in shards if each_half else [Shard(0, {name: of.token_ids for name, of in encoded.items()})]:
+        require_documents(methods, {name: len(shard.documents.get(name, ())) for name in encoded})
+    plan = Plan(
+        fingerprint=fingerprint,
+        corpus_digest=corpus.digest,
+        languages=corpus.languages,
+        methods=tuple(method.name for method in methods),
+        output_dimensions=output_dimensions,
+        max_tokens=max_tokens,
+        batch_tokens=batch_tokens,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+        shards=len(shards),
     )
+    measured = tuple(method for method in methods if issubclass(method, Measured))
+    units = units_of(decoder, output_dimensions)
+    shape = Shape(corpus.languages, decoder.sizes)
+    info = ScoresInfo(
+        languages=corpus.languages,
+        fingerprint=fingerprint,
+        corpus_digest=corpus.digest,
+        split=corpus.split,
+        documents=tuple(counts.values()),
+        tokens=tuple(of_language.tokens for of_language in encoded.values()),
+        truncated=tuple(len(of_language.truncated) for of_language in encoded.values()),
+        skipped=tuple(len(of_language.skipped) for of_language in encoded.values()),
+        max_tokens=max_tokens,
+        dtype=plan.dtype,
+    )
+    start(sum(counts.values()))
+    if not measured:
+        return _scores(methods, (), shape, info)
+    with TemporaryDirectory(prefix="crane-progress-") as scratch:
+        progress = None
+        if execution.progress is not None or len(shards) > 1:
+            progress = Progress.open(execution.progress or Path(scratch), plan, execution.restart)
+        job = Job(checkpoint, dtype, device, measured, units, batch_tokens, execution.checkpointing, progress)
+        scores = _scores(methods, _measure(job, shards, execution, advance), shape, info)
+        if each_half is not None:
+            for shard in shards:
+                each_half(_scores(methods, merged(job, [shard]), shape, _info_of(shard, info)))
+    return scores
+
+
+def _measure(
+    job: Job, shards: Sequence[Shard], execution: Execution, advance: Callable[[int], None]
+) -> Iterable[tuple[str, list[Measured]]]:
+    """Every language, in order, with its methods after all its documents."""
+    if execution.workers > 1:
+        return measure_with_ray(job, shards, execution.ray_address, advance)
+    if len(shards) == 1:
+        return measure_shard(job, shards[0], advance)
+    for shard in shards:
+        for _ in measure_shard(job, shard, advance):
+            pass
+    return merged(job, shards)
+
+
+def _scores(
+    methods: Sequence[type[ScoredMethod]],
+    measured: Iterable[tuple[str, list[Measured]]],
+    shape: Shape,
+    info: ScoresInfo,
+) -> Scores:
+    finalised: dict[str, list[Tensor]] = {method.name: [] for method in methods}
+    for _, of_language in measured:
+        for instance in of_language:
+            finalised[instance.name].append(instance.finalise())
+    return Scores(
+        {method.name: method.score(finalised[method.name], shape).float() for method in methods},
+        info,
+        _outputs([method for method in methods if issubclass(method, Measured)], finalised, shape),
+    )
+
+
+def _info_of(shard: Shard, info: ScoresInfo) -> ScoresInfo:
+    """`info` with the documents and tokens of one half."""
+    of_languages = [shard.documents[language] for language in info.languages]
+    documents = tuple(map(len, of_languages))
+    tokens = tuple(sum(len(ids) - 1 for ids in documents) for documents in of_languages)
+    return info.model_copy(update={"documents": documents, "tokens": tokens})
+
+
+def _outputs(
+    methods: Sequence[type[Measured]], finalised: Mapping[str, Sequence[Tensor]], shape: Shape
+) -> dict[str, Tensor]:
+    found = {method.name: method.outputs(finalised[method.name], shape) for method in methods}
+    return {name: outputs.float() for name, outputs in found.items() if outputs is not None}

@@ -1,139 +1,292 @@
 """Selection: from scores to the neurons that a mask switches off."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from crane_serve.masks import MaskInfo, NeuronMask, write_mask
-from relevance.method import require_languages
+from relevance.contrast import find_contrast
+from relevance.criteria import GLOBAL, UNIFORM, Criteria, Overlap, Rule, SelectionError
+from relevance.method import Method, Shape, require_languages
 from relevance.methods import find
 from relevance.scores import Scores
 
-UNMATCHED = "none"
+NAME = "{method}-{language}"
 
-
-class SelectionError(ValueError):
-    """A selection is not possible with this budget, these scores or this match."""
+_ROUNDING = 1e-9  # relative size of differences between scores that are none
 
 
 @dataclass(frozen=True)
 class Selection:
-    """One mask per language, and how it was chosen.
-
-    budget: fraction of all neurons; matched_to: the method whose neurons per layer were taken over, or None;
-    seed: of methods that draw.
-    """
+    """One mask per language, and the criteria it was chosen by."""
 
     masks: Mapping[str, NeuronMask]
-    method: str
-    budget: float
-    matched_to: str | None
-    seed: int
+    criteria: Criteria
 
-    def write(self, directory: Path, scores: Scores) -> list[Path]:
-        """Write `{method}-{language}.safetensors` for every language; returns the paths."""
+    def write(self, directory: Path, scores: Scores, name: str = NAME) -> list[Path]:
+        """Write a mask file for every language; returns the paths.
+
+        name: what to call them; {method}, {language}, {rule} and {seed} stand for what was chosen.
+        The recorded budget is the fraction asked for, or the one that the rule came to.
+        Raises SelectionError when two languages get one name, MaskFileError for a name that is not allowed.
+        """
+        names = [self._name(name, language) for language in self.masks]
+        if len(set(names)) < len(names):
+            raise SelectionError(f"the name {name!r} is the same for several languages; it needs {{language}}")
         return [
-            write_mask(
-                directory,
-                f"{self.method}-{language}",
-                mask,
-                MaskInfo(
-                    language=language,
-                    method=self.method,
-                    fingerprint=scores.info.fingerprint,
-                    budget=self.budget,
-                    corpus_digest=scores.info.corpus_digest,
-                    parameters={
-                        "contrast": find(self.method).contrast,
-                        "matched_to": self.matched_to,
-                        "seed": self.seed,
-                        "split": scores.info.split,
-                        "languages": list(scores.info.languages),
-                    },
-                ),
-            )
-            for language, mask in self.masks.items()
+            write_mask(directory, of_mask, mask, self._info(language, mask, scores))
+            for of_mask, (language, mask) in zip(names, self.masks.items(), strict=True)
         ]
 
+    def _name(self, pattern: str, language: str) -> str:
+        of = self.criteria
+        fields = {"method": of.method, "language": language, "rule": of.rule, "seed": of.seed}
+        for field, value in fields.items():
+            pattern = pattern.replace(f"{{{field}}}", str(value))
+        if "{" in pattern:
+            known = ", ".join(f"{{{field}}}" for field in fields)
+            raise SelectionError(f"name {pattern!r} holds an unknown field; there are {known}")
+        return pattern
 
-def select(scores: Scores, method: str, budget: float, match: str | None = None, seed: int = 0) -> Selection:
-    """The highest ranked `budget` (a fraction of all neurons) of `method`, for every language.
+    def _info(self, language: str, mask: NeuronMask, scores: Scores) -> MaskInfo:
+        of = self.criteria
+        texts = scores.info.texts(of.method)
+        by_fraction = of.rule is Rule.BUDGET and of.count is None
+        return MaskInfo(
+            language=language,
+            method=of.method,
+            fingerprint=scores.info.fingerprint,
+            budget=of.budget if by_fraction else mask.neurons / scores.shape.neurons,
+            corpus_digest=texts.corpus_digest,
+            parameters={
+                "rule": str(of.rule),
+                **of.threshold,
+                "contrast": of.effective_contrast,
+                "quotas": of.effective_quotas,
+                "overlap": str(of.overlap),
+                "output_dimensions": of.output_dimensions,
+                "seed": of.seed,
+                "split": texts.split,
+                "languages": list(scores.info.languages),
+            },
+        )
 
-    A matched selection takes as many neurons from each layer as the method `match` does with this budget, and none of
-    that method's own, so that it is a control for the choice within the layers. `match`: the name of a method, "none",
-    or None for the method's own default.
 
-    Raises MethodError for unknown methods and for a contrast without a second language, ScoresError for scores that
-    are missing, SelectionError for an impossible budget, scores that are not finite, or too few neurons in a layer.
+def select(scores: Scores, criteria: Criteria) -> Selection:
+    """For every language the neurons that `criteria` choose from the ranking of its method.
+
+    Rules. `budget`: the first so many in `order`. `z`: those whose contrasted score exceeds the mean over all neurons
+    of the language by more than z standard deviations. `published`: those that the method's own rule takes. Output
+    dimensions come under the same rule; z is then taken over neurons and output dimensions together.
+
+    Quotas. `global`: the ranking is free of layers. `uniform`: as equal a number from each layer as there is, the
+    remainder going to the best ranked. `like:METHOD`: from each layer as many as METHOD takes under the same rule,
+    contrast and overlap, the best ranked of those that METHOD leaves: a control for the choice within the layers.
+
+    Overlap. `exclusive` gives each neuron to the language that has it furthest ahead in its ranking, to the first of
+    several; the rule, or the budget, then takes a language's neurons from its own.
+
+    Raises MethodError for an unknown method and for one without a published rule, ContrastError, ScoresError for
+    missing scores, and SelectionError for scores that are not finite, an impossible budget, too few neurons in a layer
+    or for a language, or a rule that takes nothing.
     """
-    count = neurons_of_budget(budget, scores.shape.neurons)
-    matched_to = find(method).matched_to if match is None else match
-    if matched_to == method:
-        raise SelectionError(f"{method} cannot be matched to itself; pass another method or {UNMATCHED!r}")
-    ranking = _ranking(scores, method, seed)
-    if matched_to is None or matched_to == UNMATCHED:
-        matched_to = None
-        chosen = {
-            language: top(ranking[index], scores.shape.exists, count)
-            for index, language in enumerate(scores.info.languages)
-        }
-    else:
-        other = _ranking(scores, matched_to, seed)
-        chosen = {
-            language: matched_top(ranking[index], top(other[index], scores.shape.exists, count), scores.shape.exists)
-            for index, language in enumerate(scores.info.languages)
-        }
-    sizes = scores.shape.sizes
-    masks = {
-        language: NeuronMask.switching_off([row.nonzero().flatten().tolist() for row in neurons], sizes)
-        for language, neurons in chosen.items()
-    }
-    return Selection(masks, method, budget, matched_to, seed)
+    neurons, dimensions = _chosen(scores, criteria)
+    masks = {}
+    for index, language in enumerate(scores.info.languages):
+        off = neurons[index]
+        outputs_off = None if dimensions is None else dimensions[index]
+        if not bool(off.any()) and (outputs_off is None or not bool(outputs_off.any())):
+            raise SelectionError(f"the rule {criteria} of {criteria.method} takes no neuron for {language}")
+        output = None if outputs_off is None else (~outputs_off).float()
+        masks[language] = NeuronMask((~off).float(), scores.shape.sizes, output)
+    return Selection(masks, criteria)
 
 
-def neurons_of_budget(budget: float, neurons: int) -> int:
-    """Number of neurons in a fraction `budget` of all, at least one. Raises SelectionError outside 0 < budget <= 1."""
-    if not (math.isfinite(budget) and 0 < budget <= 1):
-        raise SelectionError(f"budget is {budget}; expected a fraction of all neurons, above 0 and at most 1")
-    return max(1, round(budget * neurons))
+def order(
+    scores: Scores,
+    method: str,
+    contrast: str | None = None,
+    seed: int = 0,
+    *,
+    quotas: str = GLOBAL,
+    overlap: Overlap = Overlap.SHARED,
+) -> dict[str, Tensor]:
+    """Per language its neurons, best first: int64 [neurons, 2], layer and index. Ties go to the lower layer and index.
 
+    A selection by budget is the beginning of this, so the sets of growing budgets are nested. quotas: "global" or
+    "uniform"; a matched selection is no beginning of anything, since what its model takes is not there to be chosen.
 
-def top(ranking: Tensor, eligible: Tensor, count: int) -> Tensor:
-    """The `count` highest of the eligible, ties going to the lower layer and index. All [layers, neurons]; bool."""
-    order = torch.sort(ranking[eligible], descending=True, stable=True).indices
-    places = eligible.flatten().nonzero().flatten()[order[:count]]
-    chosen = torch.zeros(eligible.numel(), dtype=torch.bool)
-    chosen[places] = True
-    return chosen.view_as(eligible)
-
-
-def matched_top(ranking: Tensor, model: Tensor, exists: Tensor) -> Tensor:
-    """As many neurons of each layer as `model` has, the highest ranked that `model` leaves. All [layers, neurons].
-
-    Raises SelectionError when a layer has too few left.
+    Raises what `select` raises.
     """
-    left = exists & ~model
+    criteria = Criteria(method, contrast=contrast, seed=seed, quotas=quotas, overlap=overlap)
+    if criteria.matched_to is not None:
+        raise SelectionError(f"matched neurons have no order; expected quotas {GLOBAL} or {UNIFORM}")
+    return dict(zip(scores.info.languages, _Units.of(scores, criteria).orders(quotas), strict=True))
+
+
+@dataclass(frozen=True)
+class _Units:
+    """What is ranked: neurons, or output dimensions.
+
+    shape: of the tensors, padding included; raw: the method's scores, ranking: the higher the sooner, both float64
+    [languages, layers, widest]; own: bool of the same shape, the units that a language may take.
+    """
+
+    criteria: Criteria
+    shape: Shape
+    raw: Tensor
+    ranking: Tensor
+    own: Tensor
+
+    @classmethod
+    def of(cls, scores: Scores, criteria: Criteria) -> "_Units":
+        """The neurons."""
+        kind = find(criteria.method)
+        require_languages([kind], scores.info.languages)
+        return cls._ranked(criteria, kind, scores.shape, scores.of(criteria.method))
+
+    @classmethod
+    def of_outputs(cls, scores: Scores, criteria: Criteria) -> "_Units":
+        """The output dimensions, as if they were neurons. A matched control needs no scores of them, it draws."""
+        kind = find(criteria.method)
+        shape = Shape(scores.info.languages, (scores.info.fingerprint.hidden_size,) * len(scores.shape.sizes))
+        drawn = kind.matched_to is not None and criteria.matched_to is not None
+        return cls._ranked(criteria, kind, shape, torch.zeros(shape.tensor) if drawn else scores.outputs_of(kind.name))
+
+    @classmethod
+    def _ranked(cls, criteria: Criteria, kind: type[Method], shape: Shape, scores: Tensor) -> "_Units":
+        raw = scores.double()
+        for language, of_language in zip(shape.languages, raw, strict=True):
+            if not bool(torch.isfinite(of_language).all()):
+                raise SelectionError(f"scores of {criteria.method} for {language} are not all finite")
+        find_contrast(criteria.effective_contrast)
+        ranking = kind.ranking(raw, shape, criteria.seed, criteria.contrast)
+        own = shape.exists.expand_as(ranking)
+        if criteria.overlap is Overlap.EXCLUSIVE:
+            own = exclusive(ranking, shape.exists)
+        return cls(criteria, shape, raw, ranking, own)
+
+    def orders(self, quotas: str) -> list[Tensor]:
+        """Per language int64 [units, 2], best first."""
+        ordered = [best_first(ranking, own) for ranking, own in zip(self.ranking, self.own, strict=True)]
+        return [evenly(places) for places in ordered] if quotas == UNIFORM else ordered
+
+    def published(self) -> Tensor:
+        """bool [languages, layers, widest]: those that the method's own rule takes."""
+        return find(self.criteria.method).published(self.raw, self.shape) & self.own
+
+    def matched(self, model: Tensor) -> Tensor:
+        """As many from each layer as `model`, the best ranked of the others: bool [languages, layers, widest], both."""
+        languages = zip(self.ranking, model, self.own, strict=True)
+        return torch.stack([matched_top(ranking, taken, own) for ranking, taken, own in languages])
+
+
+def _chosen(scores: Scores, criteria: Criteria) -> tuple[Tensor, Tensor | None]:
+    """bool [languages, layers, widest] neurons and, where wanted, [languages, layers, hidden] output dimensions."""
+    neurons = _Units.of(scores, criteria)
+    dimensions = _Units.of_outputs(scores, criteria) if criteria.output_dimensions else None
+    if criteria.matched_to is not None:
+        model, of_outputs = _chosen(scores, replace(criteria, method=criteria.matched_to, quotas=GLOBAL))
+        outputs = None if dimensions is None or of_outputs is None else dimensions.matched(of_outputs)
+        return neurons.matched(model), outputs
+    if criteria.rule is Rule.PUBLISHED:
+        return neurons.published(), None if dimensions is None else dimensions.published()
+    if criteria.rule is Rule.Z:
+        return _outstanding(criteria, neurons, dimensions)
+    return _of_budget(criteria, neurons), None
+
+
+def _of_budget(criteria: Criteria, neurons: _Units) -> Tensor:
+    count = criteria.neurons(neurons.shape.neurons)
+    chosen = torch.zeros(neurons.shape.tensor, dtype=torch.bool)
+    for index, places in enumerate(neurons.orders(criteria.effective_quotas)):
+        if len(places) < count:
+            raise SelectionError(
+                f"{criteria} asks for {count} neurons, but only {len(places)} rank best for "
+                f"{neurons.shape.languages[index]}; choose a smaller budget, or let languages share"
+            )
+        layers, indices = places[:count].unbind(dim=1)
+        chosen[index, layers, indices] = True
+    return chosen
+
+
+def _outstanding(criteria: Criteria, neurons: _Units, dimensions: _Units | None) -> tuple[Tensor, Tensor | None]:
+    """Rule.Z. Output dimensions are contrasted with the neurons, as further ones of their layer."""
+    if dimensions is None:
+        return outstanding(neurons.ranking, neurons.shape.exists, criteria.z) & neurons.own, None
+    contrast = find_contrast(criteria.effective_contrast)
+    contrasted = contrast(torch.cat((neurons.raw, dimensions.raw), dim=2))  # [languages, layers, widest + hidden]
+    exists = torch.cat((neurons.shape.exists, dimensions.shape.exists), dim=1)
+    widest = neurons.shape.tensor[2]
+    chosen = outstanding(contrasted, exists, criteria.z)
+    return chosen[..., :widest] & neurons.own, chosen[..., widest:] & dimensions.own
+
+
+def best_first(ranking: Tensor, eligible: Tensor) -> Tensor:
+    """The eligible units, the highest first, ties going to the lower layer and index: int64 [units, 2].
+
+    ranking: [layers, widest]; eligible: bool of the same shape.
+    """
+    best = torch.sort(ranking[eligible], descending=True, stable=True).indices
+    return eligible.nonzero()[best]
+
+
+def evenly(places: Tensor) -> Tensor:
+    """`places` (int64 [units, 2], best first) in rounds: the best of every layer, then the second of every layer, ...
+
+    Within a round the order stays. So every beginning has as equal a number of each layer as the layers allow, and its
+    last, incomplete round holds the best ranked.
+    """
+    layers = places[:, 0]
+    by_layer = torch.argsort(layers, stable=True)
+    _, sizes = torch.unique_consecutive(layers[by_layer], return_counts=True)
+    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    rounds = torch.empty_like(layers)
+    rounds[by_layer] = torch.arange(len(layers)) - starts
+    return places[torch.argsort(rounds, stable=True)]
+
+
+def exclusive(ranking: Tensor, exists: Tensor) -> Tensor:
+    """The language that ranks each unit best, by its place in the ranking and not by its score; the first of several.
+
+    ranking: [languages, layers, widest]; exists: bool [layers, widest]. Returns bool of the shape of `ranking`.
+    """
+    place = torch.full(ranking.shape, ranking[0].numel(), dtype=torch.int64)
+    for language, of_language in enumerate(ranking):
+        layers, indices = best_first(of_language, exists).unbind(dim=1)
+        place[language, layers, indices] = torch.arange(len(layers))
+    best = place == place.amin(dim=0)
+    return best & (best.cumsum(dim=0) == 1) & exists
+
+
+def outstanding(contrasted: Tensor, exists: Tensor, z: float) -> Tensor:
+    """Units more than z standard deviations above the mean of all units of their language.
+
+    contrasted: [languages, layers, widest]; exists: bool [layers, widest]. Returns bool of the shape of `contrasted`.
+    Where all units of a language are equal but for rounding, none stands out.
+    """
+    units = contrasted[:, exists]  # [languages, units]
+    mean, deviation = units.mean(dim=1), units.std(dim=1, correction=0)
+    differ = deviation > _ROUNDING * units.abs().amax(dim=1)
+    return (contrasted > (mean + z * deviation)[:, None, None]) & differ[:, None, None] & exists
+
+
+def matched_top(ranking: Tensor, model: Tensor, eligible: Tensor) -> Tensor:
+    """As many units of each layer as `model` has, the highest ranked of the eligible that `model` leaves.
+
+    All are [layers, widest], the last two bool. Raises SelectionError when a layer has too few left.
+    """
+    left = eligible & ~model
     chosen = torch.zeros_like(model)
     for layer, count in enumerate(model.sum(dim=1).tolist()):
         if count > int(left[layer].sum()):
             raise SelectionError(
-                f"layer {layer} has {int(exists[layer].sum())} neurons, of which the matched method takes {count}: "
-                "too few are left for a control; choose a smaller budget"
+                f"layer {layer} has {int(eligible[layer].sum())} neurons to choose from, and the matched method takes "
+                f"{count}: too few are left for a control; choose a smaller budget"
             )
-        chosen[layer] = top(ranking[layer], left[layer], count)
+        _, indices = best_first(ranking[layer][None], left[layer][None])[:count].unbind(dim=1)
+        chosen[layer, indices] = True
     return chosen
-
-
-def _ranking(scores: Scores, method: str, seed: int) -> Tensor:
-    """float64 [languages, layers, widest]."""
-    kind = find(method)
-    require_languages([kind], scores.info.languages)
-    raw = scores.of(method).double()
-    for language, of_language in zip(scores.info.languages, raw, strict=True):
-        if not bool(torch.isfinite(of_language).all()):
-            raise SelectionError(f"scores of {method} for {language} are not all finite")
-    return kind.ranking(raw, scores.shape, seed)

@@ -1,46 +1,251 @@
-"""Streaming statistics per language and neuron."""
+"""Streaming statistics of neurons, each of which can be saved, loaded and merged with another of its kind."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from relevance.method import Shape
-
 
 class NonFiniteError(ValueError):
-    """Activations or relevances overflowed; the message names the layer."""
+    """Activations or gradients overflowed; the message names the layer."""
 
 
-class RunningMean:
-    """Mean over observations (tokens, documents) for every language and neuron, in one tensor of float64 sums.
+class StatisticError(ValueError):
+    """Statistics that do not fit together, or tensors that are not those of a statistic."""
 
-    total: [languages, layers, widest] sums; count: [languages, layers] observations.
+
+class Statistic(ABC):
+    """Something that is known about every neuron after some documents."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state, on the CPU."""
+
+    @abstractmethod
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a state that `tensors` gave. Raises StatisticError for any other."""
+
+    @abstractmethod
+    def merge(self, other: "Statistic") -> None:
+        """Take in what `other`, of the same kind and sizes, has seen. Raises StatisticError otherwise."""
+
+
+class GrowingStatistic(Statistic):
+    """A statistic whose state is many rows, so that it is saved in pieces: `news` after `news`.
+
+    A piece is a state of its own: loading the pieces one by one and merging them gives the whole.
     """
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
-        self.shape = shape
-        self.total = torch.zeros(shape.tensor, dtype=torch.float64, device=device)
-        self.count = torch.zeros(shape.tensor[:2], dtype=torch.int64)
+    @abstractmethod
+    def news(self) -> dict[str, Tensor]:
+        """The state of what has come since the last call, on the CPU."""
 
-    def add(self, language: int, layer: int, sums: Tensor, observations: int) -> None:
-        """Add the `sums` [neurons] over so many `observations` of one layer.
+    @abstractmethod
+    def empty(self) -> "GrowingStatistic":
+        """A statistic of the same kind and sizes that has seen nothing."""
 
-        Raises NonFiniteError when a sum is not finite.
-        """
-        if not bool(torch.isfinite(sums).all()):
-            raise NonFiniteError(
-                f"layer {layer} gives values that are not finite for {self.shape.languages[language]}; "
-                "a wider dtype such as float32 may help"
-            )
-        self.total[language, layer, : sums.numel()] += sums
-        self.count[language, layer] += observations
 
-    def merge(self, other: "RunningMean") -> None:
-        """Add the observations of `other`, which must have the same shape (ValueError)."""
-        if other.shape != self.shape:
-            raise ValueError(f"cannot merge statistics of {other.shape} into those of {self.shape}")
-        self.total += other.total.to(self.total.device)
+class RunningMean(Statistic):
+    """Mean over observations (tokens, documents) of every neuron.
+
+    total: float64 [layers, widest] sums; count: int64 [layers] observations.
+    """
+
+    def __init__(self, layers: int, widest: int, device: torch.device) -> None:
+        self.total = torch.zeros(layers, widest, dtype=torch.float64, device=device)
+        self.count = torch.zeros(layers, dtype=torch.int64)
+
+    def add(self, layer: int, sums: Tensor, observations: int) -> None:
+        """Add the `sums` [neurons] over so many `observations` of one layer."""
+        self.total[layer, : sums.numel()] += sums
+        self.count[layer] += observations
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"total": self.total.cpu(), "count": self.count}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        self.total = _fitting(tensors, "total", self.total)
+        self.count = _fitting(tensors, "count", self.count)
+
+    def merge(self, other: Statistic) -> None:
+        assert isinstance(other, RunningMean)
+        self.total += _fitting(other.tensors(), "total", self.total)
         self.count += other.count
 
     def mean(self) -> Tensor:
-        """float64 [languages, layers, widest] on the CPU; 0 where nothing was observed."""
+        """float64 [layers, widest] on the CPU; 0 where nothing was observed."""
         return self.total.cpu() / self.count.clamp_min(1).unsqueeze(-1)
+
+
+class Moments(Statistic):
+    """Central moments up to the fourth of one number per document and unit, in float64.
+
+    Pébay 2008, "Formulas for robust, one-pass parallel computation of covariances and arbitrary-order statistical
+    moments" (SAND2008-6212), equations 2.1 to 2.3 for two sets.
+    count: int64 [layers] documents; mean, second, third, fourth: [layers, widest], the last three sums of powers of
+    the deviations from the mean.
+    """
+
+    NAMES = ("mean", "second", "third", "fourth")
+
+    def __init__(self, layers: int, widest: int, device: torch.device) -> None:
+        self.mean, self.second, self.third, self.fourth = (
+            torch.zeros(layers, widest, dtype=torch.float64, device=device) for _ in self.NAMES
+        )
+        self.count = torch.zeros(layers, dtype=torch.int64)
+
+    def add(self, layer: int, values: Tensor) -> None:
+        """Take in `values` [documents, units] of one layer."""
+        values = values.double()
+        mean = values.mean(dim=0)
+        deviation = values - mean
+        square = deviation.square()
+        sums = (square.sum(dim=0), (square * deviation).sum(dim=0), square.square().sum(dim=0))
+        self._take_in(layer, values.shape[1], len(values), mean, *sums)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name).cpu() for name in self.NAMES} | {"count": self.count}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        for name in (*self.NAMES, "count"):
+            setattr(self, name, _fitting(tensors, name, getattr(self, name)))
+
+    def merge(self, other: Statistic) -> None:
+        assert isinstance(other, Moments)
+        theirs = {name: _fitting(other.tensors(), name, getattr(self, name)) for name in self.NAMES}
+        for layer, count in enumerate(other.count.tolist()):
+            self._take_in(layer, self.mean.shape[1], count, *(theirs[name][layer] for name in self.NAMES))
+
+    def _take_in(
+        self, layer: int, units: int, count: int, mean: Tensor, second: Tensor, third: Tensor, fourth: Tensor
+    ) -> None:
+        """Join a set of `count` documents with the moments given, [units] each, to the one that is here."""
+        before = int(self.count[layer])
+        if count == 0:
+            return
+        here = [getattr(self, name)[layer, :units] for name in self.NAMES]
+        delta = mean - here[0]
+        total = before + count
+        share, other_share = before / total, count / total
+        scaled = delta * other_share  # how far the mean moves
+        spread = delta.square() * share * count
+        here[3] += (
+            fourth
+            + spread * delta.square() * (share * share - share * other_share + other_share * other_share)
+            + 6 * delta.square() * (share * share * second + other_share * other_share * here[1])
+            + 4 * delta * (share * third - other_share * here[2])
+        )
+        here[2] += third + spread * delta * (share - other_share) + 3 * delta * (share * second - other_share * here[1])
+        here[1] += second + spread
+        here[0] += scaled
+        self.count[layer] = total
+
+    def kurtosis(self) -> Tensor:
+        """Unbiased excess kurtosis, float64 [layers, widest] on the CPU; NaN where the variance is zero.
+
+        G2 = (n - 1) / ((n - 2) (n - 3)) * ((n + 1) g2 + 6), g2 = n * fourth / second^2 - 3. As in scipy, a variance
+        counts as zero when it is below the rounding error of the mean. NaN too with fewer than 4 documents.
+        """
+        n = self.count.double().unsqueeze(-1)  # [layers, 1]
+        second, fourth = self.second.cpu(), self.fourth.cpu()
+        epsilon = torch.finfo(torch.float64).eps
+        constant = second <= n * (epsilon * self.mean.cpu()).square()
+        excess = n * fourth / second.square() - 3
+        unbiased = (n - 1) / ((n - 2) * (n - 3)) * ((n + 1) * excess + 6)
+        return unbiased.masked_fill(constant | (n < 4), torch.nan)
+
+
+class DocumentSample(GrowingStatistic):
+    """One row per document of at most `size` documents: those with the smallest keys.
+
+    The keys are hashes, so this is a uniform sample without replacement, and the union of two samples cut to `size` is
+    the sample of the union (bottom-k sketch). While there are no more than `size` documents it holds all of them.
+    keys: int64 [documents], rising; rows: float32 [documents, layers, widest]; both on the CPU.
+    """
+
+    def __init__(self, layers: int, widest: int, size: int) -> None:
+        self.size = size
+        self.keys = torch.zeros(0, dtype=torch.int64)
+        self.rows = torch.zeros(0, layers, widest)
+        self._saved = torch.zeros(0, dtype=torch.bool)  # [documents], what `news` has given
+        self._arriving: dict[int, Tensor] = {}
+
+    def add(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Take in one layer of a batch of documents, keys [documents] and values [documents, neurons].
+
+        The documents count when all layers of the batch have come, in any order.
+        """
+        self._arriving[layer] = values
+        if len(self._arriving) < self.rows.shape[1]:
+            return
+        rows = self.rows.new_zeros(len(keys), *self.rows.shape[1:])
+        for index, of_layer in self._arriving.items():
+            rows[:, index, : of_layer.shape[1]] = of_layer.float().cpu()
+        self._arriving.clear()
+        self._take_in(keys, rows, torch.zeros(len(keys), dtype=torch.bool))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"keys": self.keys, "rows": self.rows}
+
+    def news(self) -> dict[str, Tensor]:
+        new = ~self._saved
+        self._saved = torch.ones_like(self._saved)
+        return {"keys": self.keys[new], "rows": self.rows[new]}
+
+    def empty(self) -> "DocumentSample":
+        _, layers, widest = self.rows.shape
+        return DocumentSample(layers, widest, self.size)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        rows = tensors.get("rows")
+        if rows is None or rows.dtype != torch.float32 or rows.shape[1:] != self.rows.shape[1:]:
+            raise StatisticError(f"expected rows, float32 [documents, {', '.join(map(str, self.rows.shape[1:]))}]")
+        self.keys = _fitting(tensors, "keys", torch.zeros(len(rows), dtype=torch.int64))
+        self.rows = rows
+        self._saved = torch.ones(len(rows), dtype=torch.bool)
+
+    def merge(self, other: Statistic) -> None:
+        assert isinstance(other, DocumentSample)
+        self._take_in(other.keys, other.rows, other._saved)
+
+    def _take_in(self, keys: Tensor, rows: Tensor, saved: Tensor) -> None:
+        if len(self.keys) == self.size:
+            wanted = keys < self.keys[-1]
+            keys, rows, saved = keys[wanted], rows[wanted], saved[wanted]
+        if not len(keys):
+            return
+        every_key = torch.cat((self.keys, keys))
+        order = every_key.argsort(stable=True)[: self.size]
+        self.keys = every_key[order]
+        self.rows = torch.cat((self.rows, rows))[order]
+        self._saved = torch.cat((self._saved, saved))[order]
+
+
+class FiniteCheck:
+    """Whether what every layer gave is finite, asked of the device once for all layers."""
+
+    def __init__(self, layers: int, device: torch.device) -> None:
+        self.sums = torch.zeros(layers, device=device)
+        self.dtype = torch.float32
+
+    def see(self, layer: int, values: Tensor) -> None:
+        """Remember a sum that is finite only if `values` are."""
+        self.sums[layer] += values.detach().sum(dtype=torch.float32)
+        self.dtype = values.dtype
+
+    def require(self, what: str, last_first: bool = False) -> None:
+        """Raise NonFiniteError naming the first layer, in the order of computation, whose values are not finite."""
+        broken = (~torch.isfinite(self.sums)).nonzero().flatten().tolist()
+        if broken:
+            layer = broken[-1] if last_first else broken[0]
+            raise NonFiniteError(f"layer {layer}: {what} are not finite in {self.dtype}; try a wider dtype")
+
+
+def _fitting(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+    """The tensor `name`, on the device of `like`. Raises StatisticError unless its shape and dtype are those of it."""
+    found = tensors.get(name)
+    if found is None or found.shape != like.shape or found.dtype != like.dtype:
+        what = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+        raise StatisticError(f"{name} is {what}; expected {like.dtype} {list(like.shape)}")
+    return found.to(like.device)

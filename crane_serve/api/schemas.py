@@ -163,6 +163,7 @@ class MaskDetails(MaskSummary):
     parameters: dict[str, Any]
     created_by: str
     fingerprint: Fingerprint
+    transferred_from: Fingerprint | None = Field(description="The model that the neurons were found in, if another")
 
     @staticmethod
     def _provenance(stored: StoredMask) -> dict[str, Any]:

@@ -27,13 +27,18 @@ class MaskFileError(ValueError):
 
 
 class MaskInfo(BaseModel):
-    """Where a mask comes from. None of it is part of the mask's identity."""
+    """Where a mask comes from. None of it is part of the mask's identity.
+
+    fingerprint: the model that it may be used on; transferred_from: the model that its neurons were found in, where
+    that is another (see `crane_serve.masks.transfer`).
+    """
 
     model_config = ConfigDict(frozen=True)
 
     language: str
     method: str
     fingerprint: Fingerprint
+    transferred_from: Fingerprint | None = None
     budget: float | None = None  # fraction of all neurons
     corpus_digest: str | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)  # of the method: seed, contrast, ...

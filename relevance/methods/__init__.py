@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
 
-from relevance.method import Method, MethodError
+from relevance.method import Method, MethodError, Pass, ScoredMethod
+from relevance.rules import ATTNLRP
+
+ALL = "all"
 
 
 @cache
@@ -16,9 +19,16 @@ def available() -> Mapping[str, type[Method]]:
     for module_info in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
         module = importlib.import_module(module_info.name)
         for member in vars(module).values():
-            if isinstance(member, type) and issubclass(member, Method) and member.__module__ == module.__name__:
+            here = isinstance(member, type) and issubclass(member, Method) and member.__module__ == module.__name__
+            if here and "name" in vars(member):
                 found[member.name] = member
     return MappingProxyType(dict(sorted(found.items())))
+
+
+@cache
+def scored() -> Mapping[str, type[ScoredMethod]]:
+    """Those of `available` whose scores `crane relevance` makes."""
+    return MappingProxyType({name: kind for name, kind in available().items() if issubclass(kind, ScoredMethod)})
 
 
 def find(name: str) -> type[Method]:
@@ -29,10 +39,20 @@ def find(name: str) -> type[Method]:
     return method
 
 
-def find_all(names: Sequence[str] | None) -> list[type[Method]]:
-    """The methods called `names`, each once, or all methods for None. Raises MethodError as `find` does."""
+def find_scored(names: Sequence[str] | None) -> list[type[ScoredMethod]]:
+    """The methods called `names`, each once, of those that can be scored; "all" names every one of them.
+
+    None names the methods that together cost one AttnLRP pass: those that need it, a forward pass, or nothing.
+    Raises MethodError for an unknown name, and for methods whose scores another command writes.
+    """
     if names is None:
-        return list(available().values())
+        return [kind for kind in scored().values() if not isinstance(kind.source, Pass) or kind.source.rules is ATTNLRP]
     if not names:
-        raise MethodError(f"no method was named; methods are {', '.join(available())}")
-    return [find(name) for name in dict.fromkeys(names)]
+        raise MethodError(f"no method was named; methods are {', '.join(scored())}")
+    if ALL in names:
+        return list(scored().values())
+    for name in names:
+        if name not in scored():
+            find(name)
+            raise MethodError(f"scores of {name} come from another command; methods here are {', '.join(scored())}")
+    return [scored()[name] for name in dict.fromkeys(names)]

@@ -5,35 +5,45 @@ import math
 import torch
 from torch import Tensor
 
-from relevance.method import Capture, Method, Needs, Shape
+from relevance.contrast import find_contrast
+from relevance.method import Activations, OfActivations, Shape, Units
 from relevance.statistics import RunningMean
 
 PERCENTILE = 0.95
 SELECTED = 0.01
 
 
-class Lape(Method):
-    """Scores of LAPE for rankings of any size, in the spirit of `published_selection`.
+class Lape(OfActivations):
+    """The score is p, the share of tokens at which act(gate) > 0; `ranking` and `published` compare languages.
 
-    p_g = share of tokens of language g at which act(gate) > 0. A neuron with p_g above the 95th percentile of all p
-    scores log(number of languages) - entropy(p / sum of p) >= 0 for g. Every other neuron scores below 0, by how far
-    p_g falls short of the percentile.
+    The ranking gives selections of any size in the spirit of the published rule: a neuron with p above the 95th
+    percentile of all p has log(number of languages) - entropy(p / sum of p) >= 0. Every other neuron has less than 0,
+    by how far its p falls short of the percentile.
     """
 
     name = "lape"
-    needs = Needs.FORWARD
 
-    def __init__(self, shape: Shape, device: torch.device | None = None) -> None:
-        super().__init__(shape, device)
-        self.active = RunningMean(shape, self.device)  # over tokens
+    def __init__(self, units: Units, device: torch.device | None = None) -> None:
+        super().__init__(units, device)
+        self.active = RunningMean(units.layers, units.widest, self.device)  # over tokens
 
-    def accumulate(self, capture: Capture) -> None:
-        active = (capture.gate > 0) & capture.counted.unsqueeze(-1)  # [documents, tokens, neurons]
-        tokens = int(capture.counted.sum())
-        self.active.add(capture.language, capture.layer, active.sum(dim=(0, 1)), observations=tokens)
+    def accumulate(self, seen: Activations) -> None:
+        active = (seen.act > 0).to(torch.float32)  # [documents, tokens, neurons]
+        self.active.add(seen.layer, seen.batch.sum_of(active).sum(dim=0), observations=seen.batch.tokens)
 
-    def scores(self) -> Tensor:
-        return ranked_selection(self.active.mean(), self.shape.exists)
+    def finalise(self) -> Tensor:
+        """p, [layers, widest]."""
+        return self.active.mean()
+
+    @classmethod
+    def ranking(cls, scores: Tensor, shape: Shape, seed: int, contrast: str | None = None) -> Tensor:
+        if contrast is not None:
+            return find_contrast(contrast)(scores)
+        return ranked_selection(scores.double(), shape.exists)
+
+    @classmethod
+    def published(cls, scores: Tensor, shape: Shape) -> Tensor:
+        return published_selection(scores.double(), shape.exists)
 
 
 def entropy(p: Tensor) -> Tensor:

@@ -1,27 +1,27 @@
 """Random scores: the control. What neurons cost that nothing was known about."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from relevance.method import Capture, Method, Needs, Shape
+from relevance.method import ScoredMethod, Shape, Source
 
 
-class Random(Method):
-    """Uniform scores in [0, 1), drawn from a seed. `scores` is the draw of seed 0; a selection may ask for another."""
+class Random(ScoredMethod):
+    """Uniform scores in [0, 1), drawn from a seed. `score` is the draw of seed 0; a selection may ask for another."""
 
     name = "random"
-    needs = Needs.NOTHING
+    source = Source.NOTHING
     languages_needed = 1
     matched_to = "attnlrp"
 
-    def accumulate(self, capture: Capture) -> None:
-        pass
-
-    def scores(self) -> Tensor:
-        return draw(self.shape, seed=0)
+    @classmethod
+    def score(cls, finalised: Sequence[Tensor], shape: Shape) -> Tensor:
+        return draw(shape, seed=0)
 
     @classmethod
-    def ranking(cls, scores: Tensor, shape: Shape, seed: int) -> Tensor:
+    def ranking(cls, scores: Tensor, shape: Shape, seed: int, contrast: str | None = None) -> Tensor:
         return draw(shape, seed)
 
 

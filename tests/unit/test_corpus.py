@@ -51,11 +51,11 @@ def test_without_a_split_the_corpus_is_whole(directory: Path) -> None:
 
 def test_a_corpus_without_splits_is_whole_whatever_split_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "vi.txt").write_text("\n Xin chào. \n\nTạm biệt.\r\n", encoding="utf-8")
-    write_jsonl(tmp_path / "en.jsonl", {"id": "x", "text": "Hello."})
+    write_jsonl(tmp_path / "en.jsonl", {"id": "x", "text": "Hello there."})
     corpus = Corpus.load(tmp_path, "relevance")
     assert corpus.split is None
     assert corpus.documents["vi"] == (Document("line-2", "Xin chào."), Document("line-4", "Tạm biệt."))
-    assert corpus.documents["en"] == (Document("x", "Hello."),)
+    assert corpus.documents["en"] == (Document("x", "Hello there."),)
 
 
 def test_line_separators_of_unicode_do_not_end_a_document(tmp_path: Path) -> None:
@@ -64,8 +64,8 @@ def test_line_separators_of_unicode_do_not_end_a_document(tmp_path: Path) -> Non
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / "en.txt").write_text("One.", encoding="utf-8-sig")
-    assert Corpus.load(tmp_path).documents["en"] == (Document("line-1", "One."),)
+    (tmp_path / "en.txt").write_text("One two.", encoding="utf-8-sig")
+    assert Corpus.load(tmp_path).documents["en"] == (Document("line-1", "One two."),)
 
 
 def test_languages_are_picked_in_the_given_order(directory: Path) -> None:
@@ -86,7 +86,7 @@ def test_an_unknown_split_names_those_that_exist(directory: Path) -> None:
 
 
 def test_a_document_without_a_split_among_others_is_an_error(directory: Path) -> None:
-    write_jsonl(directory / "vi.jsonl", {"id": "a", "text": "Một."})
+    write_jsonl(directory / "vi.jsonl", {"id": "a", "text": "Một hai."})
     with pytest.raises(CorpusError, match=r"vi\.jsonl:1: document 'a' has no split"):
         Corpus.load(directory, "test")
 
@@ -152,12 +152,51 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
         Corpus.load(tmp_path)
 
 
-def test_text_that_is_not_utf8(tmp_path: Path) -> None:
-    (tmp_path / "en.txt").write_bytes(b"caf\xe9\n")
-    with pytest.raises(CorpusError, match=r"en\.txt cannot be read as UTF-8"):
+def test_a_line_of_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "fr.txt").write_bytes("un café noir\nun thé vert\n".encode() + "encore un café\n".encode("latin-1"))
+    with pytest.raises(CorpusError, match=r"fr\.txt cannot be read as UTF-8 text: byte 0xe9 in line 3 is of another"):
         Corpus.load(tmp_path)
 
 
+def test_the_line_is_right_behind_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "fr.txt").write_bytes(b"\xef\xbb\xbfun th\xc3\xa9\n\xe9\n")
+    with pytest.raises(CorpusError, match="byte 0xe9 in line 2"):
+        Corpus.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"), [("utf-16", "byte 0xff in line 1"), ("utf-16-le", r"txt:1 holds a NUL")]
+)
+def test_text_that_is_utf16(tmp_path: Path, encoding: str, message: str) -> None:
+    (tmp_path / "en.txt").write_bytes("One two three.\n".encode(encoding))
+    with pytest.raises(CorpusError, match=message):
+        Corpus.load(tmp_path)
+
+
+def test_a_jsonl_file_of_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "zh.jsonl").write_bytes('{"id": "a", "text": "长城在北方"}\n'.encode("gb18030"))
+    with pytest.raises(CorpusError, match=r"zh\.jsonl cannot be read as UTF-8 text: byte 0xb3 in line 1"):
+        Corpus.load(tmp_path)
+
+
+@pytest.mark.parametrize("word", ["Hello", "Hello!\n\n", "好。", "ไ", "..."])
+def test_a_file_of_one_word(tmp_path: Path, word: str) -> None:
+    (tmp_path / "en.txt").write_text(word, encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"en\.txt holds (1 word|no words); expected texts in the language"):
+        Corpus.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["Hello there", "Hello\nthere", "你好", "สวัสดี", "ありがとう"])
+def test_two_words_are_text_with_spaces_between_or_without(tmp_path: Path, text: str) -> None:
+    (tmp_path / "en.txt").write_text(text, encoding="utf-8")
+    assert Corpus.load(tmp_path).languages == ("en",)
+
+
+def test_a_corpus_knows_its_files(directory: Path) -> None:
+    assert dict(Corpus.load(directory, "test").sources) == {"en": "en.jsonl", "zh": "zh.jsonl"}
+    assert Corpus.load(directory, "test") == Corpus(Corpus.load(directory, "test").documents, "test")
+
+
 def test_the_module_imports_no_torch() -> None:
-    program = "import sys, relevance.corpus, relevance.commands; sys.exit('torch' in sys.modules)"
+    program = "import sys, relevance.corpus, relevance.sources, relevance.commands; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

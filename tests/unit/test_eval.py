@@ -33,7 +33,7 @@ from clients.matrix import Matrix
 from clients.plan import Item, Plan, PlannedMask
 from clients.results import RESULTS_FILE, RUN_FILE
 from clients.run import Progress, evaluate
-from clients.statistics import change_per_token
+from crane_serve.statistics import change_per_token
 from relevance.corpus import Corpus, Document
 
 LANGUAGES = ("en", "vi", "zh")

@@ -64,6 +64,18 @@ def test_reads_back_what_was_written(path: Path, mask: NeuronMask, info: MaskInf
     assert stored.info == info
 
 
+def test_reads_back_where_a_mask_was_transferred_from(tmp_path: Path, mask: NeuronMask, info: MaskInfo) -> None:
+    origin = info.fingerprint.model_copy(update={"weights_digest": "e" * 64})
+    transferred = info.model_copy(update={"transferred_from": origin})
+    assert read_mask(write_mask(tmp_path, "zh", mask, transferred)).info == transferred
+
+
+def test_reads_a_file_that_does_not_speak_of_transfers(path: Path, info: MaskInfo) -> None:
+    rewrite(path, lambda _, metadata: metadata.pop("transferred_from"))
+    assert read_mask(path).info == info
+    assert info.transferred_from is None
+
+
 def test_leaves_out_an_absent_output(tmp_path: Path, info: MaskInfo) -> None:
     written = write_mask(tmp_path, "zh", NeuronMask.switching_off([[0], []], (6, 5)), info)
     assert read_mask(written).mask.output is None

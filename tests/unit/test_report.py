@@ -10,7 +10,7 @@ from clients.matrix import Failure, Matrix
 from clients.plan import Plan, PlannedMask, text_digest
 from clients.report import FILES, cell_text, rows_by_method, sentence, write_all
 from clients.results import ItemResult
-from clients.statistics import Estimate
+from crane_serve.statistics import Estimate
 from relevance.corpus import Corpus, Document
 
 LANGUAGES = ("en", "vi", "zh")

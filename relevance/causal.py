@@ -1,0 +1,98 @@
+"""Causal effects: what a model's predictions lose while MLP neurons are switched off."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from crane_serve.masks import NeuronMask
+from relevance.encoding import Batch, batches
+from relevance.families import Decoder
+from relevance.objective import log_probabilities
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Negative log-likelihoods of documents under one mask.
+
+    nats: [documents], summed over each document's predicted tokens; tokens: [documents], how many those are.
+    """
+
+    nats: Values
+    tokens: Values
+
+    @property
+    def per_token(self) -> float:
+        """Nats per token over all documents."""
+        return float(self.nats.sum() / self.tokens.sum())
+
+
+@contextmanager
+def scaled(decoder: Decoder, neurons: Tensor, outputs: Tensor | None = None) -> Iterator[None]:
+    """Multiply every MLP neuron (the inputs of down_proj), and perhaps the MLPs' outputs, while the context lasts.
+
+    neurons: [layers, widest]; outputs: [layers, hidden]. Gradients flow back to both. Layers whose factors are all 1
+    and need no gradient are left alone.
+    """
+    with ExitStack() as stack:
+        for index, layer in enumerate(decoder.layers):
+            factors = neurons[index, : layer.neurons]
+            if factors.requires_grad or bool((factors != 1).any()):
+                stack.callback(layer.down_proj.register_forward_pre_hook(_input_hook(factors)).remove)
+            if outputs is not None and bool((outputs[index] != 1).any()):
+                stack.callback(layer.down_proj.register_forward_hook(_output_hook(outputs[index])).remove)
+        yield
+
+
+@contextmanager
+def masked(decoder: Decoder, mask: NeuronMask | None) -> Iterator[None]:
+    """Run the model under `mask` while the context lasts; None is the whole model."""
+    if mask is None:
+        yield
+        return
+    device = decoder.unembedding.weight.device
+    outputs = None if mask.output is None else mask.output.to(device)
+    with scaled(decoder, mask.intermediate.to(device), outputs):
+        yield
+
+
+@torch.no_grad()
+def losses(decoder: Decoder, documents: Sequence[list[int]], batch_tokens: int) -> Losses:
+    """Losses of `documents` (token ids that begin with the start token) in the order given, on the exact vocabulary."""
+    longest_first = sorted(range(len(documents)), key=lambda index: len(documents[index]), reverse=True)
+    device = decoder.unembedding.weight.device
+    nats: list[Tensor] = []
+    for batch in batches(documents, batch_tokens, device):
+        of_tokens = log_probabilities(decoder, last_hidden(decoder, batch), batch)  # [documents, tokens - 1]
+        nats.append(-of_tokens.sum(dim=1, dtype=torch.float64))
+    in_order = np.empty(len(documents))
+    in_order[longest_first] = torch.cat(nats).cpu().numpy()
+    return Losses(in_order, np.array([len(ids) - 1 for ids in documents], dtype=np.float64))
+
+
+def last_hidden(decoder: Decoder, batch: Batch) -> Tensor:
+    """Last hidden states [documents, tokens, hidden]."""
+    embeddings = decoder.embedding(batch.token_ids).detach()  # [documents, tokens, hidden]
+    hidden: Tensor = decoder.trunk(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    return hidden
+
+
+def _input_hook(factors: Tensor) -> Any:
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
+        return (inputs[0] * factors.to(inputs[0].dtype),)
+
+    return hook
+
+
+def _output_hook(factors: Tensor) -> Any:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output * factors.to(output.dtype)
+
+    return hook

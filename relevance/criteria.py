@@ -1,0 +1,115 @@
+"""Criteria: which neurons a mask takes."""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+from relevance.methods import find
+
+GLOBAL, UNIFORM, LIKE = "global", "uniform", "like:"
+
+
+class SelectionError(ValueError):
+    """A selection is not possible with these scores and criteria."""
+
+
+class Rule(StrEnum):
+    """How many neurons of the ranking are taken: so many, those that stand out, or what the method's paper takes."""
+
+    BUDGET = "budget"
+    Z = "z"
+    PUBLISHED = "published"
+
+
+class Overlap(StrEnum):
+    """Whether a neuron may be taken for several languages, or only for the one that ranks it best."""
+
+    SHARED = "shared"
+    EXCLUSIVE = "exclusive"
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """Which neurons a mask takes. `select` is the definition of each.
+
+    budget: fraction of all neurons, 0 < budget <= 1, under Rule.BUDGET; count: a number of neurons instead;
+    z: threshold under Rule.Z; contrast: a key of CONTRASTS, None for the method's own;
+    quotas: "global", "uniform" or "like:METHOD", None for "like:" the method that a control is matched to, else global;
+    seed: of methods that draw; output_dimensions: take dimensions of the MLPs' outputs as well.
+
+    Raises SelectionError for values that make no sense, alone or together, and MethodError for an unknown method.
+    """
+
+    method: str
+    rule: Rule = Rule.BUDGET
+    budget: float = 0.01
+    count: int | None = None
+    z: float = 1.0
+    contrast: str | None = None
+    quotas: str | None = None
+    overlap: Overlap = Overlap.SHARED
+    seed: int = 0
+    output_dimensions: bool = False
+
+    def __post_init__(self) -> None:
+        known = self.quotas in (None, GLOBAL, UNIFORM)
+        if not known and (self.quotas == LIKE or not self.effective_quotas.startswith(LIKE)):
+            raise SelectionError(f"quotas are {self.quotas!r}; expected {GLOBAL}, {UNIFORM} or {LIKE}METHOD")
+        if self.matched_to == self.method:
+            raise SelectionError(f"{self.method} cannot be matched to itself; pass another method, or quotas {GLOBAL}")
+        if self.rule is Rule.BUDGET and self.output_dimensions:
+            raise SelectionError("a budget counts neurons; output dimensions need the rule z or published")
+        if self.rule is not Rule.BUDGET and self.quotas == UNIFORM:
+            raise SelectionError(f"uniform quotas spread a budget over the layers; the rule {self.rule} has none")
+        if not math.isfinite(self.z):
+            raise SelectionError(f"z is {self.z}; expected a finite number of standard deviations")
+        if self.count is not None and self.count < 1:
+            raise SelectionError(f"count is {self.count}; expected at least 1 neuron")
+
+    @property
+    def effective_quotas(self) -> str:
+        """`quotas`, or what None means for this method."""
+        if self.quotas is not None:
+            return self.quotas
+        model = find(self.method).matched_to
+        return GLOBAL if model is None else f"{LIKE}{model}"
+
+    @property
+    def matched_to(self) -> str | None:
+        """The method whose numbers per layer are taken over."""
+        quotas = self.effective_quotas
+        return quotas.removeprefix(LIKE) if quotas.startswith(LIKE) else None
+
+    @property
+    def effective_contrast(self) -> str:
+        """`contrast`, or the method's own."""
+        return self.contrast or find(self.method).contrast
+
+    @property
+    def threshold(self) -> dict[str, float]:
+        """The parameters of the rule, apart from a budget that is a fraction."""
+        if self.rule is Rule.Z:
+            return {"z": self.z}
+        return {} if self.rule is Rule.PUBLISHED or self.count is None else {"count": self.count}
+
+    def neurons(self, of: int) -> int:
+        """The number of neurons that the budget means, `of` being all there are. Raises SelectionError."""
+        if self.count is None:
+            return neurons_of_budget(self.budget, of)
+        if self.count > of:
+            raise SelectionError(f"count is {self.count}; the model has {of} neurons")
+        return self.count
+
+    def __str__(self) -> str:
+        return {
+            Rule.BUDGET: f"budget {self.budget if self.count is None else self.count}",
+            Rule.Z: f"z > {self.z:g}",
+            Rule.PUBLISHED: "published",
+        }[self.rule]
+
+
+def neurons_of_budget(budget: float, neurons: int) -> int:
+    """Number of neurons in a fraction `budget` of all, at least one. Raises SelectionError outside 0 < budget <= 1."""
+    if not (math.isfinite(budget) and 0 < budget <= 1):
+        raise SelectionError(f"budget is {budget}; expected a fraction of all neurons, above 0 and at most 1")
+    return max(1, round(budget * neurons))

@@ -1,0 +1,29 @@
+"""Activation times gradient: the base of the methods that differ in their pass alone."""
+
+import torch
+from torch import Tensor
+
+from relevance.method import Gradients, OfGradients, Site, Units
+from relevance.statistics import RunningMean
+
+
+class Attribution(OfGradients):
+    """R(l, i) = mean over documents of sum over tokens of activation * gradient of the document's objective."""
+
+    sites = frozenset({Site.NEURONS})
+    contrast = "margin"
+
+    def __init__(self, units: Units, device: torch.device | None = None) -> None:
+        super().__init__(units, device)
+        self.relevance = RunningMean(units.layers, units.widest, self.device)  # over documents
+
+    def accumulate(self, seen: Gradients) -> None:
+        wide = torch.promote_types(seen.value.dtype, torch.float32)
+        relevance = seen.value.to(wide).mul(seen.gradient)  # [documents, tokens, neurons]
+        counted = seen.batch.counted.to(wide).flatten()  # [documents * tokens]
+        sums = counted @ relevance.flatten(0, 1)  # [neurons]
+        self.relevance.add(seen.layer, sums.double(), observations=seen.batch.documents)
+
+    def finalise(self) -> Tensor:
+        """Means over documents, [layers, widest]."""
+        return self.relevance.mean()

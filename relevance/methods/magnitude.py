@@ -1,0 +1,26 @@
+"""Mean magnitude: how strongly a neuron fires, whatever the model does with it."""
+
+import torch
+from torch import Tensor
+
+from relevance.method import Activations, OfActivations, Units
+from relevance.statistics import RunningMean
+
+
+class Magnitude(OfActivations):
+    """Mean over tokens of |activation|."""
+
+    name = "magnitude"
+    contrast = "margin"
+
+    def __init__(self, units: Units, device: torch.device | None = None) -> None:
+        super().__init__(units, device)
+        self.magnitude = RunningMean(units.layers, units.widest, self.device)  # over tokens
+
+    def accumulate(self, seen: Activations) -> None:
+        sums = seen.batch.sum_of(seen.neurons.abs()).sum(dim=0)  # [neurons]
+        self.magnitude.add(seen.layer, sums, observations=seen.batch.tokens)
+
+    def finalise(self) -> Tensor:
+        """Means over tokens, [layers, widest]."""
+        return self.magnitude.mean()

@@ -1,0 +1,17 @@
+"""Methods that search with the model's own predictions under masks; their scores are added to a scores file."""
+
+from relevance.method import Method, Source
+
+
+class AblationRefined(Method):
+    """Neurons ranked by what switching them off does to each language. Scores are written by `crane refine`."""
+
+    name = "ablation-refined"
+    source = Source.ELSEWHERE
+
+
+class Learned(Method):
+    """Neurons ranked by a mask that gradient descent has found. Scores are written by `crane learn`."""
+
+    name = "learned"
+    source = Source.ELSEWHERE

@@ -1,0 +1,214 @@
+"""`crane refine`, `learn` and `validate`: the commands that switch neurons off to see what happens."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from relevance.corpus import EMBEDDED_CORPUS
+
+if TYPE_CHECKING:
+    pass
+
+_Model = Annotated[str, typer.Argument(help="Checkpoint directory or hub id.")]
+_Scores = Annotated[Path, typer.Argument(help="File written by `crane relevance`; the new scores are added to it.")]
+_Corpus = Annotated[
+    str, typer.Option(help="The corpus that the scores come from.", show_default="the packaged parallel corpus")
+]
+_Split = Annotated[str, typer.Option(help="The split that the scores come from.")]
+_Limit = Annotated[int | None, typer.Option(min=1, help="The limit of documents that the scores were made with.")]
+_Tokens = Annotated[int, typer.Option(min=8, help="Documents are cut to so many tokens while searching.")]
+_Seed = Annotated[int, typer.Option(help="Which documents are drawn, and in what order.")]
+_Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; default: bfloat16.")]
+_Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda where there is one.")]
+_Replace = Annotated[bool, typer.Option("--replace", help="Replace scores of this method that are there already.")]
+
+
+def refine(
+    model: _Model,
+    scores: _Scores,
+    corpus: _Corpus = str(EMBEDDED_CORPUS),
+    split: _Split = "relevance",
+    limit: _Limit = None,
+    start: Annotated[str, typer.Option("--from", help="Method whose ranking proposes the neurons.")] = "attnlrp",
+    candidates: Annotated[int, typer.Option(min=1, help="How many of the best ranked neurons are tried.")] = 512,
+    group: Annotated[int, typer.Option(min=1, help="How many neurons are switched off at a time.")] = 8,
+    price: Annotated[
+        float, typer.Option(min=0.0, help="Nats that the target must lose for each nat another language loses.")
+    ] = 2.0,
+    documents: Annotated[int, typer.Option(min=1, help="Documents per language to measure on.")] = 8,
+    max_tokens: _Tokens = 80,
+    seed: _Seed = 0,
+    dtype: _Dtype = None,
+    device: _Device = None,
+    replace: _Replace = False,
+) -> None:
+    """Refine a ranking by ablation: what hurts a language more than the others comes first."""
+    from relevance.refinement import Refinement, refine_scores
+    from relevance.selection import order
+    from relevance.workbench import Workbench
+
+    bench = Workbench.open(model, scores, dtype, device)
+    options = Refinement(candidates=candidates, group=group, price=price, documents=documents, seed=seed)
+    proposed = order(bench.scores, start)
+    texts = bench.search_texts(corpus, split, limit, max_tokens)
+    with _progress("refine", len(bench.languages) * 2 * -(-candidates // group)) as advance:
+        found, kept = refine_scores(bench.decoder, texts.documents, proposed, options, lambda _: advance(1, ""))
+    bench.add_scores(scores, "ablation-refined", found, replace=replace)
+    for language, count in kept.items():
+        typer.echo(f"{scores}: ablation-refined for {language} keeps {count} of {candidates} neurons of {start}")
+
+
+def learn(
+    model: _Model,
+    scores: _Scores,
+    corpus: _Corpus = str(EMBEDDED_CORPUS),
+    split: _Split = "relevance",
+    limit: _Limit = None,
+    budget: Annotated[float, typer.Option(help="Fraction of all neurons that the learned mask switches off.")] = 0.005,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent for each language.")] = 60,
+    effect: Annotated[float, typer.Option(help="Nats per token that the target is to lose; more is no gain.")] = 1.5,
+    hold: Annotated[float, typer.Option(min=0.0, help="Weight of what the other languages lose.")] = 1.0,
+    documents: Annotated[int, typer.Option(min=1, help="Documents per language in a step.")] = 6,
+    max_tokens: _Tokens = 80,
+    seed: _Seed = 0,
+    dtype: _Dtype = None,
+    device: _Device = None,
+    replace: _Replace = False,
+) -> None:
+    """Learn masks by gradient descent: the target language is to lose, the others to keep their predictions."""
+    from relevance.criteria import neurons_of_budget
+    from relevance.learning import Learning, learn_scores
+    from relevance.workbench import Workbench
+
+    bench = Workbench.open(model, scores, dtype, device)
+    options = Learning(
+        neurons=neurons_of_budget(budget, bench.scores.shape.neurons),
+        steps=steps,
+        effect=effect,
+        hold=hold,
+        documents=documents,
+        seed=seed,
+    )
+    texts = bench.search_texts(corpus, split, limit, max_tokens)
+    with _progress("learn", len(bench.languages) * steps) as advance:
+        found = learn_scores(bench.decoder, texts.documents, options, lambda step: advance(1, str(step)))
+    bench.add_scores(scores, "learned", found, replace=replace)
+    typer.echo(f"{scores}: learned {options.neurons} neurons for {', '.join(bench.languages)}")
+
+
+def validate(
+    model: _Model,
+    scores: Annotated[Path, typer.Argument(help="File written by `crane relevance`, `crane refine`, `crane learn`.")],
+    corpus: Annotated[
+        str, typer.Option(help="Corpus to measure on.", show_default="the packaged parallel corpus")
+    ] = str(EMBEDDED_CORPUS),
+    choice_split: Annotated[str, typer.Option(help="Split on which matched effects are searched.")] = "validation",
+    report_split: Annotated[str, typer.Option(help="Split on which everything is reported.")] = "test",
+    methods: Annotated[str | None, typer.Option(help="Comma-separated methods; default: all in SCORES.")] = None,
+    budgets: Annotated[str, typer.Option(help="Comma-separated fractions of all neurons.")] = "0.005,0.01,0.02,0.05",
+    effect: Annotated[float, typer.Option(help="Nats per token the target loses at matched effect; 0: leave out.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="How many draws of random methods.")] = 3,
+    like: Annotated[
+        str | None, typer.Option(help="Method whose neurons per layer random controls take over too.")
+    ] = None,
+    published: Annotated[
+        bool, typer.Option(help="Try the selection rules that the methods were published with.")
+    ] = True,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents per language and split; default: all.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Documents are cut to so many tokens.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in a batch, with padding.")] = 1024,
+    halves: Annotated[
+        str | None,
+        typer.Option(help="Two files of scores from halves of a corpus, joined with a comma: stability."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory for the results; what is there already goes on.")] = Path(
+        "validation"
+    ),
+    dtype: _Dtype = None,
+    device: _Device = None,
+) -> None:
+    """Measure what the neurons of every method cost every language when they are switched off."""
+    from relevance.validation import Plan, run
+    from relevance.validation_report import write_all
+    from relevance.workbench import Workbench
+
+    bench = Workbench.open(model, scores, dtype, device)
+    chosen = tuple(name.strip() for name in methods.split(",")) if methods else tuple(bench.scores.by_method)
+    plan = Plan(
+        methods=chosen,
+        budgets=_numbers(budgets),
+        effect=effect or None,
+        seeds=tuple(range(seeds)),
+        matched_to=like,
+        published=published,
+    )
+    texts = bench.validation_texts(corpus, choice_split, report_split, limit, max_tokens)
+    stability = bench.halves(halves)
+    with _progress("validate", None) as advance:
+        result = run(bench, texts, plan, out, batch_tokens, stability, lambda done: advance(1, done))
+    for path in write_all(result, out):
+        typer.echo(path)
+
+
+def compare_pair(
+    base: Annotated[str, typer.Argument(help="The model that the masks were made for.")],
+    chat: Annotated[str, typer.Argument(help="A model of the same shape to use them on as well.")],
+    masks: Annotated[Path, typer.Option(help="Directory of masks.")] = Path("masks"),
+    names: Annotated[str | None, typer.Option(help="Comma-separated masks; default: all.")] = None,
+    corpus: Annotated[
+        str, typer.Option(help="Corpus to measure on.", show_default="the packaged parallel corpus")
+    ] = str(EMBEDDED_CORPUS),
+    split: Annotated[str, typer.Option(help="Split of the corpus.")] = "test",
+    languages: Annotated[str | None, typer.Option(help="Comma-separated languages; default: all.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents per language; default: all.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Documents are cut to so many tokens.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in a batch, with padding.")] = 1024,
+    out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("pair"),
+    dtype: _Dtype = None,
+    device: _Device = None,
+) -> None:
+    """Compare what masks of BASE cost BASE and, transferred, CHAT. The two fingerprints stand in the result."""
+    from relevance.model import pick_device, pick_dtype
+    from relevance.pair import compare
+    from relevance.sources import load_corpus
+
+    where = pick_device(device)
+    listed = [name.strip() for name in languages.split(",")] if languages else None
+    texts = load_corpus(corpus, split, listed).spread(limit)
+    with _progress("compare", None) as advance:
+        result = compare(
+            base,
+            chat,
+            masks,
+            [name.strip() for name in names.split(",")] if names else [],
+            texts,
+            out,
+            max_tokens=max_tokens,
+            batch_tokens=batch_tokens,
+            dtype=pick_dtype(dtype or "bfloat16", where),
+            device=where,
+            advance=lambda done: advance(1, done),
+        )
+    for path in result.save(out):
+        typer.echo(path)
+
+
+def _numbers(listed: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in listed.split(","))
+    except ValueError as error:
+        raise ValueError(f"{listed!r} is no list of numbers; expected fractions joined with commas") from error
+
+
+@contextmanager
+def _progress(name: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda done, what: progress.update(task, advance=done, description=f"{name} {what}".strip())

@@ -1,0 +1,478 @@
+"""Validation: do the neurons that a method names really matter to their language, and to no other?"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+import crane_serve
+from crane_serve.atomic import write_atomically
+from crane_serve.langspec import Form, langspec_f1
+from crane_serve.masks import Fingerprint, NeuronMask
+from crane_serve.statistics import CONFIDENCE, RESAMPLES, Estimate, change_per_token
+from relevance.ablations import Ablations
+from relevance.criteria import LIKE, Criteria, neurons_of_budget
+from relevance.method import MethodError
+from relevance.methods import find
+from relevance.scores import Scores
+from relevance.selection import order, select
+from relevance.workbench import EncodedTexts, Workbench
+
+CHOICE, REPORT = "validation", "test"
+RESULT_FILE = "validation.json"
+JOURNAL_FILE = "ablations.jsonl"
+OVERLAP_BUDGET = 0.01
+
+_FIRST_COUNT = 8
+_WIDENING = 4
+_PRECISION = 1.07  # how far apart two numbers of neurons may be, as a ratio, when the search stops
+
+
+class ValidationError(ValueError):
+    """A validation is not possible with this plan, or a file is not the result of one."""
+
+
+class Plan(BaseModel):
+    """What is validated.
+
+    methods: of which scores there are. budgets: fractions of all neurons. effect: nats per token that the target loses
+    at matched effect, or None to leave that out. seeds: of methods that draw. matched_to: the method whose numbers per
+    layer random controls take over too. published: whether the methods' own rules are tried.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    methods: tuple[str, ...]
+    budgets: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05)
+    effect: float | None = 1.0
+    seeds: tuple[int, ...] = (0, 1, 2)
+    matched_to: str | None = None
+    published: bool = True
+
+
+class MaskEffect(BaseModel):
+    """What one mask costs every language on the reported texts.
+
+    rule: "budget", "published", "like:METHOD" (a layer-matched control) or "matched effect"; budget: the fraction of
+    all neurons that it came to.
+    changes: nats per token by language, above 0 for a loss. collateral: nats per token that the other languages lose,
+    on average, for each that the target loses; None where the target loses nothing.
+    f1: LangSpec-F1 at b = 1 by form, of the scores exp(-nats per token), the geometric mean probability of a token.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    method: str
+    language: str
+    rule: str
+    seed: int | None
+    budget: float
+    neurons: int
+    digest: str
+    changes: dict[str, Estimate]
+    collateral: Estimate | None
+    f1: dict[Form, float]
+
+    @property
+    def own(self) -> Estimate:
+        """The change in the mask's own language."""
+        return self.changes[self.language]
+
+    @property
+    def others(self) -> float:
+        """Mean change of the other languages, nats per token."""
+        others = [change.mean for language, change in self.changes.items() if language != self.language]
+        return sum(others) / len(others)
+
+
+class Overlap(BaseModel):
+    """Jaccard overlap of two sets of neurons of equal budget: |intersection| / |union|."""
+
+    model_config = ConfigDict(frozen=True)
+
+    first: tuple[str, str]  # method, language
+    second: tuple[str, str]
+    budget: float
+    jaccard: float
+
+
+class Texts(BaseModel):
+    """One part of the texts. documents, tokens, nats_per_token (of the whole model): by language."""
+
+    model_config = ConfigDict(frozen=True)
+
+    corpus_digest: str
+    split: str | None
+    documents: dict[str, int]
+    tokens: dict[str, int]
+    nats_per_token: dict[str, float]
+
+
+class Validation(BaseModel):
+    """The result.
+
+    unreached: (method, language) whose whole ranking does not cost the target `effect` nats per token;
+    empty: (method, language) whose published rule takes no neuron;
+    stability: method -> language -> Jaccard overlap, at `overlap_budget`, of the sets from two halves of a corpus;
+    layers: method -> language -> number of neurons of each layer at `overlap_budget`.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    fingerprint: Fingerprint
+    languages: tuple[str, ...]
+    dtype: str
+    plan: Plan
+    relevance_digest: str
+    texts: dict[str, Texts]
+    effects: list[MaskEffect]
+    unreached: list[tuple[str, str]]
+    empty: list[tuple[str, str]]
+    overlap_budget: float
+    overlaps: list[Overlap]
+    stability: dict[str, dict[str, float]]
+    layers: dict[str, dict[str, list[int]]]
+    resamples: int = RESAMPLES
+    confidence: float = CONFIDENCE
+    created_by: str = f"crane-serve {crane_serve.__version__}"
+
+    def save(self, directory: Path) -> Path:
+        """Write `validation.json` into `directory` and return its path."""
+        path = directory / RESULT_FILE
+        write_atomically(path, self.model_dump_json(indent=1).encode())
+        return path
+
+    @classmethod
+    def load(cls, directory: Path) -> "Validation":
+        """Read it back. Raises ValidationError."""
+        path = directory / RESULT_FILE
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValidationError(f"{path} is not the result of a validation: {str(error).splitlines()[0]}") from error
+
+    def of_rule(self, rule: str) -> list[MaskEffect]:
+        """The effects of one rule, in order."""
+        return [effect for effect in self.effects if effect.rule == rule]
+
+    def collateral_at_matched_effect(self, method: str) -> float | None:
+        """Mean over the languages (and seeds) of `method`; None unless every language reaches the effect."""
+        found = [effect for effect in self.of_rule(MATCHED) if effect.method == method]
+        values = [effect.collateral.mean for effect in found if effect.collateral is not None]
+        if {effect.language for effect in found} != set(self.languages) or len(values) < len(found):
+            return None
+        return sum(values) / len(values)
+
+
+MATCHED = "matched effect"
+
+
+class Validator:
+    """Runs a plan: masks of every method, their effects on the texts for reporting, and at matched effect.
+
+    How many neurons a matched effect takes is chosen on the part "validation"; everything is reported on "test".
+    Raises ValidationError for a plan that cannot be run, before anything is.
+    """
+
+    def __init__(
+        self, ablations: Ablations, scores: Scores, plan: Plan, advance: Callable[[str], None] = lambda done: None
+    ) -> None:
+        self.ablations = ablations
+        self.scores = scores
+        self.plan = plan
+        self.advance = advance
+        self.languages = scores.info.languages
+        self.empty: list[tuple[str, str]] = []
+        for method in plan.methods:
+            scores.of(method)
+        for budget in plan.budgets:
+            neurons_of_budget(budget, scores.shape.neurons)
+        if plan.effect is not None and not plan.effect > 0:
+            raise ValidationError(f"the effect to match is {plan.effect} nats per token; expected one above 0")
+        for part in (CHOICE, REPORT):
+            if missing := set(self.languages) - set(ablations.texts[part]):
+                raise ValidationError(f"the texts of {part} lack {', '.join(sorted(missing))}")
+
+    def effects(self) -> Iterator[MaskEffect]:
+        """Effects at every budget, of the published rules and of the controls."""
+        for method in self.plan.methods:
+            for seed in self._seeds(method):
+                orders = self._orders(method, seed)
+                for budget in self.plan.budgets:
+                    count = neurons_of_budget(budget, self.scores.shape.neurons)
+                    for language in self.languages:
+                        mask = self._mask(orders[language], count)
+                        yield self._effect(method, language, "budget", self._shown(method, seed), mask)
+                if seed is not None and self.plan.matched_to is not None:
+                    yield from self._controls(method, seed, self.plan.matched_to)
+            if self.plan.published:
+                yield from self._published(method)
+
+    def matched(self) -> tuple[list[MaskEffect], list[tuple[str, str]]]:
+        """Effects where the target loses `plan.effect`, and the (method, language) that never does."""
+        found: list[MaskEffect] = []
+        unreached: list[tuple[str, str]] = []
+        if self.plan.effect is None:
+            return found, unreached
+        for method in self.plan.methods:
+            for seed in self._seeds(method):
+                orders = self._orders(method, seed)
+                for language in self.languages:
+                    count = self._count_for(self.plan.effect, orders[language], language)
+                    if count is None:
+                        unreached.append((method, language))
+                        continue
+                    mask = self._mask(orders[language], count)
+                    found.append(self._effect(method, language, MATCHED, self._shown(method, seed), mask))
+        return found, unreached
+
+    def _seeds(self, method: str) -> Sequence[int]:
+        return self.plan.seeds if self._draws(method) else (0,)
+
+    def _shown(self, method: str, seed: int) -> int | None:
+        return seed if self._draws(method) else None
+
+    @staticmethod
+    def _draws(method: str) -> bool:
+        return find(method).matched_to is not None
+
+    def _orders(self, method: str, seed: int) -> Mapping[str, Tensor]:
+        return order(self.scores, method, seed=seed)
+
+    def _controls(self, method: str, seed: int, like: str) -> Iterator[MaskEffect]:
+        if not self._draws(method):
+            return
+        for budget in self.plan.budgets:
+            criteria = Criteria(method, budget=budget, quotas=f"{LIKE}{like}", seed=seed)
+            for language, mask in select(self.scores, criteria).masks.items():
+                yield self._effect(method, language, f"{LIKE}{like}", seed, mask)
+
+    def _published(self, method: str) -> Iterator[MaskEffect]:
+        shape = self.scores.shape
+        try:
+            chosen = find(method).published(self.scores.of(method).double(), shape)
+        except MethodError:
+            return  # published without a rule
+        for language, off in zip(self.languages, chosen, strict=True):
+            if not bool(off.any()):
+                self.empty.append((method, language))
+                continue
+            mask = NeuronMask((~off).float(), shape.sizes)
+            yield self._effect(method, language, "published", None, mask)
+
+    def _mask(self, ordered: Tensor, count: int) -> NeuronMask:
+        sizes = self.scores.shape.sizes
+        off: list[list[int]] = [[] for _ in sizes]
+        for layer, index in ordered[:count].tolist():
+            off[layer].append(index)
+        return NeuronMask.switching_off(off, sizes)
+
+    def _count_for(self, effect: float, ordered: Tensor, language: str) -> int | None:
+        """The fewest neurons, to within 7 %, that cost `language` so many nats per token on the part for choices."""
+
+        def costs(count: int) -> bool:
+            return self.ablations.loss(self._mask(ordered, count), CHOICE, language) >= effect
+
+        return fewest(costs, len(ordered))
+
+    def _effect(self, method: str, language: str, rule: str, seed: int | None, mask: NeuronMask) -> MaskEffect:
+        measured = {name: self.ablations.losses(mask, REPORT, name) for name in self.languages}
+        whole = {name: self.ablations.losses(None, REPORT, name) for name in self.languages}
+        changes = {
+            name: change_per_token(measured[name].nats, whole[name].nats, measured[name].tokens)
+            for name in self.languages
+        }
+        unmasked = {name: float(np.exp(-whole[name].per_token)) for name in self.languages}
+        left = {name: float(np.exp(-measured[name].per_token)) for name in self.languages}
+        self.advance(f"{method} {language} {rule}")
+        return MaskEffect(
+            method=method,
+            language=language,
+            rule=rule,
+            seed=seed,
+            budget=mask.neurons / self.scores.shape.neurons,
+            neurons=mask.neurons,
+            digest=mask.digest,
+            changes=changes,
+            collateral=collateral(
+                {name: measured[name].nats - whole[name].nats for name in self.languages},
+                {name: measured[name].tokens for name in self.languages},
+                language,
+            ),
+            f1={form: langspec_f1(unmasked, left, language, form) for form in Form},
+        )
+
+
+def run(
+    bench: Workbench,
+    texts: Mapping[str, EncodedTexts],
+    plan: Plan,
+    directory: Path,
+    batch_tokens: int,
+    halves: Sequence[Scores] = (),
+    advance: Callable[[str], None] = lambda done: None,
+) -> Validation:
+    """Run `plan` and save the result in `directory`, where a journal lets the same run go on after it was killed.
+
+    texts: of the parts "validation" and "test"; halves: scores from two halves of a corpus, or none.
+    Raises ValidationError, JournalError, and whatever the selection of a plan's neurons raises.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    ablations = Ablations(
+        bench.decoder,
+        {part: of.documents for part, of in texts.items()},
+        batch_tokens,
+        directory / JOURNAL_FILE,
+        bench.identity(texts, batch_tokens),
+    )
+    validator = Validator(ablations, bench.scores, plan, advance)
+    matched, unreached = validator.matched()
+    effects = [*validator.effects(), *matched]
+    methods = [method for method in plan.methods if not find(method).matched_to]
+    result = Validation(
+        fingerprint=bench.scores.info.fingerprint,
+        languages=bench.languages,
+        dtype=str(bench.dtype).removeprefix("torch."),
+        plan=plan,
+        relevance_digest=bench.scores.info.corpus_digest,
+        texts={part: _described(ablations, part, of) for part, of in texts.items()},
+        effects=effects,
+        unreached=unreached,
+        empty=validator.empty,
+        overlap_budget=OVERLAP_BUDGET,
+        overlaps=overlaps(bench.scores, methods, OVERLAP_BUDGET),
+        stability=stability(halves, OVERLAP_BUDGET),
+        layers=neurons_per_layer(bench.scores, methods, OVERLAP_BUDGET),
+    )
+    result.save(directory)
+    return result
+
+
+def _described(ablations: Ablations, part: str, texts: EncodedTexts) -> Texts:
+    whole = {language: ablations.losses(None, part, language) for language in texts.documents}
+    return Texts(
+        corpus_digest=texts.corpus_digest,
+        split=texts.split,
+        documents={language: len(of.nats) for language, of in whole.items()},
+        tokens={language: int(of.tokens.sum()) for language, of in whole.items()},
+        nats_per_token={language: of.per_token for language, of in whole.items()},
+    )
+
+
+def fewest(enough: Callable[[int], bool], most: int) -> int | None:
+    """The smallest count from 1 to `most` that is `enough`, to within a ratio of 1.07, or None if `most` is not.
+
+    Assumes that what is enough stays enough with more. Asks about a dozen times.
+    """
+    too_few, count = 0, min(_FIRST_COUNT, most)
+    while not enough(count):
+        if count == most:
+            return None
+        too_few, count = count, min(count * _WIDENING, most)
+    while count - too_few > 1 and count > too_few * _PRECISION:
+        middle = round((too_few * count) ** 0.5) if too_few else (count + 1) // 2
+        middle = min(max(middle, too_few + 1), count - 1)
+        if enough(middle):
+            count = middle
+        else:
+            too_few = middle
+    return count
+
+
+def collateral(
+    changes: Mapping[str, np.ndarray], tokens: Mapping[str, np.ndarray], target: str, seed: int = 0
+) -> Estimate | None:
+    """Mean loss per token of the other languages over that of `target`, with a bootstrap over documents.
+
+    changes: nats that each document loses, [documents] by language; tokens: their lengths. A resample draws documents
+    of every language, the same places in all languages that have equally many, since those may be parallel.
+    None where the target loses nothing. The interval is left out where a resample has the target lose nothing.
+    """
+
+    def ratio(weights: Mapping[int, np.ndarray]) -> np.ndarray:
+        """weights: number of documents -> [resamples, documents]; the result is [resamples]."""
+        loss = {
+            name: (weights[len(change)] @ change) / (weights[len(change)] @ tokens[name])
+            for name, change in changes.items()
+        }
+        others = [loss[name] for name in changes if name != target]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(loss[target] > 0, sum(others) / len(others) / loss[target], np.nan)
+
+    counts = sorted({len(change) for change in changes.values()})
+    mean = float(ratio({count: np.ones((1, count)) for count in counts})[0])
+    if np.isnan(mean):
+        return None
+    if 1 in counts:
+        return Estimate(mean=mean, low=None, high=None)
+    draw = np.random.default_rng(seed)
+    resampled = ratio({n: draw.multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float64) for n in counts})
+    if np.isnan(resampled).any():
+        return Estimate(mean=mean, low=None, high=None)
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(resampled, [tail, 100 - tail])
+    return Estimate(mean=mean, low=float(low), high=float(high))
+
+
+def overlaps(scores: Scores, methods: Sequence[str], budget: float) -> list[Overlap]:
+    """Jaccard overlap of every two sets that any of `methods` gives any language at `budget`."""
+    count = neurons_of_budget(budget, scores.shape.neurons)
+    chosen = {
+        (method, language): _members(ordered[:count], scores.shape.tensor[1:])
+        for method in methods
+        for language, ordered in order(scores, method, seed=0).items()
+    }
+    names = list(chosen)
+    return [
+        Overlap(first=first, second=second, budget=budget, jaccard=jaccard(chosen[first], chosen[second]))
+        for index, first in enumerate(names)
+        for second in names[index + 1 :]
+    ]
+
+
+def stability(halves: Sequence[Scores], budget: float) -> dict[str, dict[str, float]]:
+    """method -> language -> Jaccard overlap of what the two `halves` choose at `budget`; empty without halves."""
+    if not halves:
+        return {}
+    first, second = halves
+    count = neurons_of_budget(budget, first.shape.neurons)
+    shape = first.shape.tensor[1:]
+    found: dict[str, dict[str, float]] = {}
+    for method in first.by_method:
+        if method not in second.by_method or find(method).matched_to is not None:
+            continue
+        orders = order(first, method), order(second, method)
+        found[method] = {
+            language: jaccard(*(_members(ordered[language][:count], shape) for ordered in orders))
+            for language in first.info.languages
+        }
+    return found
+
+
+def jaccard(first: Tensor, second: Tensor) -> float:
+    """|intersection| / |union| of two bool tensors of one shape; 1 where both are empty."""
+    union = int((first | second).sum())
+    return int((first & second).sum()) / union if union else 1.0
+
+
+def neurons_per_layer(scores: Scores, methods: Sequence[str], budget: float) -> dict[str, dict[str, list[int]]]:
+    """method -> language -> how many of the neurons at `budget` lie in each layer."""
+    count = neurons_of_budget(budget, scores.shape.neurons)
+    layers = len(scores.shape.sizes)
+    return {
+        method: {
+            language: torch.bincount(ordered[:count, 0], minlength=layers).tolist()
+            for language, ordered in order(scores, method, seed=0).items()
+        }
+        for method in methods
+    }
+
+
+def _members(places: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """places: int64 [n, 2] -> bool of `shape` [layers, widest]."""
+    members = torch.zeros(shape, dtype=torch.bool)
+    members[places[:, 0], places[:, 1]] = True
+    return members

@@ -1,0 +1,134 @@
+"""Workbench: a model opened together with scores that were made for it."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from crane_serve.checkpoints.resolve import resolve_checkpoint
+from crane_serve.masks import Fingerprint
+from relevance.corpus import Corpus
+from relevance.encoding import encode
+from relevance.families import Decoder, take_apart
+from relevance.model import load_model, load_tokenizer, pick_device, pick_dtype
+from relevance.scores import Scores, ScoresError
+from relevance.sources import load_corpus
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """Token ids of documents by language, beginning with the start token, and where they come from."""
+
+    documents: Mapping[str, tuple[list[int], ...]]
+    corpus_digest: str
+    split: str | None
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A model in evaluation mode and scores of its neurons."""
+
+    checkpoint: Path
+    model: nn.Module
+    decoder: Decoder
+    scores: Scores
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def open(cls, model: str, scores: Path, dtype: str | None, device: str | None) -> "Workbench":
+        """Open both. dtype: None is bfloat16, in which sets of neurons are compared more than twice as fast.
+
+        Raises ScoresError or FingerprintError, before the weights are read, for scores of another model.
+        """
+        loaded = Scores.load(scores)
+        checkpoint = resolve_checkpoint(model)
+        Fingerprint.of(checkpoint).require(loaded.info.fingerprint, str(scores))
+        where = pick_device(device)
+        kind = pick_dtype(dtype or "bfloat16", where)
+        opened = load_model(checkpoint, kind, where)
+        return cls(checkpoint, opened, take_apart(opened), loaded, kind, where)
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The languages of the scores."""
+        return self.scores.info.languages
+
+    def search_texts(self, corpus: str, split: str, limit: int | None, max_tokens: int) -> EncodedTexts:
+        """The texts that the scores come from: a search must see no others. Raises ScoresError for other texts."""
+        texts = self._texts(load_corpus(corpus, split, list(self.languages), "text").spread(limit), max_tokens)
+        if texts.corpus_digest != self.scores.info.corpus_digest:
+            raise ScoresError(
+                f"{corpus} (split {texts.split!r}, limit {limit}) is not the corpus that the scores come from; "
+                "a search has to keep to it, so that texts for validation and report stay unseen"
+            )
+        return texts
+
+    def validation_texts(
+        self, corpus: str, choice: str, report: str, limit: int | None, max_tokens: int
+    ) -> dict[str, EncodedTexts]:
+        """Texts for choices ("validation") and for reporting ("test"), `limit` documents of each language
+        spread over a split.
+
+
+        Raises ScoresError when one of them is what the scores come from, or when they are the same.
+        """
+        found: dict[str, EncodedTexts] = {}
+        for part, split in (("validation", choice), ("test", report)):
+            texts = load_corpus(corpus, split, list(self.languages), "text")
+            if texts.split is None:
+                raise ScoresError(f"{corpus} has no splits; expected splits {choice!r} and {report!r}")
+            if texts.digest in {self.scores.info.corpus_digest, *(other.corpus_digest for other in found.values())}:
+                raise ScoresError(
+                    f"split {split!r} of {corpus} is used twice; scores, choices and report need their own"
+                )
+            found[part] = self._texts(texts.spread(limit), max_tokens)
+        return found
+
+    def add_scores(self, path: Path, method: str, found: Mapping[str, Tensor], *, replace: bool) -> None:
+        """Add scores [layers, widest] of every language to the file they belong to, read again for what others added.
+
+        Raises ScoresError for a method that is there already, unless `replace`.
+        """
+        held = Scores.load(path)
+        if method in held.by_method and not replace:
+            raise ScoresError(f"{path} holds scores of {method} already; pass --replace to replace them")
+        together = torch.stack([found[language] for language in held.info.languages])
+        Scores({**held.by_method, method: together}, held.info, held.outputs).save(path)
+
+    def halves(self, listed: str | None) -> Sequence[Scores]:
+        """The two files of scores in `listed`, joined with a comma; none for None. Raises ScoresError."""
+        if listed is None:
+            return ()
+        files = [Path(name.strip()) for name in listed.split(",")]
+        if len(files) != 2:
+            raise ScoresError(f"{listed!r} names {len(files)} files; expected two, from halves of a corpus")
+        loaded = [Scores.load(file) for file in files]
+        for file, scores in zip(files, loaded, strict=True):
+            self.scores.info.fingerprint.require(scores.info.fingerprint, str(file))
+            if scores.info.languages != self.languages:
+                raise ScoresError(f"{file} has the languages {', '.join(scores.info.languages)}")
+        return loaded
+
+    def identity(self, texts: Mapping[str, EncodedTexts], batch_tokens: int) -> str:
+        """What losses under a mask depend on besides the mask, as one digest."""
+        parts = {
+            "fingerprint": self.scores.info.fingerprint.model_dump(mode="json"),
+            "dtype": str(self.dtype),
+            "batch_tokens": batch_tokens,
+            "texts": {part: [of.corpus_digest, of.documents] for part, of in texts.items()},
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _texts(self, corpus: Corpus, max_tokens: int) -> EncodedTexts:
+        tokenizer = load_tokenizer(self.checkpoint)
+        limit = min(max_tokens, self.decoder.positions or max_tokens)
+        documents = {
+            language: encode(tokenizer, language, of_language, limit).token_ids
+            for language, of_language in corpus.documents.items()
+        }
+        return EncodedTexts(documents, corpus.digest, corpus.split)

@@ -1,0 +1,55 @@
+"""Random decoders of every model family, two layers deep, whose every parameter matters."""
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from relevance.families import require_family, take_apart
+from tests.tiny import FAMILIES
+
+NAMES = tuple(FAMILIES)
+
+
+def random_decoder(
+    family: str, *, attention: str | None = None, dtype: torch.dtype = torch.float32, **changes: object
+) -> nn.Module:
+    """A model of the family, its config's entries overwritten by `changes`, in evaluation mode.
+
+    attention: the implementation of transformers; None for the one that relevance is computed with.
+    """
+    config = FAMILIES[family](2)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return randomised(config, attention, dtype)
+
+
+def randomised(config: PretrainedConfig, attention: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of a config, with noise on every parameter: biases and norms begin as zeros and ones."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    implementation = attention or require_family(type(model).__name__).attention
+    if implementation is not None:
+        model.set_attn_implementation(implementation)
+    return model.to(dtype).eval()
+
+
+def exact(model: nn.Module) -> nn.Module:
+    """`model` in float64 also where transformers computes in float32 whatever the dtype: in its RMSNorms."""
+    model = model.double()
+    for norm in take_apart(model).norms:
+        if not norm.centred:
+            scale = norm.module.get_parameter("weight") + norm.offset
+            norm.module.forward = _rms_norm(scale, norm.epsilon)
+    return model
+
+
+def _rms_norm(scale: Tensor, epsilon: float) -> object:
+    return lambda x: scale * x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt()
+
+
+def hidden_states(model: nn.Module, embeddings: Tensor) -> Tensor:
+    """[documents, tokens, hidden] of embeddings of that shape."""
+    return take_apart(model).trunk(inputs_embeds=embeddings, use_cache=False).last_hidden_state

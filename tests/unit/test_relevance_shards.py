@@ -1,0 +1,129 @@
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+
+import psutil
+import pytest
+import torch
+
+from relevance.corpus import Corpus, Document
+from relevance.encoding import EncodedDocuments
+from relevance.methods import find_scored
+from relevance.scores import Scores
+from relevance.scoring import Execution, score
+from relevance.shards import WorkerError, deal
+from relevance.statistics import NonFiniteError
+from tests.tiny import tiny_model
+
+CPU = torch.device("cpu")
+ADDRESS = "RAY_ADDRESS"
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ADDRESS, raising=False)
+
+
+def corpus(documents: int) -> Corpus:
+    return Corpus(
+        {
+            language: tuple(Document(str(n), f"{text} {n} " * (1 + n % 4)) for n in range(documents))
+            for language, text in {"en": "rain falls", "zh": "下雨了"}.items()
+        }
+    )
+
+
+def scores_of(checkpoint: Path, documents: int, execution: Execution, batch_tokens: int = 200) -> Scores:
+    return score(
+        checkpoint,
+        corpus(documents),
+        find_scored(None),
+        batch_tokens=batch_tokens,
+        max_tokens=100,
+        dtype=torch.float32,
+        device=CPU,
+        output_dimensions=True,
+        execution=execution,
+    )
+
+
+def assert_same(found: Scores, expected: Scores) -> None:
+    """To 1e-5 of the largest score: float32 activations differ with the batch, and kurtoses magnify that."""
+    for mine, theirs in ((found.by_method, expected.by_method), (found.outputs, expected.outputs)):
+        assert mine.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            tolerance = 1e-5 * max(1.0, tensor.abs().max().item())
+            torch.testing.assert_close(mine[name], tensor, rtol=1e-5, atol=tolerance, msg=name)
+
+
+def test_documents_are_dealt_out_by_length() -> None:
+    documents = {"en": EncodedDocuments(([0] * 3, [0] * 9, [0] * 5, [0] * 4)), "zh": EncodedDocuments(([0, 1],))}
+    shards = deal(documents, 2)
+    assert [[len(ids) for ids in shard.documents["en"]] for shard in shards] == [[9, 4], [5, 3]]
+    assert [list(shard.documents) for shard in shards] == [["en", "zh"], ["en"]]
+
+
+def test_merged_shards_equal_one_process(checkpoint: Path, tmp_path: Path) -> None:
+    done: list[int] = []
+    found = score(
+        checkpoint,
+        corpus(11),
+        find_scored(None),
+        batch_tokens=200,
+        max_tokens=100,
+        dtype=torch.float32,
+        device=CPU,
+        output_dimensions=True,
+        execution=Execution(workers=3),
+        advance=done.append,
+    )
+    assert sum(done) == 22
+    assert_same(found, scores_of(checkpoint, 11, Execution()))
+
+
+@pytest.fixture
+def killer(tmp_path: Path) -> Iterator[list[int]]:
+    """Kills one Ray worker, a descendant of this process, once it has written progress; gives the ids killed."""
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not killed:
+            if len(list(tmp_path.glob("progress/en-1-of-2.piece-*"))) >= 3:
+                for process in psutil.Process(os.getpid()).children(recursive=True):
+                    if process.name().startswith("ray::_work"):
+                        process.kill()
+                        killed.append(process.pid)
+                        return
+            time.sleep(0.01)
+
+    thread = Thread(target=kill)
+    thread.start()
+    yield killed
+    thread.join()
+
+
+@pytest.mark.timeout(180)
+def test_a_run_survives_the_death_of_a_worker(checkpoint: Path, tmp_path: Path, killer: list[int]) -> None:
+    execution = Execution(workers=2, progress=tmp_path / "progress")
+    found = scores_of(checkpoint, 40, execution, batch_tokens=1)
+    assert len(killer) == 1
+    assert_same(found, scores_of(checkpoint, 40, Execution(), batch_tokens=1))
+
+
+def test_errors_of_workers_are_those_of_this_process(tmp_path: Path) -> None:
+    checkpoint = tiny_model("llama", tmp_path / "model")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"].fill_(torch.nan)
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match="layer 1: activations are not finite"):
+        scores_of(checkpoint, 5, Execution(workers=2))
+
+
+def test_a_cluster_that_is_not_there(checkpoint: Path) -> None:
+    with pytest.raises(WorkerError, match=r"no Ray cluster answers at 127\.0\.0\.1:1: "):
+        scores_of(checkpoint, 5, Execution(workers=2, ray_address="127.0.0.1:1"))
