@@ -15,11 +15,11 @@ from crane_serve.masks import Fingerprint, read_mask
 from crane_serve.masks.files import SUFFIX, MaskFileError, StoredMask
 from crane_serve.masks.transfer import transferred
 from crane_serve.statistics import Estimate, change_per_token
-from relevance.ablations import Ablations
 from relevance.corpus import Corpus
 from relevance.encoding import encode
 from relevance.families import take_apart
 from relevance.model import load_model, load_tokenizer
+from relevance.validation.ablations import Ablations
 
 RESULT_FILE, TABLE_FILE, REPORT_FILE = "pair.json", "pair.csv", "pair.md"
 

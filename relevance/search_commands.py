@@ -46,7 +46,7 @@ def refine(
     replace: _Replace = False,
 ) -> None:
     """Refine a ranking by ablation: what hurts a language more than the others comes first."""
-    from relevance.refinement import Refinement, refine_scores
+    from relevance.search.refinement import Refinement, refine_scores
     from relevance.selection import order
     from relevance.workbench import Workbench
 
@@ -80,7 +80,7 @@ def learn(
 ) -> None:
     """Learn masks by gradient descent: the target language is to lose, the others to keep their predictions."""
     from relevance.criteria import neurons_of_budget
-    from relevance.learning import Learning, learn_scores
+    from relevance.search.learning import Learning, learn_scores
     from relevance.workbench import Workbench
 
     bench = Workbench.open(model, scores, dtype, device)
@@ -131,8 +131,9 @@ def validate(
     device: _Device = None,
 ) -> None:
     """Measure what the neurons of every method cost every language when they are switched off."""
-    from relevance.validation import Plan, run
-    from relevance.validation_report import write_all
+    from relevance.validation.report import write_all
+    from relevance.validation.result import Plan
+    from relevance.validation.validator import run
     from relevance.workbench import Workbench
 
     bench = Workbench.open(model, scores, dtype, device)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from crane_serve.masks import NeuronMask
-from relevance.ablations import Ablations, JournalError
 from relevance.causal import losses, masked, scaled
 from relevance.encoding import Batch
 from relevance.families import Decoder, take_apart
-from relevance.learning import Learning, closed, learn
 from relevance.model import load_model
-from relevance.refinement import Refinement, by_rank, refine, refine_scores
-from relevance.search import EXTRA_WORDS, Words, effect, unmasked
+from relevance.search.learning import Learning, closed, learn
+from relevance.search.refinement import Refinement, by_rank, refine, refine_scores
+from relevance.search.words import EXTRA_WORDS, Words, effect, unmasked
+from relevance.validation.ablations import Ablations, JournalError
 from tests.tiny import FAMILIES, tiny_model
 
 TEXTS = {
@@ -110,7 +110,7 @@ def test_effects_over_all_words_are_the_exact_ones(llama: Decoder) -> None:
 
 
 def test_few_words_hold_every_target(llama: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relevance.search.EXTRA_WORDS", 5)
+    monkeypatch.setattr("relevance.search.words.EXTRA_WORDS", 5)
     words = Words.of(llama, TEXTS)
     present = {token for of_language in TEXTS.values() for ids in of_language for token in ids}
     assert len(words.rows) == len(present) + 5

@@ -1,7 +1,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -45,6 +45,15 @@ def counting(self, batch, methods):
 Measurement.run = counting
 scores_of(Path(checkpoint), Path(directory)).save(Path(out))
 """
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Other numbers of threads may round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def corpus() -> Corpus:
@@ -100,10 +109,7 @@ def test_killed_twice_the_result_is_the_same_to_the_bit(
     assert killed_or_finished(checkpoint, tmp_path, "before", 1000) == 0
     run, batches = Measurement.run, []
     monkeypatch.setattr(Measurement, "run", lambda *arguments: (batches.append(1), run(*arguments)))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     undisturbed = scores_of(checkpoint, None)
-    torch.set_num_threads(threads)
     assert len(batches) >= 9
     # Each death had one batch begun that is not in the progress.
     assert len((tmp_path / "log").read_text().splitlines()) == len(batches) + 2

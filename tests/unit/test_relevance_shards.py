@@ -22,8 +22,13 @@ ADDRESS = "RAY_ADDRESS"
 
 
 @pytest.fixture(autouse=True)
-def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No cluster of the environment, and one thread, as the workers have."""
     monkeypatch.delenv(ADDRESS, raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def corpus(documents: int) -> Corpus:

@@ -14,19 +14,9 @@ from crane_serve.langspec import Form, langspec_f1
 from crane_serve.masks import NeuronMask
 from relevance.causal import Losses
 from relevance.scores import Scores
-from relevance.validation import (
-    MATCHED,
-    Plan,
-    Validation,
-    ValidationError,
-    Validator,
-    collateral,
-    fewest,
-    jaccard,
-    neurons_per_layer,
-    overlaps,
-    stability,
-)
+from relevance.validation.overlap import jaccard, neurons_per_layer, overlaps, stability
+from relevance.validation.result import MATCHED, Plan, Validation, ValidationError
+from relevance.validation.validator import Validator, collateral, fewest
 from tests.scores import LANGUAGES, scores_info
 from tests.tiny import tiny_model
 

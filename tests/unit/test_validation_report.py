@@ -13,9 +13,10 @@ import pytest
 from crane_serve.langspec import Form
 from crane_serve.masks import Fingerprint
 from crane_serve.statistics import Estimate
-from relevance.pictures import draw
-from relevance.validation import CHOICE, MATCHED, REPORT, MaskEffect, Overlap, Plan, Texts, Validation
-from relevance.validation_report import (
+from relevance.validation.pictures import draw
+from relevance.validation.report import report_sections, write_all
+from relevance.validation.result import CHOICE, MATCHED, REPORT, MaskEffect, Overlap, Plan, Texts, Validation
+from relevance.validation.tables import (
     Cell,
     Draws,
     Table,
@@ -27,9 +28,7 @@ from relevance.validation_report import (
     matched_table,
     number_text,
     overlap_tables,
-    report_sections,
     stability_table,
-    write_all,
 )
 
 LAYERS, WIDTH = 2, 500

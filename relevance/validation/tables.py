@@ -1,31 +1,16 @@
-"""The validation for readers: tables, a page of Markdown, a page of HTML, a file of values, pictures."""
+"""The tables of a validation, of typed cells, which Markdown, HTML and CSV render."""
 
 import csv
 import io
 import math
-import re
-from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from crane_serve.atomic import write_atomically
 from crane_serve.langspec import Form
 from crane_serve.statistics import Estimate
 from relevance.criteria import LIKE, neurons_of_budget
-from relevance.validation import CHOICE, MATCHED, REPORT, MaskEffect, Validation
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
-    from relevance.pictures import Picture
-
-REPORT_FILE = "report.md"
-PAGE_FILE = "report.html"
-EFFECTS_FILE = "effects.csv"
-TITLE = "What the neurons of each method cost each language"
+from relevance.validation.result import CHOICE, MATCHED, REPORT, MaskEffect, Validation
 
 _DEEPEST_NATS = 5.0  # a change of this size and more gets the deepest colour
 _NOTHING = "-"
@@ -66,21 +51,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Section:
-    """A heading with what stands below it."""
-
-    title: str
-    paragraphs: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
-    pictures: tuple["Picture", ...] = field(default=())
-
-    @property
-    def anchor(self) -> str:
-        """Name of the section in links."""
-        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
-
-
-@dataclass(frozen=True)
 class Draws:
     """Effects of masks that differ only in their seed: several of a method that draws, one of any other."""
 
@@ -113,49 +83,6 @@ class Draws:
     def mean(self, of: Callable[[MaskEffect], float]) -> float:
         """Mean over the draws."""
         return sum(map(of, self.effects)) / len(self.effects)
-
-
-def write_all(result: Validation, directory: Path) -> list[Path]:
-    """Write report.md, report.html, effects.csv and the pictures into `directory`; returns their paths.
-
-    The page of HTML holds its pictures and needs no other file. Pictures that would be empty are left out.
-    """
-    from relevance.pictures import draw
-
-    pictures = draw(result)
-    sections = report_sections(result, pictures)
-    templates = _templates()
-    contents = {
-        REPORT_FILE: templates.get_template("report.md.jinja").render(title=TITLE, sections=sections).encode(),
-        PAGE_FILE: templates.get_template("report.html.jinja").render(title=TITLE, sections=sections).encode(),
-        EFFECTS_FILE: effects_table(result).to_csv().encode(),
-        **{picture.file: picture.png for picture in pictures},
-    }
-    for name, content in contents.items():
-        write_atomically(directory / name, content)
-    return [directory / name for name in contents]
-
-
-def report_sections(result: Validation, pictures: Sequence["Picture"] = ()) -> list[Section]:
-    """Everything that the pages show, in order, each picture under the heading it belongs to."""
-
-    def named(*names: str) -> tuple["Picture", ...]:
-        return tuple(picture for picture in pictures if picture.name in names)
-
-    return [
-        Section("What was measured", _measured(result), (settings_table(result), texts_table(result))),
-        Section("Collateral at matched effect", _about_matched(result), _matched_tables(result), named("collateral")),
-        Section(
-            "Effects by budget",
-            _about_budgets(result),
-            tuple(budget_tables(result)),
-            named("dose-response", "trade-off"),
-        ),
-        Section("Published rules", _about_published(result), _published_tables(result)),
-        Section("Overlap", _about_overlap(result), tuple(overlap_tables(result)), named("overlap")),
-        Section("Stability", _about_stability(result), _stability_tables(result)),
-        Section("Neurons per layer", _about_layers(result), _layer_tables(result), named("layers")),
-    ]
 
 
 def settings_table(result: Validation) -> Table:
@@ -240,7 +167,7 @@ def budget_tables(result: Validation) -> list[Table]:
     """One table for each budget, a row for each method and language of a mask."""
     total = sum(result.fingerprint.intermediate_sizes)
     return [
-        mask_table(result, draws, f"{_percent(budget)} of all neurons ({neurons_of_budget(budget, total):,})")
+        mask_table(result, draws, f"{percent_text(budget)} of all neurons ({neurons_of_budget(budget, total):,})")
         for budget, draws in by_budget(result).items()
     ]
 
@@ -393,11 +320,6 @@ def _mask_row(result: Validation, draws: Draws) -> tuple[Cell, ...]:
     )
 
 
-def _matched_tables(result: Validation) -> tuple[Table, ...]:
-    table = matched_table(result)
-    return (table,) if table.rows else ()
-
-
 def _was_matched(result: Validation, method: str) -> bool:
     tried = [*((effect.method, effect.language) for effect in result.of_rule(MATCHED)), *result.unreached]
     return any(name == method for name, _ in tried)
@@ -445,94 +367,6 @@ def _mean_collateral_cell(result: Validation, method: str, found: Sequence[Draws
     return Cell(number_text(mean), detail.removeprefix(", "), strong=True)
 
 
-def _published_tables(result: Validation) -> tuple[Table, ...]:
-    draws = Draws.group(result.of_rule("published"))
-    return (mask_table(result, draws),) if draws else ()
-
-
-def _stability_tables(result: Validation) -> tuple[Table, ...]:
-    return (stability_table(result),) if result.stability else ()
-
-
-def _layer_tables(result: Validation) -> tuple[Table, ...]:
-    return (layers_table(result),) if result.layers else ()
-
-
-def _measured(result: Validation) -> tuple[str, ...]:
-    return (
-        "A mask switches off a set of MLP neurons, chosen for one language. Every mask was measured in every language: "
-        "its change is the loss in nats per token with the mask minus the loss of the whole model, over the tokens of "
-        "all documents. Changes are signed; above 0 is a loss, below 0 a gain. Bold: the mask's own language.",
-        f"[low, high] is a {result.confidence:.0%} percentile interval of a paired bootstrap over documents with "
-        f"{result.resamples:,} resamples. It covers the choice of documents, not the choice of neurons, and is not "
-        "corrected for the number of cells. A figure without brackets has no interval. Methods that draw their neurons "
-        "are shown by the mean of their draws with (lowest to highest draw); effects.csv has each draw.",
-        "Collateral is what the other languages lose on average, in nats per token, for each nat per token that the "
-        "mask's own language loses: 0 is a mask that costs only its own language, 1 one that costs all the same, and "
-        "below 0 the others gain. It does not exist where the own language loses nothing.",
-        "LangSpec-F1 comes from CRANE's published evaluation code. Its scores are exp(-nats per token), the geometric "
-        "mean probability of a token: B unmasked, M masked. With the drop d of each language, t the mask's own "
-        "language, P = d_t / (d_t + mean of d over the others) and R, F1 = 2 P R / (P + R), that is b = 1. Relative "
-        "form: d = max((B - M) / B, 0), R = d_t. Absolute form: d = max(B - M, 0), R = d_t / B_t. Both clip: a "
-        "language that gains counts as one that loses nothing.",
-    )
-
-
-def _about_matched(result: Validation) -> tuple[str, ...]:
-    if result.plan.effect is None:
-        return ("No effect to match was planned.",)
-    return (
-        f"Each method takes the best of its ranking until the own language loses {result.plan.effect:g} nats per "
-        "token. How many that takes was found on the texts for choosing; what is shown was measured on those for "
-        "reporting, so the own changes differ somewhat. Methods are sorted by the mean over the languages, the least "
-        "collateral first.",
-    )
-
-
-def _about_budgets(result: Validation) -> tuple[str, ...]:
-    if not by_budget(result):
-        return ("No budget was measured.",)
-    controls = ""
-    if result.plan.matched_to is not None:
-        controls = (
-            f' "random like {result.plan.matched_to}" and such draw as many neurons in each layer as that method.'
-        )
-    return (f"Masks of equal size.{controls} Equal size is not equal strength: compare the whole rows.",)
-
-
-def _about_published(result: Validation) -> tuple[str, ...]:
-    empty = ", ".join(f"{method} for {language}" for method, language in result.empty)
-    nothing = (f"Takes no neuron: {empty}.",) if empty else ()
-    if not result.of_rule("published"):
-        return ("No method was tried with the rule it was published with.", *nothing)
-    return ("Masks by the selection rule that each method was published with; their sizes differ.", *nothing)
-
-
-def _about_overlap(result: Validation) -> tuple[str, ...]:
-    if not result.overlaps:
-        return ("No overlaps were computed.",)
-    chance = result.overlap_budget / (2 - result.overlap_budget)
-    return (
-        f"Jaccard overlap, |intersection| / |union|, of the best {_percent(result.overlap_budget)} of all neurons. "
-        f"Two sets drawn at random overlap by about {chance:.3f}.",
-    )
-
-
-def _about_stability(result: Validation) -> tuple[str, ...]:
-    if not result.stability:
-        return ("No scores from halves of a corpus were given.",)
-    return (
-        "Jaccard overlap of the sets that a method chooses from two halves of a corpus, at "
-        f"{_percent(result.overlap_budget)} of all neurons. 1: the same neurons from both.",
-    )
-
-
-def _about_layers(result: Validation) -> tuple[str, ...]:
-    if not result.layers:
-        return ("No sets were counted.",)
-    return (f"Where the best {_percent(result.overlap_budget)} of all neurons lie, from the first layer to the last.",)
-
-
 def _name_cell(draws: Draws) -> Cell:
     if not draws.drawn:
         return Cell(draws.name)
@@ -548,7 +382,7 @@ def _values_cell(values: Sequence[float], *, signed: bool = False) -> Cell:
 def _neurons_cell(result: Validation, effects: Sequence[MaskEffect]) -> Cell:
     counts = [effect.neurons for effect in effects]
     mean = sum(counts) / len(counts)
-    share = _percent(mean / sum(result.fingerprint.intermediate_sizes))
+    share = percent_text(mean / sum(result.fingerprint.intermediate_sizes))
     spread = f", {min(counts):,} to {max(counts):,}" if min(counts) < max(counts) else ""
     return Cell(f"{mean:,.0f}", f"({share}{spread})")
 
@@ -567,34 +401,10 @@ def _range(values: Sequence[float], *, signed: bool = False) -> str:
     return f"({number_text(min(values), signed=signed)} to {number_text(max(values), signed=signed)})"
 
 
-def _percent(fraction: float) -> str:
+def percent_text(fraction: float) -> str:
+    """A fraction as readers see it."""
     return f"{100 * fraction:.3g} %"
 
 
 def _values(estimate: Estimate | None) -> tuple[float | None, float | None, float | None]:
     return (None, None, None) if estimate is None else (estimate.mean, estimate.low, estimate.high)
-
-
-def _templates() -> "Environment":
-    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-
-    environment = Environment(
-        loader=PackageLoader("relevance"),
-        autoescape=select_autoescape(enabled_extensions=("html.jinja",), default=False),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["markdown"] = _markdown
-    environment.filters["data_uri"] = _data_uri
-    return environment
-
-
-def _markdown(text: str) -> str:
-    """On one line, with what Markdown takes for markup escaped."""
-    return re.sub(r"([\\`*<|])", r"\\\1", " ".join(text.split()))
-
-
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{b64encode(png).decode()}"

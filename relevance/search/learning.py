@@ -13,7 +13,7 @@ from torch import Tensor
 
 from relevance.encoding import Batch
 from relevance.families import Decoder
-from relevance.search import Effect, Words, effect, unmasked
+from relevance.search.words import Effect, Words, effect, unmasked
 
 _NEVER = -torch.inf
 

@@ -4,170 +4,36 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-import crane_serve
-from crane_serve.atomic import write_atomically
 from crane_serve.langspec import Form, langspec_f1
-from crane_serve.masks import Fingerprint, NeuronMask
+from crane_serve.masks import NeuronMask
 from crane_serve.statistics import CONFIDENCE, RESAMPLES, Estimate, change_per_token
-from relevance.ablations import Ablations
 from relevance.criteria import LIKE, Criteria, neurons_of_budget
 from relevance.method import MethodError
 from relevance.methods import find
 from relevance.scores import Scores
 from relevance.selection import order, select
+from relevance.validation.ablations import Ablations
+from relevance.validation.overlap import neurons_per_layer, overlaps, stability
+from relevance.validation.result import (
+    CHOICE,
+    MATCHED,
+    REPORT,
+    MaskEffect,
+    Plan,
+    Texts,
+    Validation,
+    ValidationError,
+)
 from relevance.workbench import EncodedTexts, Workbench
 
-CHOICE, REPORT = "validation", "test"
-RESULT_FILE = "validation.json"
 JOURNAL_FILE = "ablations.jsonl"
 OVERLAP_BUDGET = 0.01
 
 _FIRST_COUNT = 8
 _WIDENING = 4
 _PRECISION = 1.07  # how far apart two numbers of neurons may be, as a ratio, when the search stops
-
-
-class ValidationError(ValueError):
-    """A validation is not possible with this plan, or a file is not the result of one."""
-
-
-class Plan(BaseModel):
-    """What is validated.
-
-    methods: of which scores there are. budgets: fractions of all neurons. effect: nats per token that the target loses
-    at matched effect, or None to leave that out. seeds: of methods that draw. matched_to: the method whose numbers per
-    layer random controls take over too. published: whether the methods' own rules are tried.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    methods: tuple[str, ...]
-    budgets: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05)
-    effect: float | None = 1.0
-    seeds: tuple[int, ...] = (0, 1, 2)
-    matched_to: str | None = None
-    published: bool = True
-
-
-class MaskEffect(BaseModel):
-    """What one mask costs every language on the reported texts.
-
-    rule: "budget", "published", "like:METHOD" (a layer-matched control) or "matched effect"; budget: the fraction of
-    all neurons that it came to.
-    changes: nats per token by language, above 0 for a loss. collateral: nats per token that the other languages lose,
-    on average, for each that the target loses; None where the target loses nothing.
-    f1: LangSpec-F1 at b = 1 by form, of the scores exp(-nats per token), the geometric mean probability of a token.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    method: str
-    language: str
-    rule: str
-    seed: int | None
-    budget: float
-    neurons: int
-    digest: str
-    changes: dict[str, Estimate]
-    collateral: Estimate | None
-    f1: dict[Form, float]
-
-    @property
-    def own(self) -> Estimate:
-        """The change in the mask's own language."""
-        return self.changes[self.language]
-
-    @property
-    def others(self) -> float:
-        """Mean change of the other languages, nats per token."""
-        others = [change.mean for language, change in self.changes.items() if language != self.language]
-        return sum(others) / len(others)
-
-
-class Overlap(BaseModel):
-    """Jaccard overlap of two sets of neurons of equal budget: |intersection| / |union|."""
-
-    model_config = ConfigDict(frozen=True)
-
-    first: tuple[str, str]  # method, language
-    second: tuple[str, str]
-    budget: float
-    jaccard: float
-
-
-class Texts(BaseModel):
-    """One part of the texts. documents, tokens, nats_per_token (of the whole model): by language."""
-
-    model_config = ConfigDict(frozen=True)
-
-    corpus_digest: str
-    split: str | None
-    documents: dict[str, int]
-    tokens: dict[str, int]
-    nats_per_token: dict[str, float]
-
-
-class Validation(BaseModel):
-    """The result.
-
-    unreached: (method, language) whose whole ranking does not cost the target `effect` nats per token;
-    empty: (method, language) whose published rule takes no neuron;
-    stability: method -> language -> Jaccard overlap, at `overlap_budget`, of the sets from two halves of a corpus;
-    layers: method -> language -> number of neurons of each layer at `overlap_budget`.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    fingerprint: Fingerprint
-    languages: tuple[str, ...]
-    dtype: str
-    plan: Plan
-    relevance_digest: str
-    texts: dict[str, Texts]
-    effects: list[MaskEffect]
-    unreached: list[tuple[str, str]]
-    empty: list[tuple[str, str]]
-    overlap_budget: float
-    overlaps: list[Overlap]
-    stability: dict[str, dict[str, float]]
-    layers: dict[str, dict[str, list[int]]]
-    resamples: int = RESAMPLES
-    confidence: float = CONFIDENCE
-    created_by: str = f"crane-serve {crane_serve.__version__}"
-
-    def save(self, directory: Path) -> Path:
-        """Write `validation.json` into `directory` and return its path."""
-        path = directory / RESULT_FILE
-        write_atomically(path, self.model_dump_json(indent=1).encode())
-        return path
-
-    @classmethod
-    def load(cls, directory: Path) -> "Validation":
-        """Read it back. Raises ValidationError."""
-        path = directory / RESULT_FILE
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise ValidationError(f"{path} is not the result of a validation: {str(error).splitlines()[0]}") from error
-
-    def of_rule(self, rule: str) -> list[MaskEffect]:
-        """The effects of one rule, in order."""
-        return [effect for effect in self.effects if effect.rule == rule]
-
-    def collateral_at_matched_effect(self, method: str) -> float | None:
-        """Mean over the languages (and seeds) of `method`; None unless every language reaches the effect."""
-        found = [effect for effect in self.of_rule(MATCHED) if effect.method == method]
-        values = [effect.collateral.mean for effect in found if effect.collateral is not None]
-        if {effect.language for effect in found} != set(self.languages) or len(values) < len(found):
-            return None
-        return sum(values) / len(values)
-
-
-MATCHED = "matched effect"
 
 
 class Validator:
@@ -415,64 +281,3 @@ def collateral(
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(resampled, [tail, 100 - tail])
     return Estimate(mean=mean, low=float(low), high=float(high))
-
-
-def overlaps(scores: Scores, methods: Sequence[str], budget: float) -> list[Overlap]:
-    """Jaccard overlap of every two sets that any of `methods` gives any language at `budget`."""
-    count = neurons_of_budget(budget, scores.shape.neurons)
-    chosen = {
-        (method, language): _members(ordered[:count], scores.shape.tensor[1:])
-        for method in methods
-        for language, ordered in order(scores, method, seed=0).items()
-    }
-    names = list(chosen)
-    return [
-        Overlap(first=first, second=second, budget=budget, jaccard=jaccard(chosen[first], chosen[second]))
-        for index, first in enumerate(names)
-        for second in names[index + 1 :]
-    ]
-
-
-def stability(halves: Sequence[Scores], budget: float) -> dict[str, dict[str, float]]:
-    """method -> language -> Jaccard overlap of what the two `halves` choose at `budget`; empty without halves."""
-    if not halves:
-        return {}
-    first, second = halves
-    count = neurons_of_budget(budget, first.shape.neurons)
-    shape = first.shape.tensor[1:]
-    found: dict[str, dict[str, float]] = {}
-    for method in first.by_method:
-        if method not in second.by_method or find(method).matched_to is not None:
-            continue
-        orders = order(first, method), order(second, method)
-        found[method] = {
-            language: jaccard(*(_members(ordered[language][:count], shape) for ordered in orders))
-            for language in first.info.languages
-        }
-    return found
-
-
-def jaccard(first: Tensor, second: Tensor) -> float:
-    """|intersection| / |union| of two bool tensors of one shape; 1 where both are empty."""
-    union = int((first | second).sum())
-    return int((first & second).sum()) / union if union else 1.0
-
-
-def neurons_per_layer(scores: Scores, methods: Sequence[str], budget: float) -> dict[str, dict[str, list[int]]]:
-    """method -> language -> how many of the neurons at `budget` lie in each layer."""
-    count = neurons_of_budget(budget, scores.shape.neurons)
-    layers = len(scores.shape.sizes)
-    return {
-        method: {
-            language: torch.bincount(ordered[:count, 0], minlength=layers).tolist()
-            for language, ordered in order(scores, method, seed=0).items()
-        }
-        for method in methods
-    }
-
-
-def _members(places: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """places: int64 [n, 2] -> bool of `shape` [layers, widest]."""
-    members = torch.zeros(shape, dtype=torch.bool)
-    members[places[:, 0], places[:, 1]] = True
-    return members

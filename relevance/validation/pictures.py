@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from relevance.validation import MATCHED, Validation
-from relevance.validation_report import Draws, by_budget, collateral_order, method_overlaps
+from relevance.validation.result import MATCHED, Validation
+from relevance.validation.tables import Draws, by_budget, collateral_order, method_overlaps
 
 # Okabe and Ito (2008) without their yellow, too pale for lines on white; languages take the first of these.
 # Then colours of Tol's "muted" scheme (2021). Both schemes are told apart with every common colour blindness, mixed

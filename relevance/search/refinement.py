@@ -13,7 +13,7 @@ from torch import Tensor
 
 from relevance.encoding import Batch
 from relevance.families import Decoder
-from relevance.search import Words, effect, unmasked
+from relevance.search.words import Words, effect, unmasked
 
 # Factors [layers, widest] of the neurons -> nats per token lost, by language.
 Measure = Callable[[Tensor], Mapping[str, float]]

@@ -1,0 +1,1 @@
+"""Searches: neurons found by trying what switching them off does."""

@@ -1,0 +1,1 @@
+"""Validation: do the neurons that a method names really matter to their language, and to no other?"""
