@@ -192,7 +192,6 @@ def main() -> None:
     model, documents = load(options)
     running = arms(model, options.batch_tokens)
     if options.measure_memory:
-        running[BASELINE](documents[-1:])  # what is allocated once and for all
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the resident set
         before = resident_kib("VmHWM")
         running[options.measure_memory](documents * options.copies)

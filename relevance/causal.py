@@ -14,8 +14,11 @@ from crane_serve.masks import NeuronMask
 from relevance.encoding import Batch, batches
 from relevance.families import Decoder
 from relevance.objective import log_probabilities
+from relevance.statistics import NonFiniteError
 
 Values = NDArray[np.float64]
+
+NON_FINITE_HINT = "the weights may hold values that are not finite, or a wider dtype may help"
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,10 @@ def masked(decoder: Decoder, mask: NeuronMask | None) -> Iterator[None]:
 
 @torch.no_grad()
 def losses(decoder: Decoder, documents: Sequence[list[int]], batch_tokens: int) -> Losses:
-    """Losses of `documents` (token ids that begin with the start token) in the order given, on the exact vocabulary."""
+    """Losses of `documents` (token ids that begin with the start token) in the order given, on the exact vocabulary.
+
+    Raises NonFiniteError where the model gives no finite log-probabilities.
+    """
     longest_first = sorted(range(len(documents)), key=lambda index: len(documents[index]), reverse=True)
     device = decoder.unembedding.weight.device
     nats: list[Tensor] = []
@@ -74,6 +80,10 @@ def losses(decoder: Decoder, documents: Sequence[list[int]], batch_tokens: int) 
         nats.append(-of_tokens.sum(dim=1, dtype=torch.float64))
     in_order = np.empty(len(documents))
     in_order[longest_first] = torch.cat(nats).cpu().numpy()
+    if not np.isfinite(in_order).all():
+        raise NonFiniteError(
+            f"log-probabilities are not finite in {decoder.unembedding.weight.dtype}; {NON_FINITE_HINT}"
+        )
     return Losses(in_order, np.array([len(ids) - 1 for ids in documents], dtype=np.float64))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class NonFiniteError(ValueError):
-    """Activations or gradients overflowed; the message names the layer."""
+    """Activations, gradients or log-probabilities are not finite; the message names the layer where it is known."""
 
 
 class StatisticError(ValueError):

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from relevance.causal import last_hidden, scaled
+from relevance.causal import NON_FINITE_HINT, last_hidden, scaled
 from relevance.encoding import Batch
 from relevance.families import Decoder
 from relevance.rules import PLAIN, soft_cap
+from relevance.statistics import NonFiniteError
 
 EXTRA_WORDS = 2000
 
@@ -68,9 +69,12 @@ class Effect:
 
 
 def unmasked(decoder: Decoder, words: Words, batch: Batch) -> Tensor:
-    """Log-probabilities of the whole model, float32 [n, words]."""
+    """Log-probabilities of the whole model, float32 [n, words]. Raises NonFiniteError."""
     with torch.no_grad():
-        return words.log_probabilities(last_hidden(decoder, batch), batch)
+        found = words.log_probabilities(last_hidden(decoder, batch), batch)
+    if not bool(torch.isfinite(found).all()):
+        raise NonFiniteError(f"log-probabilities are not finite in {words.rows.dtype}; {NON_FINITE_HINT}")
+    return found
 
 
 def effect(decoder: Decoder, words: Words, batch: Batch, before: Tensor, neurons: Tensor) -> Effect:

@@ -17,6 +17,7 @@ from relevance.model import load_model
 from relevance.search.learning import Learning, closed, learn
 from relevance.search.refinement import Refinement, by_rank, refine, refine_scores
 from relevance.search.words import EXTRA_WORDS, Words, effect, unmasked
+from relevance.statistics import NonFiniteError
 from relevance.validation.ablations import Ablations, JournalError
 from tests.tiny import FAMILIES, tiny_model
 
@@ -94,6 +95,16 @@ def test_hooks_are_gone_after_an_exception(llama: Decoder) -> None:
     with pytest.raises(ZeroDivisionError), scaled(llama, torch.zeros(3, 160)):
         raise ZeroDivisionError
     assert losses(llama, TEXTS["en"], 64).nats.tolist() == before.tolist()
+
+
+def test_weights_that_are_not_numbers_are_noticed(tmp_path: Path) -> None:
+    decoder = take_apart(load_model(tiny_model("llama", tmp_path), torch.float32, torch.device("cpu")))
+    with torch.no_grad():
+        decoder.layers[1].down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"not finite in torch\.float32; the weights may hold"):
+        losses(decoder, TEXTS["en"], 64)
+    with pytest.raises(NonFiniteError, match="not finite"):
+        learn(decoder, Words.of(decoder, TEXTS), TEXTS, "vi", Learning(neurons=4, steps=2))
 
 
 def test_effects_over_all_words_are_the_exact_ones(llama: Decoder) -> None:
