@@ -200,3 +200,22 @@ def test_a_corpus_knows_its_files(directory: Path) -> None:
 def test_the_module_imports_no_torch() -> None:
     program = "import sys, relevance.corpus, relevance.sources, relevance.commands; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_documents_are_spread_evenly_and_stay_parallel() -> None:
+    whole = Corpus(
+        {
+            "en": tuple(Document(f"d{n}", f"a river {n}") for n in range(10)),
+            "vi": tuple(Document(f"d{n}", f"con sông {n}") for n in range(10)),
+            "zh": (Document("d0", "河"), Document("d1", "江")),
+        },
+        "test",
+    )
+    few = whole.spread(4)
+    assert [document.id for document in few.documents["en"]] == ["d0", "d2", "d5", "d7"]
+    assert [document.id for document in few.documents["vi"]] == ["d0", "d2", "d5", "d7"]
+    assert few.documents["zh"] == whole.documents["zh"]
+    assert few.split == "test"
+    assert few.digest != whole.digest
+    assert whole.spread(None) is whole
+    assert whole.spread(10) == whole
