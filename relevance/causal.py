@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from crane_serve.masks import NeuronMask
 from relevance.encoding import Batch, batches
 from relevance.families import Decoder
+from relevance.measurement import last_hidden
 from relevance.objective import log_probabilities
 from relevance.statistics import NonFiniteError
 
@@ -76,7 +77,7 @@ def losses(decoder: Decoder, documents: Sequence[list[int]], batch_tokens: int) 
     device = decoder.unembedding.weight.device
     nats: list[Tensor] = []
     for batch in batches(documents, batch_tokens, device):
-        of_tokens = log_probabilities(decoder, last_hidden(decoder, batch), batch)  # [documents, tokens - 1]
+        of_tokens = log_probabilities(decoder, hidden_states(decoder, batch), batch)  # [documents, tokens - 1]
         nats.append(-of_tokens.sum(dim=1, dtype=torch.float64))
     in_order = np.empty(len(documents))
     in_order[longest_first] = torch.cat(nats).cpu().numpy()
@@ -87,11 +88,9 @@ def losses(decoder: Decoder, documents: Sequence[list[int]], batch_tokens: int) 
     return Losses(in_order, np.array([len(ids) - 1 for ids in documents], dtype=np.float64))
 
 
-def last_hidden(decoder: Decoder, batch: Batch) -> Tensor:
+def hidden_states(decoder: Decoder, batch: Batch) -> Tensor:
     """Last hidden states [documents, tokens, hidden]."""
-    embeddings = decoder.embedding(batch.token_ids).detach()  # [documents, tokens, hidden]
-    hidden: Tensor = decoder.trunk(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-    return hidden
+    return last_hidden(decoder, decoder.embedding(batch.token_ids).detach())
 
 
 def _input_hook(factors: Tensor) -> Any:

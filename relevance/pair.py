@@ -11,9 +11,8 @@ from pydantic import BaseModel, ConfigDict
 import crane_serve
 from crane_serve.atomic import write_atomically
 from crane_serve.checkpoints.resolve import resolve_checkpoint
-from crane_serve.masks import Fingerprint, read_mask
-from crane_serve.masks.files import SUFFIX, MaskFileError, StoredMask
-from crane_serve.masks.transfer import transferred
+from crane_serve.masks import Fingerprint
+from crane_serve.masks.transfer import read_masks, transferred
 from crane_serve.statistics import Estimate, change_per_token
 from relevance.corpus import Corpus
 from relevance.encoding import encode
@@ -127,7 +126,7 @@ def compare(
     """
     checkpoints = [resolve_checkpoint(base), resolve_checkpoint(chat)]
     prints = [Fingerprint.of(checkpoint) for checkpoint in checkpoints]
-    stored = _read(masks, names)
+    stored = read_masks(masks, names)
     for mask in stored:
         prints[0].require(mask.info.fingerprint, f"mask {mask.name!r}")
         transferred(mask, prints[1])
@@ -176,15 +175,6 @@ def compare(
     )
     result.save(directory)
     return result
-
-
-def _read(masks: Path, names: Sequence[str]) -> list[StoredMask]:
-    if not masks.is_dir():
-        raise MaskFileError(f"{masks} is not a directory of mask files")
-    files = [masks / f"{name}{SUFFIX}" for name in names] or sorted(masks.glob(f"[!.]*{SUFFIX}"))
-    if not files:
-        raise MaskFileError(f"{masks} holds no mask files")
-    return [read_mask(file) for file in files]
 
 
 def _shown(of: Estimate) -> str:

@@ -51,6 +51,7 @@ def refine(
     from relevance.workbench import Workbench
 
     bench = Workbench.open(model, scores, dtype, device)
+    bench.require_absent("ablation-refined", replace=replace)
     options = Refinement(candidates=candidates, group=group, price=price, documents=documents, seed=seed)
     proposed = order(bench.scores, start)
     texts = bench.search_texts(corpus, split, limit, max_tokens)
@@ -84,6 +85,7 @@ def learn(
     from relevance.workbench import Workbench
 
     bench = Workbench.open(model, scores, dtype, device)
+    bench.require_absent("learned", replace=replace)
     options = Learning(
         neurons=neurons_of_budget(budget, bench.scores.shape.neurons),
         steps=steps,

@@ -71,23 +71,30 @@ class Workbench:
     def validation_texts(
         self, corpus: str, choice: str, report: str, limit: int | None, max_tokens: int
     ) -> dict[str, EncodedTexts]:
-        """Texts for choices ("validation") and for reporting ("test"), `limit` documents of each language
-        spread over a split.
-
+        """Texts for choices ("validation") and for reporting ("test"), `limit` documents of each language of a split.
 
         Raises ScoresError when one of them is what the scores come from, or when they are the same.
         """
+        info = self.scores.info
+        # Scores may come from as many documents of a split, at even distances, and none of the others.
+        limit_of_scores = max(used + skipped for used, skipped in zip(info.documents, info.skipped, strict=True))
         found: dict[str, EncodedTexts] = {}
         for part, split in (("validation", choice), ("test", report)):
             texts = load_corpus(corpus, split, list(self.languages), "text")
             if texts.split is None:
                 raise ScoresError(f"{corpus} has no splits; expected splits {choice!r} and {report!r}")
-            if texts.digest in {self.scores.info.corpus_digest, *(other.corpus_digest for other in found.values())}:
+            of_scores = info.corpus_digest in (texts.digest, texts.spread(limit_of_scores).digest)
+            if of_scores or texts.digest in {other.corpus_digest for other in found.values()}:
                 raise ScoresError(
                     f"split {split!r} of {corpus} is used twice; scores, choices and report need their own"
                 )
             found[part] = self._texts(texts.spread(limit), max_tokens)
         return found
+
+    def require_absent(self, method: str, *, replace: bool) -> None:
+        """Raise ScoresError, before a search begins, if its scores are there already and not to be replaced."""
+        if method in self.scores.by_method and not replace:
+            raise ScoresError(f"the file holds scores of {method} already; pass --replace to replace them")
 
     def add_scores(self, path: Path, method: str, found: Mapping[str, Tensor], *, replace: bool) -> None:
         """Add scores [layers, widest] of every language to the file they belong to, read again for what others added.

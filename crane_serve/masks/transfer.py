@@ -21,15 +21,20 @@ def transfer_masks(masks: Path, fingerprint: Fingerprint, out: Path, names: Sequ
     directory without masks, or a file that is no mask; TransferError when `out` is the same directory, or the
     checkpoint has another shape than a mask's.
     """
-    if not masks.is_dir():
-        raise MaskFileError(f"{masks} is not a directory of mask files")
     if out.resolve() == masks.resolve():
         raise TransferError(f"{out} holds the masks to transfer; expected another directory, so that these stay")
+    ready = [transferred(stored, fingerprint) for stored in read_masks(masks, names)]
+    return [write_mask(out, stored.name, stored.mask, stored.info) for stored in ready]
+
+
+def read_masks(masks: Path, names: Sequence[str] = ()) -> list[StoredMask]:
+    """The masks `names` of the directory `masks`, each once, or all of them. Raises MaskFileError."""
+    if not masks.is_dir():
+        raise MaskFileError(f"{masks} is not a directory of mask files")
     files = [masks / f"{check_name(name)}{SUFFIX}" for name in names] or sorted(masks.glob(f"[!.]*{SUFFIX}"))
     if not files:
         raise MaskFileError(f"{masks} holds no mask files")
-    ready = [transferred(read_mask(file), fingerprint) for file in dict.fromkeys(files)]
-    return [write_mask(out, stored.name, stored.mask, stored.info) for stored in ready]
+    return [read_mask(file) for file in dict.fromkeys(files)]
 
 
 def transferred(stored: StoredMask, fingerprint: Fingerprint) -> StoredMask:

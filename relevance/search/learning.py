@@ -13,6 +13,7 @@ from torch import Tensor
 
 from relevance.encoding import Batch
 from relevance.families import Decoder
+from relevance.method import Shape
 from relevance.search.words import Effect, Words, effect, unmasked
 
 _NEVER = -torch.inf
@@ -76,7 +77,7 @@ def learn(
     so that in a parallel corpus topic cannot stand in for language.
     """
     device = decoder.unembedding.weight.device
-    exists = _exists(decoder.sizes).to(device)
+    exists = Shape(tuple(documents), decoder.sizes).exists.to(device)
     scores = torch.zeros(exists.shape, device=device)  # [layers, widest]
     velocity = torch.zeros_like(scores)
     for number, batches in enumerate(_draws(documents, options, device)):
@@ -126,7 +127,3 @@ def _draws(
             language: Batch.of([of_language[index % len(of_language)] for index in drawn], device)
             for language, of_language in documents.items()
         }
-
-
-def _exists(sizes: Sequence[int]) -> Tensor:
-    return torch.arange(max(sizes)) < torch.tensor(sizes).unsqueeze(1)

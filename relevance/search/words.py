@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from relevance.causal import NON_FINITE_HINT, last_hidden, scaled
+from relevance.causal import NON_FINITE_HINT, hidden_states, scaled
 from relevance.encoding import Batch
 from relevance.families import Decoder
 from relevance.rules import PLAIN, soft_cap
@@ -71,7 +71,7 @@ class Effect:
 def unmasked(decoder: Decoder, words: Words, batch: Batch) -> Tensor:
     """Log-probabilities of the whole model, float32 [n, words]. Raises NonFiniteError."""
     with torch.no_grad():
-        found = words.log_probabilities(last_hidden(decoder, batch), batch)
+        found = words.log_probabilities(hidden_states(decoder, batch), batch)
     if not bool(torch.isfinite(found).all()):
         raise NonFiniteError(f"log-probabilities are not finite in {words.rows.dtype}; {NON_FINITE_HINT}")
     return found
@@ -80,7 +80,7 @@ def unmasked(decoder: Decoder, words: Words, batch: Batch) -> Tensor:
 def effect(decoder: Decoder, words: Words, batch: Batch, before: Tensor, neurons: Tensor) -> Effect:
     """Effect of the factors `neurons` [layers, widest] on `batch`; `before`: what `unmasked` gave. Differentiable."""
     with scaled(decoder, neurons):
-        after = words.log_probabilities(last_hidden(decoder, batch), batch)  # [n, words]
+        after = words.log_probabilities(hidden_states(decoder, batch), batch)  # [n, words]
     targets = words.targets(batch)
     loss = (before.gather(1, targets) - after.gather(1, targets)).mean()
     divergence = (before.exp() * (before - after)).sum(dim=1).mean()

@@ -307,6 +307,13 @@ def test_what_validate_refuses(files: dict[str, Path], options: tuple[str, ...],
     assert message in _run("validate", *arguments, fails=True)
 
 
+def test_a_limit_does_not_hide_that_a_split_is_used_twice(files: dict[str, Path], tmp_path: Path) -> None:
+    scores = tmp_path / "few.safetensors"
+    _run("relevance", files["model"], "--corpus", files["corpus"], "--limit", 2, "--methods", "lape", "--out", scores)
+    arguments = (files["model"], scores, "--corpus", files["corpus"], "--out", tmp_path, "--report-split", "relevance")
+    assert "split 'relevance'" in _run("validate", *arguments, fails=True)
+
+
 def test_scores_of_another_model_are_refused(files: dict[str, Path], tmp_path: Path) -> None:
     other = tiny_model("llama", tmp_path / "other", seed=7)
     said = _run("validate", other, files["scores"], "--corpus", files["corpus"], fails=True)
