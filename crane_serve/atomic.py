@@ -2,19 +2,37 @@
 
 import os
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def written_aside(path: Path, content: bytes) -> Iterator[Callable[[], None]]:
+    """Write `content` to the disk beside `path`, making its directory if that is missing.
+
+    Yields what puts it in place; if that is not called, nothing is left or changed. Raises OSError, on a full disk
+    before anything is yielded.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    scratch = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.chmod(0o644)
+
+        def put_in_place() -> None:
+            scratch.replace(path)
+
+        yield put_in_place
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Put `content` at `path`, making its directory if that is missing; on an error nothing is left or changed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as scratch:
-        try:
-            scratch.write(content)
-            scratch.flush()
-            os.fsync(scratch.fileno())
-            Path(scratch.name).chmod(0o644)
-            Path(scratch.name).replace(path)
-        except BaseException:
-            Path(scratch.name).unlink(missing_ok=True)
-            raise
+    with written_aside(path, content) as put_in_place:
+        put_in_place()

@@ -1,17 +1,28 @@
-"""What every route needs: the engine, and the one mask a request means."""
+"""What every route needs: the engine, the gate, and the one mask a request means."""
 
+from collections.abc import Iterable
 from typing import Annotated, cast
 
 from fastapi import Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from crane_serve.api.context import RequestContext, context_of
 from crane_serve.api.errors import BadRequest
+from crane_serve.api.gate import Gate
 from crane_serve.engine.service import EngineService
 from crane_serve.masks import MaskLibrary, Positions, ResolvedMask
 
 
 def get_engine(request: Request) -> EngineService:
     return cast(EngineService, request.app.state.engine)
+
+
+def get_gate(request: Request) -> Gate:
+    return cast(Gate, request.app.state.gate)
+
+
+def get_context(request: Request) -> RequestContext:
+    return context_of(request.scope)
 
 
 class _Query(BaseModel):
@@ -31,33 +42,43 @@ class _GenerateQuery(_Query):
 MaskQuery = Annotated[_Query, Query()]
 GenerateQuery = Annotated[_GenerateQuery, Query()]
 Engine = Annotated[EngineService, Depends(get_engine)]
+TheGate = Annotated[Gate, Depends(get_gate)]
+Context = Annotated[RequestContext, Depends(get_context)]
 
 
-def choose_positions(query: _GenerateQuery, body: Positions | None, body_mask: str | None) -> Positions:
+def choose_positions(query: Positions | None, body: Positions | None, *, masked: bool) -> Positions:
     """The positions of a request that may name them in the query, in the body, or in both if they are the same.
 
-    Raises BadRequest if the request names two, or names positions without a mask.
+    masked: whether it names a mask. Raises BadRequest if the request names two, or positions without a mask.
     """
-    in_query = query.positions
-    if in_query is not None and body is not None and in_query is not body:
-        raise BadRequest("mask_conflict", f"the query says positions={in_query}, the body {body}", "positions")
-    asked = body if in_query is None else in_query
-    if asked is not None and query.mask is None and body_mask is None:
+    if query is not None and body is not None and query is not body:
+        raise BadRequest("mask_conflict", f"the query says positions={query}, the body {body}", "positions")
+    asked = body if query is None else query
+    if asked is not None and not masked:
         raise BadRequest("mask_conflict", f"positions={asked} without a mask", "positions")
     return Positions.ALL if asked is None else asked
 
 
 def choose_mask(
-    library: MaskLibrary, query: _Query, body: str | None, positions: Positions = Positions.ALL
+    library: MaskLibrary, asked: Iterable[tuple[str, str]], positions: Positions = Positions.ALL
 ) -> ResolvedMask | None:
-    """The mask of a request that may name it in the query, in the body, or in both if they mean the same.
+    """The mask of a request that may name it in several places, if they mean the same.
 
-    Raises MaskError for a mask that cannot be used, BadRequest if the request names two.
+    asked: pairs of a place, as in "the query", and the mask expression there. Raises MaskError for a mask that cannot
+    be used, BadRequest if the request names two.
     """
-    in_query = query.mask or []
-    if len(in_query) > 1:
+    named = [(place, expression, library.resolve(expression, positions)) for place, expression in asked]
+    for place, expression, mask in named[1:]:
+        first_place, first, first_mask = named[0]
+        if (mask and mask.wire) != (first_mask and first_mask.wire):
+            message = f"{first_place} says mask={first}, {place} {expression}"
+            raise BadRequest("mask_conflict", message, "mask")
+    return named[0][2] if named else None
+
+
+def asked_masks(query: list[str] | None, body: str | None) -> list[tuple[str, str]]:
+    """What `choose_mask` takes, of a query and a body. Raises BadRequest if the query names a mask twice."""
+    if query is not None and len(query) > 1:
         raise BadRequest("mask_conflict", "'mask' is given twice in the query; join names with commas", "mask")
-    resolved = [library.resolve(expression, positions) for expression in (*in_query, body) if expression is not None]
-    if len({None if mask is None else mask.wire for mask in resolved}) > 1:
-        raise BadRequest("mask_conflict", f"the query says mask={in_query[0]}, the body {body}", "mask")
-    return resolved[0] if resolved else None
+    asked = [("the query", expression) for expression in query or []]
+    return asked if body is None else [*asked, ("the body", body)]

@@ -1,7 +1,7 @@
-"""Every error answer has one shape: {"error": {"code", "message", "param"}}."""
+"""Every error answer has one shape, OpenAI's: {"error": {"message", "type", "param", "code"}}."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -12,35 +12,80 @@ from starlette.exceptions import HTTPException
 
 from crane_serve.api.schemas import ErrorAnswer, ErrorBody
 from crane_serve.engine.service import EngineDead, RejectedRequest
-from crane_serve.masks import InvalidMask, MaskError, MaskTableFull, UnknownMask
+from crane_serve.masks import FingerprintError, InvalidMask, MaskError, MaskFileError, MaskTableFull, UnknownMask
 
 _log = logging.getLogger("crane.api")
 RETRY_AFTER_S = "1"
 
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorAnswer, "description": "Contradictory, or refused by the engine"},
-    404: {"model": ErrorAnswer, "description": "Unknown mask"},
-    409: {"model": ErrorAnswer, "description": "The mask's file is corrupt or belongs to another model"},
-    422: {"model": ErrorAnswer, "description": "Malformed body"},
-    429: {"model": ErrorAnswer, "description": "As many different masks are in use as the engine has rows for"},
-    503: {"model": ErrorAnswer, "description": "The engine has died"},
+_DESCRIPTIONS = {
+    304: "Not changed: If-None-Match names the current digest",
+    400: "Contradictory, or refused by the engine",
+    401: "No key, or an unknown one",
+    403: "The key's role does not allow this",
+    404: "Unknown mask",
+    405: "The path has no such method",
+    408: "The body came too slowly",
+    409: "The mask's file is corrupt or belongs to another model",
+    412: "If-Match names another digest than the current one",
+    413: "The body is too large",
+    415: "The body has a media type or an encoding that is not read here",
+    422: "Malformed body or parameter",
+    429: "Too much at once: of this key, of the whole server, or different masks; see Retry-After",
+    500: "Unexpected error",
+    503: "The engine has died, or the server is shutting down",
+    504: "The request took longer than the server allows",
+    507: "The mask cannot be written to the disk",
 }
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+ANY_ROUTE = (401, 408, 413, 422, 429, 503, 504)
+"""What any route that runs the model may answer."""
 
 
-class BadRequest(ValueError):
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI description of error answers with these statuses."""
+    return {status: {"model": ErrorAnswer, "description": _DESCRIPTIONS[status]} for status in statuses}
+
+
+class ApiError(Exception):
+    """An error with its answer: HTTP status, a code for programs, the parameter it is about, and headers."""
+
+    def __init__(
+        self, status: int, code: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+        self.headers = dict(headers or {})
+
+
+class BadRequest(ApiError):
     """A request that contradicts itself."""
 
-    def __init__(self, code: str, message: str, param: str) -> None:
-        super().__init__(message)
-        self.code, self.param = code, param
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(400, code, message, param)
 
 
-def describe(error: Exception) -> tuple[int, ErrorBody]:
-    """HTTP status and body for an error; anything unforeseen is a 500 without details."""
+class TooBusy(ApiError):
+    """Too much at once; it will pass."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(429, code, message)
+
+
+def describe(error: BaseException) -> tuple[int, ErrorBody, dict[str, str]]:
+    """HTTP status, body and headers for an error; anything unforeseen is a 500 without details, and is logged."""
     param: str | None = None
+    headers: dict[str, str] = {}
     match error:
-        case BadRequest():
-            status, code, param = 400, error.code, error.param
+        case ApiError():
+            status, code, param, headers = error.status, error.code, error.param, dict(error.headers)
         case UnknownMask():
             status, code, param = 404, "unknown_mask", "mask"
         case InvalidMask():
@@ -49,36 +94,55 @@ def describe(error: Exception) -> tuple[int, ErrorBody]:
             status, code, param = 429, "mask_table_full", "mask"
         case MaskError():
             status, code, param = 400, "malformed_mask", "mask"
+        case FingerprintError():
+            status, code = 409, "other_model"
+        case MaskFileError():
+            status, code = 422, "malformed_mask_file"
         case RejectedRequest():
             status, code = 400, "rejected_request"
         case EngineDead():
             status, code = 503, "engine_dead"
         case RequestValidationError():
-            return 422, _malformed(error)
+            status, code = 422, "malformed_body"
+            param, message = _malformed(error)
+            return status, _body(status, code, message, param), headers
         case HTTPException() if error.status_code == 400:  # how FastAPI answers a body that json cannot decode
-            return 422, ErrorBody(code="malformed_body", message="the body cannot be read as JSON in UTF-8", param=None)
+            return 422, _body(422, "malformed_body", "the body cannot be read as JSON in UTF-8"), headers
         case HTTPException():
-            phrase = HTTPStatus(error.status_code).phrase
-            code = phrase.lower().replace(" ", "_")
-            return error.status_code, ErrorBody(code=code, message=str(error.detail), param=None)
+            code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+            headers = dict(error.headers or {})  # 405 must say what is allowed
+            return error.status_code, _body(error.status_code, code, str(error.detail)), headers
         case _:
             _log.error("unexpected error", exc_info=error)
-            return 500, ErrorBody(code="internal_error", message="unexpected error; see the server's log", param=None)
-    return status, ErrorBody(code=code, message=str(error), param=param)
+            return 500, _body(500, "internal_error", "unexpected error; see the server's log"), headers
+    if status in (429, 503):
+        headers.setdefault("Retry-After", RETRY_AFTER_S)
+    return status, _body(status, code, str(error), param), headers
 
 
-def _malformed(error: RequestValidationError) -> ErrorBody:
+def _body(status: int, code: str, message: str, param: str | None = None) -> ErrorBody:
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return ErrorBody(message=message, type=kind, param=param, code=code)
+
+
+def error_response(error: BaseException) -> JSONResponse:
+    """The answer to a request that ends in an error."""
+    status, body, headers = describe(error)
+    return JSONResponse(ErrorAnswer(error=body).model_dump(), status_code=status, headers=headers)
+
+
+def _malformed(error: RequestValidationError) -> tuple[str | None, str]:
+    """The parameter that is malformed, None for the whole body, and what is wrong with it."""
     problem = _closest(error.errors())
     if problem["type"] == "json_invalid":
-        return ErrorBody(code="malformed_body", message=f"the body is not JSON: {problem['ctx']['error']}", param=None)
+        return None, f"the body is not JSON: {problem['ctx']['error']}"
     if problem["type"] == "model_attributes_type":
-        message = "the body is not a JSON object sent with Content-Type: application/json"
-        return ErrorBody(code="malformed_body", message=message, param=None)
+        return None, "the body is not a JSON object sent with Content-Type: application/json"
     _, *field = problem["loc"]
     # Behind the field's name only list positions are the caller's words; names there are alternatives of its type.
     param = ".".join(str(part) for part in (*field[:1], *(part for part in field[1:] if isinstance(part, int)))) or None
     message = problem["msg"].removeprefix("Value error, ")
-    return ErrorBody(code="malformed_body", message=f"{param or 'body'}: {message}", param=param)
+    return param, f"{param or 'body'}: {message}"
 
 
 def _closest(problems: Sequence[Any]) -> Any:
@@ -91,11 +155,8 @@ def install_error_handlers(app: FastAPI) -> None:
     """Answer every error of `app` in the one shape."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        status, body = describe(error)
-        headers = error.headers if isinstance(error, HTTPException) else None  # 405 must say what is allowed
-        if status == 429:
-            headers = {"Retry-After": RETRY_AFTER_S}
-        return JSONResponse(ErrorAnswer(error=body).model_dump(), status_code=status, headers=headers)
+        return error_response(error)
 
-    for kind in (BadRequest, MaskError, RejectedRequest, EngineDead, RequestValidationError, HTTPException, Exception):
+    known = (ApiError, MaskError, FingerprintError, MaskFileError, RejectedRequest, EngineDead)
+    for kind in (*known, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

@@ -11,8 +11,16 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from crane_serve.api.concurrency import run_all
-from crane_serve.api.dependencies import Engine, GenerateQuery, choose_mask, choose_positions
-from crane_serve.api.errors import RESPONSES, describe
+from crane_serve.api.dependencies import (
+    Context,
+    Engine,
+    GenerateQuery,
+    TheGate,
+    asked_masks,
+    choose_mask,
+    choose_positions,
+)
+from crane_serve.api.errors import ANY_ROUTE, describe, responses
 from crane_serve.api.schemas import (
     Delta,
     ErrorAnswer,
@@ -30,12 +38,16 @@ from crane_serve.masks import ResolvedMask
 router = APIRouter()
 
 
-@router.post("/generate", response_model=GenerateAnswer, responses=RESPONSES)
-async def generate(body: GenerateRequest, engine: Engine, query: GenerateQuery) -> GenerateAnswer | StreamingResponse:
+@router.post("/generate", response_model=GenerateAnswer, responses=responses(400, 404, 409, *ANY_ROUTE))
+async def generate(
+    body: GenerateRequest, engine: Engine, gate: TheGate, context: Context, query: GenerateQuery
+) -> GenerateAnswer | StreamingResponse:
     """Continue each prompt. With `stream: true` the answer is server-sent events, ended by `data: [DONE]`."""
-    positions = choose_positions(query, body.positions, body.mask)
-    resolved = choose_mask(engine.library, query, body.mask, positions)
-    generation = _Generation(engine, body, resolved)
+    asked = asked_masks(query.mask, body.mask)
+    positions = choose_positions(query.positions, body.positions, masked=bool(asked))
+    context.mask = choose_mask(engine.library, asked, positions)
+    gate.admit(context, len(body.prompts))
+    generation = _Generation(engine, body, await engine.encode(body.prompts), context.mask)
     if body.stream:
         # The first event is awaited here, so that a refused request is an HTTP error and not a broken stream.
         events = generation.events()
@@ -47,10 +59,12 @@ async def generate(body: GenerateRequest, engine: Engine, query: GenerateQuery) 
 class _Generation:
     """The prompts of one request on their way through the engine."""
 
-    def __init__(self, engine: EngineService, body: GenerateRequest, mask: ResolvedMask | None) -> None:
+    def __init__(
+        self, engine: EngineService, body: GenerateRequest, prompts: list[list[int]], mask: ResolvedMask | None
+    ) -> None:
         self._engine = engine
         self._mask = mask
-        self._prompts: list[list[int]] = [engine.tokenizer(prompt)["input_ids"] for prompt in body.prompts]
+        self._prompts = prompts
         self._sampling = Sampling(
             max_tokens=body.max_tokens,
             temperature=body.temperature,

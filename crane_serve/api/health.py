@@ -4,7 +4,7 @@ from fastapi import APIRouter
 
 import crane_serve
 from crane_serve.api.dependencies import Engine
-from crane_serve.api.errors import RESPONSES
+from crane_serve.api.errors import responses
 from crane_serve.api.schemas import Health, Ready
 from crane_serve.engine.service import EngineDead
 
@@ -17,7 +17,7 @@ async def health() -> Health:
     return Health()
 
 
-@router.get("/ready", response_model=Ready, responses={503: RESPONSES[503]})
+@router.get("/ready", response_model=Ready, responses=responses(503))
 async def ready(engine: Engine) -> Ready:
     """Whether requests can be served, and by which model."""
     if engine.is_dead:

@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from crane_serve.api.dependencies import Engine
-from crane_serve.api.errors import RESPONSES
+from crane_serve.api.errors import responses
 from crane_serve.api.schemas import InvalidMaskFile, MaskDetails, MaskList, MaskSummary
 
 router = APIRouter()
@@ -23,7 +23,7 @@ async def masks(engine: Engine) -> MaskList:
 @router.get(
     "/masks/{name}",
     response_model=MaskDetails,
-    responses={status: RESPONSES[status] for status in (404, 409, 422)},
+    responses=responses(404, 409, 422),
 )
 async def mask(name: str, engine: Engine) -> MaskDetails:
     """One mask by name, digest, or bare language."""

@@ -194,9 +194,10 @@ class Ready(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    code: str
     message: str
-    param: str | None
+    type: str = Field(description="Kind of error, as OpenAI names them")
+    param: str | None = Field(description="The parameter that the error is about")
+    code: str = Field(description="What programs may rely on")
 
 
 class ErrorAnswer(BaseModel):

@@ -1,17 +1,21 @@
 """EngineService: vLLM's asynchronous engine as the HTTP layer sees it: tokens in, tokens and log-probabilities out."""
 
 import asyncio
+import copy
 import math
 import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crane_serve.atomic import written_aside
+from crane_serve.checkpoints.prefix import start_token_id
 from crane_serve.engine.admission import mask_arguments, require_row
 from crane_serve.engine.changes import CHANGE_METHOD, FORGET_METHOD
 from crane_serve.engine.config import (
@@ -23,6 +27,7 @@ from crane_serve.engine.config import (
     mask_config,
 )
 from crane_serve.engine.flags import engine_arguments
+from crane_serve.engine.metering import meter
 from crane_serve.engine.self_check import check_masks
 from crane_serve.masks import (
     MaskError,
@@ -33,6 +38,7 @@ from crane_serve.masks import (
     StoredMask,
     UnknownMask,
     encode_mask,
+    mask_path,
 )
 
 _CPU_KV_CACHE_GIB = "2"
@@ -133,9 +139,15 @@ class EngineService:
         self.library: MaskLibrary = config.library()
         self.model_name = model_name
         self.tokenizer = engine.get_tokenizer()
+        self.on_tokens: Callable[[str | None, int, int], object] | None = None  # mask name, prompt, completion tokens
+        meter(engine, self.library, lambda *tokens: self.on_tokens and self.on_tokens(*tokens))
         self._running: Counter[str] = Counter()  # by digest of their mask: requests between submission and end
         self._changing = asyncio.Lock()
         self._forgetting: asyncio.Task[None] | None = None
+        # A copy of its own, used by one thread: tokenizers must not be shared between threads.
+        self._encoder = ThreadPoolExecutor(1, "encoder")
+        self._encoding = copy.deepcopy(self.tokenizer)
+        self._longest_token = max(map(len, self.tokenizer.get_vocab()))
 
     @classmethod
     async def start(cls, config: EngineConfig, name: str) -> "EngineService":
@@ -165,6 +177,7 @@ class EngineService:
     def stop(self) -> None:
         """End the engine's processes."""
         self.library.on_unused = None
+        self._encoder.shutdown(wait=False, cancel_futures=True)
         self._engine.shutdown()
 
     @property
@@ -181,11 +194,53 @@ class EngineService:
         """How many engines share the requests."""
         return int(self._engine.vllm_config.parallel_config.data_parallel_size)
 
-    async def put_mask(self, stored: StoredMask) -> None:
+    @property
+    def mask_rows(self) -> int:
+        """How many different masks can be resident."""
+        return self._config.rows
+
+    @property
+    def mask_rows_used(self) -> int:
+        """How many different masks requests are using now."""
+        return len(self._running)
+
+    def metrics(self) -> bytes:
+        """vLLM's own metrics in the Prometheus text format."""
+        from prometheus_client import generate_latest
+        from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+        return generate_latest(get_prometheus_registry())
+
+    async def encode(self, texts: Sequence[str], *, from_start: bool = False) -> list[list[int]]:
+        """Token ids of each text, made beside the event loop.
+
+        from_start: exactly one start token before each, whether or not the tokenizer adds it by itself. Raises
+        RejectedRequest for a text that the model has no room for.
+        """
+        longest = self.max_model_tokens * self._longest_token
+        for text in texts:
+            if len(text) > longest:
+                raise RejectedRequest(
+                    f"a text has {len(text)} characters, more than the model's {self.max_model_tokens} tokens can hold"
+                )
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._encoder, self._encode, list(texts), from_start)
+
+    def _encode(self, texts: list[str], from_start: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded: list[list[int]] = self._encoding(texts, add_special_tokens=not from_start)["input_ids"]
+        if from_start:
+            start = start_token_id(self._encoding)
+            encoded = [[start, *token_ids] for token_ids in encoded]
+        return encoded
+
+    async def put_mask(self, stored: StoredMask, *, save: bool = False) -> None:
         """Add a mask while serving, or replace the one of its name; requests that use the old one finish with it.
 
-        Returns when every process has it. Raises FingerprintError for another model's mask, MaskFileError for one that
-        this engine cannot run, EngineDead.
+        save: write it to the directory of masks, too, before any process has it. Returns when every process has it.
+        Raises FingerprintError for another model's mask, MaskFileError for one that this engine cannot run, OSError if
+        it cannot be written, EngineDead; then nothing has changed.
         """
         self.library.fingerprint.require(stored.info.fingerprint, f"mask {stored.name!r}")
         if stored.mask.output is not None and not self._config.outputs:
@@ -193,22 +248,44 @@ class EngineService:
                 f"mask {stored.name!r} scales MLP output dimensions, which this engine was started without"
             )
         content = encode_mask(stored.name, stored.mask, stored.info)
+        await self._whole(self._put(stored, content, save))
+
+    async def _put(self, stored: StoredMask, content: bytes, save: bool) -> None:
         async with self._changing:
-            await self._tell_cores(CHANGE_METHOD, stored.name, content)
+            with ExitStack() as files:
+                put_in_place: Callable[[], None] | None = None
+                if save:
+                    aside = written_aside(mask_path(self._config.masks, stored.name), content)
+                    put_in_place = await asyncio.to_thread(files.enter_context, aside)
+                await self._tell_cores(CHANGE_METHOD, stored.name, content)
+                if put_in_place is not None:
+                    put_in_place()
             self.library.put(stored)
         await self._forget_unused()
 
-    async def remove_mask(self, name: str) -> None:
+    async def remove_mask(self, name: str, *, save: bool = False) -> None:
         """Remove the mask of exactly this name while serving; requests that use it finish with it.
 
-        Raises UnknownMask, EngineDead.
+        save: remove its file, too; a file that holds no usable mask can be removed only so. Raises UnknownMask, OSError
+        if the file cannot be removed (then nothing has changed), EngineDead.
         """
-        if name not in self.library.masks:
-            raise UnknownMask(f"unknown mask {name!r}; this server has {', '.join(self.library.masks) or 'no masks'}")
+        await self._whole(self._remove(name, save))
+
+    async def _remove(self, name: str, save: bool) -> None:
         async with self._changing:
+            if name not in self.library.masks and not (save and name in self.library.invalid):
+                known = ", ".join(self.library.masks) or "no masks"
+                raise UnknownMask(f"unknown mask {name!r}; this server has {known}")
+            if save:
+                mask_path(self._config.masks, name).unlink(missing_ok=True)
             self.library.discard(name)
             await self._tell_cores(CHANGE_METHOD, name, None)
         await self._forget_unused()
+
+    @staticmethod
+    async def _whole(change: Coroutine[Any, Any, None]) -> None:
+        """Run a change to its end, even if the caller is cancelled: half of one would leave processes apart."""
+        await asyncio.shield(asyncio.ensure_future(change))
 
     def _forget_soon(self) -> None:
         if self._forgetting is None or self._forgetting.done():
@@ -294,7 +371,7 @@ class EngineService:
             run = self._engine.generate(
                 tokens_input(token_ids), sampling_params, uuid.uuid4().hex, data_parallel_rank=data_parallel_rank
             )
-            with self._row(mask):
+            with self.row(mask):
                 async with aclosing(run) as results:
                     async for result in results:
                         if result.outputs and result.outputs[0].finish_reason == "error":
@@ -315,7 +392,7 @@ class EngineService:
             raise RejectedRequest(str(error)) from error
 
     @contextmanager
-    def _row(self, mask: ResolvedMask | None) -> Iterator[None]:
+    def row(self, mask: ResolvedMask | None) -> Iterator[None]:
         """Count a request among those that need a row for their mask. Raises MaskTableFull if there is none."""
         if mask is None:
             yield

@@ -6,6 +6,7 @@ from crane_serve.masks.files import (
     StoredMask,
     decode_mask,
     encode_mask,
+    mask_path,
     read_mask,
     write_mask,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "UnknownMask",
     "decode_mask",
     "encode_mask",
+    "mask_path",
     "read_mask",
     "write_mask",
 ]

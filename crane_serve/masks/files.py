@@ -71,6 +71,11 @@ def check_name(name: str) -> str:
     return name
 
 
+def mask_path(directory: Path, name: str) -> Path:
+    """Where the mask of a name is kept. Raises MaskFileError for a name that is none, so for every path."""
+    return directory / f"{check_name(name)}{SUFFIX}"
+
+
 def encode_mask(name: str, mask: NeuronMask, info: MaskInfo) -> bytes:
     """The content of a mask file. Raises MaskFileError for a bad name, or other sizes than the fingerprint says."""
     check_name(name)
@@ -89,7 +94,7 @@ def write_mask(directory: Path, name: str, mask: NeuronMask, info: MaskInfo) -> 
 
     Raises MaskFileError, before anything is written, for what `encode_mask` refuses.
     """
-    path = directory / f"{check_name(name)}{SUFFIX}"
+    path = mask_path(directory, name)
     write_atomically(path, encode_mask(name, mask, info))
     return path
 

@@ -113,8 +113,9 @@ class MaskLibrary:
             self._set_masks({**self.masks, stored.name: stored})
 
     def discard(self, name: str) -> None:
-        """Retire the mask of exactly this name, if there is one."""
+        """Retire the mask of exactly this name, if there is one; a file that holds none is no longer listed."""
         with self._lock:
+            self.invalid = {known: reason for known, reason in self.invalid.items() if known != name}
             self._set_masks({known: stored for known, stored in self.masks.items() if known != name})
 
     def _set_masks(self, masks: Mapping[str, StoredMask]) -> None:

@@ -1,11 +1,25 @@
 """FakeEngine: EngineService's interface without vLLM; deterministic, and it can be told to fail, wait or die."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+from crane_serve.atomic import write_atomically
+from crane_serve.checkpoints.prefix import encode_from_start
 from crane_serve.engine.service import EngineDead, PromptLogprobs, SampledToken, Sampling, Step, TokenLogprob
-from crane_serve.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, ResolvedMask, StoredMask
+from crane_serve.masks import (
+    Fingerprint,
+    MaskInfo,
+    MaskLibrary,
+    NeuronMask,
+    ResolvedMask,
+    StoredMask,
+    UnknownMask,
+    encode_mask,
+    mask_path,
+)
 from tests.tiny import byte_tokenizer
 
 FINGERPRINT = Fingerprint(
@@ -49,8 +63,12 @@ class FakeEngine:
 
     model_name = "tiny"
     max_model_tokens = 512
+    mask_rows = 256
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = directory  # of saved masks
+        self.on_tokens: Callable[[str | None, int, int], object] | None = None
+        self.mask_rows_used = 0
         self.library = library()
         self.tokenizer = byte_tokenizer()
         self.is_dead = False
@@ -65,6 +83,41 @@ class FakeEngine:
 
     def stop(self) -> None:
         self.stopped = True
+
+    def metrics(self) -> bytes:
+        return b"# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0.0\n"
+
+    async def encode(self, texts: Sequence[str], *, from_start: bool = False) -> list[list[int]]:
+        await asyncio.sleep(0)
+        if from_start:
+            return [encode_from_start(self.tokenizer, text) for text in texts]
+        return [self.tokenizer(text)["input_ids"] for text in texts]
+
+    async def put_mask(self, stored: StoredMask, *, save: bool = False) -> None:
+        self.library.fingerprint.require(stored.info.fingerprint, f"mask {stored.name!r}")
+        await asyncio.sleep(0)
+        await self._misbehave(0)
+        if save and self.directory is not None:
+            path = mask_path(self.directory, stored.name)
+            write_atomically(path, encode_mask(stored.name, stored.mask, stored.info))
+        self.library.put(stored)
+
+    async def remove_mask(self, name: str, *, save: bool = False) -> None:
+        await asyncio.sleep(0)
+        await self._misbehave(0)
+        if name not in self.library.masks and not (save and name in self.library.invalid):
+            raise UnknownMask(f"unknown mask {name!r}; this server has {', '.join(self.library.masks)}")
+        if save and self.directory is not None:
+            mask_path(self.directory, name).unlink(missing_ok=True)
+        self.library.discard(name)
+
+    @contextmanager
+    def row(self, mask: ResolvedMask | None) -> Iterator[None]:
+        self.mask_rows_used += mask is not None
+        try:
+            yield
+        finally:
+            self.mask_rows_used -= mask is not None
 
     async def generate(
         self, prompt_ids: list[int], sampling: Sampling, mask: ResolvedMask | None, *, stream: bool
@@ -90,6 +143,8 @@ class FakeEngine:
         finally:
             self.running -= 1
             self.aborted += not done
+            if self.on_tokens is not None:
+                self.on_tokens(None if mask is None else mask.name, len(prompt_ids), index + 1)
 
     async def score(self, token_ids: list[int], mask: ResolvedMask | None) -> PromptLogprobs:
         self.calls.append(Call(token_ids, mask))

@@ -170,6 +170,7 @@ async def test_stream_of_several_prompts(client: httpx.AsyncClient) -> None:
     assert done == "data: [DONE]"
 
 
+TYPES = {400: "invalid_request_error", 500: "server_error", 503: "service_unavailable_error"}
 ERRORS = [
     (RejectedRequest("the prompt is too long"), 400, "rejected_request", "the prompt is too long"),
     (EngineDead("the engine has died"), 503, "engine_dead", "the engine has died"),
@@ -191,7 +192,7 @@ async def test_an_error_before_the_first_token_is_an_http_error(
     engine.error = error
     response = await client.post("/generate", json={"prompt": ["a", "b"], "stream": stream})
     assert response.status_code == status
-    assert response.json() == {"error": {"code": code, "message": message, "param": None}}
+    assert response.json() == {"error": {"code": code, "message": message, "param": None, "type": TYPES[status]}}
     assert engine.running == 0
 
 
@@ -204,7 +205,7 @@ async def test_an_error_in_a_stream_is_its_last_event(
     *deltas, last = events(response)
     assert response.status_code == 200
     assert [delta["text"] for delta in deltas] == ["a", "b"]
-    assert last == {"error": {"code": code, "message": message, "param": None}}
+    assert last == {"error": {"code": code, "message": message, "param": None, "type": TYPES[status]}}
 
 
 async def test_the_failure_of_one_prompt_stops_the_others(client: httpx.AsyncClient, engine: FakeEngine) -> None:

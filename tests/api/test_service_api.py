@@ -16,10 +16,16 @@ BODIES = [("/generate", {"prompt": "a", "max_tokens": 1}), ("/score", {"text": [
 routes = pytest.mark.parametrize(("route", "body"), BODIES, ids=["generate", "score"])
 
 
+TYPES = {404: "not_found_error", 503: "service_unavailable_error"}
+
+
 def error_of(response: httpx.Response) -> dict[str, Any]:
     answer = response.json()
     assert list(answer) == ["error"]
-    assert list(answer["error"]) == ["code", "message", "param"]
+    assert sorted(answer["error"]) == ["code", "message", "param", "type"]
+    assert answer["error"].pop("type") == TYPES.get(
+        response.status_code, "server_error" if response.status_code >= 500 else "invalid_request_error"
+    )
     error: dict[str, Any] = answer["error"]
     return error
 

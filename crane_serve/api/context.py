@@ -1,0 +1,31 @@
+"""RequestContext: what is known of a request beside its body, from the first middleware to the last line of the log."""
+
+from dataclasses import dataclass
+from typing import cast
+
+from starlette.types import Scope
+
+from crane_serve.api.keys import Key
+from crane_serve.masks import ResolvedMask
+
+_SCOPE_KEY = "crane"
+
+
+@dataclass
+class RequestContext:
+    """One HTTP request.
+
+    key: who asks, None where no keys are required. mask: what it runs under, for the log and the metrics; while it is
+    held here, its content stays. admitted: whether the gate counts it; sequences: how many the engine runs for it.
+    """
+
+    request_id: str
+    key: Key | None = None
+    mask: ResolvedMask | None = None
+    admitted: bool = False
+    sequences: int = 0
+
+
+def context_of(scope: Scope) -> RequestContext:
+    """The context of a request; a new one where no middleware has made any, as in tests of a single part."""
+    return cast(RequestContext, scope.setdefault(_SCOPE_KEY, RequestContext(request_id="-")))

@@ -1,0 +1,42 @@
+"""Count the tokens of everything that an engine generates, by mask, whichever route it came through."""
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from crane_serve.engine.admission import asked_mask
+from crane_serve.engine.wrapping import wrap
+from crane_serve.masks import MaskError, MaskLibrary
+
+
+def meter(engine: Any, library: MaskLibrary, on_tokens: Callable[[str | None, int, int], object]) -> None:
+    """Call `on_tokens(name of the mask or None, prompt tokens, completion tokens)` when a request of `engine` ends.
+
+    Requests that end early count with what they had been given by then.
+    """
+
+    async def generate(
+        original: Callable[..., AsyncGenerator[Any]], prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any]:
+        prompt_tokens = completion_tokens = 0
+        try:
+            asked = asked_mask(sampling_params)
+            name = None if asked is None else _name(library, asked.expression)
+        except MaskError:
+            name = None  # and the engine will say why it refuses it
+        try:
+            async with aclosing(original(prompt, sampling_params, *args, **kwargs)) as results:
+                async for result in results:
+                    prompt_tokens = prompt_tokens or len(result.prompt_token_ids or ())
+                    completion_tokens += sum(len(output.token_ids) for output in result.outputs)
+                    yield result
+        finally:
+            if prompt_tokens:
+                on_tokens(name, prompt_tokens, completion_tokens)
+
+    wrap(engine, "generate", generate)
+
+
+def _name(library: MaskLibrary, expression: str) -> str | None:
+    resolved = library.resolve(expression, retired=True)
+    return None if resolved is None else resolved.name
