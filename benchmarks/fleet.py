@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,18 +26,20 @@ class Engine:
     `pause` stops its whole process group with SIGSTOP, `wake` continues it.
     """
 
-    def __init__(self, name: str, settings: Mapping[str, Any], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path, *, answers: bool = True
+    ) -> None:
+        """answers: whether it is asked for jobs over its pipes; one that is not writes everything to the log."""
         self.name = name
         self.start_s: float | None = None  # from the start of the process until it could serve
         self._log = log
         self._buffer = b""
         self._began = time.perf_counter()
-        command = [sys.executable, str(Path(__file__).with_name("worker.py")), json.dumps(dict(settings))]
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                list(command),
+                stdin=subprocess.PIPE if answers else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if answers else errors,
                 stderr=errors,
                 env=dict(environment),
                 start_new_session=True,
@@ -118,7 +120,8 @@ class Fleet:
         """Start engines side by side and leave them asleep. Names: those of `ENGINES`."""
         for name in names:
             settings = {**self._settings, **ENGINES[name]}
-            self.engines[name] = Engine(name, settings, self._environment(name), self._logs / f"{name}.log")
+            command = [sys.executable, str(Path(__file__).with_name("worker.py")), json.dumps(settings)]
+            self.engines[name] = Engine(name, command, self._environment(name), self._logs / f"{name}.log")
         for name in names:
             self.engines[name].wait().pause()
             print(f"engine {name!r} started in {self.start_s(name):.1f} s", file=sys.stderr, flush=True)

@@ -1,6 +1,20 @@
 """Client half: ask a crane server and turn its answers into the matrix mask x language -> degradation."""
 
-from clients.answers import Delta, Generation, MaskListing, MaskSummary, Output, Readiness, Score, Scores, Usage
+from clients.answers import (
+    Delta,
+    Generation,
+    GenerationResult,
+    MaskListing,
+    MaskNeurons,
+    MaskSummary,
+    Output,
+    Readiness,
+    Score,
+    Scores,
+    ScoresResult,
+    Usage,
+)
+from clients.batch import GenerateItem, ScoreItem
 from clients.client import AsyncCraneClient, CraneClient
 from clients.errors import CraneError, EvaluationError
 from clients.retries import RetryPolicy
@@ -11,13 +25,18 @@ __all__ = [
     "CraneError",
     "Delta",
     "EvaluationError",
+    "GenerateItem",
     "Generation",
+    "GenerationResult",
     "MaskListing",
+    "MaskNeurons",
     "MaskSummary",
     "Output",
     "Readiness",
     "RetryPolicy",
     "Score",
+    "ScoreItem",
     "Scores",
+    "ScoresResult",
     "Usage",
 ]

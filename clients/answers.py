@@ -1,6 +1,10 @@
 """The server's answers, typed. Fields a newer server adds are ignored."""
 
+from typing import NoReturn
+
 from pydantic import BaseModel, ConfigDict, FiniteFloat, JsonValue
+
+from clients.errors import CraneError
 
 
 class Answer(BaseModel):
@@ -79,6 +83,47 @@ class Scores(Answer):
     usage: Usage = Usage()
 
 
+class Failure(Answer):
+    """Why a line of a batch has no answer."""
+
+    code: str
+    message: str
+    param: str | None = None
+    type: str | None = None
+
+
+class LineResult(Answer):
+    """What became of one item of a batch. index: its position among the items; status: as of a request of its own."""
+
+    index: int
+    id: str | int | None = None
+    status: int
+    error: Failure | None = None
+
+    def _raise_error(self) -> NoReturn:
+        raise CraneError.of_body({} if self.error is None else self.error.model_dump(), self.status)
+
+
+class GenerationResult(LineResult):
+    """`result` is its generation, or raises the CraneError that `error` describes."""
+
+    answer: Generation | None = None
+
+    @property
+    def result(self) -> Generation:
+        return self.answer or self._raise_error()
+
+
+class ScoresResult(LineResult):
+    """`result` is its scores, or raises the CraneError that `error` describes."""
+
+    answer: Scores | None = None
+
+    @property
+    def result(self) -> Scores:
+        return self.answer or self._raise_error()
+
+
 class MaskSummary(Answer):
     """A mask the server holds; further fields of /masks/{name} are in `model_extra`.
 
@@ -93,6 +138,31 @@ class MaskSummary(Answer):
     language: str | None = None
     method: str | None = None
     budget: float | None = None
+
+
+class LayerNeurons(Answer):
+    """Neurons of one layer that a mask scales; `scales`: by what, None if it switches all of them off."""
+
+    layer: int
+    neurons: tuple[int, ...]
+    scales: tuple[float, ...] | None = None
+
+
+class LayerDimensions(Answer):
+    """Dimensions of one layer's MLP output that a mask scales; `scales`: by what, None if it removes all of them."""
+
+    layer: int
+    dimensions: tuple[int, ...]
+    scales: tuple[float, ...] | None = None
+
+
+class MaskNeurons(Answer):
+    """Answer of /masks/{name}/neurons: all that a mask scales. output: None if it leaves the MLPs' output alone."""
+
+    name: str
+    digest: str
+    layers: tuple[LayerNeurons, ...]
+    output: tuple[LayerDimensions, ...] | None = None
 
 
 class InvalidMask(Answer):

@@ -1,6 +1,6 @@
 """Call: one request to the server and the type of its answer; both clients send these."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypedDict, TypeVar
 from urllib.parse import quote
@@ -8,10 +8,10 @@ from urllib.parse import quote
 import httpx
 from pydantic import ValidationError
 
-from clients.answers import Answer, Generation, Health, MaskListing, MaskSummary, Readiness, Scores
+from clients.answers import Generation, Health, MaskListing, MaskNeurons, MaskSummary, Readiness, Scores
 from clients.errors import CraneError
 
-AnswerType = TypeVar("AnswerType", bound=Answer)
+AnswerType = TypeVar("AnswerType")
 
 
 class Sampling(TypedDict, total=False):
@@ -28,20 +28,35 @@ class Sampling(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Call(Generic[AnswerType]):
-    """A request: method, path, the type of its answer, query parameters and JSON body."""
+    """A request: method, path, what reads its answer, query parameters, and a body as JSON or as it is."""
 
     method: str
     path: str
-    answer: type[AnswerType]
+    read: Callable[[bytes], AnswerType]
     query: dict[str, str] | None = None
     body: dict[str, Any] | None = None
+    content: bytes | None = None
+    media_type: str | None = None  # of `content`
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """The arguments for httpx."""
+        headers = None if self.media_type is None else {"Content-Type": self.media_type}
+        return {
+            "method": self.method,
+            "url": self.path,
+            "params": self.query,
+            "json": self.body,
+            "content": self.content,
+            "headers": headers,
+        }
 
     def parse(self, response: httpx.Response) -> AnswerType:
         """The typed answer in a response whose body has been read. Raises CraneError for anything else."""
         if response.status_code >= 400:
             raise CraneError.of_response(response)
         try:
-            return self.answer.model_validate_json(response.content)
+            return self.read(response.content)
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"])) or "body"
@@ -60,38 +75,63 @@ def generate(
     body: dict[str, Any] = {"prompt": prompts, **sampling}
     if stream:
         body["stream"] = True
-    return Call("POST", "generate", Generation, _mask_query(mask), body)
+    return Call("POST", "generate", Generation.model_validate_json, _mask_query(mask), body)
 
 
 def score_text(texts: str | Sequence[str], mask: str | None) -> Call[Scores]:
     """Score whole texts."""
-    return Call("POST", "score", Scores, _mask_query(mask), {"text": _as_list(texts)})
+    return Call("POST", "score", Scores.model_validate_json, _mask_query(mask), {"text": _as_list(texts)})
 
 
 def score_continuations(context: str, continuations: Sequence[str], mask: str | None) -> Call[Scores]:
     """Score continuations of one context."""
     body = {"context": context, "continuations": _as_list(continuations)}
-    return Call("POST", "score", Scores, _mask_query(mask), body)
+    return Call("POST", "score", Scores.model_validate_json, _mask_query(mask), body)
 
 
 def masks() -> Call[MaskListing]:
     """List the server's masks."""
-    return Call("GET", "masks", MaskListing)
+    return Call("GET", "masks", MaskListing.model_validate_json)
 
 
 def mask(name: str) -> Call[MaskSummary]:
     """Describe one mask."""
-    return Call("GET", f"masks/{quote(name, safe='')}", MaskSummary)
+    return Call("GET", _mask_path(name), MaskSummary.model_validate_json)
+
+
+def mask_neurons(name: str) -> Call[MaskNeurons]:
+    """List the neurons of one mask."""
+    return Call("GET", f"{_mask_path(name)}/neurons", MaskNeurons.model_validate_json)
+
+
+def mask_file(name: str) -> Call[bytes]:
+    """Read the file of one mask."""
+    return Call("GET", f"{_mask_path(name)}/file", bytes)
+
+
+def put_mask(name: str, content: bytes) -> Call[MaskSummary]:
+    """Add or replace a mask."""
+    media_type = "application/octet-stream"
+    return Call("PUT", _mask_path(name), MaskSummary.model_validate_json, content=content, media_type=media_type)
+
+
+def delete_mask(name: str) -> Call[None]:
+    """Remove a mask."""
+    return Call("DELETE", _mask_path(name), lambda _: None)
 
 
 def ready() -> Call[Readiness]:
     """Ask whether the engine takes requests."""
-    return Call("GET", "ready", Readiness)
+    return Call("GET", "ready", Readiness.model_validate_json)
 
 
 def health() -> Call[Health]:
     """Ask whether the process is up."""
-    return Call("GET", "health", Health)
+    return Call("GET", "health", Health.model_validate_json)
+
+
+def _mask_path(name: str) -> str:
+    return f"masks/{quote(name, safe='')}"
 
 
 def _mask_query(name: str | None) -> dict[str, str] | None:

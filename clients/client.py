@@ -2,32 +2,59 @@
 
 import asyncio
 import ipaddress
-from collections.abc import Sequence
+import itertools
+import math
+import os
+import time
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
 
 import httpx
 
 from clients import calls
-from clients.answers import Generation, Health, MaskListing, MaskSummary, Readiness, Scores
+from clients.answers import (
+    Generation,
+    GenerationResult,
+    Health,
+    MaskListing,
+    MaskNeurons,
+    MaskSummary,
+    Readiness,
+    Scores,
+    ScoresResult,
+)
+from clients.batch import GenerateItem, Part, ResultType, ScoreItem, parts
 from clients.calls import AnswerType, Call, Sampling
 from clients.errors import CraneError
 from clients.retries import Patience, RetryPolicy
 from clients.stream import AsyncGenerationStream, GenerationStream
 
 DEFAULT_SERVER = "http://127.0.0.1:8000"
+KEY_VARIABLE = "CRANE_API_KEY"
 _PROBE_TIMEOUT_S = 10.0
+_POOL_CONNECTIONS = 8
 
 
 class _Client:
-    """What both clients share: the address, the time-outs, the retry policy."""
+    """What both clients share: the address, the API key, the time-outs, the retry policy."""
 
-    def __init__(self, server: str, read_timeout_s: float, connect_timeout_s: float, retries: RetryPolicy) -> None:
+    def __init__(
+        self, server: str, api_key: str | None, read_timeout_s: float, connect_timeout_s: float, retries: RetryPolicy
+    ) -> None:
         url = _checked_url(server)
+        headers = _authorization(os.environ.get(KEY_VARIABLE) if api_key is None else api_key)
+        if headers and url.userinfo:
+            raise ValueError(
+                "the server address holds credentials, and there is an API key; only one of them can be sent"
+            )
         self.server = f"{url.scheme}://{url.netloc.decode()}{url.path.rstrip('/')}"  # netloc leaves credentials out
         self._retries = retries
         self._settings: dict[str, Any] = {
             "base_url": url,
+            "headers": headers,
             "timeout": httpx.Timeout(read_timeout_s, connect=connect_timeout_s, pool=None),
             "trust_env": not _is_loopback(url.host),  # a proxy cannot reach this machine's loopback
         }
@@ -38,19 +65,21 @@ class CraneClient(_Client):
 
     Every method raises CraneError: at once for refusals (400, 404, 422, ...), and once `retries` is exhausted for
     429, 503 and failed connections. mask: a name, names joined with commas (their union), or None for unmasked.
-    Raises ValueError if `server` is not an http address.
+    api_key: sent with every request; default: the environment variable CRANE_API_KEY, if it is set. Raises ValueError
+    if `server` is not an http address, or the key cannot be one.
     """
 
     def __init__(
         self,
         server: str = DEFAULT_SERVER,
         *,
+        api_key: str | None = None,
         read_timeout_s: float = 300.0,
         connect_timeout_s: float = 5.0,
         retries: RetryPolicy | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        super().__init__(server, read_timeout_s, connect_timeout_s, retries or RetryPolicy())
+        super().__init__(server, api_key, read_timeout_s, connect_timeout_s, retries or RetryPolicy())
         self._http = httpx.Client(**self._settings, transport=transport)
 
     def generate(
@@ -81,6 +110,35 @@ class CraneClient(_Client):
     def mask(self, name: str) -> MaskSummary:
         """One mask; a bare language name means the server's default method."""
         return self._send(calls.mask(name))
+
+    def mask_neurons(self, name: str) -> MaskNeurons:
+        """The neurons that a mask scales, layer by layer."""
+        return self._send(calls.mask_neurons(name))
+
+    def mask_file(self, name: str) -> bytes:
+        """The content of a mask's file, as `put_mask` takes it."""
+        return self._send(calls.mask_file(name))
+
+    def put_mask(self, name: str, content: bytes | Path) -> MaskSummary:
+        """Add a mask, or replace the one of this name, with a mask file's content. Wants an admin's key, if any."""
+        return self._send(calls.put_mask(name, content.read_bytes() if isinstance(content, Path) else content))
+
+    def delete_mask(self, name: str) -> None:
+        """Remove the mask of exactly this name. Wants an admin's key, if any."""
+        self._send(calls.delete_mask(name))
+
+    def generate_batch(self, items: Iterable[GenerateItem]) -> Iterator[GenerationResult]:
+        """Complete one prompt for each item, each under its own mask; results come as they finish, in any order.
+
+        An item that fails has a result with an `error`; CraneError is raised if the batch cannot go on. Lines that got
+        no answer, 429 or 503 are asked for again, as `retries` allow. The items are sent in calls of at most 2000 or
+        8 MiB, one after another; each is sent whole before its answers are read, which a server's buffer has room for.
+        """
+        return self._batch("generate/batch", items, GenerationResult)
+
+    def score_batch(self, items: Iterable[ScoreItem]) -> Iterator[ScoresResult]:
+        """Score the texts of each item; results come as those of `generate_batch`."""
+        return self._batch("score/batch", items, ScoresResult)
 
     def ready(self) -> Readiness:
         """What the server serves, once it does."""
@@ -114,21 +172,44 @@ class CraneClient(_Client):
     def _once(self, call: Call[AnswerType], timeout_s: float | None = None) -> AnswerType:
         timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s
         try:
-            response = self._http.request(call.method, call.path, params=call.query, json=call.body, timeout=timeout)
+            response = self._http.request(**call.request, timeout=timeout)
         except httpx.TransportError as error:
             raise CraneError.of_transport(error, self.server) from error
         return call.parse(response)
 
     def _open(self, call: Call[Generation]) -> GenerationStream:
-        request = self._http.build_request(call.method, call.path, params=call.query, json=call.body)
+        return GenerationStream(self._response(call), self.server)
+
+    def _response(self, call: Call[Any]) -> httpx.Response:
+        """A response whose body has not been read. Raises CraneError for a refusal."""
         try:
-            response = self._http.send(request, stream=True)
+            response = self._http.send(self._http.build_request(**call.request), stream=True)
             if response.status_code >= 400:
                 response.read()
                 raise CraneError.of_response(response)
         except httpx.TransportError as error:
             raise CraneError.of_transport(error, self.server) from error
-        return GenerationStream(response, self.server)
+        return response
+
+    def _batch(self, route: str, items: Iterable[Mapping[str, Any]], result: type[ResultType]) -> Iterator[ResultType]:
+        for lines in parts(items):
+            part = Part(route, lines, result, self._retries)
+            while part.missing:
+                try:
+                    yield from self._ask(part)
+                except CraneError as error:
+                    time.sleep(part.retry_wait_s(error))
+
+    def _ask(self, part: Part[ResultType]) -> Iterator[ResultType]:
+        response = self._response(part.call())
+        try:
+            for chunk in response.iter_bytes():
+                yield from part.feed(chunk)
+        except httpx.TransportError as error:
+            raise CraneError.of_transport(error, self.server) from error
+        finally:
+            response.close()
+        part.end()
 
 
 class AsyncCraneClient(_Client):
@@ -142,6 +223,7 @@ class AsyncCraneClient(_Client):
         server: str = DEFAULT_SERVER,
         *,
         concurrency: int = 16,
+        api_key: str | None = None,
         read_timeout_s: float = 300.0,
         connect_timeout_s: float = 5.0,
         retries: RetryPolicy | None = None,
@@ -149,11 +231,17 @@ class AsyncCraneClient(_Client):
     ) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency is {concurrency}, expected at least 1")
-        super().__init__(server, read_timeout_s, connect_timeout_s, retries or RetryPolicy())
+        super().__init__(server, api_key, read_timeout_s, connect_timeout_s, retries or RetryPolicy())
         self.concurrency = concurrency
         self._slots = asyncio.Semaphore(concurrency)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
-        self._http = httpx.AsyncClient(**self._settings, limits=limits, transport=transport)
+        # Several small pools: the time that httpx takes for a request grows with the square of a pool's connections.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=_POOL_CONNECTIONS)
+        certificates = httpx.create_ssl_context()
+        self._pools = [
+            httpx.AsyncClient(**self._settings, limits=limits, verify=certificates, transport=transport)
+            for _ in range(math.ceil(concurrency / _POOL_CONNECTIONS))
+        ]
+        self._next_pool = itertools.cycle(self._pools)
 
     async def generate(
         self, prompt: str | Sequence[str], *, mask: str | None = None, **sampling: Unpack[Sampling]
@@ -191,6 +279,32 @@ class AsyncCraneClient(_Client):
         """One mask; a bare language name means the server's default method."""
         return await self._send(calls.mask(name))
 
+    async def mask_neurons(self, name: str) -> MaskNeurons:
+        """The neurons that a mask scales, layer by layer."""
+        return await self._send(calls.mask_neurons(name))
+
+    async def mask_file(self, name: str) -> bytes:
+        """The content of a mask's file, as `put_mask` takes it."""
+        return await self._send(calls.mask_file(name))
+
+    async def put_mask(self, name: str, content: bytes | Path) -> MaskSummary:
+        """Add a mask, or replace the one of this name, with a mask file's content. Wants an admin's key, if any."""
+        if isinstance(content, Path):
+            content = await asyncio.to_thread(content.read_bytes)
+        return await self._send(calls.put_mask(name, content))
+
+    async def delete_mask(self, name: str) -> None:
+        """Remove the mask of exactly this name. Wants an admin's key, if any."""
+        await self._send(calls.delete_mask(name))
+
+    def generate_batch(self, items: Iterable[GenerateItem]) -> AsyncGenerator[GenerationResult]:
+        """CraneClient.generate_batch for `async for`; it holds one slot until it ends or is closed."""
+        return self._batch("generate/batch", items, GenerationResult)
+
+    def score_batch(self, items: Iterable[ScoreItem]) -> AsyncGenerator[ScoresResult]:
+        """CraneClient.score_batch for `async for`; it holds one slot until it ends or is closed."""
+        return self._batch("score/batch", items, ScoresResult)
+
     async def ready(self) -> Readiness:
         """What the server serves, once it does."""
         return await self._send(calls.ready())
@@ -208,7 +322,8 @@ class AsyncCraneClient(_Client):
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._http.aclose()
+        for pool in self._pools:
+            await pool.aclose()
 
     async def __aenter__(self) -> "AsyncCraneClient":
         return self
@@ -225,23 +340,51 @@ class AsyncCraneClient(_Client):
     async def _once(self, call: Call[AnswerType], timeout_s: float | None = None) -> AnswerType:
         timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s
         try:
-            response = await self._http.request(
-                call.method, call.path, params=call.query, json=call.body, timeout=timeout
-            )
+            response = await next(self._next_pool).request(**call.request, timeout=timeout)
         except httpx.TransportError as error:
             raise CraneError.of_transport(error, self.server) from error
         return call.parse(response)
 
     async def _open(self, call: Call[Generation]) -> AsyncGenerationStream:
-        request = self._http.build_request(call.method, call.path, params=call.query, json=call.body)
+        return AsyncGenerationStream(await self._response(call), self.server, self._slots.release)
+
+    async def _response(self, call: Call[Any]) -> httpx.Response:
+        """A response whose body has not been read. Raises CraneError for a refusal."""
+        pool = next(self._next_pool)
         try:
-            response = await self._http.send(request, stream=True)
+            response = await pool.send(pool.build_request(**call.request), stream=True)
             if response.status_code >= 400:
                 await response.aread()
                 raise CraneError.of_response(response)
         except httpx.TransportError as error:
             raise CraneError.of_transport(error, self.server) from error
-        return AsyncGenerationStream(response, self.server, self._slots.release)
+        return response
+
+    async def _batch(
+        self, route: str, items: Iterable[Mapping[str, Any]], result: type[ResultType]
+    ) -> AsyncGenerator[ResultType]:
+        async with self._slots:
+            for lines in parts(items):
+                part = Part(route, lines, result, self._retries)
+                while part.missing:
+                    try:
+                        async with aclosing(self._ask(part)) as results:
+                            async for one in results:
+                                yield one
+                    except CraneError as error:
+                        await asyncio.sleep(part.retry_wait_s(error))
+
+    async def _ask(self, part: Part[ResultType]) -> AsyncGenerator[ResultType]:
+        response = await self._response(part.call())
+        try:
+            async for chunk in response.aiter_bytes():
+                for one in part.feed(chunk):
+                    yield one
+        except httpx.TransportError as error:
+            raise CraneError.of_transport(error, self.server) from error
+        finally:
+            await response.aclose()
+        part.end()
 
 
 def _checked_url(server: str) -> httpx.URL:
@@ -252,6 +395,14 @@ def _checked_url(server: str) -> httpx.URL:
     if url.scheme not in {"http", "https"} or not url.host:
         raise ValueError(f"server address {url!r} is not one; expected one like {DEFAULT_SERVER}")
     return url
+
+
+def _authorization(api_key: str | None) -> dict[str, str]:
+    if not api_key:
+        return {}
+    if not all("!" <= character <= "~" for character in api_key):
+        raise ValueError("the API key holds blanks or characters beyond ASCII, so it is none")
+    return {"Authorization": f"Bearer {api_key}"}
 
 
 def _is_loopback(host: str) -> bool:

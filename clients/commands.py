@@ -39,7 +39,8 @@ def evaluate(
 ) -> None:
     """Measure which language each mask takes away: perplexity for every mask and language.
 
-    Writes matrix.json, matrix.csv, matrix.png and report.md. Exits with 1 if some items failed.
+    Writes matrix.json, matrix.csv, matrix.png and report.md. Exits with 1 if some items failed. A server that wants an
+    API key gets the one in the environment variable CRANE_API_KEY; on the command line others could see it.
     """
     from rich.console import Console
 

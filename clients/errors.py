@@ -1,5 +1,6 @@
 """CraneError and EvaluationError: what can go wrong between a client and a crane server."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -16,8 +17,9 @@ class EvaluationError(ValueError):
 class CraneError(Exception):
     """A request that the server refused, or that never got an answer.
 
-    status: the HTTP status, None if no answer came; code, message, param: from the server's error body, or for a
-    missing answer `connection_failed`, `read_timeout` or `connection_lost`; retry_after_s: the server's Retry-After.
+    status: the HTTP status, None if no answer came or it broke off; code, message, param, type: from the server's error
+    body, or for a missing answer the code `connection_failed`, `read_timeout` or `connection_lost`; retry_after_s: the
+    server's Retry-After.
     """
 
     def __init__(
@@ -27,6 +29,7 @@ class CraneError(Exception):
         message: str,
         param: str | None = None,
         retry_after_s: float | None = None,
+        kind: str | None = None,
     ) -> None:
         super().__init__(message if status is None else f"{message} ({code}, status {status})")
         self.status = status
@@ -34,6 +37,7 @@ class CraneError(Exception):
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.type = kind
 
     @property
     def transient(self) -> bool:
@@ -57,15 +61,16 @@ class CraneError(Exception):
         return cls(response.status_code, f"http_{response.status_code}", message, retry_after_s=retry_after_s)
 
     @classmethod
-    def of_body(cls, error: dict[str, Any], status: int, retry_after_s: float | None = None) -> "CraneError":
-        """The error described by the server's `{"code", "message", "param"}`."""
-        param = error.get("param")
+    def of_body(cls, error: Mapping[str, Any], status: int | None, retry_after_s: float | None = None) -> "CraneError":
+        """The error described by the server's `{"code", "message", "param", "type"}`."""
+        param, kind = error.get("param"), error.get("type")
         return cls(
             status,
             str(error.get("code", f"http_{status}")),
             str(error.get("message", "the server gave no message")),
             None if param is None else str(param),
             retry_after_s,
+            None if kind is None else str(kind),
         )
 
     @classmethod

@@ -1,5 +1,6 @@
 """RetryPolicy: which failures are tried again, how often, and after how long."""
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,6 @@ from tenacity import (
     retry_if_exception,
     stop_after_attempt,
     stop_after_delay,
-    wait_random_exponential,
 )
 
 from clients.errors import CraneError
@@ -39,17 +39,25 @@ class RetryPolicy:
         """A fresh controller for coroutine functions."""
         return AsyncRetrying(stop=stop_after_attempt(self.attempts), **self._rules())
 
+    def wait_s(self, attempt: int, error: BaseException | None) -> float:
+        """How long to wait after this attempt (from 1) has ended with `error`."""
+        asked_s = error.retry_after_s if isinstance(error, CraneError) else None
+        return (asked_s or 0.0) + random.uniform(0.0, self._back_off_s(attempt))
+
+    def _back_off_s(self, attempt: int) -> float:
+        try:
+            return min(self.longest_wait_s, self.first_wait_s * 2.0 ** (attempt - 1))
+        except OverflowError:
+            return self.longest_wait_s
+
     def _rules(self) -> dict[str, Any]:
-        back_off = wait_random_exponential(multiplier=self.first_wait_s, max=self.longest_wait_s)
-
         def wait_s(state: RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome else None
-            asked_s = error.retry_after_s if isinstance(error, CraneError) else None
-            return (asked_s or 0.0) + back_off(state)
+            return self.wait_s(state.attempt_number, state.outcome.exception() if state.outcome else None)
 
-        return {"wait": wait_s, "retry": retry_if_exception(self._worth_retrying), "reraise": True}
+        return {"wait": wait_s, "retry": retry_if_exception(self.worth_retrying), "reraise": True}
 
-    def _worth_retrying(self, error: BaseException) -> bool:
+    def worth_retrying(self, error: BaseException) -> bool:
+        """Whether an attempt that ended with `error` is followed by another, if there is one left."""
         return isinstance(error, CraneError) and error.transient and (error.retry_after_s or 0.0) <= self.longest_wait_s
 
 
@@ -67,5 +75,5 @@ class Patience(RetryPolicy):
     def awaiting(self) -> AsyncRetrying:
         return AsyncRetrying(stop=stop_after_delay(self.total_s), **self._rules())
 
-    def _worth_retrying(self, error: BaseException) -> bool:
+    def worth_retrying(self, error: BaseException) -> bool:
         return isinstance(error, CraneError) and (error.transient or error.status is None)

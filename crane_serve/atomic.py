@@ -26,6 +26,11 @@ def written_aside(path: Path, content: bytes) -> Iterator[Callable[[], None]]:
 
         def put_in_place() -> None:
             scratch.replace(path)
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)  # the name, too, outlives a power cut
+            finally:
+                os.close(directory)
 
         yield put_in_place
     finally:

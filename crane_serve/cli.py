@@ -1,6 +1,7 @@
 """The `crane` command. Each command lives beside what it runs; here they get their names and their error lines."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
@@ -17,6 +18,8 @@ from clients import commands as client_commands
 from crane_serve.checkpoints.fetch import SOURCES, FetchError
 from crane_serve.checkpoints.fetch import fetch as fetch_model
 from crane_serve.demo import DemoError, run_demo
+from crane_serve.options import option_name, with_options
+from crane_serve.settings import SECRETS, ServeSettings, SettingError, Source, load_settings
 from crane_serve.verify.command import verify
 from relevance import commands as relevance_commands
 from relevance import search_commands
@@ -153,31 +156,46 @@ def import_lape_file(
         typer.echo(path)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+_FLAGS_OF_VLLM = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(context_settings=_FLAGS_OF_VLLM)
 @one_line_errors
+@with_options(ServeSettings, leave={"model", "engine_flags", *SECRETS})
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id")],
-    masks: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Directory of mask files")],
-    default_method: Annotated[str | None, typer.Option(help="Method that a bare language name means")] = None,
-    mask_rows: Annotated[
-        int | None, typer.Option(min=1, help="How many different masks are resident at most  [default: 256]")
+    model: Annotated[str | None, typer.Argument(help="Checkpoint directory or hub id", show_default=False)] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML, YAML or JSON file of settings; else what CRANE_CONFIG names")
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on  [default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on  [default: 8000]")] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the effective settings as JSON, and start nothing")
+    ] = False,
+    **given: str | None,
 ) -> None:
-    """Serve a model with its masks. Further options (--dtype, --max-model-len, ...) are vLLM's engine flags."""
-    from crane_serve.settings import ServeSettings
+    """Serve a model with its masks. Further options (--dtype, --max-model-len, ...) are vLLM's engine flags.
+
+    Each option can also be set by an environment variable (--mask-rows by CRANE_MASK_ROWS) or in a file (mask_rows).
+    API keys can be set only there (user_key, admin_key).
+    """
+    engine_flags: list[str] = context.args
+    if model is not None and model.startswith("-"):  # no model is given, and a flag of vLLM stands in its place
+        engine_flags, model = [model, *engine_flags], None
+    flags: dict[str, Any] = {**given, "model": model, "engine_flags": tuple(engine_flags) or None}
+    try:
+        loaded = load_settings({name: value for name, value in flags.items() if value is not None}, config)
+    except SettingError as error:
+        if error.source in (Source.FLAG, None):
+            hint = "'MODEL'" if error.setting == "model" else f"'{option_name(error.setting)}'"
+            raise typer.BadParameter(str(error), param_hint=hint) from None
+        raise
+    if print_config:
+        shown = {"settings": loaded.settings.model_dump(mode="json"), "sources": loaded.sources}
+        typer.echo(json.dumps(shown, indent=2))
+        return
     from server import serve as run_server
 
-    given: dict[str, Any] = {
-        "default_method": default_method,
-        "mask_rows": mask_rows,
-        "host": host,
-        "port": port,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    run_server(ServeSettings(model=model, masks=masks, engine_flags=tuple(context.args), **given))
+    raise typer.Exit(run_server(loaded.settings))
 
 
 @app.command()
@@ -192,7 +210,6 @@ def demo(
     run_demo(model, out, documents=documents, keep=keep, report=typer.echo)
 
 
-_FLAGS_OF_VLLM = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("verify", context_settings=_FLAGS_OF_VLLM)(one_line_errors(verify))
 app.command("relevance")(one_line_errors(relevance_commands.relevance))
 app.command("refine")(one_line_errors(search_commands.refine))

@@ -1,14 +1,48 @@
-"""Settings of the service: flags, then CRANE_* environment variables, then a file."""
+"""Settings of the service: flags, then CRANE_* environment variables, then a file, then defaults."""
 
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    JsonConfigSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+    YamlConfigSettingsSource,
+)
 
 from crane_serve.engine.config import DEFAULT_METHOD, DEFAULT_ROWS
 
+ENVIRONMENT_PREFIX = "CRANE_"
+CONFIG_VARIABLE = "CRANE_CONFIG"
+SECRETS = frozenset({"user_key", "admin_key"})
+"""Settings that are never flags, since command lines are visible to others, and never shown."""
+
 _MIB = 2**20
+_FILES: dict[str, Callable[[type[BaseSettings], Path], PydanticBaseSettingsSource]] = {
+    ".toml": TomlConfigSettingsSource,
+    ".yaml": YamlConfigSettingsSource,
+    ".yml": YamlConfigSettingsSource,
+    ".json": JsonConfigSettingsSource,
+}
 
 
 class LogFormat(StrEnum):
@@ -18,16 +52,54 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
+class LogLevel(StrEnum):
+    """The least severe log lines that are written."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class Source(StrEnum):
+    """Where a setting comes from; the first that has it wins."""
+
+    FLAG = "flag"
+    ENVIRONMENT = "environment"
+    FILE = "file"
+
+
+class SettingError(ValueError):
+    """A setting that is missing, unknown or out of range; `source` is None for one that is missing."""
+
+    def __init__(self, message: str, setting: str, source: Source | None) -> None:
+        super().__init__(message)
+        self.setting, self.source = setting, source
+
+
+def _at_commas(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _as_in_a_shell(value: object) -> object:
+    return shlex.split(value) if isinstance(value, str) else value
+
+
 class ApiSettings(BaseModel):
     """What protects the service."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     api_keys_file: Path | None = Field(
         default=None, description="File of API keys: a line 'NAME user|admin KEY' for each"
     )
     user_key: SecretStr | None = Field(default=None, description="An API key of role user; not as a flag")
     admin_key: SecretStr | None = Field(default=None, description="An API key of role admin; not as a flag")
-    cors_origins: tuple[str, ...] = Field(default=(), description="Origins whose pages may call this server")
+    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_at_commas)] = Field(
+        default=(), description="Origins whose pages may call this server, joined with commas"
+    )
     max_body_bytes: int = Field(default=16 * _MIB, ge=1024, description="Largest body of a request")
+    max_buffered_bytes: int = Field(default=512 * _MIB, ge=1024, description="Bodies of all requests together")
     max_batch_buffer_bytes: int = Field(
         default=64 * _MIB, ge=1024, description="Lines of a batch that wait for the engine"
     )
@@ -42,7 +114,7 @@ class ApiSettings(BaseModel):
 class ServeSettings(ApiSettings, BaseSettings):
     """What `crane serve` needs to know; everything else is vLLM's own flags."""
 
-    model_config = SettingsConfigDict(env_prefix="CRANE_", extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid")
 
     model: str = Field(description="Checkpoint directory or hub id")
     masks: Path = Field(description="Directory of mask files")
@@ -53,7 +125,93 @@ class ServeSettings(ApiSettings, BaseSettings):
     header_timeout_s: float = Field(default=10.0, gt=0, description="Time for the head of a request to arrive")
     max_connections: int = Field(default=4096, ge=1, description="Connections at once; more get 503")
     drain_timeout_s: float = Field(default=30.0, ge=0, description="Time for running requests to end after SIGTERM")
-    log_format: LogFormat = Field(default=LogFormat.TEXT, description="text or json")
+    log_format: LogFormat = Field(default=LogFormat.TEXT, description="How log lines are written")
+    log_level: LogLevel = Field(default=LogLevel.INFO, description="The least severe log lines that are written")
     ssl_certfile: Path | None = Field(default=None, description="Certificate, to serve over TLS")
     ssl_keyfile: Path | None = Field(default=None, description="Key of the certificate")
-    engine_flags: tuple[str, ...] = Field(default=(), description="Flags of vLLM")
+    engine_flags: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_as_in_a_shell)] = Field(
+        default=(), description="Flags of vLLM; those of the command line replace all of a lower source"
+    )
+
+    @field_validator("masks")
+    @classmethod
+    def _is_a_directory(cls, masks: Path) -> Path:
+        if not masks.is_dir():
+            raise ValueError(f"directory '{masks}' does not exist")
+        return masks
+
+    @field_validator("ssl_keyfile")
+    @classmethod
+    def _has_a_certificate(cls, key: Path | None, info: ValidationInfo) -> Path | None:
+        if key is not None and info.data.get("ssl_certfile") is None:
+            raise ValueError("expected ssl_certfile beside it")
+        return key
+
+
+@dataclass(frozen=True)
+class LoadedSettings:
+    """Settings, and where each that is not at its default comes from."""
+
+    settings: ServeSettings
+    sources: Mapping[str, Source]
+
+
+def load_settings(flags: Mapping[str, Any], file: Path | None = None) -> LoadedSettings:
+    """The effective settings.
+
+    file: TOML, YAML or JSON by its suffix; None for the one that CRANE_CONFIG names, if it does. Raises ValueError for
+    a file that cannot be read, SettingError for the first setting that is wrong.
+    """
+    file = file or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
+    of_file = None if file is None else _read(file)
+
+    class Settings(ServeSettings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (init_settings, env_settings, *([] if of_file is None else [of_file]))
+
+    given: dict[str, Source] = dict.fromkeys(of_file() if of_file is not None else (), Source.FILE)
+    given |= dict.fromkeys(EnvSettingsSource(ServeSettings)(), Source.ENVIRONMENT)
+    given |= dict.fromkeys(flags, Source.FLAG)
+    try:
+        settings = Settings(**flags)
+    except ValidationError as error:
+        raise _explain(error, given, file) from None
+    return LoadedSettings(settings, given)
+
+
+def _read(file: Path) -> PydanticBaseSettingsSource:
+    kind = _FILES.get(file.suffix.lower())
+    if kind is None:
+        raise ValueError(f"configuration {file}: expected a name that ends in {', '.join(_FILES)}")
+    if not file.is_file():
+        raise ValueError(f"configuration {file} does not exist")
+    try:
+        return kind(ServeSettings, file)
+    except Exception as error:  # each format has errors of its own; YAML's quotes the line, which may hold a key
+        mark = getattr(error, "problem_mark", None)
+        problem = str(error) if mark is None else f"{getattr(error, 'problem', '')}, line {mark.line + 1}"
+        raise ValueError(f"configuration {file}: not a readable mapping: {problem}") from None
+
+
+def _explain(error: ValidationError, given: Mapping[str, Source], file: Path | None) -> SettingError:
+    problems = error.errors(include_url=False)
+    name = str(problems[0]["loc"][0])
+    source = given.get(name)
+    unknown = [str(problem["loc"][0]) for problem in problems if problem["type"] == "extra_forbidden"]
+    if unknown:
+        return SettingError(f"configuration {file}: unknown settings: {', '.join(unknown)}", unknown[0], Source.FILE)
+    variable = f"{ENVIRONMENT_PREFIX}{name.upper()}"
+    if source is None:
+        return SettingError(f"{name} is not given, neither as a flag nor as {variable} nor in a file", name, None)
+    message = problems[0]["msg"].removeprefix("Value error, ")
+    found = "" if name in SECRETS else f", found {str(problems[0]['input'])!r}"
+    place = {Source.FLAG: "a flag", Source.ENVIRONMENT: variable, Source.FILE: str(file)}[source]
+    return SettingError(f"{name}: {message}{found} (from {place})", name, source)

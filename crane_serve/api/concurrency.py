@@ -1,17 +1,29 @@
 """Run the parts of one request together."""
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
+Seat = Callable[[], AbstractAsyncContextManager[Any]]
+"""Makes what a sequence is run inside of: it is entered when the engine has room for one more."""
+
+
+def admitted() -> AbstractAsyncContextManager[None]:
+    """The seat of a sequence that the gate has counted already."""
+    return nullcontext()
+
 
 async def run_all(parts: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
     """Results of all parts in order. If one fails the others are cancelled, and its error is raised."""
+    waiting = list(parts)
+    if len(waiting) == 1:
+        return [await waiting[0]]
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(part) for part in parts]
+            tasks = [group.create_task(part) for part in waiting]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import cast
 
+from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from crane_serve.api.keys import Key
@@ -29,3 +30,9 @@ class RequestContext:
 def context_of(scope: Scope) -> RequestContext:
     """The context of a request; a new one where no middleware has made any, as in tests of a single part."""
     return cast(RequestContext, scope.setdefault(_SCOPE_KEY, RequestContext(request_id="-")))
+
+
+def has_body(scope: Scope) -> bool:
+    """Whether a request says that it has a body."""
+    headers = Headers(scope=scope)
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers

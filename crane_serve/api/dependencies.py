@@ -13,15 +13,15 @@ from crane_serve.engine.service import EngineService
 from crane_serve.masks import MaskLibrary, Positions, ResolvedMask
 
 
-def get_engine(request: Request) -> EngineService:
+async def get_engine(request: Request) -> EngineService:
     return cast(EngineService, request.app.state.engine)
 
 
-def get_gate(request: Request) -> Gate:
+async def get_gate(request: Request) -> Gate:
     return cast(Gate, request.app.state.gate)
 
 
-def get_context(request: Request) -> RequestContext:
+async def get_context(request: Request) -> RequestContext:
     return context_of(request.scope)
 
 

@@ -50,8 +50,11 @@ ANY_ROUTE = (401, 408, 413, 422, 429, 503, 504)
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI description of error answers with these statuses."""
-    return {status: {"model": ErrorAnswer, "description": _DESCRIPTIONS[status]} for status in statuses}
+    """The OpenAPI description of error answers, and of 304, which has no body, with these statuses."""
+    return {
+        status: {"description": _DESCRIPTIONS[status]} | ({} if status == 304 else {"model": ErrorAnswer})
+        for status in statuses
+    }
 
 
 class ApiError(Exception):

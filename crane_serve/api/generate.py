@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import asdict
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
@@ -32,8 +32,8 @@ from crane_serve.api.schemas import (
     Token,
     Usage,
 )
-from crane_serve.engine.service import EngineService, SampledToken, Sampling, Step
-from crane_serve.masks import ResolvedMask
+from crane_serve.engine.service import EngineService, SampledToken, Sampling, Step, TokenLogprob
+from crane_serve.masks import MaskLibrary, ResolvedMask
 
 router = APIRouter()
 
@@ -43,11 +43,9 @@ async def generate(
     body: GenerateRequest, engine: Engine, gate: TheGate, context: Context, query: GenerateQuery
 ) -> GenerateAnswer | StreamingResponse:
     """Continue each prompt. With `stream: true` the answer is server-sent events, ended by `data: [DONE]`."""
-    asked = asked_masks(query.mask, body.mask)
-    positions = choose_positions(query.positions, body.positions, masked=bool(asked))
-    context.mask = choose_mask(engine.library, asked, positions)
+    context.mask = mask_of(engine.library, query, body)
     gate.admit(context, len(body.prompts))
-    generation = _Generation(engine, body, await engine.encode(body.prompts), context.mask)
+    generation = Generation(engine, body, await engine.encode(body.prompts), context.mask)
     if body.stream:
         # The first event is awaited here, so that a refused request is an HTTP error and not a broken stream.
         events = generation.events()
@@ -56,8 +54,15 @@ async def generate(
     return await generation.answer()
 
 
-class _Generation:
-    """The prompts of one request on their way through the engine."""
+def mask_of(library: MaskLibrary, query: GenerateQuery, body: GenerateRequest) -> ResolvedMask | None:
+    """The mask that query and body name, for the positions they name. Raises MaskError, BadRequest if they differ."""
+    asked = asked_masks(query.mask, body.mask)
+    positions = choose_positions(query.positions, body.positions, masked=bool(asked))
+    return choose_mask(library, asked, positions)
+
+
+class Generation:
+    """The prompts of one request, as token ids, on their way through the engine; `answer` or `events`, once."""
 
     def __init__(
         self, engine: EngineService, body: GenerateRequest, prompts: list[list[int]], mask: ResolvedMask | None
@@ -79,6 +84,8 @@ class _Generation:
         ]
 
     async def answer(self) -> GenerateAnswer:
+        """The whole answer. Raises what EngineService.generate does."""
+
         async def drain(index: int) -> None:
             async for _ in self._run(index, stream=False):
                 pass
@@ -117,7 +124,7 @@ class _Generation:
                 yield _event(Delta(index=index, text=step.text, finish_reason=step.finish_reason, logprobs=logprobs))
             answer = self._answer()
             for output in answer.outputs:
-                output.text, output.logprobs = "", None
+                output.text = ""
             yield _event(answer)
             yield "data: [DONE]\n\n"
         finally:
@@ -132,7 +139,7 @@ class _Generation:
                 output.text += step.text
                 output.completion_tokens += step.tokens
                 output.finish_reason = step.finish_reason
-                if step.logprobs is not None:
+                if step.logprobs is not None and not stream:  # in a stream they are in the deltas only
                     output.logprobs = [*(output.logprobs or []), *(_tokens(step.logprobs) or [])]
                 yield step
 
@@ -173,6 +180,10 @@ def _tokens(sampled: tuple[SampledToken, ...] | None) -> list[GeneratedToken] | 
     if sampled is None:
         return None
     return [
-        GeneratedToken(**asdict(token.chosen), top=[Token(**asdict(candidate)) for candidate in token.top])
+        GeneratedToken(**_fields(token.chosen), top=[Token(**_fields(candidate)) for candidate in token.top])
         for token in sampled
     ]
+
+
+def _fields(token: TokenLogprob) -> dict[str, Any]:
+    return {"token_id": token.token_id, "token": token.token, "logprob": token.logprob}

@@ -1,10 +1,11 @@
-"""GET /health (the process answers) and GET /ready (the engine serves)."""
+"""GET /health (the process answers), GET /ready (the engine serves) and GET /metrics."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
 
 import crane_serve
-from crane_serve.api.dependencies import Engine
-from crane_serve.api.errors import responses
+from crane_serve.api.dependencies import Engine, TheGate
+from crane_serve.api.errors import ApiError, responses
 from crane_serve.api.schemas import Health, Ready
 from crane_serve.engine.service import EngineDead
 
@@ -18,8 +19,10 @@ async def health() -> Health:
 
 
 @router.get("/ready", response_model=Ready, responses=responses(503))
-async def ready(engine: Engine) -> Ready:
+async def ready(engine: Engine, gate: TheGate) -> Ready:
     """Whether requests can be served, and by which model."""
+    if gate.closed:
+        raise ApiError(503, "shutting_down", "the server is shutting down")
     if engine.is_dead:
         raise EngineDead("the engine has died")
     return Ready(
@@ -28,3 +31,9 @@ async def ready(engine: Engine) -> Ready:
         fingerprint=engine.library.fingerprint,
         max_model_tokens=engine.max_model_tokens,
     )
+
+
+@router.get("/metrics", include_in_schema=False)
+async def metrics(request: Request) -> Response:
+    """Metrics of the service and of vLLM, for Prometheus."""
+    return Response(request.app.state.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"})

@@ -1,14 +1,26 @@
 """Request and answer bodies. Log-probabilities are in nats."""
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from torch import Tensor
 
 from crane_serve.masks import Fingerprint, Positions, ResolvedMask, StoredMask
 
 MAX_ITEMS = 1024
 _Text = Annotated[str, Field(min_length=1)]
 _TextOrEmpty = Annotated[str, Field(min_length=0)]  # a length makes pydantic refuse what UTF-8 cannot encode
+
+
+def _integer(value: Any) -> Any:
+    """JSON has one kind of number: 3.0 is an integer there."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Integer = Annotated[int, BeforeValidator(_integer)]
+LineId = str | int | None
+_LARGEST_SEED = 9 * 10**18  # vLLM takes less than 2**63; the description holds it as a float, where this is exact
 
 
 class _Request(BaseModel):
@@ -19,12 +31,12 @@ class _Request(BaseModel):
 
 class GenerateRequest(_Request):
     prompt: _Text | Annotated[list[_Text], Field(min_length=1, max_length=MAX_ITEMS)]
-    max_tokens: int = Field(128, ge=1, lt=2**31)
+    max_tokens: _Integer = Field(128, ge=1, lt=2**31)
     temperature: float = Field(1.0, ge=0, le=10, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: _Integer | None = Field(None, ge=0, le=_LARGEST_SEED)
     stop: _Text | Annotated[list[_Text], Field(max_length=16)] | None = None
-    logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives to return per generated token")
+    logprobs: _Integer | None = Field(None, ge=0, le=20, description="Alternatives to return per generated token")
     stream: bool = False
     positions: Annotated[Positions, Field(strict=False)] | None = Field(
         None, description="The tokens to be masked: all (default), prompt or generated"
@@ -39,8 +51,40 @@ class GenerateRequest(_Request):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
+class GenerateLine(GenerateRequest):
+    """One line of a batch: the body of /generate with one prompt, answered as a whole."""
+
+    id: LineId = Field(None, description="Comes back with the answer")
+    prompt: _Text
+    stream: Literal[False] = False
+
+
+_ONE_FORM: dict[str, Any] = {
+    "oneOf": [
+        {
+            "required": ["text"],
+            "properties": {
+                "text": {"type": "array"},
+                "context": {"type": "null"},
+                "continuations": {"type": "null"},
+            },
+        },
+        {
+            "required": ["context", "continuations"],
+            "properties": {
+                "text": {"type": "null"},
+                "context": {"type": "string"},
+                "continuations": {"type": "array"},
+            },
+        },
+    ]
+}
+
+
 class ScoreRequest(_Request):
     """Either `text`, scored from its start, or `continuations`, each scored after `context`."""
+
+    model_config = ConfigDict(json_schema_extra=_ONE_FORM)
 
     text: Annotated[list[_TextOrEmpty], Field(min_length=1, max_length=MAX_ITEMS)] | None = None
     context: _TextOrEmpty | None = None
@@ -52,6 +96,25 @@ class ScoreRequest(_Request):
         if texts == pairs or (pairs and (self.context is None or self.continuations is None)):
             raise ValueError("expected either 'text', or 'context' and 'continuations'")
         return self
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences the engine runs for it."""
+        return len(self.text or self.continuations or ())
+
+    @property
+    def texts(self) -> list[str]:
+        """What is to be encoded: the texts; or the context alone, then with each continuation behind it."""
+        if self.text is not None:
+            return self.text
+        start = self.context or ""
+        return [start.rstrip(), *(start + continuation for continuation in self.continuations or ())]
+
+
+class ScoreLine(ScoreRequest):
+    """One line of a batch: the body of /score."""
+
+    id: LineId = Field(None, description="Comes back with the answer")
 
 
 class MaskUsed(BaseModel):
@@ -170,6 +233,54 @@ class MaskDetails(MaskSummary):
         return {**stored.info.model_dump(), "neurons_per_layer": stored.mask.neurons_per_layer()}
 
 
+class LayerNeurons(BaseModel):
+    """The neurons of one layer whose scale is not 1."""
+
+    layer: int
+    neurons: list[int]
+    scales: list[float] | None = Field(description="Of each neuron; null if all are 0")
+
+
+class LayerDimensions(BaseModel):
+    """The dimensions of one layer's MLP output whose scale is not 1."""
+
+    layer: int
+    dimensions: list[int]
+    scales: list[float] | None = Field(description="Of each dimension; null if all are 0")
+
+
+class MaskNeurons(BaseModel):
+    name: str
+    digest: str
+    layers: list[LayerNeurons]
+    output: list[LayerDimensions] | None = Field(description="Null if the mask leaves the MLPs' output alone")
+
+    @classmethod
+    def of(cls, stored: StoredMask) -> Self:
+        output = stored.mask.output
+        return cls(
+            name=stored.name,
+            digest=stored.mask.digest,
+            layers=[
+                LayerNeurons(layer=layer, neurons=changed, scales=scales)
+                for layer, (changed, scales) in enumerate(map(_changed, stored.mask.intermediate))
+            ],
+            output=None
+            if output is None
+            else [
+                LayerDimensions(layer=layer, dimensions=changed, scales=scales)
+                for layer, (changed, scales) in enumerate(map(_changed, output))
+            ],
+        )
+
+
+def _changed(scales: Tensor) -> tuple[list[int], list[float] | None]:
+    """Where `scales` [n] are not 1, and what they are there: None if all are 0."""
+    indices = torch.nonzero(scales != 1).flatten()
+    there = scales[indices]
+    return indices.tolist(), there.tolist() if bool(there.any()) else None
+
+
 class InvalidMaskFile(BaseModel):
     name: str
     reason: str
@@ -202,3 +313,30 @@ class ErrorBody(BaseModel):
 
 class ErrorAnswer(BaseModel):
     error: ErrorBody
+
+
+class _LineResult(BaseModel):
+    index: int = Field(description="Number of the line, from 0; blank lines have none")
+    id: LineId
+    status: Annotated[int, Field(description="The HTTP status of the line as a request of its own")] = 200
+
+
+class GenerateLineAnswer(_LineResult):
+    answer: GenerateAnswer
+
+
+class ScoreLineAnswer(_LineResult):
+    answer: ScoreAnswer
+
+
+class LineError(_LineResult):
+    error: ErrorBody
+
+
+class BatchEnd(BaseModel):
+    """The last line of a batch; without it the answer was cut off."""
+
+    done: bool = Field(description="Whether all of the input was read and answered")
+    lines: int = Field(description="How many lines were answered")
+    failed: int = Field(description="How many of them with an error")
+    error: Annotated[ErrorBody | None, Field(description="Why it is not done; absent if it is")] = None

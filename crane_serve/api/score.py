@@ -4,12 +4,12 @@ from itertools import takewhile
 
 from fastapi import APIRouter
 
-from crane_serve.api.concurrency import run_all
+from crane_serve.api.concurrency import Seat, admitted, run_all
 from crane_serve.api.dependencies import Context, Engine, MaskQuery, TheGate, asked_masks, choose_mask
 from crane_serve.api.errors import ANY_ROUTE, responses
 from crane_serve.api.schemas import ContinuationScore, MaskUsed, Score, ScoreAnswer, ScoreRequest, Usage
 from crane_serve.engine.service import EngineService
-from crane_serve.masks import ResolvedMask
+from crane_serve.masks import MaskLibrary, ResolvedMask
 
 router = APIRouter()
 
@@ -22,45 +22,64 @@ async def score(body: ScoreRequest, engine: Engine, gate: TheGate, context: Cont
     context and continuation together share with the context alone; white space at the end of the context, and a token
     that reaches across the boundary, count as part of the continuation.
     """
-    context.mask = choose_mask(engine.library, asked_masks(query.mask, body.mask))
-    gate.admit(context, len(body.text or body.continuations or ()))
-    if body.text is not None:
-        encoded = await engine.encode(body.text, from_start=True)
-        pairs = zip(body.text, encoded, strict=True)
-        scored = await run_all(_score_text(engine, text, token_ids, context.mask) for text, token_ids in pairs)
-    else:
-        start, continuations = body.context or "", body.continuations or []
-        texts = [start.rstrip(), *(start + continuation for continuation in continuations)]
-        alone, *encoded = await engine.encode(texts, from_start=True)
-        pairs = zip(continuations, encoded, strict=True)
-        scored = await run_all(_score_continuation(engine, alone, text, whole, context.mask) for text, whole in pairs)
-    return ScoreAnswer(
-        model=engine.model_name,
-        mask=MaskUsed.of(context.mask),
-        scores=[score for score, _ in scored],
-        usage=Usage.of(sum(prompt_tokens for _, prompt_tokens in scored), 0),
-    )
+    context.mask = mask_of(engine.library, query, body)
+    gate.admit(context, body.sequences)
+    return await Scoring(engine, body, await engine.encode(body.texts, from_start=True), context.mask).answer()
 
 
-async def _score_text(
-    engine: EngineService, text: str, token_ids: list[int], mask: ResolvedMask | None
-) -> tuple[Score, int]:
-    """The score, and the number of tokens that the engine read."""
-    if len(token_ids) == 1:
-        return Score(logprob=0.0, tokens=0, bytes=0), 0
-    logprobs = (await engine.score(token_ids, mask)).logprobs
-    return Score(logprob=sum(logprobs), tokens=len(logprobs), bytes=len(text.encode())), len(token_ids)
+def mask_of(library: MaskLibrary, query: MaskQuery, body: ScoreRequest) -> ResolvedMask | None:
+    """The mask that query and body name. Raises MaskError, BadRequest if they differ."""
+    return choose_mask(library, asked_masks(query.mask, body.mask))
 
 
-async def _score_continuation(
-    engine: EngineService, alone: list[int], continuation: str, whole: list[int], mask: ResolvedMask | None
-) -> tuple[Score, int]:
-    """The score, and the number of tokens that the engine read. alone: the context; whole: with its continuation."""
-    # A token that reaches across the boundary is not one of the context's: it is scored with the continuation.
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, alone, strict=False)))
-    result = await engine.score(whole, mask)
-    logprobs, is_greedy = result.logprobs[shared - 1 :], result.is_greedy[shared - 1 :]
-    score = ContinuationScore(
-        logprob=sum(logprobs), tokens=len(logprobs), bytes=len(continuation.encode()), is_greedy=all(is_greedy)
-    )
-    return score, len(whole)
+class Scoring:
+    """The texts of one request on their way through the engine. encoded: the token ids of `body.texts`."""
+
+    def __init__(
+        self, engine: EngineService, body: ScoreRequest, encoded: list[list[int]], mask: ResolvedMask | None
+    ) -> None:
+        self._engine = engine
+        self._body = body
+        self._encoded = encoded
+        self._mask = mask
+
+    async def answer(self, seat: Seat = admitted) -> ScoreAnswer:
+        """The whole answer; each sequence is run in a `seat`. Raises what EngineService.score does."""
+        if self._body.text is not None:
+            pairs = zip(self._body.text, self._encoded, strict=True)
+            scored = await run_all(self._score_text(text, token_ids, seat) for text, token_ids in pairs)
+        else:
+            alone, *encoded = self._encoded
+            pairs = zip(self._body.continuations or (), encoded, strict=True)
+            scored = await run_all(self._score_continuation(alone, text, whole, seat) for text, whole in pairs)
+        return ScoreAnswer(
+            model=self._engine.model_name,
+            mask=MaskUsed.of(self._mask),
+            scores=[score for score, _ in scored],
+            usage=Usage.of(sum(prompt_tokens for _, prompt_tokens in scored), 0),
+        )
+
+    async def _score_text(self, text: str, token_ids: list[int], seat: Seat) -> tuple[Score, int]:
+        """The score, and the number of tokens that the engine read."""
+        if len(token_ids) == 1:
+            return Score(logprob=0.0, tokens=0, bytes=0), 0
+        async with seat():
+            logprobs = (await self._engine.score(token_ids, self._mask)).logprobs
+        return Score(logprob=sum(logprobs), tokens=len(logprobs), bytes=len(text.encode())), len(token_ids)
+
+    async def _score_continuation(
+        self, alone: list[int], continuation: str, whole: list[int], seat: Seat
+    ) -> tuple[Score, int]:
+        """The score, and the number of tokens that the engine read.
+
+        alone: the context; whole: with its continuation.
+        """
+        # A token that reaches across the boundary is not one of the context's: it is scored with the continuation.
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, alone, strict=False)))
+        async with seat():
+            result = await self._engine.score(whole, self._mask)
+        logprobs, is_greedy = result.logprobs[shared - 1 :], result.is_greedy[shared - 1 :]
+        score = ContinuationScore(
+            logprob=sum(logprobs), tokens=len(logprobs), bytes=len(continuation.encode()), is_greedy=all(is_greedy)
+        )
+        return score, len(whole)

@@ -1,9 +1,13 @@
-"""vLLM's own engine flags, read by vLLM's own parser."""
+"""vLLM's own flags, read by vLLM's own parser."""
 
 from argparse import ArgumentError
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+# Of routes that are not served, and of adapters, whose place in a model's name is that of a mask.
+_NOT_SERVED = {"lora_modules", "tokens_only", "enable_tokenizer_info_endpoint", "enable_server_load_tracking"}
 
 
 def engine_arguments(kind: Any, model: Path, flags: Sequence[str], *, program: str) -> Any:
@@ -14,11 +18,45 @@ def engine_arguments(kind: Any, model: Path, flags: Sequence[str], *, program: s
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = kind.add_cli_args(FlexibleArgumentParser(prog=program, exit_on_error=False))
+    return _parse(parser, model, flags, f"an option of {program} or an engine flag of vLLM")
+
+
+def serving_arguments(model: Path, flags: Sequence[str], *, program: str) -> Any:
+    """The arguments of vLLM's AsyncEngineArgs and of its OpenAI front end for `model` and `flags`, as a namespace.
+
+    Raises ValueError for flags that vLLM does not know or cannot read, that contradict each other, or that are about
+    what the service does itself: listening, keys, origins, TLS, middleware.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs, FrontendArgs, validate_parsed_serve_args
+    from vllm.exceptions import VLLMClientError
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    # Without abbreviations: --config, a flag of vLLM's own command line, would be taken for --config-format.
+    parser = FlexibleArgumentParser(prog=program, exit_on_error=False, allow_abbrev=False)
+    parser = AsyncEngineArgs.add_cli_args(FrontendArgs.add_cli_args(parser))
+    refused = {field.name for field in fields(FrontendArgs)} - {field.name for field in fields(BaseFrontendArgs)}
+    defaults = {name: parser.get_default(name) for name in refused | _NOT_SERVED}
+    parser.set_defaults(**dict.fromkeys(defaults))  # what is None after parsing has not been given
+    arguments = _parse(parser, model, flags, f"an option of {program}, or a flag of vLLM's engine or OpenAI front end")
+    for name, default in defaults.items():
+        if getattr(arguments, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag}: {program} does not take this flag of vLLM's server; see {program} --help")
+        setattr(arguments, name, default)
+    try:
+        validate_parsed_serve_args(arguments)
+    except (TypeError, VLLMClientError) as error:
+        raise ValueError(f"flags of vLLM: {str(error).removeprefix('Error: ')}") from error
+    return arguments
+
+
+def _parse(parser: Any, model: Path, flags: Sequence[str], expected: str) -> Any:
     try:
         arguments, unknown = parser.parse_known_args(list(flags))
     except ArgumentError as error:
-        raise ValueError(f"engine flags: {error}") from error
+        raise ValueError(f"flags of vLLM: {error}") from error
     if unknown:
-        raise ValueError(f"unknown option {unknown[0]!r}; expected an option of {program} or an engine flag of vLLM")
+        raise ValueError(f"unknown option {unknown[0]!r}; expected {expected}")
     arguments.model = str(model)
     return arguments

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from starlette.types import ASGIApp
+
 from crane_serve.atomic import written_aside
 from crane_serve.checkpoints.prefix import start_token_id
 from crane_serve.engine.admission import mask_arguments, require_row
@@ -26,8 +28,9 @@ from crane_serve.engine.config import (
     MaskConfig,
     mask_config,
 )
-from crane_serve.engine.flags import engine_arguments
+from crane_serve.engine.flags import serving_arguments
 from crane_serve.engine.metering import meter
+from crane_serve.engine.openai_app import build_openai_app
 from crane_serve.engine.self_check import check_masks
 from crane_serve.masks import (
     MaskError,
@@ -101,16 +104,19 @@ class PromptLogprobs:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """A checked configuration of an engine with masks. vllm_config: vLLM's own."""
+    """A checked configuration of an engine with masks.
+
+    vllm_config: vLLM's own. arguments: vLLM's flags, those of its OpenAI front end too, as a namespace.
+    """
 
     vllm_config: Any
-    disable_log_stats: bool
+    arguments: Any
 
 
 def configure_engine(model: Path, masks: Path, default_method: str, rows: int, flags: Sequence[str]) -> EngineConfig:
     """Check everything that can be checked before processes start.
 
-    rows: how many different masks can be resident; flags: vLLM's own engine flags.
+    rows: how many different masks can be resident; flags: vLLM's own, of its engine and its OpenAI front end.
     Raises ValueError (MaskFileError, FingerprintError, UnsupportedEngine, ...) naming what is wrong.
     """
     os.environ[MASKS_VARIABLE] = str(masks)
@@ -120,24 +126,28 @@ def configure_engine(model: Path, masks: Path, default_method: str, rows: int, f
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    arguments = engine_arguments(AsyncEngineArgs, model, flags, program="crane serve")
+    arguments = serving_arguments(model, flags, program="crane serve")
     vllm_config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
     if mask_config(vllm_config) is None:
         raise ValueError(f"masks are disabled ({DISABLE_VARIABLE} is set); the mask service cannot start")
-    return EngineConfig(vllm_config, bool(arguments.disable_log_stats))
+    return EngineConfig(vllm_config, arguments)
 
 
 class EngineService:
     """One vLLM engine with masks.
 
     Made by `start`; then any number of concurrent `generate`, `score`, `put_mask` and `remove_mask`; `stop`.
+    model_names: all names that the model is served under; answers name the first, `model_name`.
+    openai: vLLM's own OpenAI application, which runs under the masks that vllm_xargs name, and checks no keys.
     """
 
-    def __init__(self, engine: Any, config: MaskConfig, model_name: str) -> None:
+    openai: ASGIApp
+
+    def __init__(self, engine: Any, config: MaskConfig, model_names: Sequence[str]) -> None:
         self._engine = engine
         self._config = config
         self.library: MaskLibrary = config.library()
-        self.model_name = model_name
+        self.model_names = tuple(model_names)
         self.tokenizer = engine.get_tokenizer()
         self.on_tokens: Callable[[str | None, int, int], object] | None = None  # mask name, prompt, completion tokens
         meter(engine, self.library, lambda *tokens: self.on_tokens and self.on_tokens(*tokens))
@@ -153,21 +163,28 @@ class EngineService:
     async def start(cls, config: EngineConfig, name: str) -> "EngineService":
         """Start the engine's processes, and see that masks take effect in every layer of every rank.
 
-        Must be called in the event loop that will serve. Raises SelfCheckFailed if they do not.
+        name: the model's, if no flag gives it one. Must be called in the event loop that will serve. Raises
+        SelfCheckFailed if masks do not, ValueError, TypeError or KeyError for flags that do not suit the model.
         """
         from vllm.logger import init_logger
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        engine = AsyncLLM.from_vllm_config(config.vllm_config, disable_log_stats=config.disable_log_stats)
+        arguments = config.arguments
+        engine = AsyncLLM.from_vllm_config(
+            config.vllm_config,
+            disable_log_stats=arguments.disable_log_stats,
+            enable_log_requests=arguments.enable_log_requests,
+        )
         # The configuration that admission reads; its library is the one that requests are resolved in.
         masks = mask_config(engine.input_processor.vllm_config)
         assert masks is not None, "configure_engine returns no configuration without masks"
-        service = cls(engine, masks, name)
+        service = cls(engine, masks, arguments.served_model_name or [name])
         loop = asyncio.get_running_loop()
         service.library.on_unused = lambda: loop.call_soon_threadsafe(service._forget_soon)
         began = time.monotonic()
         try:
             await check_masks(service)
+            service.openai = await build_openai_app(engine, arguments, service.model_names, service.library)
         except BaseException:
             service.stop()
             raise
@@ -179,6 +196,10 @@ class EngineService:
         self.library.on_unused = None
         self._encoder.shutdown(wait=False, cancel_futures=True)
         self._engine.shutdown()
+
+    @property
+    def model_name(self) -> str:
+        return self.model_names[0]
 
     @property
     def is_dead(self) -> bool:

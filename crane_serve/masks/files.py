@@ -17,8 +17,9 @@ from crane_serve.masks.mask import NeuronMask
 
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
-_METADATA_KEY = "crane"
-_NAME = re.compile(r"[a-z0-9_-]+")
+METADATA_KEY = "crane"
+NAME = r"[a-z0-9_-]+"
+MAX_NAME = 128
 _RESERVED = "none"
 
 
@@ -64,8 +65,10 @@ class StoredMask:
 
 def check_name(name: str) -> str:
     """Return `name` if it can name a mask; raise MaskFileError otherwise."""
-    if not _NAME.fullmatch(name) or len(name) > 128:
-        raise MaskFileError(f"mask name {name!r} is not allowed; expected 1 to 128 characters of a-z, 0-9, _ and -")
+    if not re.fullmatch(NAME, name) or len(name) > MAX_NAME:
+        raise MaskFileError(
+            f"mask name {name!r} is not allowed; expected 1 to {MAX_NAME} characters of a-z, 0-9, _ and -"
+        )
     if name == _RESERVED:
         raise MaskFileError(f"mask name {name!r} is reserved for unmasked requests")
     return name
@@ -86,7 +89,7 @@ def encode_mask(name: str, mask: NeuronMask, info: MaskInfo) -> bytes:
     tensors = {"intermediate": mask.intermediate}
     if mask.output is not None:
         tensors["output"] = mask.output
-    return save(tensors, metadata={_METADATA_KEY: metadata.model_dump_json()})
+    return save(tensors, metadata={METADATA_KEY: metadata.model_dump_json()})
 
 
 def write_mask(directory: Path, name: str, mask: NeuronMask, info: MaskInfo) -> Path:
@@ -118,9 +121,9 @@ def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
     try:
         tensors = load(content)  # checks the header, too
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        raw = header.get("__metadata__", {}).get(_METADATA_KEY)
+        raw = (header.get("__metadata__") or {}).get(METADATA_KEY)
         if raw is None:
-            raise MaskFileError(f"{source}: no {_METADATA_KEY!r} metadata; this is not a mask file")
+            raise MaskFileError(f"{source}: no {METADATA_KEY!r} metadata; this is not a mask file")
         metadata = _Metadata.model_validate_json(raw)
         if metadata.format_version != FORMAT_VERSION:
             raise MaskFileError(

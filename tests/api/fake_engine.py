@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp
+
 from crane_serve.atomic import write_atomically
 from crane_serve.checkpoints.prefix import encode_from_start
 from crane_serve.engine.service import EngineDead, PromptLogprobs, SampledToken, Sampling, Step, TokenLogprob
@@ -62,6 +65,7 @@ class FakeEngine:
     """Generates the letters a, b, c, ... and scores a token id t with -t nats, twice that under a mask."""
 
     model_name = "tiny"
+    model_names = ("tiny",)
     max_model_tokens = 512
     mask_rows = 256
 
@@ -80,6 +84,7 @@ class FakeEngine:
         self.error_after_tokens = 0
         self.wait_after_tokens: int | None = None
         self.not_greedy: set[int] = set()
+        self.openai: ASGIApp = JSONResponse({"answered": "by vLLM"})
 
     def stop(self) -> None:
         self.stopped = True

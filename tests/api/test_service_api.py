@@ -321,7 +321,7 @@ async def test_unexpected_errors_are_logged_and_not_shown(
         ("GET", "/nothing", 404, "not_found"),
         ("POST", "/masks/a/b", 404, "not_found"),
         ("GET", "/generate", 405, "method_not_allowed"),
-        ("DELETE", "/masks/zh", 405, "method_not_allowed"),
+        ("PATCH", "/masks/zh", 405, "method_not_allowed"),
     ],
 )
 async def test_unknown_routes_and_methods(
@@ -336,7 +336,18 @@ async def test_unknown_routes_and_methods(
 async def test_openapi_documents_the_one_shape_of_errors(client: httpx.AsyncClient) -> None:
     assert "/openapi.json" in (await client.get("/docs")).text
     document = (await client.get("/openapi.json")).json()
-    assert set(document["paths"]) == {"/generate", "/score", "/masks", "/masks/{name}", "/health", "/ready"}
+    assert set(document["paths"]) == {
+        "/generate",
+        "/generate/batch",
+        "/score",
+        "/score/batch",
+        "/masks",
+        "/masks/{name}",
+        "/masks/{name}/neurons",
+        "/masks/{name}/file",
+        "/health",
+        "/ready",
+    }
     assert {"ErrorAnswer", "ErrorBody"} <= set(document["components"]["schemas"])
     assert "HTTPValidationError" not in document["components"]["schemas"]
     for path in ("/generate", "/score"):

@@ -1,0 +1,282 @@
+"""The OpenAI-compatible routes: vLLM's own application, behind a translation of every way to name a mask into its own.
+
+A mask may be named in the query (`?mask=zh`), in the body (`"mask": "zh"`), in the model's name (`tiny:zh`), and where
+vLLM's own server takes it (`vllm_xargs.crane_mask`); all that are given must mean the same.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, cast
+from urllib.parse import parse_qsl, urlencode
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive, Scope, Send
+
+from crane_serve.api.context import context_of
+from crane_serve.api.dependencies import asked_masks, choose_mask
+from crane_serve.api.errors import ApiError, BadRequest, error_response
+from crane_serve.api.gate import Gate
+from crane_serve.engine.admission import MASK_ARGUMENT, POSITIONS_ARGUMENT, mask_arguments
+from crane_serve.engine.openai_app import answering_as
+from crane_serve.engine.service import EngineDead, EngineService
+from crane_serve.engine.vllm_routes import CARRYING
+from crane_serve.masks import MaskLibrary, Positions, ResolvedMask
+
+_MASK, _POSITIONS = "mask", "positions"
+_WITHOUT_MODEL = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
+_ROUTES: Mapping[str, str] = {
+    **dict.fromkeys((*CARRYING, *_WITHOUT_MODEL), "POST"),
+    **dict.fromkeys(("/v1/models", "/version"), "GET"),
+}
+# Sent by clients' libraries, and ignored by vLLM.
+_HARMLESS_PARAMETERS = frozenset({"api-version", "beta"})
+
+_Body = dict[str, Any]
+
+
+class OpenAIRoutes:
+    """ASGI application for the paths that no other route of the service has; everything that is not listed is a 404.
+
+    Found in the application's state: `engine`, whose `openai` answers, and `gate`.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1000, "reason": "no such websocket"})
+            return
+        path = str(scope["path"])
+        method = _ROUTES.get(path)
+        if method is None:
+            raise HTTPException(404)
+        scope["crane_route"] = path
+        if scope["method"] != method:
+            raise HTTPException(405, headers={"Allow": method})
+        app = cast(FastAPI, scope["app"])
+        engine, gate = cast(EngineService, app.state.engine), cast(Gate, app.state.gate)
+        content = b"" if method == "GET" else await _read(receive)
+        if content is None:
+            return
+        asked = _Asked(path, scope["query_string"].decode("latin-1"), content, engine)
+        context = context_of(scope)
+        context.mask = asked.mask
+        if method == "POST":
+            gate.admit(context, _sequences(path, asked.body))
+        translated = {**scope, "state": {}, "query_string": asked.query.encode("latin-1")}
+        translated.pop("router", None)
+        if asked.content is not content:
+            headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
+            translated["headers"] = [*headers, (b"content-length", b"%d" % len(asked.content))]
+        with ExitStack() as held:
+            if path in CARRYING:
+                held.enter_context(engine.row(asked.mask))
+            held.enter_context(answering_as(asked.model))
+            await engine.openai(translated, _replay(asked.content, receive), _Answer(scope, receive, send, engine))
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """The whole body, None if the client has gone. How long it may be is for a middleware to say."""
+    parts, more = [], True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+def _replay(content: bytes, receive: Receive) -> Receive:
+    messages: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
+
+
+class _Answer:
+    """`send` for an answer of vLLM: what fails because the engine has died says so."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, engine: EngineService) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._engine = engine
+        self._replaced = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] >= 500 and self._engine.is_dead:
+            self._replaced = True
+            answer = error_response(EngineDead("the engine has died"))
+            await answer(self._scope, self._receive, self._send)
+        if not self._replaced:
+            await self._send(message)
+
+
+class _Asked:
+    """What a request asks for, and the request as vLLM takes it.
+
+    mask: what it shall run under; model: the name to answer under, None for the model's own; body: the JSON object;
+    content: its bytes, those that came if nothing has to be translated; query: without what is for the service.
+    Raises MaskError, or ApiError for a request that is malformed or contradicts itself.
+    """
+
+    def __init__(self, path: str, query: str, content: bytes, engine: EngineService) -> None:
+        self._path = path
+        parameters = _parameters(query)
+        self.query = urlencode([pair for pair in parameters if pair[0] not in (_MASK, _POSITIONS)])
+        self.body = _parse(content) if _ROUTES[path] == "POST" else {}
+        self._arguments = self._carried()
+        masks, positions = self._named(parameters)
+        base, expression = _split_model(self.body.get("model"), engine.model_names)
+        if expression is not None:
+            masks.append(("the model's name", expression))
+        mask = _choose(engine.library, masks, positions)
+        self.mask = mask if path in CARRYING else None
+        self.model = None if expression is None else str(self.body["model"])
+        if self.mask is not None and self.body.get("use_beam_search"):
+            raise BadRequest("beam_search", "beam search cannot be masked", "use_beam_search")
+        changed = self._translate(None if expression is None else base)
+        self.content = json.dumps(self.body).encode() if changed else content
+
+    def _carried(self) -> _Body | None:
+        """The object whose keys vLLM hands to the engine, None if there is none."""
+        parent: Any = self.body
+        for name in CARRYING.get(self._path, ("",)):
+            parent = parent.get(name)
+            if not isinstance(parent, dict):
+                return None
+        return cast(_Body, parent)
+
+    def _named(self, parameters: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        """Where the request names masks, and positions, apart from its model's name: pairs of a place and a value."""
+        for name in self.body:
+            if name.lower() in (_MASK, _POSITIONS) and name not in (_MASK, _POSITIONS):
+                raise ApiError(422, "malformed_body", f"{name}: expected {name.lower()!r}", name)
+        found = []
+        for name, argument in ((_MASK, MASK_ARGUMENT), (_POSITIONS, POSITIONS_ARGUMENT)):
+            in_query = [value for key, value in parameters if key == name]
+            if name == _POSITIONS and len(in_query) > 1:
+                raise BadRequest("mask_conflict", "'positions' is given twice in the query", _POSITIONS)
+            named = asked_masks(in_query, _text(self.body, name))
+            carried = None if self._arguments is None else _text(self._arguments, argument)
+            found.append(named if carried is None else [*named, (argument, carried)])
+            if found[-1] and self._path not in CARRYING:
+                raise BadRequest("mask_conflict", f"{self._path} runs no model that could be masked", name)
+        masks, positions = found
+        return masks, positions
+
+    def _translate(self, base: str | None) -> bool:
+        """Put the mask where vLLM takes it, and the name of the base model; say whether that changed the body."""
+        names = [name for name in (_MASK, _POSITIONS) if name in self.body]
+        carried = [name for name in (MASK_ARGUMENT, POSITIONS_ARGUMENT) if name in (self._arguments or ())]
+        for name in names:
+            del self.body[name]
+        for name in carried:
+            del cast(_Body, self._arguments)[name]
+        if base is not None:
+            self.body["model"] = base
+        if self.mask is not None:
+            self._place().update(mask_arguments(self.mask))
+        return bool(names or carried or base is not None or self.mask is not None)
+
+    def _place(self) -> _Body:
+        """The object whose keys vLLM hands to the engine, made if there is none."""
+        parent = self.body
+        for name in CARRYING[self._path]:
+            if parent.get(name) is None:
+                parent[name] = {}
+            if not isinstance(parent[name], dict):
+                raise ApiError(422, "malformed_body", f"{name}: expected an object", name)
+            parent = parent[name]
+        return parent
+
+
+def _parameters(query: str) -> list[tuple[str, str]]:
+    parameters = parse_qsl(query, keep_blank_values=True)
+    for name, _ in parameters:
+        if name not in (_MASK, _POSITIONS) and name not in _HARMLESS_PARAMETERS:
+            raise ApiError(
+                422, "malformed_query", f"unknown query parameter {name!r}; expected mask or positions", name
+            )
+    return parameters
+
+
+def _parse(content: bytes) -> _Body:
+    """The JSON object in a body, read as vLLM will read it."""
+    try:
+        body = json.loads(content, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest("malformed_body", f"the body cannot be read as JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise BadRequest("malformed_body", "the body is not a JSON object")
+    return body
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> _Body:
+    """Of a name that is given twice vLLM would see one value, and a mask in the other would be lost."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return content
+
+
+def _text(content: _Body, name: str) -> str | None:
+    value = content.get(name)
+    if value is not None and not isinstance(value, str):
+        raise ApiError(422, "malformed_body", f"{name}: expected a string, got {type(value).__name__}", name)
+    return value
+
+
+def _split_model(model: Any, names: Iterable[str]) -> tuple[str | None, str | None]:
+    """The base model, and the mask expression, that a model's name stands for; None and None for another's name."""
+    if not isinstance(model, str) or model in names:
+        return None, None
+    # The longest name first: one may begin with another and a colon.
+    base = next((name for name in sorted(names, key=len, reverse=True) if model.startswith(f"{name}:")), None)
+    return (None, None) if base is None else (base, model[len(base) + 1 :])
+
+
+def _choose(
+    library: MaskLibrary, masks: Sequence[tuple[str, str]], positions: Sequence[tuple[str, str]]
+) -> ResolvedMask | None:
+    """The mask that is named, if all places agree. Each is a pair of a place and what it says."""
+    for place, asked in positions:
+        if asked not in set(Positions):
+            expected = ", ".join(Positions)
+            raise ApiError(
+                422, "malformed_body", f"positions={asked} in {place}: expected one of {expected}", _POSITIONS
+            )
+        if asked != positions[0][1]:
+            first_place, first = positions[0]
+            message = f"{first_place} says positions={first}, {place} {asked}"
+            raise BadRequest("mask_conflict", message, _POSITIONS)
+    if not positions:
+        return choose_mask(library, masks)
+    if not masks:
+        raise BadRequest("mask_conflict", f"positions={positions[0][1]} without a mask", _POSITIONS)
+    return choose_mask(library, masks, Positions(positions[0][1]))
+
+
+def _sequences(path: str, body: _Body) -> int:
+    """How many sequences the engine will run for a request, as far as its body can be understood."""
+    if path not in CARRYING or path.endswith("/render"):
+        return 0
+    place: Any = body.get("sampling_params") if path == "/inference/v1/generate" else body
+    try:
+        sequences = max(1, int(place["n"]))  # vLLM also reads "2", and 2.0
+    except (KeyError, TypeError, ValueError, OverflowError):
+        sequences = 1
+    if path == "/v1/completions":
+        return sequences * (_prompts(body.get("prompt")) + _prompts(body.get("prompt_embeds")) or 1)
+    if path == "/v1/chat/completions/batch" and isinstance(body.get("messages"), list):
+        return sequences * len(body["messages"])
+    return sequences
+
+
+def _prompts(prompt: Any) -> int:
+    """One text, several, one list of token ids, or several."""
+    if isinstance(prompt, list):
+        return 1 if prompt and isinstance(prompt[0], int) else len(prompt)
+    return 0 if prompt is None else 1

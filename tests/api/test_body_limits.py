@@ -1,0 +1,411 @@
+"""Bodies: read whole within bounds of size, sum and time, or as they arrive on the paths for that."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from crane_serve.api import body
+from crane_serve.api.app import create_app
+from crane_serve.api.body import BoundedBody
+from crane_serve.api.errors import ApiError, install_error_handlers
+from tests.api.exchange import Exchange
+from tests.api.fake_engine import FakeEngine
+
+STREAMED = ("/generate/batch", "/score/batch")
+
+
+@pytest.fixture(autouse=True)
+def short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused clients of most tests neither go on sending nor hang up."""
+    monkeypatch.setattr(body, "_PAUSE_S", 0.05)
+
+
+class App:
+    """Keeps the messages it receives, up to the end of the body; answers 204 once `go` is set."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self.error: Exception | None = None
+        self.reached = asyncio.Event()
+        self.go = asyncio.Event()
+        self.go.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        more = True
+        while more:
+            self.reached.set()
+            try:
+                message = await receive()
+            except ApiError as error:
+                self.error = error
+                raise
+            self.messages.append(message)
+            more = message.get("more_body", False)
+        await self.go.wait()
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message["body"] for message in self.messages)
+
+
+def bounded(app: ASGIApp, *, max_bytes: int = 10, max_buffered_bytes: int = 25, timeout_s: float = 30) -> BoundedBody:
+    return BoundedBody(
+        app, max_bytes=max_bytes, max_buffered_bytes=max_buffered_bytes, timeout_s=timeout_s, streamed=STREAMED
+    )
+
+
+async def until(condition: object) -> None:
+    """Wait until a function is true."""
+    async with asyncio.timeout(10):
+        while not condition():  # type: ignore[operator]
+            await asyncio.sleep(0)
+
+
+def refused(exchange: Exchange, app: App, status: int, code: str) -> None:
+    assert (exchange.status, exchange.error["code"]) == (status, code)
+    assert exchange.headers["connection"] == "close"
+    assert app.messages == []
+
+
+async def test_a_body_in_one_message_is_not_copied() -> None:
+    app, content = App(), b"0123456789"
+    exchange = Exchange("POST", "/generate", [(b"content-length", b"10")]).give(content)
+    await exchange.call(bounded(app))
+    assert exchange.status == 204
+    assert app.messages == [{"type": "http.request", "body": content, "more_body": False}]
+    assert app.messages[0]["body"] is content
+
+
+async def test_a_body_in_pieces_becomes_one_message() -> None:
+    app, exchange = App(), Exchange("POST", "/generate")
+    exchange.give(b"012", more=True).give(b"", more=True).give(b"34567", more=True).give(b"89")
+    await exchange.call(bounded(app))
+    assert app.messages == [{"type": "http.request", "body": b"0123456789", "more_body": False}]
+    assert type(app.messages[0]["body"]) is bytes
+
+
+async def test_after_the_body_messages_are_the_servers() -> None:
+    seen: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend([(await receive())["type"] for _ in range(3)])
+
+    await Exchange("POST", "/generate").give(b"a").hang_up().call(bounded(app))
+    assert seen == ["http.request", "http.disconnect", "http.disconnect"]
+
+
+@pytest.mark.parametrize("length", [b"11", b"1" * 30, b"9" * 5000, b"0000000000000000000000011"])
+async def test_a_length_over_the_bound_is_refused_unread(length: bytes) -> None:
+    app, exchange = App(), Exchange("POST", "/generate", [(b"content-length", length)])
+    await exchange.call(bounded(app))
+    refused(exchange, app, 413, "body_too_large")
+    assert exchange.error["message"] == "the body is longer than 10 bytes"
+    assert exchange.received == 0
+
+
+@pytest.mark.parametrize("length", [None, b"10", b"nonsense", b"-1", b"\xb2"])
+@pytest.mark.parametrize("pieces", [[b"0123456789x"], [b"0123456789", b"x"], [b"x"] * 11])
+async def test_a_longer_body_than_it_says_is_refused(length: bytes | None, pieces: list[bytes]) -> None:
+    app = App()
+    exchange = Exchange("POST", "/generate", [] if length is None else [(b"content-length", length)])
+    for piece in pieces:
+        exchange.give(piece, more=True)
+    middleware = bounded(app)
+    await exchange.call(middleware)
+    refused(exchange, app, 413, "body_too_large")
+    assert middleware.buffered_bytes == 0
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 3])
+async def test_a_slow_body_is_refused(pieces: int) -> None:
+    app, exchange = App(), Exchange("POST", "/generate")
+    for _ in range(pieces):
+        exchange.give(b"x", more=True)
+    middleware = bounded(app, timeout_s=0.05)
+    await exchange.call(middleware)
+    refused(exchange, app, 408, "body_too_slow")
+    assert exchange.error["message"] == "the body did not arrive within 0.05 s"
+    assert middleware.buffered_bytes == 0
+
+
+async def test_the_time_is_for_the_whole_body() -> None:
+    app, exchange = App(), Exchange("POST", "/generate")
+
+    async def drip() -> None:
+        while True:
+            exchange.give(b"", more=True)
+            await asyncio.sleep(0.01)
+
+    dripping = asyncio.create_task(drip())
+    await exchange.call(bounded(app, timeout_s=0.2))
+    dripping.cancel()
+    refused(exchange, app, 408, "body_too_slow")
+
+
+@pytest.mark.parametrize("pieces", [0, 2])
+async def test_a_client_that_goes_while_sending_is_not_answered(pieces: int) -> None:
+    app, exchange = App(), Exchange("POST", "/generate")
+    for _ in range(pieces):
+        exchange.give(b"x", more=True)
+    middleware = bounded(app)
+    await exchange.hang_up().call(middleware)
+    assert (exchange.sent, app.messages, middleware.buffered_bytes) == ([], [], 0)
+
+
+async def test_all_bodies_together_are_bounded_until_their_requests_end() -> None:
+    app = App()
+    app.go.clear()
+    middleware = bounded(app)
+    running = [Exchange("POST", "/generate").give(b"0123456789") for _ in range(2)]
+    calls = [asyncio.create_task(exchange.call(middleware)) for exchange in running]
+    await until(lambda: len(app.messages) == 2)
+    assert middleware.buffered_bytes == 20
+
+    late, other = Exchange("POST", "/generate").give(b"012345"), App()
+    await late.call(middleware)
+    refused(late, other, 429, "too_much_data")
+    assert int(late.headers["retry-after"]) > 0
+    assert (middleware.buffered_bytes, len(app.messages)) == (20, 2)
+
+    # One that is still arriving counts as far as it has come.
+    arriving = Exchange("POST", "/generate").give(b"01", more=True)
+    calls.append(asyncio.create_task(arriving.call(middleware)))
+    await until(lambda: middleware.buffered_bytes == 22)
+    arriving.give(b"234")
+    await until(lambda: len(app.messages) == 3)
+    assert middleware.buffered_bytes == 25
+    app.go.set()
+    await asyncio.gather(*calls)
+    assert [exchange.status for exchange in (*running, arriving)] == [204] * 3
+    assert middleware.buffered_bytes == 0
+
+
+async def test_the_count_survives_failures_and_cancellation() -> None:
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        raise RuntimeError("broken")
+
+    middleware = bounded(broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        await Exchange("POST", "/generate").give(b"0123").call(middleware)
+    assert middleware.buffered_bytes == 0
+
+    app = App()
+    app.go.clear()
+    middleware = bounded(app)
+    for exchange in (Exchange("POST").give(b"0123"), Exchange("POST").give(b"0123", more=True)):
+        call = asyncio.create_task(exchange.call(middleware))
+        await until(lambda: middleware.buffered_bytes == 4)
+        call.cancel()
+        await asyncio.wait({call})
+        assert middleware.buffered_bytes == 0
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate/batch", "/masks/x", "/v1/completions"])
+@pytest.mark.parametrize(
+    ("codings", "is_plain"),
+    [
+        ([b"gzip"], False),
+        ([b"identity, gzip"], False),
+        ([b"identity", b"br"], False),
+        ([b"GZIP"], False),
+        ([b"\xff"], False),
+        ([b"identity"], True),
+        ([b" Identity ,"], True),
+        ([b""], True),
+    ],
+)
+async def test_compressed_bodies_are_refused(path: str, codings: list[bytes], is_plain: bool) -> None:
+    headers = [(b"content-length", b"3"), *((b"content-encoding", coding) for coding in codings)]
+    app, exchange = App(), Exchange("PUT", path, headers).give(b"abc")
+    await exchange.call(bounded(app))
+    if is_plain:
+        assert (exchange.status, app.body) == (204, b"abc")
+    else:
+        refused(exchange, app, 415, "unsupported_encoding")
+        assert exchange.headers["accept-encoding"] == "identity"
+        assert exchange.received == 0
+
+
+async def test_a_coding_of_no_body_is_no_fault() -> None:
+    app, exchange = App(), Exchange("GET", "/masks", [(b"content-encoding", b"gzip")]).give()
+    await exchange.call(bounded(app))
+    assert exchange.status == 204
+
+
+STREAMING = [("POST", "/generate/batch"), ("POST", "/score/batch"), ("PUT", "/masks/x")]
+
+
+@pytest.mark.parametrize(("method", "path"), STREAMING)
+async def test_streamed_bodies_are_of_any_length_and_not_held(method: str, path: str) -> None:
+    app, exchange = App(), Exchange(method, path, [(b"content-length", b"1000")])
+    app.go.clear()
+    middleware = bounded(app)
+    call = asyncio.create_task(exchange.call(middleware))
+    for count in range(1, 10):
+        exchange.give(b"x" * 100, more=True)
+        await until(lambda: len(app.messages) == count)  # noqa: B023
+        assert middleware.buffered_bytes == 0
+    exchange.give(b"x" * 100)
+    app.go.set()
+    await call
+    assert (exchange.status, len(app.messages), app.body) == (204, 10, b"x" * 1000)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/masks/x"), ("PUT", "/masks"), ("PUT", "//masks/x"), ("POST", "/generate/batch/"), ("PUT", "/Masks/x")],
+)
+async def test_other_paths_are_bounded(method: str, path: str) -> None:
+    app, exchange = App(), Exchange(method, path).give(b"x" * 11)
+    await exchange.call(bounded(app))
+    refused(exchange, app, 413, "body_too_large")
+
+
+@pytest.mark.parametrize(("method", "path"), STREAMING)
+@pytest.mark.parametrize("pieces", [0, 2])
+async def test_a_late_piece_of_a_stream_is_an_error_where_it_is_read(method: str, path: str, pieces: int) -> None:
+    app, exchange = App(), Exchange(method, path)
+    for _ in range(pieces):
+        exchange.give(b"x", more=True)
+    with pytest.raises(ApiError, match="no piece of the body arrived within") as caught:
+        await exchange.call(bounded(app, timeout_s=0.05))
+    assert (caught.value.status, caught.value.code) == (408, "body_too_slow")
+    assert (app.error, len(app.messages)) == (caught.value, pieces)
+
+
+async def test_the_time_is_for_each_piece_of_a_stream_and_for_none_after_its_end() -> None:
+    received = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for _ in range(5):
+            await receive()
+            received.set()
+        assert (await receive())["type"] == "http.disconnect"
+
+    exchange = Exchange("POST", "/generate/batch")
+    call = asyncio.create_task(exchange.call(bounded(app, timeout_s=1)))
+    for index in range(5):
+        await asyncio.sleep(0.3)
+        exchange.give(b"x", more=index < 4)
+        await received.wait()
+        received.clear()
+    await asyncio.sleep(1.5)
+    exchange.hang_up()
+    await call
+
+
+def streaming_app() -> FastAPI:
+    """Refuses a stream at once, or reads all of it."""
+    app = FastAPI()
+    install_error_handlers(app)
+
+    @app.post("/generate/batch")
+    async def read(request: Request, refuse: bool = False) -> int:
+        if refuse:
+            raise ApiError(400, "refused", "refused at once")
+        return sum([len(piece) async for piece in request.stream()])
+
+    return app
+
+
+@pytest.mark.parametrize(("refuse", "more", "closes"), [(1, True, True), (0, False, False)])
+async def test_a_refused_stream_closes_the_connection(refuse: int, more: bool, closes: bool) -> None:
+    exchange = Exchange("POST", "/generate/batch", query=b"refuse=%d" % refuse).give(b"abc", more=more)
+    await exchange.call(bounded(streaming_app()))
+    assert exchange.status == (400 if refuse else 200)
+    assert exchange.headers.getlist("connection") == ["close"] * closes
+
+
+async def test_a_late_piece_is_a_408_of_the_route() -> None:
+    exchange = Exchange("POST", "/generate/batch").give(b"abc", more=True)
+    await exchange.call(bounded(streaming_app(), timeout_s=0.05))
+    assert (exchange.status, exchange.error["code"]) == (408, "body_too_slow")
+    assert exchange.headers.getlist("connection") == ["close"]
+
+
+async def test_over_the_service() -> None:
+    async def start() -> FakeEngine:
+        return FakeEngine()
+
+    app = create_app(start)  # type: ignore[arg-type]
+    async with app.router.lifespan_context(app):
+        transport = httpx.ASGITransport(bounded(app, max_bytes=100, max_buffered_bytes=100))
+        async with httpx.AsyncClient(transport=transport, base_url="http://crane") as client:
+            for _ in range(3):
+                answer = await client.post("/generate", json={"prompt": "hi", "max_tokens": 1})
+                assert answer.status_code == 200
+            answer = await client.post("/generate", json={"prompt": "x" * 100})
+            assert answer.json()["error"]["code"] == "body_too_large"
+            assert (await client.get("/masks")).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate/batch"])
+async def test_the_rest_of_a_refused_body_is_thrown_away_after_the_answer(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(body, "_PAUSE_S", 30)
+    exchange = Exchange("POST", path, query=b"refuse=1").give(b"x" * 11, more=True)
+    call = asyncio.create_task(exchange.call(bounded(streaming_app())))
+    await until(lambda: len(exchange.sent) == 2)
+    assert exchange.error["code"] == ("body_too_large" if path == "/generate" else "refused")
+    for more in (True, True, False):
+        assert not exchange.is_complete
+        exchange.give(b"x" * 1000, more=more)
+    await call
+    assert exchange.is_complete
+
+
+async def test_a_body_that_has_arrived_is_refused_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "_PAUSE_S", 30)
+    exchange = Exchange("POST", "/generate").give(b"012345", more=True).give(b"6789x")
+    await asyncio.wait_for(exchange.call(bounded(App())), 5)
+    assert (exchange.status, exchange.is_complete) == (413, True)
+
+
+async def test_a_refused_body_is_not_read_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "_PAUSE_S", 30)
+    exchange = Exchange("POST", "/generate", [(b"content-length", b"11")])
+    await exchange.call(bounded(App(), timeout_s=0.1))
+    assert (exchange.status, exchange.is_complete) == (413, True)
+
+
+@asynccontextmanager
+async def served(app: ASGIApp) -> AsyncIterator[str]:
+    """The address of a server of `app`."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
+        running = asyncio.create_task(server.serve([listening]))
+        await until(lambda: server.started)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        await running
+
+
+async def test_clients_of_a_server_get_the_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "_PAUSE_S", 5)
+    app = App()
+    middleware = bounded(app, max_bytes=100_000, max_buffered_bytes=2**20)
+
+    async def pieces(count: int) -> AsyncIterator[bytes]:
+        for _ in range(count):
+            yield b"x" * 10_000
+
+    async with served(middleware) as url, httpx.AsyncClient(base_url=url, timeout=10) as client:
+        assert (await client.post("/generate", content=b"x" * 100_000)).status_code == 204
+        assert app.messages.pop()["body"] == b"x" * 100_000
+        assert (await client.post("/generate", content=pieces(10))).status_code == 204
+        assert app.messages.pop()["body"] == b"x" * 100_000
+        for content in (b"x" * 30_000_000, pieces(11), pieces(3000)):
+            answer = await client.post("/generate", content=content)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+            assert answer.headers["connection"] == "close"
+    assert (app.messages, middleware.buffered_bytes) == ([], 0)

@@ -1,0 +1,601 @@
+"""How requests end: by themselves, when the client goes, when time is up, when the server ends them."""
+
+import asyncio
+import json
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
+from pydantic import SecretStr
+from starlette.background import BackgroundTask
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from crane_serve.api import lifeline
+from crane_serve.api.app import create_app
+from crane_serve.api.authentication import Authentication
+from crane_serve.api.body import BoundedBody
+from crane_serve.api.context import context_of
+from crane_serve.api.errors import ApiError
+from crane_serve.api.gate import Gate
+from crane_serve.api.keys import KeyRing
+from crane_serve.api.lifeline import Lifeline, Lifelines
+from crane_serve.engine.service import EngineDead
+from tests.api.exchange import Exchange
+from tests.api.fake_engine import FakeEngine
+
+KEY = "a-key-of-somebody"
+SHUTTING_DOWN = ApiError(503, "shutting_down", "the server is shutting down")
+
+
+class Stack:
+    """A Lifeline around an application, with what it reports to."""
+
+    def __init__(self, app: ASGIApp, *, timeout_s: float = 60) -> None:
+        self.gate = Gate(100, 10)
+        self.lifelines = Lifelines()
+        self.app = Lifeline(app, self.lifelines, self.gate, timeout_s=timeout_s, endless=("/batch",))
+
+    def call(self, exchange: Exchange) -> "asyncio.Task[None]":
+        return asyncio.create_task(exchange.call(self.app))
+
+    async def is_clean(self) -> bool:
+        await until(lambda: len(asyncio.all_tasks()) == 1)
+        return (self.lifelines.active, self.gate.sequences) == (0, 0)
+
+
+class Work:
+    """An application that holds three places of the gate, answers what it is told to, and then works for ever."""
+
+    def __init__(self, stack: Callable[[], Stack], *chunks: bytes, media_type: bytes = b"text/plain") -> None:
+        self._stack = stack
+        self._chunks = chunks
+        self._media_type = media_type
+        self.cleanup_s = 0.0
+        self.began = asyncio.Event()
+        self.cleaned_up = False
+        self.error: BaseException | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        self._stack().gate.admit(context_of(scope), 3)
+        try:
+            if self._chunks:
+                headers = [(b"content-type", self._media_type)]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+            for chunk in self._chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            self.began.set()
+            await asyncio.Event().wait()
+        except BaseException as error:
+            self.error = error
+            raise
+        finally:
+            await asyncio.sleep(self.cleanup_s)
+            self.cleaned_up = True
+
+
+def working(*chunks: bytes, media_type: bytes = b"text/plain", timeout_s: float = 60) -> tuple[Stack, Work]:
+    work = Work(lambda: stack, *chunks, media_type=media_type)
+    stack = Stack(work, timeout_s=timeout_s)
+    return stack, work
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifeline, "_HEED_S", 0.2)
+    monkeypatch.setattr(lifeline, "_GRACE_S", 0.5)
+
+
+async def test_an_answer_passes_unchanged() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        content = await Request(scope, receive).json()
+        stack.gate.admit(context_of(scope), 1)
+        assert (stack.lifelines.active, stack.gate.sequences) == (1, 1)
+        await JSONResponse({"got": content}, status_code=201)(scope, receive, send)
+
+    stack = Stack(app)
+    exchange = Exchange("POST").give(b"[1,", more=True).give(b"2]")
+    await exchange.call(stack.app)
+    assert (exchange.status, exchange.body) == (201, b'{"got":[1,2]}')
+    assert await stack.is_clean()
+
+
+async def test_errors_of_the_application_propagate() -> None:
+    error = RuntimeError("broken")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        stack.gate.admit(context_of(scope), 1)
+        raise error
+
+    stack = Stack(app)
+    exchange = Exchange().give()
+    with pytest.raises(RuntimeError) as caught:
+        await exchange.call(stack.app)
+    assert caught.value is error
+    assert exchange.sent == []
+    assert await stack.is_clean()
+
+
+async def test_other_scopes_pass() -> None:
+    seen: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["type"])
+
+    stack = Stack(app)
+    for kind in ("lifespan", "websocket"):
+        await Exchange(kind=kind).call(stack.app)
+    assert seen == ["lifespan", "websocket"]
+
+
+@pytest.mark.parametrize("chunks", [(), (b"x",), (b"data: 1\n\n",)])
+async def test_a_client_that_goes_ends_the_work_and_gets_nothing(chunks: tuple[bytes, ...]) -> None:
+    stack, work = working(*chunks, media_type=b"text/event-stream")
+    work.cleanup_s = 0.05
+    exchange = Exchange("POST").give(b"{}")
+    call = stack.call(exchange)
+    await work.began.wait()
+    assert (stack.lifelines.active, stack.gate.sequences) == (1, 3)
+    sent = list(exchange.sent)
+    exchange.hang_up()
+    await call
+    assert isinstance(work.error, asyncio.CancelledError)
+    assert work.cleaned_up
+    assert exchange.sent == sent
+    assert await stack.is_clean()
+
+
+async def test_a_client_that_has_gone_already_starts_nothing() -> None:
+    stack, work = working()
+    exchange = Exchange("POST").hang_up()
+    await exchange.call(stack.app)
+    assert (work.began.is_set(), exchange.sent) == (False, [])
+    assert await stack.is_clean()
+
+
+@pytest.mark.parametrize("read", ["nothing", "the piece"])
+async def test_a_client_that_goes_while_its_body_is_read(read: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async for _ in Request(scope, receive).stream():
+            pass
+
+    stack = Stack(app)
+    exchange = Exchange("POST", "/batch").give(b"1", more=True)
+    call = stack.call(exchange)
+    if read == "the piece":
+        await until(lambda: stack.lifelines.active)
+    exchange.hang_up()
+    with caplog.at_level(logging.WARNING):
+        await call
+    assert (exchange.sent, caplog.records) == ([], [])
+    assert await stack.is_clean()
+
+
+async def test_time_is_up() -> None:
+    stack, work = working(timeout_s=0.05)
+    work.cleanup_s = 0.05
+    exchange = Exchange("POST").give(b"{}")
+    await exchange.call(stack.app)
+    assert (exchange.status, exchange.error["code"]) == (504, "timed_out")
+    assert exchange.error["message"] == "the request took longer than 0.05 s, the time that this server allows"
+    assert isinstance(work.error, asyncio.CancelledError)
+    assert await stack.is_clean()
+
+
+async def test_the_error_is_answered_when_everything_has_been_given_back() -> None:
+    stack, work = working()
+    work.cleanup_s = 0.1
+    exchange = Exchange("POST").give(b"{}")
+    call = stack.call(exchange)
+    await work.began.wait()
+    stack.lifelines.end_all(SHUTTING_DOWN)
+    await exchange.answering.wait()
+    assert work.cleaned_up
+    assert stack.gate.sequences == 0
+    await call
+    assert (exchange.status, exchange.error["code"]) == (503, "shutting_down")
+
+
+async def test_some_paths_are_endless() -> None:
+    stack, work = working(timeout_s=0.05)
+    exchange = Exchange("POST", "/batch").give(b"{}")
+    call = stack.call(exchange)
+    await work.began.wait()
+    await asyncio.sleep(0.3)
+    assert not call.done()
+    exchange.hang_up()
+    await call
+
+
+async def test_a_complete_answer_is_never_late() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await JSONResponse(1)(scope, receive, send)
+        await asyncio.sleep(0.3)
+        finished.set()
+
+    finished = asyncio.Event()
+    stack = Stack(app, timeout_s=0.05)
+    exchange = Exchange().give()
+    await exchange.call(stack.app)
+    assert (exchange.body, finished.is_set()) == (b"1", True)
+
+
+async def test_background_work_goes_on_after_the_answer() -> None:
+    done: list[Any] = []
+
+    async def later(receive: Receive) -> None:
+        done.append(await receive())  # servers say that the client has gone once the answer is complete
+        await asyncio.sleep(0.05)
+        done.append("later")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await JSONResponse(1, background=BackgroundTask(later, receive))(scope, receive, send)
+
+    stack = Stack(app)
+    exchange = Exchange().give()
+    call = stack.call(exchange)
+    await until(lambda: exchange.is_complete)
+    assert stack.lifelines.active == 1
+    await call
+    assert done == [{"type": "http.disconnect"}, "later"]
+    assert await stack.is_clean()
+
+
+async def test_background_work_can_be_ended() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await JSONResponse(1, background=BackgroundTask(asyncio.Event().wait))(scope, receive, send)
+
+    stack = Stack(app)
+    exchange = Exchange().give()
+    call = stack.call(exchange)
+    await until(lambda: exchange.is_complete)
+    stack.lifelines.end_all(SHUTTING_DOWN)
+    await call
+    assert exchange.body == b"1"
+    assert await stack.is_clean()
+
+
+EVENT = b'data: {"error":{"message":"the server is shutting down","type":"service_unavailable_error",'
+LINE = b'{"error":{"message":"the server is shutting down","type":"service_unavailable_error",'
+REST = b'"param":null,"code":"shutting_down"}}'
+
+
+@pytest.mark.parametrize(
+    ("media_type", "chunks", "last"),
+    [
+        (b"text/event-stream", [b"data: 1\n\n"], EVENT + REST + b"\n\n"),
+        (b"Text/Event-Stream; charset=utf-8", [b"data: 1\n", b"\n"], EVENT + REST + b"\n\n"),
+        (b"text/event-stream", [b"data: 1\r\n\r\n", b""], EVENT + REST + b"\n\n"),
+        (b"text/event-stream", [b""], EVENT + REST + b"\n\n"),
+        (b"application/x-ndjson", [b'{"a": 1}\n'], LINE + REST + b"\n"),
+        (b"application/x-ndjson", [b""], LINE + REST + b"\n"),
+    ],
+)
+async def test_an_error_ends_a_stream_as_its_last_event(media_type: bytes, chunks: list[bytes], last: bytes) -> None:
+    stack, work = working(*chunks, media_type=media_type)
+    exchange = Exchange("POST").give(b"{}")
+    call = stack.call(exchange)
+    await work.began.wait()
+    stack.lifelines.end_all(SHUTTING_DOWN)
+    await call
+    assert exchange.body == b"".join(chunks) + last
+    assert exchange.is_complete
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "shutting_down"
+    assert await stack.is_clean()
+
+
+@pytest.mark.parametrize(
+    ("media_type", "chunk"),
+    [
+        (b"text/plain", b"x\n\n"),
+        (b"application/json", b"["),
+        (b"text/event-stream", b"data: 1\n"),
+        (b"text/event-stream", b"data: 1"),
+        (b"application/x-ndjson", b'{"a": '),
+    ],
+)
+async def test_any_other_answer_is_cut_off(media_type: bytes, chunk: bytes) -> None:
+    stack, work = working(chunk, media_type=media_type)
+    exchange = Exchange("POST").give(b"{}")
+    call = stack.call(exchange)
+    await work.began.wait()
+    stack.lifelines.end_all(SHUTTING_DOWN)
+    with pytest.raises(ApiError) as caught:
+        await call
+    assert caught.value is SHUTTING_DOWN
+    assert (exchange.body, exchange.is_complete) == (chunk, False)
+    assert await stack.is_clean()
+
+
+async def test_the_server_ends_all_requests_with_the_same_error() -> None:
+    stacks = [working() for _ in range(3)]
+    lifelines = stacks[0][0].lifelines
+    exchanges = []
+    calls = []
+    for stack, work in stacks:
+        stack.app._lifelines = lifelines
+        exchanges.append(Exchange("POST").give(b"{}"))
+        calls.append(stack.call(exchanges[-1]))
+        await work.began.wait()
+    idle = asyncio.create_task(lifelines.idle())
+    await asyncio.sleep(0)
+    assert (lifelines.active, idle.done()) == (3, False)
+    lifelines.end_all(EngineDead("the engine has died"))
+    await asyncio.gather(*calls)
+    await asyncio.wait_for(idle, 5)
+    assert lifelines.active == 0
+    assert {(exchange.status, exchange.error["code"]) for exchange in exchanges} == {(503, "engine_dead")}
+
+
+async def test_idle_is_at_once_if_nothing_runs() -> None:
+    await asyncio.wait_for(Lifelines().idle(), 5)
+
+
+async def test_work_that_ignores_its_end_does_not_hold_the_answer(caplog: pytest.LogCaptureFixture) -> None:
+    release = asyncio.Event()
+    late: list[BaseException] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        stack.gate.admit(context_of(scope), 1)
+        while not release.is_set():
+            try:
+                await release.wait()
+            except asyncio.CancelledError:
+                continue
+        try:
+            await JSONResponse(1)(scope, receive, send)
+        except OSError as error:
+            late.append(error)
+
+    stack = Stack(app, timeout_s=0.05)
+    exchange = Exchange().give()
+    with caplog.at_level(logging.ERROR, "crane.api"):
+        await exchange.call(stack.app)
+    assert exchange.error["code"] == "timed_out"
+    assert "a request goes on 0.5 s after it was cancelled" in caplog.text
+    release.set()
+    assert await stack.is_clean()
+    assert len(late) == 1
+    assert len(exchange.sent) == 2
+
+
+async def test_a_failure_of_the_cleanup_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise RuntimeError("broken cleanup")
+
+    stack = Stack(app, timeout_s=0.05)
+    exchange = Exchange().give()
+    await exchange.call(stack.app)
+    assert exchange.status == 504
+    assert "broken cleanup" in caplog.text
+
+
+@pytest.mark.parametrize("ending", ["hang up", "time", "server"])
+async def test_an_application_that_listens_itself_may_end_its_own_tasks(ending: str) -> None:
+    """As vLLM's routes do: cancelled from outside they would leave their handler running."""
+    handler: asyncio.Task[None] | None = None
+    began = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal handler
+        await receive()
+
+        async def listen() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        handler, listener = asyncio.create_task(asyncio.Event().wait()), asyncio.create_task(listen())
+        asyncio.get_running_loop().call_soon(began.set)
+        _, pending = await asyncio.wait([handler, listener], return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        await JSONResponse(None)(scope, receive, send)
+
+    stack = Stack(app, timeout_s=0.1 if ending == "time" else 60)
+    exchange = Exchange("POST").give(b"{}")
+    call = stack.call(exchange)
+    await began.wait()
+    await asyncio.sleep(0)
+    if ending == "hang up":
+        exchange.hang_up()
+    elif ending == "server":
+        stack.lifelines.end_all(SHUTTING_DOWN)
+    await call
+    assert await stack.is_clean()
+    assert handler is not None
+    assert handler.cancelled()
+    expected = {"hang up": None, "time": "timed_out", "server": "shutting_down"}
+    assert (exchange.error["code"] if exchange.sent else None) == expected[ending]
+
+
+async def test_an_application_that_listens_and_does_not_heed_is_cancelled() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        while True:
+            await receive()
+            await asyncio.sleep(0.01)
+
+    stack = Stack(app)
+    exchange = Exchange("POST").give(b"{}")
+    call = stack.call(exchange)
+    await until(lambda: stack.lifelines.active)
+    await asyncio.sleep(0)
+    exchange.hang_up()
+    await call
+    assert exchange.sent == []
+    assert await stack.is_clean()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_cancelled_from_outside_everything_is_cleaned_up(times: int) -> None:
+    stack, work = working(b"x")
+    work.cleanup_s = 0.1
+    exchange = Exchange("POST").give(b"{}")
+    call = stack.call(exchange)
+    await work.began.wait()
+    for _ in range(times):
+        call.cancel()
+        await asyncio.sleep(0.01)
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert isinstance(work.error, asyncio.CancelledError)
+    assert await stack.is_clean()
+    assert work.cleaned_up
+    assert exchange.body == b"x"
+
+
+async def test_cancelled_twice_while_the_application_is_given_time_it_still_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lifeline, "_HEED_S", 30)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await receive()
+        await asyncio.Event().wait()
+
+    stack = Stack(app)
+    call = stack.call(Exchange("POST").give(b"{}"))
+    await until(lambda: stack.lifelines.active)
+    for _ in range(2):
+        await asyncio.sleep(0.01)
+        call.cancel()
+    await asyncio.wait({call})
+    assert await stack.is_clean()
+
+
+async def test_a_client_that_takes_nothing_does_not_hold_the_end() -> None:
+    stack, work = working(b"data: 1\n\n", media_type=b"text/event-stream", timeout_s=0.2)
+    exchange = Exchange("POST").give(b"{}")
+    call = stack.call(exchange)
+    await work.began.wait()
+    exchange.stuck = True
+    with pytest.raises(ApiError, match="took longer"):
+        await call
+    assert exchange.body == b"data: 1\n\n"
+    assert await stack.is_clean()
+
+
+async def test_a_late_piece_of_a_body_is_answered() -> None:
+    stack, work = working()
+    exchange = Exchange("POST", "/batch")
+    bounded = BoundedBody(stack.app, max_bytes=10, max_buffered_bytes=10, timeout_s=0.05, streamed=("/batch",))
+    await exchange.call(bounded)
+    assert (exchange.status, exchange.error["code"]) == (408, "body_too_slow")
+    assert exchange.headers["connection"] == "close"
+    assert not work.began.is_set()
+
+
+async def test_a_body_can_be_read_while_the_answer_is_streamed() -> None:
+    async def echo(request: Request) -> AsyncIterator[bytes]:
+        async for piece in request.stream():
+            yield piece
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await StreamingResponse(echo(Request(scope, receive)))(scope, receive, send)
+
+    stack = Stack(app)
+    exchange = Exchange("POST", "/batch").give(b"0", more=True)
+    call = stack.call(exchange)
+    for count in range(1, 20):
+        await until(lambda: exchange.body == b"".join(b"%d" % index for index in range(count)))  # noqa: B023
+        exchange.give(b"%d" % count, more=True)
+    exchange.give(b"end")
+    await call
+    assert exchange.body.endswith(b"1819end")
+    assert exchange.is_complete
+    assert await stack.is_clean()
+
+
+async def fake_service(engine: FakeEngine) -> FastAPI:
+    async def start() -> FakeEngine:
+        return engine
+
+    return create_app(start)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("ending", ["hang up", "server"])
+async def test_over_the_service(stream: bool, ending: str) -> None:
+    engine = FakeEngine()
+    engine.wait_after_tokens = 2
+    app = await fake_service(engine)
+    lifelines = Lifelines()
+    stacked = Lifeline(app, lifelines, app.state.gate, timeout_s=60, endless=())
+    body = json.dumps({"prompt": ["a", "b"], "stream": stream}).encode()
+    async with app.router.lifespan_context(app):
+        exchange = Exchange("POST", "/generate", [(b"content-type", b"application/json")]).give(body)
+        call = asyncio.create_task(exchange.call(stacked))
+        await until(lambda: engine.running == 2 and (not stream or len(exchange.sent) >= 4))
+        assert (lifelines.active, app.state.gate.sequences) == (1, 2)
+        if ending == "hang up":
+            exchange.hang_up()
+        else:
+            lifelines.end_all(SHUTTING_DOWN)
+        await call
+        assert (engine.running, engine.aborted) == (0, 2)
+        assert (lifelines.active, app.state.gate.sequences) == (0, 0)
+        if ending == "hang up":
+            assert not exchange.is_complete
+        elif stream:
+            assert exchange.body.endswith(b"\n\n" + EVENT + REST + b"\n\n")
+        else:
+            assert (exchange.status, exchange.error["code"]) == (503, "shutting_down")
+
+
+async def test_over_a_socket() -> None:
+    """A server, clients that hang up at any time, and one that is answered."""
+    engine = FakeEngine()
+    app = await fake_service(engine)
+    lifelines = Lifelines()
+    gate = app.state.gate
+    inner = Lifeline(app, lifelines, gate, timeout_s=60, endless=())
+    bounded = BoundedBody(inner, max_bytes=2**20, max_buffered_bytes=2**24, timeout_s=10, streamed=())
+    stacked = Authentication(bounded, KeyRing.load(None, SecretStr(KEY)))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        client = httpx.AsyncClient(base_url=url, timeout=10, headers={"authorization": f"Bearer {KEY}"})
+        async with app.router.lifespan_context(app), client:
+            server = uvicorn.Server(uvicorn.Config(stacked, log_level="critical", lifespan="off"))
+            running = asyncio.create_task(server.serve([listening]))
+            await until(lambda: server.started)
+            engine.wait_after_tokens = 1
+            for stream in (False, True):
+                asking = asyncio.create_task(client.post("/generate", json={"prompt": "a", "stream": stream}))
+                await until(lambda: engine.running == 1)
+                asking.cancel()
+                await asyncio.wait({asking})
+                await until(lambda: engine.running == 0 and lifelines.active == 0)
+            async with client.stream("POST", "/generate", json={"prompt": "a", "stream": True}) as answer:
+                pieces = answer.aiter_bytes()
+                assert b'"text":"a"' in await anext(pieces)
+                lifelines.end_all(SHUTTING_DOWN)
+                assert b"".join([piece async for piece in pieces]) == EVENT + REST + b"\n\n"
+            engine.wait_after_tokens = None
+            for stream in (False, True):
+                answer = await client.post("/generate", json={"prompt": "a", "max_tokens": 3, "stream": stream})
+                assert answer.status_code == 200
+                assert answer.text.endswith("data: [DONE]\n\n") is stream
+            refused = await client.post("/generate", json={}, headers={"authorization": "Bearer nobody's"})
+            assert refused.status_code == 401
+            assert (gate.sequences, lifelines.active, bounded.buffered_bytes) == (0, 0, 0)
+            assert not gate._requests_per_key
+            server.should_exit = True
+            await running
