@@ -9,10 +9,12 @@
 - latency: single /generate requests by 1, 8, 32 and 128 clients, each of which asks again as soon as it is answered.
 - overload: ten times as many clients as sequences that the server admits (--max-sequences), for a minute: what is
   answered, with what, and whether refusals say when to come back.
+- bench: vLLM's own `vllm bench serve` on /v1/completions, against vLLM's own server without the plugin (vllm), this one
+  (crane), and this one with a random mask for each request, by model name (masks); the two servers take turns as above.
 - memory: the resident memory of the server's processes over many small requests, and its slope.
 
 Both engines run with the same flags. Generation is greedy; the time of the clients, on the same machine, counts as the
-service's. Writes DIR/http.json and prints tables. Without a name of one, all four are measured.
+service's. Writes DIR/http.json and prints tables. Without a name of one, all are measured.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import random
 import signal
 import socket
 import statistics
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -32,15 +35,17 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import httpx
 import numpy as np
 import psutil
 from fleet import Engine, EngineFailed
 from summary import machine, speed_ratio, spread, table
 from worker import MAX_BATCHED_TOKENS, MAX_MODEL_LEN
 
-from clients import AsyncCraneClient, CraneClient, CraneError, GenerateItem, RetryPolicy
+from clients import AsyncCraneClient, GenerateItem, RetryPolicy
 
-MEASUREMENTS = ("throughput", "latency", "overload", "memory")
+MEASUREMENTS = ("throughput", "latency", "overload", "bench", "memory")
+BENCHES = ("vllm", "crane", "masks")
 WAYS = ("offline", "requests", "batch", "singles")
 OFFLINE = WAYS[0]
 SINGLES_AT_A_TIME = 64
@@ -48,6 +53,7 @@ LATENCY_CLIENTS = (1, 8, 32, 128)
 OVERLOAD_FACTOR = 10
 PAUSE_S = 0.1  # of a client that was refused, in the overload
 PIECE_CHARACTERS = 120
+KV_CACHE_BYTES = 64 * 2**20  # in the measurement of memory
 START_TIMEOUT_S = 600
 ONCE = RetryPolicy(attempts=1)
 
@@ -123,33 +129,33 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
     return flags
 
 
-class Service(Engine):
-    """`crane serve` in a session of its own."""
+class Server(Engine):
+    """A server in a session of its own. ready: the path that answers 200 once it serves."""
 
-    def __init__(self, options: argparse.Namespace, log: Path, *flags: str) -> None:
+    def __init__(self, name: str, command: Sequence[str], settings: Mapping[str, str], log: Path, ready: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{port}"
-        command = [str(Path(sys.executable).with_name("crane")), "serve", str(options.model), "--masks"]
-        command += [str(options.masks), "--port", str(port), *flags, *as_flags(engine_settings(options.concurrency))]
-        super().__init__("service", command, environment(options.masks), log, answers=False)
+        self._ready = ready
+        super().__init__(name, [*command, "--port", str(port)], settings, log, answers=False)
 
-    def wait(self) -> "Service":
+    def wait(self) -> "Server":
         """Return once it serves. Raises EngineFailed, with the end of its log, if it does not."""
         deadline = time.monotonic() + START_TIMEOUT_S
-        with CraneClient(self.address, retries=ONCE) as client:
-            while True:
-                try:
-                    client.ready()
-                    break
-                except CraneError as error:
-                    if self._process.poll() is not None or time.monotonic() > deadline:
-                        raise EngineFailed(f"the service does not start; {self._log}:\n{self._tail()}") from error
-                    time.sleep(0.5)
+        while not self._is_ready():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise EngineFailed(f"{self.name} does not start; {self._log}:\n{self._tail()}")
+            time.sleep(0.5)
         self.start_s = time.perf_counter() - self._began
-        print(f"the service started in {self.start_s:.1f} s", file=sys.stderr, flush=True)
+        print(f"{self.name} started in {self.start_s:.1f} s", file=sys.stderr, flush=True)
         return self
+
+    def _is_ready(self) -> bool:
+        try:
+            return httpx.get(self.address + self._ready, timeout=10, trust_env=False).is_success
+        except httpx.TransportError:
+            return False
 
     def memory(self) -> dict[str, int]:
         """Resident bytes of the process that serves, and of all that it has started together."""
@@ -157,8 +163,29 @@ class Service(Engine):
         started = sum(child.memory_info().rss for child in process.children(recursive=True))
         return {"server": process.memory_info().rss, "engine": started}
 
-    def __enter__(self) -> "Service":
+    def __enter__(self) -> "Server":
         return self
+
+
+class Service(Server):
+    """`crane serve`."""
+
+    def __init__(self, options: argparse.Namespace, log: Path, *flags: str) -> None:
+        crane = str(Path(sys.executable).with_name("crane"))
+        command = [crane, "serve", str(options.model), "--masks", str(options.masks), *flags]
+        command += as_flags(engine_settings(options.concurrency))
+        super().__init__("crane", command, environment(options.masks), log, "/ready")
+
+
+class PlainServer(Server):
+    """vLLM's own OpenAI server, without the plugin, under the name that the model has in `crane serve`."""
+
+    def __init__(self, options: argparse.Namespace, log: Path) -> None:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.model)]
+        command += ["--served-model-name", options.model.name, "--host", "127.0.0.1"]
+        command += as_flags(engine_settings(options.concurrency))
+        settings = {name: value for name, value in environment(options.masks).items() if not name.startswith("CRANE_")}
+        super().__init__("vllm", command, {**settings, "VLLM_PLUGINS": ""}, log, "/health")
 
 
 def offline_worker(settings: dict[str, Any]) -> None:
@@ -415,11 +442,86 @@ def overload_table(found: dict[str, Any]) -> str:
     return table(["overload", "figure"], [*rows, ["answers after it", json.dumps(found["after"]["statuses"])]])
 
 
+def bench(address: str, options: argparse.Namespace, models: Sequence[str]) -> dict[str, float]:
+    """One run of vLLM's benchmark. models: names that requests draw from; none for the base model."""
+    program = (
+        "import sys; from vllm.benchmarks.serve import add_cli_args, main; "
+        "from vllm.utils.argparse_utils import FlexibleArgumentParser as Parser; "
+        "parser = Parser(); add_cli_args(parser); main(parser.parse_args(sys.argv[1:]))"
+    )  # the `vllm` command does not start with the CPU distribution
+    result = options.out / "bench.json"
+    arguments = ["--backend", "openai", "--base-url", address, "--endpoint", "/v1/completions"]
+    arguments += ["--model", str(options.model), "--served-model-name", options.model.name]
+    arguments += [
+        "--dataset-name",
+        "random",
+        "--random-input-len",
+        "64",
+        "--seed",
+        "0",
+        "--ignore-eos",
+        "--disable-tqdm",
+    ]
+    arguments += ["--random-output-len", str(options.max_tokens), "--num-prompts", str(options.bench_requests)]
+    arguments += ["--max-concurrency", str(options.concurrency), "--temperature", "0", "--save-result"]
+    arguments += ["--result-dir", str(result.parent), "--result-filename", result.name]
+    arguments += ["--lora-modules", *models] if models else []
+    log = options.out / "bench.log"
+    with log.open("wb") as output:
+        subprocess.run([sys.executable, "-c", program, *arguments], stdout=output, stderr=output, check=True)
+    found = json.loads(result.read_text())
+    if found["completed"] != options.bench_requests:
+        raise RuntimeError(f"{found['completed']} of {options.bench_requests} requests were answered; see {log}")
+    kept = ("output_throughput", "request_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms")
+    return {name: float(found[name]) for name in kept}
+
+
+def measure_bench(options: argparse.Namespace, masks: Sequence[str]) -> dict[str, Any]:
+    runs: list[dict[str, Any]] = []
+    with (
+        PlainServer(options, options.out / "vllm.log") as plain,
+        Service(options, options.out / "crane.log") as service,
+    ):
+        models = [f"{options.model.name}:{mask}" for mask in masks]
+        ways = {"vllm": (plain.wait(), ()), "crane": (service.wait(), ()), "masks": (service, models)}
+        plain.pause()
+        service.pause()
+        draw = random.Random(0)
+        for repetition in range(options.repetitions):
+            for way in draw.sample(BENCHES, len(BENCHES)):
+                server, names = ways[way]
+                server.wake()
+                try:
+                    runs.append({"way": way, "repetition": repetition, **bench(server.address, options, names)})
+                finally:
+                    server.pause()
+                print(f"bench: {runs[-1]}", file=sys.stderr, flush=True)
+    return {"runs": runs}
+
+
+def bench_table(found: dict[str, Any]) -> str:
+    cost = {
+        way: {(0, run["repetition"]): 1 / run["output_throughput"] for run in found["runs"] if run["way"] == way}
+        for way in BENCHES
+    }
+    rows = []
+    for way in BENCHES:
+        speed = speed_ratio(cost["vllm"], cost[way])
+        median = {
+            name: statistics.median(run[name] for run in found["runs"] if run["way"] == way)
+            for name in ("output_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms")
+        }
+        interval = "-" if speed["interval"] is None else "{:.3f}..{:.3f}".format(*speed["interval"])
+        rows.append([way, *(f"{value:.1f}" for value in median.values()), f"{speed['ratio']:.3f}", interval])
+    return table(["bench", "tokens/s", "TTFT ms", "p99 TTFT ms", "TPOT ms", "of vllm", "95 %"], rows)
+
+
 def measure_memory(options: argparse.Namespace, masks: Sequence[str]) -> dict[str, Any]:
     prompts = mixed(text_pieces(options.prompts), masks, 0)
     samples: list[dict[str, int]] = []
     statuses: Counter[str] = Counter()
-    with Service(options, options.out / "memory.log") as service:
+    # A KV cache that is soon used whole: the system counts its pages only as they are first written.
+    with Service(options, options.out / "memory.log", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES)) as service:
         service.wait()
         step = options.memory_step
         for requests in range(0, options.memory_requests + 1, step):
@@ -447,6 +549,7 @@ MEASURE: dict[str, tuple[Measure, Callable[[dict[str, Any]], str]]] = {
     "throughput": (measure_throughput, lambda found: throughput_table(found["summary"])),
     "latency": (measure_latency, latency_table),
     "overload": (measure_overload, overload_table),
+    "bench": (measure_bench, bench_table),
     "memory": (measure_memory, memory_table),
 }
 
@@ -481,10 +584,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, default=64, help="max_num_seqs of the engines")
     parser.add_argument("--prompts", type=int, default=500, help="of one measurement")
     parser.add_argument("--max-tokens", type=int, default=32)
-    parser.add_argument("--repetitions", type=int, default=6, help="of every way of the throughput")
+    parser.add_argument("--repetitions", type=int, default=6, help="of every way of throughput and bench")
     parser.add_argument("--latency-requests", type=int, default=200, help="with each number of clients, at least")
     parser.add_argument("--max-sequences", type=int, default=16, help="of the server in the overload")
     parser.add_argument("--overload-s", type=float, default=60.0)
+    parser.add_argument("--bench-requests", type=int, default=128, help="of one run of vLLM's benchmark")
     parser.add_argument("--memory-requests", type=int, default=20_000)
     parser.add_argument("--memory-step", type=int, default=1000, help="requests between samples")
     options = parser.parse_intermixed_args(arguments)

@@ -1,5 +1,6 @@
 """The FastAPI application: starts the engine, mounts the routes behind the middleware, stops the engine."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -17,6 +18,7 @@ from crane_serve.api.lifeline import Lifeline, Lifelines
 from crane_serve.api.metrics import Metrics
 from crane_serve.api.observation import REQUEST_ID, Observation
 from crane_serve.api.openai import OpenAIRoutes
+from crane_serve.api.openapi import describe, describe_engine
 from crane_serve.engine.service import EngineService
 from crane_serve.settings import ApiSettings
 
@@ -38,6 +40,7 @@ def create_app(start_engine: Callable[[], Awaitable[EngineService]], settings: A
         app.state.engine = await start_engine()
         app.state.metrics.watch(app.state.engine)
         try:
+            await asyncio.to_thread(describe_engine, app)
             yield
         finally:
             app.state.engine.stop()
@@ -57,6 +60,7 @@ def create_app(start_engine: Callable[[], Awaitable[EngineService]], settings: A
     for module in (generate, score, batch, masks, health):
         app.include_router(module.router)
     app.router.default = OpenAIRoutes()
+    describe(app, asks_for_keys=keys is not None)
     _add_middleware(app, settings, keys)
     return app
 

@@ -69,7 +69,7 @@ def _described(line: type[BaseModel]) -> dict[str, Any]:
     reference = "#/components/schemas/{model}"
     schema = {key: part for key, part in line.model_json_schema(ref_template=reference).items() if key != "$defs"}
     error = {"application/json": {"schema": {"$ref": reference.format(model="ErrorAnswer")}}}
-    refusals = responses(400, 404, 409, 415, *ANY_ROUTE)
+    refusals = responses(400, 404, 409, *ANY_ROUTE)
     return {
         "response_class": _Lines,
         "responses": {

@@ -9,8 +9,9 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
-from crane_serve.api.schemas import ErrorAnswer, ErrorBody
+from crane_serve.api.schemas import ErrorAnswer, ErrorBody, ErrorEvent
 from crane_serve.engine.service import EngineDead, RejectedRequest
 from crane_serve.masks import FingerprintError, InvalidMask, MaskError, MaskFileError, MaskTableFull, UnknownMask
 
@@ -22,7 +23,7 @@ _DESCRIPTIONS = {
     400: "Contradictory, or refused by the engine",
     401: "No key, or an unknown one",
     403: "The key's role does not allow this",
-    404: "Unknown mask",
+    404: "Unknown mask, or unknown model",
     405: "The path has no such method",
     408: "The body came too slowly",
     409: "The mask's file is corrupt or belongs to another model",
@@ -45,8 +46,9 @@ _TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
-ANY_ROUTE = (401, 408, 413, 422, 429, 503, 504)
-"""What any route that runs the model may answer."""
+_NAMED_EVENTS = frozenset({"/v1/messages", "/v1/responses"})  # their clients pass over events without a name
+ANY_ROUTE = (401, 408, 413, 415, 422, 429, 503, 504)
+"""What any route may answer, but /health and /ready."""
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -134,6 +136,14 @@ def error_response(error: BaseException) -> JSONResponse:
     return JSONResponse(ErrorAnswer(error=body).model_dump(), status_code=status, headers=headers)
 
 
+def error_event(error: BaseException, path: str) -> bytes:
+    """The server-sent event that ends an answer on `path` which has begun as a stream of events."""
+    body = describe(error)[1]
+    if path in _NAMED_EVENTS:
+        return b"event: error\ndata: %b\n\n" % ErrorEvent(error=body).model_dump_json().encode()
+    return b"data: %b\n\n" % ErrorAnswer(error=body).model_dump_json().encode()
+
+
 def _malformed(error: RequestValidationError) -> tuple[str | None, str]:
     """The parameter that is malformed, None for the whole body, and what is wrong with it."""
     problem = _closest(error.errors())
@@ -154,11 +164,20 @@ def _closest(problems: Sequence[Any]) -> Any:
     return max(same_field, key=lambda problem: (len(problem["loc"]), not problem["type"].endswith("_type")))
 
 
+def _methods(request: Request) -> list[str]:
+    """What the routes of a path allow together; the error knows only those of the first."""
+    found = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in found for method in getattr(route, "methods", ())})
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every error of `app` in the one shape."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        return error_response(error)
+        response = error_response(error)
+        if response.status_code == HTTPStatus.METHOD_NOT_ALLOWED and (methods := _methods(request)):
+            response.headers["Allow"] = ", ".join(methods)
+        return response
 
     known = (ApiError, MaskError, FingerprintError, MaskFileError, RejectedRequest, EngineDead)
     for kind in (*known, RequestValidationError, HTTPException, Exception):

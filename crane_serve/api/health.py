@@ -5,7 +5,7 @@ from fastapi.responses import Response
 
 import crane_serve
 from crane_serve.api.dependencies import Engine, TheGate
-from crane_serve.api.errors import ApiError, responses
+from crane_serve.api.errors import ANY_ROUTE, ApiError, responses
 from crane_serve.api.schemas import Health, Ready
 from crane_serve.engine.service import EngineDead
 
@@ -33,7 +33,11 @@ async def ready(engine: Engine, gate: TheGate) -> Ready:
     )
 
 
-@router.get("/metrics", include_in_schema=False)
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **responses(*ANY_ROUTE)},
+)
 async def metrics(request: Request) -> Response:
     """Metrics of the service and of vLLM, for Prometheus."""
     return Response(request.app.state.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"})

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from crane_serve.api.context import context_of
-from crane_serve.api.errors import ApiError, describe, error_response
+from crane_serve.api.errors import ApiError, describe, error_event, error_response
 from crane_serve.api.gate import Gate
 from crane_serve.api.schemas import ErrorAnswer
 
@@ -165,7 +165,7 @@ class _Run:
                 if self._start is None:
                     await error_response(self._error)(scope, self._receive, self._send)
                     return
-                last = self._last_piece(self._error)
+                last = self._last_piece(self._error, scope["path"])
                 if last is not None:
                     await self._send({"type": "http.response.body", "body": last, "more_body": False})
                     return
@@ -244,15 +244,14 @@ class _Run:
             if self._timer is not None:
                 self._timer.cancel()
 
-    def _last_piece(self, error: Exception) -> bytes | None:
+    def _last_piece(self, error: Exception, path: str) -> bytes | None:
         """What ends an answer that has begun, None if it is no stream, or is in the middle of an event or a line."""
         assert self._start is not None, "the answer has begun"
         kind = Headers(raw=self._start["headers"]).get("content-type", "").partition(";")[0].strip().lower()
-        content = ErrorAnswer(error=describe(error)[1]).model_dump_json().encode()
         if kind == _EVENTS and (not self._tail or self._tail.endswith((b"\n\n", b"\r\n\r\n"))):
-            return b"data: %b\n\n" % content
+            return error_event(error, path)
         if kind == _LINES and (not self._tail or self._tail.endswith(b"\n")):
-            return content + b"\n"
+            return ErrorAnswer(error=describe(error)[1]).model_dump_json().encode() + b"\n"
         return None
 
 

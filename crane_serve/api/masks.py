@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
 from starlette.requests import ClientDisconnect
 
 from crane_serve.api.dependencies import Engine
@@ -25,6 +25,7 @@ _FILE_TYPES = ("application/octet-stream", "application/x-safetensors")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TAG = r'(?:W/)?"[\x21\x23-\x7e]*"'
 _TAGS = rf"[ \t]*(?:\*|{_TAG}(?:[ \t]*,[ \t]*{_TAG})*)[ \t]*"
+_DESCRIBED_TAGS = r'^(\*|(W/)?"[!#-~]*"(, ?(W/)?"[!#-~]*")*)$'
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _TAGGED = {"headers": {"ETag": {"description": "The digest, in quotes", "schema": {"type": "string"}}}}
 _PLACED = {"headers": {**_TAGGED["headers"], "Location": {"description": "Its path", "schema": {"type": "string"}}}}
@@ -76,8 +77,10 @@ async def _get_changes(request: Request) -> _Changes:
     return changes
 
 
-# Empty if the header is not there.
-_Condition = list[Annotated[str, AfterValidator(_tags), Field(json_schema_extra={"pattern": f"^{_TAGS}$"})]]
+# The lines of a header, none if it is not there; described as one line, which is how most clients send it.
+_Condition = Annotated[
+    list[Annotated[str, AfterValidator(_tags)]], WithJsonSchema({"type": "string", "pattern": _DESCRIBED_TAGS})
+]
 _IF_MATCH = "Change it only if it has this digest, in quotes; * if it exists"
 _IF_NONE_MATCH = "Only if it has not this digest, in quotes; * if there is none"
 IfMatch = Annotated[_Condition, Header(description=_IF_MATCH, default_factory=list)]
@@ -164,7 +167,7 @@ async def file(name: Asked, engine: Engine, if_none_match: IfNoneMatch) -> Respo
     responses={
         200: {**_TAGGED, "description": "The mask has replaced the one of its name"},
         201: {**_PLACED, "description": "The mask is new", "model": MaskDetails},
-        **responses(403, 409, 412, 415, 507, *ANY_ROUTE),
+        **responses(400, 403, 409, 412, 507, *ANY_ROUTE),
     },
     openapi_extra={"requestBody": {"required": True, "content": dict.fromkeys(_FILE_TYPES, _BINARY)}},
     dependencies=[NoQuery],

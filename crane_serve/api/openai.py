@@ -11,12 +11,13 @@ from typing import Any, cast
 from urllib.parse import parse_qsl, urlencode
 
 from fastapi import FastAPI
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from crane_serve.api.context import context_of
 from crane_serve.api.dependencies import asked_masks, choose_mask
-from crane_serve.api.errors import ApiError, BadRequest, error_response
+from crane_serve.api.errors import ApiError, BadRequest, error_event, error_response
 from crane_serve.api.gate import Gate
 from crane_serve.engine.admission import MASK_ARGUMENT, POSITIONS_ARGUMENT, mask_arguments
 from crane_serve.engine.openai_app import answering_as
@@ -26,10 +27,12 @@ from crane_serve.masks import MaskLibrary, Positions, ResolvedMask
 
 _MASK, _POSITIONS = "mask", "positions"
 _WITHOUT_MODEL = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
-_ROUTES: Mapping[str, str] = {
+ROUTES: Mapping[str, str] = {
     **dict.fromkeys((*CARRYING, *_WITHOUT_MODEL), "POST"),
     **dict.fromkeys(("/v1/models", "/version"), "GET"),
 }
+"""The paths of vLLM's that are answered, and the one method of each."""
+
 # Sent by clients' libraries, and ignored by vLLM.
 _HARMLESS_PARAMETERS = frozenset({"api-version", "beta"})
 
@@ -47,7 +50,7 @@ class OpenAIRoutes:
             await send({"type": "websocket.close", "code": 1000, "reason": "no such websocket"})
             return
         path = str(scope["path"])
-        method = _ROUTES.get(path)
+        method = ROUTES.get(path)
         if method is None:
             raise HTTPException(404)
         scope["crane_route"] = path
@@ -72,7 +75,13 @@ class OpenAIRoutes:
             if path in CARRYING:
                 held.enter_context(engine.row(asked.mask))
             held.enter_context(answering_as(asked.model))
-            await engine.openai(translated, _replay(asked.content, receive), _Answer(scope, receive, send, engine))
+            answer = _Answer(scope, receive, send, engine)
+            try:
+                await engine.openai(translated, _replay(asked.content, receive), answer)
+            except Exception:
+                if not engine.is_dead:
+                    raise
+                await answer.end()  # vLLM fails in the middle of some of its streams
 
 
 async def _read(receive: Receive) -> bytes | None:
@@ -97,20 +106,42 @@ def _replay(content: bytes, receive: Receive) -> Receive:
 
 
 class _Answer:
-    """`send` for an answer of vLLM: what fails because the engine has died says so."""
+    """`send` for an answer of vLLM: what fails because the engine has died says so, also in the middle of a stream."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, engine: EngineService) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self._engine = engine
-        self._replaced = False
+        self._has_begun = False
+        self._is_of_events = False
+        self._is_over = False
 
     async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start" and message["status"] >= 500 and self._engine.is_dead:
-            self._replaced = True
-            answer = error_response(EngineDead("the engine has died"))
-            await answer(self._scope, self._receive, self._send)
-        if not self._replaced:
-            await self._send(message)
+        if self._is_over:
+            return
+        if self._engine.is_dead and (self._is_of_events or message.get("status", 0) >= 500):
+            await self.end()
+            return
+        if message["type"] == "http.response.start":
+            self._has_begun = True
+            kind = Headers(raw=message["headers"]).get("content-type", "")
+            self._is_of_events = kind.startswith("text/event-stream")
+        else:
+            self._is_over = not message.get("more_body", False)
+        await self._send(message)
+
+    async def end(self) -> None:
+        """Say that the engine has died, if the answer is not over. Raises EngineDead where it can no longer say so."""
+        if self._is_over:
+            return
+        self._is_over = True
+        error = EngineDead("the engine has died")
+        if not self._has_begun:
+            await error_response(error)(self._scope, self._receive, self._send)
+        elif self._is_of_events:
+            last = error_event(error, self._scope["path"])
+            await self._send({"type": "http.response.body", "body": last, "more_body": False})
+        else:
+            raise error
 
 
 class _Asked:
@@ -125,7 +156,7 @@ class _Asked:
         self._path = path
         parameters = _parameters(query)
         self.query = urlencode([pair for pair in parameters if pair[0] not in (_MASK, _POSITIONS)])
-        self.body = _parse(content) if _ROUTES[path] == "POST" else {}
+        self.body = _parse(content) if ROUTES[path] == "POST" else {}
         self._arguments = self._carried()
         masks, positions = self._named(parameters)
         base, expression = _split_model(self.body.get("model"), engine.model_names)

@@ -34,9 +34,11 @@ class GenerateRequest(_Request):
     max_tokens: _Integer = Field(128, ge=1, lt=2**31)
     temperature: float = Field(1.0, ge=0, le=10, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
-    seed: _Integer | None = Field(None, ge=0, le=_LARGEST_SEED)
+    seed: Annotated[int, Field(ge=0, le=_LARGEST_SEED), BeforeValidator(_integer)] | None = None
     stop: _Text | Annotated[list[_Text], Field(max_length=16)] | None = None
-    logprobs: _Integer | None = Field(None, ge=0, le=20, description="Alternatives to return per generated token")
+    logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(_integer)] | None = Field(
+        None, description="Alternatives to return per generated token"
+    )
     stream: bool = False
     positions: Annotated[Positions, Field(strict=False)] | None = Field(
         None, description="The tokens to be masked: all (default), prompt or generated"
@@ -313,6 +315,12 @@ class ErrorBody(BaseModel):
 
 class ErrorAnswer(BaseModel):
     error: ErrorBody
+
+
+class ErrorEvent(ErrorAnswer):
+    """An error among server-sent events that say of what type they are."""
+
+    type: Literal["error"] = "error"
 
 
 class _LineResult(BaseModel):

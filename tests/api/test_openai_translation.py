@@ -606,6 +606,44 @@ async def test_what_fails_because_the_engine_has_died_says_so(
         assert "vLLM's" not in answer.text
 
 
+DEAD = '{"message":"the engine has died","type":"service_unavailable_error","param":null,"code":"engine_dead"}'
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "last"),
+    [
+        ("/v1/completions", COMPLETION, f'data: {{"error":{DEAD}}}\n\n'),
+        ("/v1/chat/completions", CHAT, f'data: {{"error":{DEAD}}}\n\n'),
+        ("/v1/messages", CHAT, f'event: error\ndata: {{"error":{DEAD},"type":"error"}}\n\n'),
+        ("/v1/responses", {"model": "tiny"}, f'event: error\ndata: {{"error":{DEAD},"type":"error"}}\n\n'),
+    ],
+)
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_stream_ends_with_the_death_of_the_engine(
+    http: httpx.AsyncClient, vllm: Recorder, engine: FakeEngine, path: str, body: Any, last: str, fails: bool
+) -> None:
+    async def events() -> AsyncIterator[str]:
+        yield "data: 1\n\n"
+        engine.is_dead = True
+        if fails:
+            raise RuntimeError("vLLM's")
+        yield "data: vLLM's\n\n"
+        yield "data: [DONE]\n\n"
+
+    vllm.answer = StreamingResponse(events(), media_type="text/event-stream")
+    answer = await http.post(path, json=body)
+    assert (answer.status_code, answer.text) == (200, f"data: 1\n\n{last}")
+
+
+async def test_a_stream_that_fails_on_a_living_engine_is_broken_off(http: httpx.AsyncClient, vllm: Recorder) -> None:
+    async def events() -> AsyncIterator[str]:
+        yield "data: 1\n\n"
+        raise RuntimeError("vLLM's")
+
+    vllm.answer = StreamingResponse(events(), media_type="text/event-stream")
+    assert (await http.post("/v1/completions", json=COMPLETION)).text == "data: 1\n\n"
+
+
 async def test_answers_name_the_model_that_was_asked_for(
     http: httpx.AsyncClient, vllm: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

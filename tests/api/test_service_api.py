@@ -347,6 +347,7 @@ async def test_openapi_documents_the_one_shape_of_errors(client: httpx.AsyncClie
         "/masks/{name}/file",
         "/health",
         "/ready",
+        "/metrics",
     }
     assert {"ErrorAnswer", "ErrorBody"} <= set(document["components"]["schemas"])
     assert "HTTPValidationError" not in document["components"]["schemas"]

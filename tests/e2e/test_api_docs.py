@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Tiny
 from tests.engines import Server
 
 pytestmark = pytest.mark.engine
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
+NAME = "tiny"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
 RUNNERS = {"sh": ["bash", "-euo", "pipefail"], "python": [sys.executable]}
 
@@ -41,12 +43,17 @@ def test_the_page_has_examples_of_every_client() -> None:
 
 @pytest.mark.parametrize("example", examples(), ids=lambda example: example.text.splitlines()[0][:60])
 def test_an_example_runs_and_prints_what_the_page_says(
-    example: Example, openai_server: Server, tiny_checkpoint: Path, tmp_path: Path
+    example: Example, openai_server: Server, tiny: Tiny, tmp_path: Path
 ) -> None:
+    """The page's model is replaced by a tiny one, and its address by the server's."""
     (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "gemma-3-270m").symlink_to(tiny_checkpoint)
+    (tmp_path / "models" / NAME).symlink_to(tiny.checkpoint)
+
+    def here(text: str) -> str:
+        return text.replace("gemma-3-270m", NAME).replace("http://127.0.0.1:8000", openai_server.url)
+
     path = tmp_path / "example"
-    path.write_text(example.text.replace("http://127.0.0.1:8000", openai_server.url))
+    path.write_text(here(example.text))
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -64,4 +71,4 @@ def test_an_example_runs_and_prints_what_the_page_says(
     )
     assert run.returncode == 0, run.stdout + run.stderr
     if example.prints is not None:
-        assert run.stdout.strip() == example.prints.strip()
+        assert run.stdout.strip() == here(example.prints).strip()
