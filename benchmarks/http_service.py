@@ -11,7 +11,8 @@
   answered, with what, and whether refusals say when to come back.
 - bench: vLLM's own `vllm bench serve` on /v1/completions, against vLLM's own server without the plugin (vllm), this one
   (crane), and this one with a random mask for each request, by model name (masks); the two servers take turns as above.
-- memory: the resident memory of the server's processes over many small requests, and its slope.
+- memory: the resident memory of the server's processes over many small requests, and its slope; beside it that of
+  vLLM's own server without the plugin, on /v1/completions.
 
 Both engines run with the same flags. Generation is greedy; the time of the clients, on the same machine, counts as the
 service's. Writes DIR/http.json and prints tables. Without a name of one, all are measured.
@@ -180,9 +181,9 @@ class Service(Server):
 class PlainServer(Server):
     """vLLM's own OpenAI server, without the plugin, under the name that the model has in `crane serve`."""
 
-    def __init__(self, options: argparse.Namespace, log: Path) -> None:
+    def __init__(self, options: argparse.Namespace, log: Path, *flags: str) -> None:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.model)]
-        command += ["--served-model-name", options.model.name, "--host", "127.0.0.1"]
+        command += ["--served-model-name", options.model.name, "--host", "127.0.0.1", *flags]
         command += as_flags(engine_settings(options.concurrency))
         settings = {name: value for name, value in environment(options.masks).items() if not name.startswith("CRANE_")}
         super().__init__("vllm", command, {**settings, "VLLM_PLUGINS": ""}, log, "/health")
@@ -361,8 +362,34 @@ class Tally:
         }
 
 
+Request = Callable[[Prompt, int], tuple[str, dict[str, Any]]]
+
+
+def our_request(prompt: Prompt, max_tokens: int) -> tuple[str, dict[str, Any]]:
+    """Path and body of a generation."""
+    text, mask = prompt
+    return "/generate", {"prompt": text, "max_tokens": max_tokens, "temperature": 0.0, "mask": mask}
+
+
+def plain_request(model: str) -> Request:
+    """The same on vLLM's own server, without the mask."""
+
+    def request(prompt: Prompt, max_tokens: int) -> tuple[str, dict[str, Any]]:
+        body = {"model": model, "prompt": prompt[0], "max_tokens": max_tokens, "temperature": 0.0}
+        return "/v1/completions", body
+
+    return request
+
+
 async def crowd(
-    address: str, clients: int, prompts: Sequence[Prompt], max_tokens: int, *, requests: int | None, until: float | None
+    address: str,
+    clients: int,
+    prompts: Sequence[Prompt],
+    max_tokens: int,
+    *,
+    requests: int | None,
+    until: float | None,
+    request: Request = our_request,
 ) -> Tally:
     """Clients that ask again and again: `requests` in all, or until a time of the monotonic clock.
 
@@ -373,12 +400,11 @@ async def crowd(
     async def one(session: aiohttp.ClientSession) -> None:
         nonlocal asked
         while (requests is None or asked < requests) and (until is None or time.monotonic() < until):
-            text, mask = prompts[asked % len(prompts)]
+            path, body = request(prompts[asked % len(prompts)], max_tokens)
             asked += 1
-            body = {"prompt": text, "max_tokens": max_tokens, "temperature": 0.0, "mask": mask}
             began = time.perf_counter()
             try:
-                async with session.post("/generate", json=body) as response:
+                async with session.post(path, json=body) as response:
                     content = await response.read()
             except (aiohttp.ClientError, TimeoutError) as error:
                 tally.others[type(error).__name__] += 1
@@ -518,30 +544,44 @@ def bench_table(found: dict[str, Any]) -> str:
 
 def measure_memory(options: argparse.Namespace, masks: Sequence[str]) -> dict[str, Any]:
     prompts = mixed(text_pieces(options.prompts), masks, 0)
+    # A KV cache that is soon used whole: the system counts its pages only as they are first written.
+    cache = ("--kv-cache-memory-bytes", str(KV_CACHE_BYTES))
+    return {
+        "crane": _memory(Service(options, options.out / "memory.log", *cache), our_request, prompts, options),
+        "vllm": _memory(
+            PlainServer(options, options.out / "memory-vllm.log", *cache),
+            plain_request(options.model.name),
+            prompts,
+            options,
+        ),
+    }
+
+
+def _memory(server: Server, request: Request, prompts: Sequence[Prompt], options: argparse.Namespace) -> dict[str, Any]:
     samples: list[dict[str, int]] = []
     statuses: Counter[str] = Counter()
-    # A KV cache that is soon used whole: the system counts its pages only as they are first written.
-    with Service(options, options.out / "memory.log", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES)) as service:
-        service.wait()
+    with server:
+        server.wait()
         step = options.memory_step
         for requests in range(0, options.memory_requests + 1, step):
             if requests:
-                tally = asyncio.run(crowd(service.address, 32, prompts, 1, requests=step, until=None))
+                tally = asyncio.run(crowd(server.address, 32, prompts, 1, requests=step, until=None, request=request))
                 statuses.update(tally.report()["statuses"])
                 statuses.update(tally.others)
-            samples.append({"requests": requests, **service.memory()})
-            print(f"memory: {samples[-1]}", file=sys.stderr, flush=True)
+            samples.append({"requests": requests, **server.memory()})
+            print(f"memory of {server.name}: {samples[-1]}", file=sys.stderr, flush=True)
     slopes = {part: slope([(one["requests"], one[part]) for one in samples]) for part in ("server", "engine")}
     return {"samples": samples, "answers": dict(statuses), "bytes_per_request": slopes}
 
 
 def memory_table(found: dict[str, Any]) -> str:
-    first, last = found["samples"][0], found["samples"][-1]
-    rows = [
-        [part, f"{first[part] / 2**20:.1f}", f"{last[part] / 2**20:.1f}", f"{slope_bytes:.1f}"]
-        for part, slope_bytes in found["bytes_per_request"].items()
-    ]
-    return table(["process", "MiB at first", f"after {last['requests']}", "bytes/request"], rows)
+    rows = []
+    for name, of in found.items():
+        first, last = of["samples"][0], of["samples"][-1]
+        for part, slope_bytes in of["bytes_per_request"].items():
+            figures = (f"{one[part] / 2**20:.1f}" for one in (first, last))
+            rows.append([name, part, *figures, str(last["requests"]), f"{slope_bytes:.1f}", json.dumps(of["answers"])])
+    return table(["of", "process", "MiB at first", "at last", "requests", "bytes/request", "answers"], rows)
 
 
 Measure = Callable[[argparse.Namespace, Sequence[str]], dict[str, Any]]

@@ -173,7 +173,7 @@ def serve(
     ] = False,
     **given: str | None,
 ) -> None:
-    """Serve a model with its masks. Further options (--dtype, --max-model-len, ...) are vLLM's engine flags.
+    """Serve a model with its masks. Further options (--dtype, --max-model-len, ...) are vLLM's flags.
 
     Each option can also be set by an environment variable (--mask-rows by CRANE_MASK_ROWS) or in a file (mask_rows).
     API keys can be set only there (user_key, admin_key).

@@ -236,12 +236,20 @@ def _parameters(query: str) -> list[tuple[str, str]]:
 def _parse(content: bytes) -> _Body:
     """The JSON object in a body, read as vLLM will read it."""
     try:
-        body = json.loads(content, object_pairs_hook=_unique)
+        body = json.loads(content, object_pairs_hook=_unique, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise BadRequest("malformed_body", f"the body cannot be read as JSON: {error}") from None
     if not isinstance(body, dict):
         raise BadRequest("malformed_body", "the body is not a JSON object")
     return body
+
+
+def _integer(text: str) -> int:
+    """vLLM fails where a larger one does not fit into its own numbers."""
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"the integer {text[:30]} does not fit into 64 bits")
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> _Body:

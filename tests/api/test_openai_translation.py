@@ -329,6 +329,7 @@ async def test_an_unknown_mask_is_answered_with_what_there_is(http: httpx.AsyncC
     "content",
     [
         *(b"", b"mask=zh", b"[]", b'"zh"', b"null", b'{"model": "tiny"', b"\xff", b"[" * 100_000),
+        *(b'{"model": "tiny", "top_k": 18446744073709551616}', b'{"model": "tiny", "seed": -9223372036854775809}'),
         *(b'{"mask": "zh", "mask": null}', b'{"vllm_xargs": {"crane_mask": "zh", "crane_mask": "vi"}}'),
     ],
 )
