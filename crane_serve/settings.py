@@ -99,7 +99,9 @@ class ApiSettings(BaseModel):
         default=(), description="Origins whose pages may call this server, joined with commas"
     )
     max_body_bytes: int = Field(default=16 * _MIB, ge=1024, description="Largest body of a request")
-    max_buffered_bytes: int = Field(default=512 * _MIB, ge=1024, description="Bodies of all requests together")
+    max_buffered_bytes: int = Field(
+        default=512 * _MIB, ge=1024, description="Bodies of all requests together", validate_default=True
+    )
     max_batch_buffer_bytes: int = Field(
         default=64 * _MIB, ge=1024, description="Lines of a batch that wait for the engine"
     )
@@ -109,6 +111,14 @@ class ApiSettings(BaseModel):
         default=60.0, gt=0, description="Time for a body to arrive; in a batch, for its next piece"
     )
     request_timeout_s: float = Field(default=600.0, gt=0, description="Time for an answer; a batch has no limit")
+
+    @field_validator("max_buffered_bytes")
+    @classmethod
+    def _holds_the_largest_body(cls, most: int, info: ValidationInfo) -> int:
+        largest = info.data.get("max_body_bytes", 0)
+        if most < largest:
+            raise ValueError(f"expected at least the {largest} of max_body_bytes")
+        return most
 
 
 class ServeSettings(ApiSettings, BaseSettings):
@@ -209,9 +219,10 @@ def _explain(error: ValidationError, given: Mapping[str, Source], file: Path | N
     if unknown:
         return SettingError(f"configuration {file}: unknown settings: {', '.join(unknown)}", unknown[0], Source.FILE)
     variable = f"{ENVIRONMENT_PREFIX}{name.upper()}"
-    if source is None:
+    if problems[0]["type"] == "missing":
         return SettingError(f"{name} is not given, neither as a flag nor as {variable} nor in a file", name, None)
     message = problems[0]["msg"].removeprefix("Value error, ")
     found = "" if name in SECRETS else f", found {str(problems[0]['input'])!r}"
-    place = {Source.FLAG: "a flag", Source.ENVIRONMENT: variable, Source.FILE: str(file)}[source]
+    places = {Source.FLAG: "a flag", Source.ENVIRONMENT: variable, Source.FILE: str(file)}
+    place = "its default" if source is None else places[source]
     return SettingError(f"{name}: {message}{found} (from {place})", name, source)

@@ -92,7 +92,7 @@ class MaskLibrary:
                 fingerprint.require(stored.info.fingerprint, f"mask {stored.name!r}")
                 masks[stored.name] = stored
             except (MaskFileError, FingerprintError) as error:
-                invalid[path.stem] = str(error)
+                invalid[path.stem] = str(error).replace(str(path), path.name)  # callers need not know where files are
         return cls(fingerprint, masks, invalid, default_method)
 
     def __contains__(self, digest: str) -> bool:

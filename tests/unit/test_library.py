@@ -59,6 +59,7 @@ def test_lists_unusable_files_with_the_reason(directory: Path, fingerprint: Fing
     assert "mask name 'Bad.Name' is not allowed" in library.invalid["Bad.Name"]
     reason = "mask 'foreign' was made for another model: its weights_digest is dddddddddddddddd..., this model has bbbb"
     assert reason in library.invalid["foreign"]
+    assert not any(str(directory) in reason for reason in library.invalid.values())
     with pytest.raises(InvalidMask, match=r"mask 'corrupt' cannot be used: .*not a readable mask file"):
         library.resolve("corrupt")
     assert library.resolve("vi") is not None

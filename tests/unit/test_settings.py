@@ -190,6 +190,13 @@ class TestCommand:
         assert getattr(served[0], secret) is None
         assert served[0].engine_flags == (flag, KEY)  # which vLLM refuses as unknown
 
+    def test_the_largest_body_must_fit_into_what_is_buffered(self, served: list[ServeSettings]) -> None:
+        result = crane("m", "--max-body-bytes", 2**30)
+        assert result.exit_code == 2
+        expected = "max_buffered_bytes: expected at least the 1073741824 of max_body_bytes, found '536870912' (from its"
+        assert expected in " ".join(result.stderr.replace("│", " ").split())
+        assert crane("m", "--max-body-bytes", 2**30, "--max-buffered-bytes", 2**30).exit_code == 0
+
     def test_a_wrong_option_is_wrong_usage(self, served: list[ServeSettings]) -> None:
         result = crane("m", "--port", "80000")
         assert result.exit_code == 2
