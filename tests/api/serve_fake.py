@@ -19,9 +19,6 @@ from typing import Any
 from fastapi import FastAPI
 
 from crane_serve.api.app import create_app
-from crane_serve.api.lifeline import Lifeline, Lifelines
-from crane_serve.api.metrics import Metrics
-from crane_serve.api.observation import Observation
 from crane_serve.engine.service import EngineDead, Sampling, Step
 from crane_serve.lifecycle import run
 from crane_serve.logs import configure_logging
@@ -85,18 +82,9 @@ def make_app(settings: ServeSettings, fail: str | None, never: bool) -> FastAPI:
         if never:
             print("starting", file=sys.stderr, flush=True)
             await asyncio.Event().wait()
-        engine = ToldEngine()
-        app.state.metrics.watch(engine)
-        return engine
+        return ToldEngine()
 
-    app = create_app(start, settings)
-    if not hasattr(app.state, "lifelines"):
-        app.state.lifelines = Lifelines()
-        app.state.metrics = Metrics(app.state.gate, settings.max_sequences)
-        gate, timeout_s = app.state.gate, settings.request_timeout_s
-        app.add_middleware(Lifeline, lifelines=app.state.lifelines, gate=gate, timeout_s=timeout_s, endless=())
-        app.add_middleware(Observation, metrics=app.state.metrics)
-    return app
+    return create_app(start, settings)
 
 
 def _serve(log: Path, settings: dict[str, Any], fail: str | None, never: bool) -> None:

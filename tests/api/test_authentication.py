@@ -5,12 +5,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from pydantic import SecretStr
 from starlette.types import Message, Receive, Scope, Send
 
 from crane_serve.api.app import create_app
 from crane_serve.api.authentication import Authentication
 from crane_serve.api.context import context_of
 from crane_serve.api.keys import Key, KeyRing, Role
+from crane_serve.settings import ApiSettings
 from tests.api.exchange import Exchange
 from tests.api.fake_engine import FakeEngine
 
@@ -248,13 +250,14 @@ async def test_the_lifespan_passes(keys: KeyRing) -> None:
     assert seen == ["lifespan"]
 
 
-async def test_every_route_of_the_service_is_behind_it(keys: KeyRing) -> None:
+async def test_every_route_of_the_service_is_behind_it() -> None:
     async def start() -> FakeEngine:
         return FakeEngine()
 
-    app = create_app(start)  # type: ignore[arg-type]
+    settings = ApiSettings(user_key=SecretStr(USER), admin_key=SecretStr(ADMIN))
+    app = create_app(start, settings)  # type: ignore[arg-type]
     async with app.router.lifespan_context(app):
-        transport = httpx.ASGITransport(Authentication(app, keys))
+        transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://crane") as client:
             open_paths = set()
             for path in app.openapi()["paths"]:

@@ -15,6 +15,7 @@ from crane_serve.api import body
 from crane_serve.api.app import create_app
 from crane_serve.api.body import BoundedBody
 from crane_serve.api.errors import ApiError, install_error_handlers
+from crane_serve.settings import ApiSettings
 from tests.api.exchange import Exchange
 from tests.api.fake_engine import FakeEngine
 
@@ -336,14 +337,14 @@ async def test_over_the_service() -> None:
     async def start() -> FakeEngine:
         return FakeEngine()
 
-    app = create_app(start)  # type: ignore[arg-type]
+    app = create_app(start, ApiSettings(max_body_bytes=1024, max_buffered_bytes=1024))  # type: ignore[arg-type]
     async with app.router.lifespan_context(app):
-        transport = httpx.ASGITransport(bounded(app, max_bytes=100, max_buffered_bytes=100))
+        transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://crane") as client:
             for _ in range(3):
                 answer = await client.post("/generate", json={"prompt": "hi", "max_tokens": 1})
                 assert answer.status_code == 200
-            answer = await client.post("/generate", json={"prompt": "x" * 100})
+            answer = await client.post("/generate", json={"prompt": "x" * 1024})
             assert answer.json()["error"]["code"] == "body_too_large"
             assert (await client.get("/masks")).status_code == 200
 

@@ -537,12 +537,11 @@ async def test_over_the_service(stream: bool, ending: str) -> None:
     engine = FakeEngine()
     engine.wait_after_tokens = 2
     app = await fake_service(engine)
-    lifelines = Lifelines()
-    stacked = Lifeline(app, lifelines, app.state.gate, timeout_s=60, endless=())
+    lifelines = app.state.lifelines
     body = json.dumps({"prompt": ["a", "b"], "stream": stream}).encode()
     async with app.router.lifespan_context(app):
         exchange = Exchange("POST", "/generate", [(b"content-type", b"application/json")]).give(body)
-        call = asyncio.create_task(exchange.call(stacked))
+        call = asyncio.create_task(exchange.call(app))
         await until(lambda: engine.running == 2 and (not stream or len(exchange.sent) >= 4))
         assert (lifelines.active, app.state.gate.sequences) == (1, 2)
         if ending == "hang up":

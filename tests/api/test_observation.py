@@ -305,11 +305,7 @@ class TestService:
             return engine
 
         app: FastAPI = create_app(start)  # type: ignore[arg-type]
-        if not hasattr(app.state, "metrics"):
-            app.state.metrics = Metrics(app.state.gate, 8)
-            app.add_middleware(Observation, metrics=app.state.metrics)
         async with app.router.lifespan_context(app):
-            app.state.metrics.watch(engine)
             self.gate: Gate = app.state.gate
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://crane") as client:
