@@ -38,7 +38,15 @@ from crane_serve.masks import MaskLibrary, ResolvedMask
 router = APIRouter()
 
 
-@router.post("/generate", response_model=GenerateAnswer, responses=responses(400, 404, 409, *ANY_ROUTE))
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with `stream`, events",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+
+
+@router.post("/generate", response_model=GenerateAnswer, responses=_STREAM | responses(400, 404, 409, *ANY_ROUTE))
 async def generate(
     body: GenerateRequest, engine: Engine, gate: TheGate, context: Context, query: GenerateQuery
 ) -> GenerateAnswer | StreamingResponse:

@@ -351,6 +351,8 @@ async def test_openapi_documents_the_one_shape_of_errors(client: httpx.AsyncClie
     }
     assert {"ErrorAnswer", "ErrorBody"} <= set(document["components"]["schemas"])
     assert "HTTPValidationError" not in document["components"]["schemas"]
+    answer = document["paths"]["/generate"]["post"]["responses"]["200"]
+    assert set(answer["content"]) == {"application/json", "text/event-stream"}
     for path in ("/generate", "/score"):
         responses = document["paths"][path]["post"]["responses"]
         assert {"400", "404", "409", "422", "503"} <= set(responses)
