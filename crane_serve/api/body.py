@@ -64,7 +64,7 @@ class BoundedBody:
                     message = await self._read(receive, held)
                     if message is None:
                         return
-                    receive = _replayed(message, receive)
+                    receive = replayed(message, receive)
                     del message  # the application alone decides how long it needs the body
             except ApiError as error:
                 error.headers["Connection"] = "close"
@@ -191,7 +191,8 @@ def _require_plain(scope: Scope) -> None:
         )
 
 
-def _replayed(message: Message, receive: Receive) -> Receive:
+def replayed(message: Message, receive: Receive) -> Receive:
+    """`receive` that gives `message` first."""
     messages = [message]
 
     async def replay() -> Message:

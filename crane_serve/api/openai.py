@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
+from crane_serve.api.body import replayed
 from crane_serve.api.context import context_of
 from crane_serve.api.dependencies import asked_masks, choose_mask
 from crane_serve.api.errors import ApiError, BadRequest, error_event, error_response
@@ -77,7 +78,8 @@ class OpenAIRoutes:
             held.enter_context(answering_as(asked.model))
             answer = _Answer(scope, receive, send, engine)
             try:
-                await engine.openai(translated, _replay(asked.content, receive), answer)
+                body: Message = {"type": "http.request", "body": asked.content, "more_body": False}
+                await engine.openai(translated, replayed(body, receive), answer)
             except Exception:
                 if not engine.is_dead:
                     raise
@@ -94,15 +96,6 @@ async def _read(receive: Receive) -> bytes | None:
         parts.append(message.get("body", b""))
         more = message.get("more_body", False)
     return b"".join(parts)
-
-
-def _replay(content: bytes, receive: Receive) -> Receive:
-    messages: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
-
-    async def replay() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return replay
 
 
 class _Answer:
