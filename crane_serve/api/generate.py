@@ -38,10 +38,21 @@ from crane_serve.masks import MaskLibrary, ResolvedMask
 router = APIRouter()
 
 
+_EVENT = {
+    "type": "object",
+    "description": "One server-sent event",
+    "required": ["data"],
+    "properties": {
+        "data": {
+            "type": "string",
+            "description": "JSON of a piece of text, of the answer without its text, or of an error; then [DONE]",
+        }
+    },
+}
 _STREAM: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with `stream`, events",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": _EVENT}},  # OpenAPI 3.1 describes a stream by one of its events
     }
 }
 
