@@ -1,4 +1,4 @@
-"""Client half: ask a crane server and turn its answers into the matrix mask x language -> degradation."""
+"""Client half: ask a crane server, and evaluate what each mask does to each language and task."""
 
 from clients.answers import (
     Delta,
@@ -15,28 +15,43 @@ from clients.answers import (
     Usage,
 )
 from clients.batch import GenerateItem, ScoreItem
+from clients.blocking import iterate_answers, run_evaluation
 from clients.client import AsyncCraneClient, CraneClient
 from clients.errors import CraneError, EvaluationError
+from clients.evaluation import Evaluation
+from clients.plan import Plan
+from clients.record import Record
+from clients.results import ItemResult
 from clients.retries import RetryPolicy
+from clients.run import Progress, Run, evaluate
 
 __all__ = [
     "AsyncCraneClient",
     "CraneClient",
     "CraneError",
     "Delta",
+    "Evaluation",
     "EvaluationError",
     "GenerateItem",
     "Generation",
     "GenerationResult",
+    "ItemResult",
     "MaskListing",
     "MaskNeurons",
     "MaskSummary",
     "Output",
+    "Plan",
+    "Progress",
     "Readiness",
+    "Record",
     "RetryPolicy",
+    "Run",
     "Score",
     "ScoreItem",
     "Scores",
     "ScoresResult",
     "Usage",
+    "evaluate",
+    "iterate_answers",
+    "run_evaluation",
 ]

@@ -23,6 +23,7 @@ class Sampling(TypedDict, total=False):
     seed: int
     stop: str | list[str]
     logprobs: int
+    repetition_penalty: float  # above 1, tokens of the prompt and of the text so far become less likely
     positions: str  # which tokens the mask is for: all, prompt or generated
 
 

@@ -1,4 +1,4 @@
-"""The commands `crane eval` and `crane report`: evaluations at the terminal."""
+"""`crane eval`, `crane report` and `crane compare`: evaluations at the terminal."""
 
 import asyncio
 from pathlib import Path
@@ -11,81 +11,184 @@ from clients.client import DEFAULT_SERVER
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
-    from rich.table import Table
 
-    from clients.matrix import Matrix
+    from clients.evaluation import Evaluation
+    from clients.plan import Plan
 
 _FAILURES_SHOWN = 10
 
 
 def evaluate(
     out: Annotated[Path, typer.Option(help="Directory for the results; an unfinished run in it is continued.")],
-    server: Annotated[str, typer.Option(help="Address of the server.")] = DEFAULT_SERVER,
-    corpus: Annotated[
-        Path | None, typer.Option(help="Directory of {lang}.jsonl or {lang}.txt files; default: the embedded corpus.")
+    plan: Annotated[
+        Path | None, typer.Argument(help="Plan file (YAML): masks x languages x tasks; without it, see --corpus.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of the corpus; one without splits is used whole.")] = "test",
-    masks: Annotated[
-        str | None,
+    server: Annotated[str, typer.Option(help="Address of the server.")] = DEFAULT_SERVER,
+    mask: Annotated[
+        list[str] | None,
         typer.Option(
-            help="Mask names or, if the server has a default method, languages, joined with commas; "
-            "default: all masks of the server. `none` is always evaluated."
+            help="A mask by name, pattern ('lape-*') or expression ('zh,vi@0.5'); may be repeated. "
+            "Default: those of the plan, or all masks of the server. `none` is always evaluated."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents per language; default: all.")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 32,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for the server to be ready.")] = 60.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap intervals.")] = 0,
+    corpus: Annotated[
+        str | None,
+        typer.Option(
+            help="Without a plan: perplexity on this directory of {lang}.jsonl or {lang}.txt files; 'embedded' for the "
+            "packaged one.",
+            show_default="embedded",
+        ),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of the corpus; one without splits is used whole.", show_default="test")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents of the corpus per language, at even distances; default: all.")
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(help="Repeat this evaluation (results.json): the same plan, model, masks and items."),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="What relative paths of the plan start from.",
+            show_default="the plan's directory, or this one for a replay",
+        ),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 64,
+    wait: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for the server, at the start and when it goes away.")
+    ] = 60.0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of intervals and tests.", show_default="0")] = None,
 ) -> None:
-    """Measure which language each mask takes away: perplexity for every mask and language.
+    """Measure which language each mask takes away: masks x languages x tasks.
 
-    Writes matrix.json, matrix.csv, matrix.png and report.md. Exits with 1 if some items failed. A server that wants an
-    API key gets the one in the environment variable CRANE_API_KEY; on the command line others could see it.
+    Writes results.json, report.html, report.md, matrix.png, cells.csv, cells.parquet and items.parquet. Exits with 1 if
+    some items failed, which the same command asks again. A server that wants an API key gets the one in the environment
+    variable CRANE_API_KEY; on the command line others could see it.
     """
     from rich.console import Console
 
     from clients import run
     from clients.client import AsyncCraneClient
-    from relevance.corpus import EMBEDDED_CORPUS, Corpus
+    from clients.errors import EvaluationError
+    from clients.evaluation import Evaluation
+    from clients.replay import Replay
 
-    texts = Corpus.load(corpus or EMBEDDED_CORPUS, split)
-    names = None if masks is None else [name.strip() for name in masks.split(",") if name.strip()]
+    if plan is not None and replay is not None:
+        raise EvaluationError("a plan and --replay do not go together")
+    if (plan or replay) and (corpus, split, limit) != (None, None, None):
+        raise EvaluationError("--corpus, --split and --limit are for evaluations without a plan")
+    if replay is not None and (mask or seed is not None):
+        raise EvaluationError("--mask and --seed do not go with --replay, which takes both from the evaluation")
+    repeated = None if replay is None else Replay(Evaluation.read(replay), str(replay))
+    wanted = repeated.plan if repeated is not None else _plan(plan, mask, corpus, split, limit, seed)
+    start = base or (plan.parent if plan is not None else Path())
     console = Console()
 
-    async def measure() -> "Matrix":
+    async def measure() -> Evaluation:
         async with AsyncCraneClient(server, concurrency=concurrency) as client:
             with _bar(console) as bar:
                 task = bar.add_task("waiting for the server", total=None, rate="")
 
                 def advance(progress: run.Progress) -> None:
-                    if progress.done == progress.resumed:  # the scoring starts here, and so do the clocks
-                        bar.reset(task, total=progress.total, completed=progress.done, description="scoring")
+                    if bar.tasks[task].total is None:  # the asking starts here, and so do the clocks
+                        bar.reset(task, total=progress.total, description="asking")
                     seconds = bar.tasks[task].elapsed
                     rate = f"{progress.tokens / seconds:,.0f} tokens/s" if seconds and progress.tokens else ""
-                    bar.update(task, completed=progress.done, rate=rate)
+                    failed = f", {progress.failed} failed" if progress.failed else ""
+                    bar.update(task, completed=progress.done, rate=rate + failed)
+
+                def say(notice: str) -> None:
+                    bar.console.print(notice, style="yellow", markup=False, highlight=False)
 
                 return await run.evaluate(
-                    client, texts, out, masks=names, limit=limit, wait_s=wait, seed=seed, on_progress=advance
+                    client,
+                    wanted,
+                    out,
+                    base=start,
+                    wait_s=wait,
+                    expect=None if repeated is None else repeated.expect,
+                    on_progress=advance,
+                    on_notice=say,
                 )
 
-    matrix = asyncio.run(measure())
-    _show(matrix, out, console)
-    if matrix.failed:
+    evaluation = asyncio.run(measure())
+    _show(evaluation, out, console)
+    if repeated is not None:
+        console.print(str(repeated.agreement(evaluation)), markup=False, highlight=False)
+    if evaluation.failures:
         raise typer.Exit(1)
 
 
 def render(
-    directory: Annotated[Path, typer.Argument(help="Directory of an evaluation, with its matrix.json.")],
+    directory: Annotated[Path, typer.Argument(help="Directory of an evaluation, finished or not.")],
 ) -> None:
-    """Print the matrix of an evaluation and write its table, picture and report again."""
+    """Compute the figures of an evaluation again from its answers, print them and write the reports."""
     from rich.console import Console
 
-    from clients.matrix import Matrix
-    from clients.report import write_all
+    from clients.evaluation import EVALUATION_FILE, Evaluation
+    from clients.record import Record
+    from clients.reporting import write_all
 
-    matrix = Matrix.read(directory)
-    write_all(matrix, directory)
-    _show(matrix, directory, Console())
+    record = Record.read(directory)
+    failures = Evaluation.read(directory).failures if (directory / EVALUATION_FILE).exists() else ()
+    evaluation = record.evaluation(failures)
+    evaluation.write(directory)
+    write_all(evaluation, record.answers, directory)
+    _show(evaluation, directory, Console())
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="Directory of an evaluation, or its results.json.")],
+    second: Annotated[Path, typer.Argument(help="Another one.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for compare.html, compare.md and compare.csv; default: none.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the intervals.")] = 0,
+) -> None:
+    """Compare two evaluations: methods, models, a base model against its chat version."""
+    from rich.console import Console
+
+    from clients.compare import compare as compare_evaluations
+    from clients.evaluation import Evaluation
+    from clients.record import Record
+
+    before, after = Evaluation.read(first), Evaluation.read(second)
+    answers = [Record.read(path).answers if path.is_dir() else None for path in (first, second)]
+    comparison = compare_evaluations(before, after, *answers, seed=seed)
+    console = Console()
+    for table in comparison.tables():
+        console.print(table)
+    for difference in comparison.differences:
+        console.print(difference, markup=False, highlight=False)
+    for path in [] if out is None else comparison.write(out):
+        console.print(str(path), soft_wrap=True, markup=False, highlight=False)
+
+
+def _plan(
+    path: Path | None,
+    masks: list[str] | None,
+    corpus: str | None,
+    split: str | None,
+    limit: int | None,
+    seed: int | None,
+) -> "Plan":
+    """The plan of a file, or of the flags that stand in for one."""
+    from clients.plan import Plan
+    from clients.sources import EMBEDDED
+    from relevance.corpus import EMBEDDED_CORPUS, Corpus
+
+    if path is None:
+        place = EMBEDDED_CORPUS if corpus in (None, EMBEDDED) else Path(corpus or "")
+        source = {"corpus": corpus or EMBEDDED, "split": split or "test"}
+        task = {"kind": "perplexity", "source": source, "limit": limit}
+        plan = Plan.parse({"languages": list(Corpus.load(place).languages), "tasks": [task]}, "the flags")
+    else:
+        plan = Plan.read(path)
+    changes = {"masks": tuple(masks) if masks else None, "seed": seed}
+    return plan.model_copy(update={name: value for name, value in changes.items() if value is not None})
 
 
 def _bar(console: "Console") -> "Bar":
@@ -101,38 +204,19 @@ def _bar(console: "Console") -> "Bar":
     )
 
 
-def _show(matrix: "Matrix", directory: Path, console: "Console") -> None:
-    from clients.report import FILES
+def _show(evaluation: "Evaluation", directory: Path, console: "Console") -> None:
+    from clients.evaluation import EVALUATION_FILE
+    from clients.reporting import FILES, summary_tables
 
-    console.print(_table(matrix))
-    console.print(f"{matrix.tokens_per_second:,.0f} tokens per second over {matrix.seconds:,.1f} s of scoring")
-    for failure in matrix.failed[:_FAILURES_SHOWN]:
-        what = f"{failure.mask} / {failure.language} / {failure.document}"
+    for table in summary_tables(evaluation):
+        console.print(table)
+    work = evaluation.throughput
+    console.print(f"{work.answers:,} answers, {work.answers_per_s:,.1f} a second over {work.seconds:,.1f} s of asking")
+    for failure in evaluation.failures[:_FAILURES_SHOWN]:
+        what = f"{failure.task} / {failure.mask} / {failure.language} / {failure.item}"
         console.print(f"failed: {what}: {failure.error}", style="red", markup=False, highlight=False)
-    if len(matrix.failed) > _FAILURES_SHOWN:
-        console.print(f"failed: {len(matrix.failed) - _FAILURES_SHOWN} more items, listed in the report", style="red")
-    for name in FILES:
+    if len(evaluation.failures) > _FAILURES_SHOWN:
+        rest = len(evaluation.failures) - _FAILURES_SHOWN
+        console.print(f"failed: {rest} more items, listed in the report", style="red")
+    for name in (EVALUATION_FILE, *FILES):
         console.print(str(directory / name), soft_wrap=True, markup=False, highlight=False)
-
-
-def _table(matrix: "Matrix") -> "Table":
-    from rich.table import Table
-    from rich.text import Text
-
-    from clients.plan import UNMASKED
-    from clients.report import cell_text, rows_by_method
-
-    table = Table(title="Change in nats per token, with 95 % intervals over documents")
-    table.add_column("mask")
-    for language in matrix.languages:
-        table.add_column(language, justify="right")
-    table.add_row(UNMASKED, *("0" for _ in matrix.languages), end_section=True)
-    for group in rows_by_method(matrix):
-        for mask in group:
-            own = matrix.mask_info[mask].language
-            cells = [
-                Text(cell_text(change), style="bold" if language == own else "")
-                for language, change in matrix.delta_nats_per_token[mask].items()
-            ]
-            table.add_row(mask, *cells, end_section=mask == group[-1])
-    return table

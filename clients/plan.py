@@ -1,87 +1,155 @@
-"""Plan: which document is scored under which mask, and in which order."""
+"""Plan: masks x languages x tasks, from a YAML file or from flags, checked before anything is asked."""
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from clients.answers import MaskSummary
 from clients.errors import EvaluationError
-from relevance.corpus import Corpus, Document
+from clients.task import Item, Task
+from clients.tasks import parse_task
 
-UNMASKED = "none"
-
-
-@dataclass(frozen=True)
-class Item:
-    """One question to the server: the log-probability of a document (by id) of a language under a mask (by name)."""
-
-    mask: str
-    language: str
-    document: str
+_TASKS = "tasks"
+_Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
-class PlannedMask(BaseModel):
-    """A mask as the server described it when the run began; for `none` everything but the name is absent.
+class MaskChoice(BaseModel):
+    """Masks of the server by where they come from; what is not given does not matter.
 
-    neurons: how many it switches or scales; budget: the fraction of all neurons it was allowed to take.
+    methods, languages: names; budgets: fractions of all neurons that the masks were allowed.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    digest: str | None = None
-    neurons: int = 0
-    language: str | None = None
-    method: str | None = None
-    budget: float | None = None
+    methods: tuple[str, ...] | None = None
+    languages: tuple[str, ...] | None = None
+    budgets: tuple[_Fraction, ...] | None = None
+
+    def fits(self, mask: MaskSummary) -> bool:
+        """Whether a mask is one of these."""
+        return (
+            (self.methods is None or mask.method in self.methods)
+            and (self.languages is None or mask.language in self.languages)
+            and (self.budgets is None or any(_same_budget(mask.budget, budget) for budget in self.budgets))
+        )
+
+
+class Plan(BaseModel):
+    """What is to be evaluated.
+
+    languages: in the order of the tables; masks: names, patterns (`lape-*`), expressions (`zh,vi@0.5`) or choices by
+    provenance, None for all masks of the server; `none` is always evaluated. model: the name under which the server
+    must serve, None for any. seed: of the bootstrap and of tests. beta: of LangSpec-F1. matched_effects: metric -> the
+    damage to the own language at which methods are compared.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(min_length=1)] = "evaluation"
+    languages: Annotated[tuple[str, ...], Field(min_length=1)]
+    masks: tuple[str | MaskChoice, ...] | None = None
+    tasks: Annotated[tuple[SerializeAsAny[Task], ...], Field(min_length=1)]
+    model: str | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    beta: Annotated[float, Field(gt=0)] = 1.0
+    matched_effects: dict[str, Annotated[float, Field(gt=0)]] = {"nats_per_token": 1.0}
 
     @classmethod
-    def of(cls, summary: MaskSummary) -> "PlannedMask":
-        """The mask the server described."""
-        return cls(**{field: getattr(summary, field) for field in cls.model_fields})
+    def read(cls, path: Path) -> "Plan":
+        """The plan in a YAML file. Raises EvaluationError naming the file, the place in it, and what was expected."""
+        try:
+            content = yaml.safe_load(path.read_bytes())
+        except OSError as error:
+            raise EvaluationError(f"{path} cannot be read; expected a plan: {error.strerror or error}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            where = "" if mark is None else f" in line {mark.line + 1}"
+            problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+            raise EvaluationError(f"{path} is not YAML{where}: {problem}") from error
+        return cls.parse(content, str(path))
 
+    @classmethod
+    def parse(cls, content: Any, where: str) -> "Plan":
+        """The plan that a plan file's content describes. where: begins error messages.
 
-class Plan:
-    """Every (mask, language, document) of a run; `none` is always among the masks, and first.
-
-    masks: name -> mask; documents: language -> id -> document, at most `limit` per language, in file order.
-    Raises EvaluationError if `limit` is below 1.
-    """
-
-    def __init__(self, corpus: Corpus, masks: Sequence[PlannedMask], limit: int | None = None) -> None:
-        if limit is not None and limit < 1:
-            raise EvaluationError(f"limit is {limit}, expected at least 1 document per language")
-        self.corpus = corpus
-        self.limit = limit
-        self.masks: dict[str, PlannedMask] = {UNMASKED: PlannedMask(name=UNMASKED)}
-        self.masks.update({mask.name: mask for mask in masks if mask.name != UNMASKED})
-        self.documents: Mapping[str, dict[str, Document]] = {
-            language: {document.id: document for document in documents[:limit]}
-            for language, documents in corpus.documents.items()
-        }
-
-    def items(self) -> Iterator[Item]:
-        """All items: document by document through all languages, the masks innermost.
-
-        Neighbours differ in their mask, so whatever the server batches together holds all masks alike.
+        Raises EvaluationError naming the field and what was expected.
         """
-        for row in zip_longest(*self.documents.values()):
-            for language, document in zip(self.documents, row, strict=True):
-                if document is not None:
-                    for mask in self.masks:
-                        yield Item(mask, language, document)
+        if not isinstance(content, Mapping):
+            raise EvaluationError(f"{where}: expected a mapping with languages, masks and {_TASKS}")
+        listed = content.get(_TASKS)
+        if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
+            raise EvaluationError(f"{where}: {_TASKS}: expected a list of at least one task")
+        tasks = [_task(raw, f"{where}: task {number}") for number, raw in enumerate(listed, start=1)]
+        _check_distinct((task.name for task in tasks), f"{where}: {_TASKS}")
+        try:
+            plan = cls.model_validate({**content, _TASKS: tasks})
+        except ValidationError as error:
+            raise EvaluationError(f"{where}: {_problem(error, cls)}") from error
+        _check_distinct(plan.languages, f"{where}: languages")
+        for task in plan.tasks:
+            for language in task.languages or ():
+                if language not in plan.languages:
+                    raise EvaluationError(
+                        f"{where}: task {task.name!r} has language {language!r}; "
+                        f"the plan has {', '.join(plan.languages)}"
+                    )
+        return plan
 
-    def text(self, item: Item) -> str:
-        """The text of an item's document."""
-        return self.documents[item.language][item.document].text
+    def content(self) -> dict[str, Any]:
+        """As in a plan file; `parse` makes the same plan of it."""
+        plain = self.model_dump(mode="json", exclude={_TASKS}, exclude_defaults=True)
+        return {**plain, "languages": list(self.languages), _TASKS: [task.settings() for task in self.tasks]}
 
-    def __len__(self) -> int:
-        return len(self.masks) * sum(map(len, self.documents.values()))
+    def load(self, base: Path) -> dict[str, dict[str, tuple[Item, ...]]]:
+        """The items of every task by language. base: what relative paths start from.
+
+        Raises EvaluationError for what cannot be read, and for tasks without items or with two of one id.
+        """
+        return {task.name: self._load(task, base) for task in self.tasks}
+
+    def _load(self, task: Task, base: Path) -> dict[str, tuple[Item, ...]]:
+        loaded = {}
+        for language in task.languages or self.languages:
+            items = task.load(language, base)
+            if not items:
+                raise EvaluationError(f"task {task.name!r} has no items in {language!r}; expected at least one")
+            _check_distinct((item.id for item in items), f"task {task.name!r}: items in {language!r}")
+            loaded[language] = items
+        return loaded
 
 
-def text_digest(text: str) -> str:
-    """SHA-256 (hex) of a text in UTF-8."""
-    return hashlib.sha256(text.encode()).hexdigest()
+def matching(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Those of `names` that are named or fit a pattern, in their order."""
+    wanted = tuple(patterns)
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]
+
+
+def _task(raw: Any, where: str) -> Task:
+    if not isinstance(raw, Mapping):
+        raise EvaluationError(f"{where}: expected a mapping with the settings of a task")
+    return parse_task(raw, where)
+
+
+def _same_budget(first: float | None, second: float) -> bool:
+    return first is not None and math.isclose(first, second, rel_tol=1e-6)
+
+
+def _check_distinct(names: Iterable[str], where: str) -> None:
+    seen = set()
+    for name in names:
+        if name in seen:
+            raise EvaluationError(f"{where}: {name!r} stands there twice; expected each once")
+        seen.add(name)
+
+
+def _problem(error: ValidationError, model: type[BaseModel]) -> str:
+    problem = error.errors()[0]
+    where = ".".join(map(str, problem["loc"])) or "plan"
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown field; a plan has {', '.join(model.model_fields)}"
+    return f"{where}: {problem['msg']}"

@@ -1,92 +1,102 @@
 """ResultLog: the answers of a run, appended to a file as they come, and found there when the run is taken up again."""
 
 import fcntl
+import json
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 import crane_serve
 from clients.errors import EvaluationError
-from clients.plan import Item
+from clients.evaluation import PlannedMask
+from clients.task import Answer, Generate, Item, Question, Request, ScoreContinuations, ScoreText
+from crane_serve.atomic import write_atomically
 
 RUN_FILE = "run.json"
 RESULTS_FILE = "results.jsonl"
+ITEMS_FILE = "items.jsonl"
+
+_REQUESTS: dict[str, type[Request]] = {
+    "text": ScoreText,
+    "continuations": ScoreContinuations,
+    "generate": Generate,
+}
 
 
 class Settings(BaseModel):
-    """What the results of a directory depend on. Masks may join a run later; a known one must keep its content.
+    """What a run asks, of which server.
 
-    masks: name -> content digest (None for `none`); split: None for a corpus used whole; fingerprint: of the model.
+    plan: as in a plan file; fingerprint: of the model; masks: by name, `none` first; task_masks: task -> the names of
+    the masks that it is asked under.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    corpus_digest: str
-    split: str | None
-    languages: tuple[str, ...]
-    limit: int | None
-    masks: dict[str, str | None]
+    plan: dict[str, Any]
     model: str
     fingerprint: dict[str, JsonValue]
-    server_version: str | None = None
+    server_version: str | None
+    masks: dict[str, PlannedMask]
+    task_masks: dict[str, tuple[str, ...]]
     created_by: str = f"crane-serve {crane_serve.__version__}"
 
     def differences(self, earlier: "Settings") -> list[str]:
         """What makes results of the `earlier` run unusable in this one, a phrase for each."""
         found = []
-        if self.corpus_digest != earlier.corpus_digest:
-            found.append(
-                f"the corpus (digest {earlier.corpus_digest[:16]}, split {earlier.split!r}; "
-                f"now {self.corpus_digest[:16]}, split {self.split!r})"
-            )
-        keys = [*self.fingerprint, *(key for key in earlier.fingerprint if key not in self.fingerprint)]
-        changed = [key for key in keys if self.fingerprint.get(key) != earlier.fingerprint.get(key)]
+        changed = changed_keys(earlier.fingerprint, self.fingerprint)
         if changed:
             found.append(f"the model (its {', '.join(changed)}; then {earlier.model}, now {self.model})")
-        for name, digest in self.masks.items():
-            if name in earlier.masks and earlier.masks[name] != digest:
-                found.append(f"mask {name!r} (digest {_short(earlier.masks[name])}; now {_short(digest)})")
+        for name, mask in self.masks.items():
+            before = earlier.masks.get(name)
+            if before is not None and before.digest != mask.digest:
+                found.append(f"mask {name!r} (digest {short(before.digest)}; now {short(mask.digest)})")
         return found
 
 
 class ItemResult(BaseModel):
-    """One line of the file: the score of one item.
+    """One line of the file: the answer to one item under one mask.
 
-    logprob: nats summed over `tokens` tokens; bytes: the text's length in UTF-8; session, elapsed_s: which start of
-    the run asked for it, and how many seconds after that start the answer came.
+    item_digest: of what was asked; tokens: read and written by the model for it; session, elapsed_s: which start of the
+    run asked for it, and how many seconds after that start the answer came.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    task: str
+    language: str
+    item: str
     mask: str
     mask_digest: str | None
-    language: str
-    document: str
-    text_digest: str
-    logprob: FiniteFloat
+    item_digest: str
+    answer: Answer
     tokens: int
-    bytes: int
     session: int
     elapsed_s: float
 
     @property
-    def item(self) -> Item:
+    def question(self) -> Question:
         """What this is the answer to."""
-        return Item(self.mask, self.language, self.document)
+        return Question(self.task, self.language, self.item, self.mask)
 
 
 class ResultLog:
     """The results in `directory`, opened for one writer.
 
     `results` holds what is there already. Every append is one write of one whole line, so a process that is killed
-    leaves at most one torn line at the end, which opening removes. Raises EvaluationError if the directory's results
-    belong to other settings, are not such results, or are being written by another process.
+    leaves at most one torn line at the end, which opening removes. `digest_of` says how the item of a question is asked
+    now, None if it is not asked any more.
+
+    Raises EvaluationError if the directory's results belong to other settings, are not such results, or are being
+    written by another process.
     """
 
-    def __init__(self, directory: Path, settings: Settings) -> None:
-        self.results: dict[Item, ItemResult] = {}
+    def __init__(self, directory: Path, settings: Settings, digest_of: Callable[[Question], str | None]) -> None:
+        self.results: dict[Question, ItemResult] = {}
         self.session = 1
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / RESULTS_FILE
@@ -94,7 +104,7 @@ class ResultLog:
         try:
             self._lock()
             self._settle(directory / RUN_FILE, settings)
-            self._read()
+            self._read(settings.masks, digest_of)
         except BaseException:
             self._file.close()
             raise
@@ -102,7 +112,7 @@ class ResultLog:
     def append(self, result: ItemResult) -> None:
         """Add a result; once this returns it survives the death of the process."""
         self._file.write(result.model_dump_json().encode() + b"\n")
-        self.results[result.item] = result
+        self.results[result.question] = result
 
     def close(self) -> None:
         """Close the file and let other processes write."""
@@ -123,46 +133,118 @@ class ResultLog:
             raise EvaluationError(f"{self._path} is being written by another evaluation") from error
 
     def _settle(self, path: Path, settings: Settings) -> None:
-        if not path.exists():
-            if self._path.stat().st_size:
-                raise EvaluationError(f"{self._path} has no {RUN_FILE} beside it; choose another output directory")
-        else:
-            try:
-                earlier = Settings.model_validate_json(path.read_bytes())
-            except ValidationError as error:
-                raise EvaluationError(f"{path} does not hold the settings of a run: {_first(error)}") from error
-            if differences := settings.differences(earlier):
+        if path.exists():
+            differences = settings.differences(read_settings(path))
+            if differences:
                 raise EvaluationError(
                     f"{path.parent} holds results of another run, which differs in {'; '.join(differences)}; "
                     "choose another output directory"
                 )
-            settings = settings.model_copy(update={"masks": earlier.masks | settings.masks})
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text(settings.model_dump_json(indent=2) + "\n")
-        scratch.replace(path)
-        self._digests = settings.masks
+        elif self._path.stat().st_size:
+            raise EvaluationError(f"{self._path} has no {RUN_FILE} beside it; choose another output directory")
+        write_atomically(path, settings.model_dump_json(indent=1).encode() + b"\n")
 
-    def _read(self) -> None:
+    def _read(self, masks: Mapping[str, PlannedMask], digest_of: Callable[[Question], str | None]) -> None:
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.ftruncate(self._file.fileno(), whole)
-        for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
-            try:
-                result = ItemResult.model_validate_json(line)
-            except ValidationError as error:
-                raise EvaluationError(f"{self._path}:{number} is not a result: {_first(error)}") from error
-            if self._digests.get(result.mask) != result.mask_digest:
-                raise EvaluationError(f"{self._path}:{number} has another mask {result.mask!r} than {RUN_FILE} names")
-            self.results[result.item] = result
+        for result in parse_results(content[:whole], self._path):
             self.session = max(self.session, result.session + 1)
+            digest = digest_of(result.question)
+            mask = masks.get(result.mask)
+            if digest is None or mask is None:
+                continue
+            if digest != result.item_digest:
+                raise EvaluationError(
+                    f"{self._path.parent} holds results of another run: there item {result.item!r} of task "
+                    f"{result.task!r} in {result.language!r} asked something else; choose another output directory"
+                )
+            if mask.digest != result.mask_digest:
+                raise EvaluationError(
+                    f"{self._path.parent} holds results of another run: there mask {result.mask!r} had digest "
+                    f"{short(result.mask_digest)}, now {short(mask.digest)}; choose another output directory"
+                )
+            self.results[result.question] = result
 
 
-def _first(error: ValidationError) -> str:
+def parse_results(content: bytes, path: Path) -> list[ItemResult]:
+    """The results in whole lines of a file. Raises EvaluationError naming the line that holds none."""
+    results = []
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        try:
+            results.append(ItemResult.model_validate_json(line))
+        except ValidationError as error:
+            raise EvaluationError(f"{path}:{number} is not a result: {first_problem(error)}") from error
+    return results
+
+
+def read_settings(path: Path) -> Settings:
+    """The settings in a file. Raises EvaluationError if there are none."""
+    try:
+        return Settings.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise EvaluationError(f"{path} cannot be read; expected the settings of a run: {error.strerror}") from error
+    except ValidationError as error:
+        raise EvaluationError(f"{path} does not hold the settings of a run: {first_problem(error)}") from error
+
+
+def write_items(directory: Path, items: Mapping[str, Mapping[str, tuple[Item, ...]]]) -> Path:
+    """Write what is asked to `items.jsonl`, so that the results can be read without the texts' sources."""
+    lines = [
+        json.dumps(
+            {
+                "task": task,
+                "language": language,
+                "item": item.id,
+                "request": {"kind": _kind(item.request), **asdict(item.request)},
+                "reference": dict(item.reference),
+            },
+            ensure_ascii=False,
+        )
+        for task, of_task in items.items()
+        for language, of_language in of_task.items()
+        for item in of_language
+    ]
+    path = directory / ITEMS_FILE
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+    return path
+
+
+def read_items(path: Path) -> dict[str, dict[str, tuple[Item, ...]]]:
+    """What `write_items` wrote: task -> language -> items. Raises EvaluationError."""
+    found: dict[str, dict[str, list[Item]]] = {}
+    try:
+        for line in path.read_bytes().split(b"\n"):
+            if line:
+                fields = json.loads(line)
+                asked = fields["request"]
+                request = TypeAdapter(_REQUESTS[asked.pop("kind")]).validate_python(asked)
+                item = Item(fields["item"], fields["language"], request, fields["reference"])
+                found.setdefault(fields["task"], {}).setdefault(item.language, []).append(item)
+    except OSError as error:
+        raise EvaluationError(f"{path} cannot be read; expected the items of a run: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(f"{path} does not hold the items of a run: {error}") from error
+    return {task: {language: tuple(of) for language, of in languages.items()} for task, languages in found.items()}
+
+
+def changed_keys(first: Mapping[str, JsonValue], second: Mapping[str, JsonValue]) -> list[str]:
+    """The keys whose values differ, in the order of both."""
+    return [key for key in dict.fromkeys([*first, *second]) if first.get(key) != second.get(key)]
+
+
+def first_problem(error: ValidationError) -> str:
+    """What pydantic found first, and where."""
     problem = error.errors()[0]
     return f"{'.'.join(map(str, problem['loc'])) or 'line'}: {problem['msg']}"
 
 
-def _short(digest: str | None) -> str:
+def short(digest: str | None) -> str:
+    """The beginning of a digest, for messages."""
     return "absent" if digest is None else digest[:16]
+
+
+def _kind(request: Request) -> str:
+    return next(kind for kind, of in _REQUESTS.items() if isinstance(request, of))

@@ -1,215 +1,350 @@
-"""evaluate: score every document under every mask, resumably, and write the matrix."""
+"""Run: every item under every mask, asked in one mixed stream, resumably."""
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
-from clients.answers import MaskListing, Readiness
+from clients.answers import MaskReference, Readiness, Usage
 from clients.client import AsyncCraneClient
 from clients.errors import CraneError, EvaluationError
-from clients.matrix import Failure, Matrix
-from clients.plan import UNMASKED, Item, Plan, PlannedMask, text_digest
-from clients.report import write_all
-from clients.results import ItemResult, ResultLog, Settings
-from relevance.corpus import Corpus
+from clients.evaluation import UNMASKED, Evaluation, Failure, PlannedMask
+from clients.plan import Plan, matching
+from clients.planned_masks import find_masks
+from clients.record import Record
+from clients.results import ItemResult, ResultLog, Settings, short, write_items
+from clients.task import Generate, Generated, Item, Question, ScoreContinuations, Scored, ScoreText
+
+_RETURNS = 3  # how often one item waits for a server that went away
+_SEQUENCES = 1024  # under way at a time; half of what a server admits by default
+
+_Answered = tuple[Scored | Generated, MaskReference | None, Usage]
+Expectation = Callable[[Settings, Mapping[str, Mapping[str, tuple[Item, ...]]]], None]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. done: items with a result or a failure, `resumed` of them from earlier sessions; tokens:
-    scored in this session."""
+    """How far a run is. done: items with an answer, `resumed` of them from earlier sessions; failed: asked in vain;
+    tokens: read and written by the model in this session."""
 
     done: int
     total: int
     resumed: int
+    failed: int
     tokens: int
 
 
-async def evaluate(
-    client: AsyncCraneClient,
-    corpus: Corpus,
-    out: Path,
-    *,
-    masks: Sequence[str] | None = None,
-    limit: int | None = None,
-    wait_s: float = 60.0,
-    seed: int = 0,
-    on_progress: Callable[[Progress], None] | None = None,
-) -> Matrix:
-    """Score `corpus` under every mask and write results.jsonl, matrix.json, matrix.csv, matrix.png and report.md.
+class Run:
+    """One session of an evaluation: `async for result in run` asks what is missing and hands out what comes.
 
-    masks: names, or bare languages where the server has a default method; None for all masks of the server. `none`
-    is always evaluated. limit: documents per language. wait_s: how long to wait for the server, at the start and
-    when it stops answering in between. seed: of the bootstrap. `out` may hold an unfinished run, which is continued.
-
-    Items that fail in spite of the client's retries are listed in `Matrix.failed`. Raises CraneError if the server
-    is not ready in time, and EvaluationError for masks it does not have, for results in `out` that belong to another
-    corpus, model or mask content, and for a server that changes its model or a mask during the run.
+    Made by `start`. Afterwards `evaluation` makes figures of all that is there, and `failures` lists the items that got
+    no answer in spite of the client's retries; the next session asks them again.
     """
-    readiness = await client.wait_until_ready(wait_s)
-    plan = Plan(corpus, await _find_masks(client, masks), limit)
-    settings = Settings(
-        corpus_digest=corpus.digest,
-        split=corpus.split,
-        languages=corpus.languages,
-        limit=limit,
-        masks={name: mask.digest for name, mask in plan.masks.items()},
-        model=readiness.model,
-        fingerprint=readiness.fingerprint,
-        server_version=readiness.version,
-    )
-    with ResultLog(out, settings) as log:
-        run = _Run(client, plan, log, readiness, wait_s, on_progress)
-        await run.finish()
-        matrix = Matrix.of(
-            plan,
-            log.results,
-            model={"name": readiness.model, **readiness.fingerprint},
-            failed=run.failures,
-            seed=seed,
-        )
-    write_all(matrix, out)
-    return matrix
-
-
-class _Run:
-    """The scoring of one session: as many workers as the client allows requests draw from one stream of items."""
 
     def __init__(
         self,
         client: AsyncCraneClient,
+        settings: Settings,
         plan: Plan,
+        items: Mapping[str, Mapping[str, tuple[Item, ...]]],
         log: ResultLog,
-        readiness: Readiness,
         wait_s: float,
-        on_progress: Callable[[Progress], None] | None,
+        on_notice: Callable[[str], None],
     ) -> None:
         self.failures: list[Failure] = []
         self._client = client
+        self._settings = settings
         self._plan = plan
+        self._items = items
         self._log = log
-        self._readiness = readiness
         self._wait_s = wait_s
-        self._on_progress = on_progress
-        self._missing = [item for item in plan.items() if item not in log.results]
-        self._resumed = len(plan) - len(self._missing)
-        self._answered = 0
+        self._notice = on_notice
+        self._tasks = {task.name: task for task in plan.tasks}
+        questions = list(_questions(settings.task_masks, items))
+        self._missing = [question for question, _ in questions if question not in log.results]
+        self._by_question = dict(questions)
+        self._total = len(questions)
+        self._resumed = self._total - len(self._missing)
         self._tokens = 0
+        self._room = _Room(_SEQUENCES)
+        self._recovery = asyncio.Lock()
+        self._recoveries = 0
         self._given_up: str | None = None
         self._start = time.monotonic()
 
-    async def finish(self) -> None:
-        """Ask for everything that is missing."""
-        self._report()
-        stream = iter(self._missing)
-        try:
-            async with asyncio.TaskGroup() as workers:
-                for _ in range(min(self._client.concurrency, len(self._missing))):
-                    workers.create_task(self._work(stream))
-        except ExceptionGroup as group:
-            evaluation_errors, _ = group.split(EvaluationError)
-            if evaluation_errors is None:
-                raise
-            raise evaluation_errors.exceptions[0] from None
+    @classmethod
+    @asynccontextmanager
+    async def start(
+        cls,
+        client: AsyncCraneClient,
+        plan: Plan,
+        out: Path,
+        *,
+        base: Path = Path(),
+        wait_s: float = 60.0,
+        expect: Expectation | None = None,
+        on_notice: Callable[[str], None] = lambda _: None,
+    ) -> AsyncIterator["Run"]:
+        """Check everything, then open the results in `out`, which may hold an unfinished run; closed at the end.
 
-    async def _work(self, stream: Iterator[Item]) -> None:
-        for item in stream:
+        base: what relative paths of the plan start from; wait_s: how long to wait for the server, now and whenever it
+        goes away; expect: further checks before anything is asked; on_notice: hears when the server goes and comes.
+
+        Raises EvaluationError before anything is asked for sources that cannot be read, a server of another model,
+        masks that the server lacks, and results in `out` that are another run's; CraneError if the server is not ready
+        in time.
+        """
+        items = plan.load(base)
+        readiness = await client.wait_until_ready(wait_s)
+        if plan.model not in (None, readiness.model):
+            raise EvaluationError(
+                f"the server at {client.server} serves {readiness.model!r}, the plan is for {plan.model!r}"
+            )
+        settings = _settle(plan, readiness, await find_masks(client, plan.masks))
+        if expect is not None:
+            expect(settings, items)
+        digests = {question: item.digest for question, item in _questions(settings.task_masks, items)}
+        with ResultLog(out, settings, digests.get) as log:
+            write_items(out, items)
+            yield cls(client, settings, plan, items, log, wait_s, on_notice)
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        failed = len(self.failures)
+        answered = len(self._log.results)
+        return Progress(answered, self._total, self._resumed, failed, self._tokens)
+
+    async def __aiter__(self) -> AsyncGenerator[ItemResult]:
+        """The answers of this session as they come, each kept on the disk before it is handed out.
+
+        Raises EvaluationError if the server comes back with another model or other masks.
+        """
+        stream = iter(self._missing)
+        finished: asyncio.Queue[ItemResult | Exception | None] = asyncio.Queue()
+
+        async def work_all() -> None:
             try:
-                if self._given_up is not None:
-                    raise CraneError(None, "not_asked", f"not asked, because {self._given_up}")
-                result = await self._ask(item)
+                async with asyncio.TaskGroup() as workers:
+                    for _ in range(min(self._client.concurrency, len(self._missing))):
+                        workers.create_task(self._work(stream, finished))
+                finished.put_nowait(None)
+            except ExceptionGroup as group:
+                evaluation_errors, _ = group.split(EvaluationError)
+                finished.put_nowait(evaluation_errors.exceptions[0] if evaluation_errors else group)
+
+        workers = asyncio.create_task(work_all())
+        try:
+            while (result := await finished.get()) is not None:
+                if isinstance(result, Exception):
+                    raise result
+                yield result
+        finally:
+            workers.cancel()
+            await asyncio.gather(workers, return_exceptions=True)
+
+    def evaluation(self) -> Evaluation:
+        """The figures of all answers that there are."""
+        return self.record().evaluation(self.failures)
+
+    def record(self) -> Record:
+        """All answers that there are, with what was asked."""
+        return Record(self._settings, self._plan, self._items, tuple(self._log.results.values()))
+
+    async def _work(self, stream: Iterator[Question], finished: asyncio.Queue[ItemResult | Exception | None]) -> None:
+        for question in stream:
+            item = self._by_question[question]
+            try:
+                result = await self._ask(question, item)
             except CraneError as error:
-                self.failures.append(
-                    Failure(mask=item.mask, language=item.language, document=item.document, error=str(error))
-                )
+                fields = {"task": question.task, "mask": question.mask, "language": question.language}
+                self.failures.append(Failure(**fields, item=question.item, error=str(error)))
             else:
                 self._log.append(result)
-                self._answered += 1
                 self._tokens += result.tokens
-            self._report()
+                finished.put_nowait(result)
 
-    async def _ask(self, item: Item) -> ItemResult:
-        """One item; a server that went away is waited for and then asked once more."""
-        try:
-            return await self._score(item)
-        except CraneError as error:
-            if not error.transient:
+    async def _ask(self, question: Question, item: Item) -> ItemResult:
+        """One item; a server that went away is waited for."""
+        for _ in range(_RETURNS):
+            if self._given_up is not None:
+                raise CraneError(None, "not_asked", f"not asked, because {self._given_up}")
+            seen = self._recoveries
+            try:
+                return await self._answer(question, item)
+            except CraneError as error:
+                if not error.transient:
+                    raise
+                await self._recover(error, seen)
+        return await self._answer(question, item)
+
+    async def _recover(self, cause: CraneError, seen: int) -> None:
+        """Wait until the server serves again; once for all workers that noticed its absence."""
+        async with self._recovery:
+            if self._recoveries > seen or self._given_up is not None:
+                return
+            gone = cause.status != 429
+            if gone:
+                self._notice(f"the server does not answer ({cause.message}); waiting up to {self._wait_s:g} s for it")
+            began = time.monotonic()
+            try:
+                readiness = await self._client.wait_until_ready(self._wait_s)
+            except CraneError as error:
+                self._given_up = f"the server did not come back within {self._wait_s:g} s: {error}"
                 raise
-        try:
-            readiness = await self._client.wait_until_ready(self._wait_s)
-        except CraneError as error:
-            self._given_up = f"the server did not come back within {self._wait_s:g} s: {error}"
-            raise
-        if readiness.fingerprint != self._readiness.fingerprint:
-            raise EvaluationError(
-                f"the server now serves another model ({readiness.model}) than when the run began "
-                f"({self._readiness.model})"
-            )
-        return await self._score(item)
+            if readiness.fingerprint != self._settings.fingerprint:
+                raise EvaluationError(
+                    f"the server now serves another model ({readiness.model}) than when the run began "
+                    f"({self._settings.model})"
+                )
+            self._recoveries += 1
+            if gone:
+                self._notice(f"the server is back after {time.monotonic() - began:.0f} s; the run goes on")
 
-    async def _score(self, item: Item) -> ItemResult:
-        mask = self._plan.masks[item.mask]
-        text = self._plan.text(item)
-        answer = await self._client.score_text(text, mask=None if item.mask == UNMASKED else item.mask)
-        digest = answer.mask.digest if answer.mask is not None else None
+    async def _answer(self, question: Question, item: Item) -> ItemResult:
+        mask = self._settings.masks[question.mask]
+        async with self._room.taken(_sequences(item)):
+            answer, used, usage = await self._send(item, None if question.mask == UNMASKED else question.mask)
+        digest = used.digest if used is not None else None
         if digest != mask.digest:
             raise EvaluationError(
-                f"the server answered for mask {item.mask!r} with content {digest}, expected {mask.digest}: "
-                "it was changed during the run"
+                f"the server answered for mask {question.mask!r} with content {short(digest)}, expected "
+                f"{short(mask.digest)}: it was changed during the run"
             )
-        if len(answer.scores) != 1 or answer.scores[0].tokens < 1:
-            raise CraneError(
-                200,
-                "invalid_answer",
-                f"expected one score of at least one token for one text, got {len(answer.scores)} scores"
-                + "".join(f", {score.tokens} tokens" for score in answer.scores[:1]),
-            )
-        score = answer.scores[0]
+        answer = await self._tasks[question.task].finish(item, answer)
         return ItemResult(
-            mask=item.mask,
+            task=question.task,
+            language=question.language,
+            item=question.item,
+            mask=question.mask,
             mask_digest=mask.digest,
-            language=item.language,
-            document=item.document,
-            text_digest=text_digest(text),
-            logprob=score.logprob,
-            tokens=score.tokens,
-            bytes=score.bytes,
+            item_digest=item.digest,
+            answer=answer,
+            tokens=usage.total_tokens,
             session=self._log.session,
             elapsed_s=round(time.monotonic() - self._start, 3),
         )
 
-    def _report(self) -> None:
-        if self._on_progress is not None:
-            done = self._resumed + self._answered + len(self.failures)
-            self._on_progress(Progress(done, len(self._plan), self._resumed, self._tokens))
+    async def _send(self, item: Item, mask: str | None) -> _Answered:
+        match item.request:
+            case ScoreText(text):
+                scores = await self._client.score_text(text, mask=mask)
+                if len(scores.scores) != 1 or scores.scores[0].tokens < 1:
+                    raise _unexpected(f"one score of at least one token, got {len(scores.scores)} scores")
+                return Scored(scores=scores.scores), scores.mask, scores.usage
+            case ScoreContinuations(context, continuations):
+                scores = await self._client.score_continuations(context, continuations, mask=mask)
+                if len(scores.scores) != len(continuations):
+                    raise _unexpected(f"{len(continuations)} scores, got {len(scores.scores)}")
+                return Scored(scores=scores.scores), scores.mask, scores.usage
+            case Generate(prompt, max_tokens, stop, repetition_penalty):
+                generation = await self._client.generate(
+                    prompt,
+                    mask=mask,
+                    max_tokens=max_tokens,
+                    temperature=0.0,
+                    stop=list(stop),
+                    repetition_penalty=repetition_penalty,
+                )
+                if len(generation.outputs) != 1:
+                    raise _unexpected(f"one output, got {len(generation.outputs)}")
+                (output,) = generation.outputs
+                answer = Generated(
+                    text=output.text, tokens=output.completion_tokens, finish_reason=output.finish_reason
+                )
+                return answer, generation.mask, generation.usage
 
 
-async def _find_masks(client: AsyncCraneClient, names: Sequence[str] | None) -> list[PlannedMask]:
-    """The masks that `names` mean on the server, by canonical name, each once. Raises EvaluationError for others."""
-    listing = await client.masks()
-    if names is None:
-        return [PlannedMask.of(summary) for summary in listing.masks]
-    known = {summary.name: PlannedMask.of(summary) for summary in listing.masks}
-    found: dict[str, PlannedMask] = {}
-    for name in names:
-        if name == UNMASKED:
-            continue
-        mask = known.get(name) or await _default_mask(client, name, listing)
-        found[mask.name] = mask
-    return list(found.values())
+async def evaluate(
+    client: AsyncCraneClient,
+    plan: Plan,
+    out: Path,
+    *,
+    base: Path = Path(),
+    wait_s: float = 60.0,
+    expect: Expectation | None = None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    on_notice: Callable[[str], None] = lambda _: None,
+) -> Evaluation:
+    """Run a plan to its end and write results.json and the reports into `out`. Arguments and errors: `Run.start`."""
+    from clients.reporting import write_all
+
+    async with Run.start(client, plan, out, base=base, wait_s=wait_s, expect=expect, on_notice=on_notice) as run:
+        on_progress(run.progress)
+        async with aclosing(aiter(run)) as results:
+            async for _ in results:
+                on_progress(run.progress)
+        on_progress(run.progress)
+        record, failures = run.record(), run.failures
+    evaluation = await asyncio.to_thread(record.evaluation, failures)
+    evaluation.write(out)
+    write_all(evaluation, record.answers, out)
+    return evaluation
 
 
-async def _default_mask(client: AsyncCraneClient, name: str, listing: MaskListing) -> PlannedMask:
-    for unusable in listing.invalid:
-        if unusable.name == name:
-            raise EvaluationError(f"mask {name!r} cannot be used by the server: {unusable.reason}")
-    try:
-        return PlannedMask.of(await client.mask(name))
-    except CraneError as error:
-        if error.status != 404:
-            raise
-        known = ", ".join([UNMASKED, *(summary.name for summary in listing.masks)])
-        hint = "" if listing.default_method else "; bare language names need a server with a default method"
-        raise EvaluationError(f"the server has no mask {name!r}; it has {known}{hint}") from error
+class _Room:
+    """So many sequences may be under way; a request that has more than all of them runs alone."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = self._free = capacity
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def taken(self, count: int) -> AsyncIterator[None]:
+        count = min(count, self._capacity)
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._free >= count)
+            self._free -= count
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._free += count
+                self._changed.notify_all()
+
+
+def _sequences(item: Item) -> int:
+    return len(item.request.continuations) if isinstance(item.request, ScoreContinuations) else 1
+
+
+def _unexpected(what: str) -> CraneError:
+    return CraneError(200, "invalid_answer", f"expected {what}")
+
+
+def _settle(plan: Plan, readiness: Readiness, masks: dict[str, PlannedMask]) -> Settings:
+    of_tasks = {}
+    for task in plan.tasks:
+        names = list(masks) if task.masks is None else matching([UNMASKED, *task.masks], masks)
+        for pattern in task.masks or ():
+            if not matching([pattern], masks):
+                raise EvaluationError(
+                    f"task {task.name!r}: no mask of the plan fits {pattern!r}; it has {', '.join(masks)}"
+                )
+        of_tasks[task.name] = tuple(names)
+    return Settings(
+        plan=plan.content(),
+        model=readiness.model,
+        fingerprint=readiness.fingerprint,
+        server_version=readiness.version,
+        masks=masks,
+        task_masks=of_tasks,
+    )
+
+
+def _questions(
+    task_masks: Mapping[str, tuple[str, ...]], items: Mapping[str, Mapping[str, tuple[Item, ...]]]
+) -> Iterator[tuple[Question, Item]]:
+    """Task by task, item by item through all languages, the masks innermost.
+
+    Neighbours differ in their mask, so whatever the server batches together holds all masks alike; items that share a
+    prefix stay close together under each mask.
+    """
+    for task, languages in items.items():
+        for row in zip_longest(*languages.values()):
+            for item in row:
+                if item is not None:
+                    for mask in task_masks[task]:
+                        yield Question(task, item.language, item.id, mask), item

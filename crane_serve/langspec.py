@@ -7,6 +7,9 @@ gains counts as one that loses nothing. So it is always shown beside the signed 
 from collections.abc import Mapping
 from enum import StrEnum
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 
 class Form(StrEnum):
     """RELATIVE: drops are fractions of each language's baseline. ABSOLUTE: drops are differences of scores."""
@@ -18,11 +21,10 @@ class Form(StrEnum):
 def langspec_f1(
     baseline: Mapping[str, float], masked: Mapping[str, float], target: str, form: Form, beta: float = 1.0
 ) -> float:
-    """F = (1 + b^2) P R / (P + b^2 R) with P = d_t / (d_t + mean of d_o over the others o) and R = the target's drop.
+    """LangSpec-F1 of `target` from one score per language, by the rule of `langspec_f1_of_arrays`.
 
-    baseline, masked: a score above 0 of each language, the higher the better, unmasked and masked. With B and M for
-    them, relative: d = max((B - M) / B, 0) and R = d_t. Absolute: d = max(B - M, 0) and R = d_t / B_t. 0 where the
-    target drops by nothing. Raises ValueError for a missing language, a baseline not above 0, or no other language.
+    baseline, masked: a score above 0 of each language, the higher the better, unmasked and masked. Raises ValueError
+    for a missing language, a baseline not above 0, or no other language.
     """
     others = [language for language in baseline if language != target]
     if target not in baseline or not others or baseline.keys() != masked.keys():
@@ -30,12 +32,27 @@ def langspec_f1(
     for language, score in baseline.items():
         if not score > 0:
             raise ValueError(f"the baseline score of {language} is {score}; expected one above 0")
-    drops = {language: max(baseline[language] - masked[language], 0.0) for language in baseline}
+    order = [target, *others]
+    f1 = langspec_f1_of_arrays([baseline[name] for name in order], [masked[name] for name in order], form, beta)
+    return float(f1)
+
+
+def langspec_f1_of_arrays(baseline: ArrayLike, masked: ArrayLike, form: Form, beta: float = 1.0) -> NDArray[np.float64]:
+    """F = (1 + b^2) P R / (P + b^2 R) with P = d_t / (d_t + mean of d_o over the others o) and R = the target's drop.
+
+    baseline, masked: [languages, ...], scores of the target first and then of at least one other language. With B and M
+    for them, relative: d = max((B - M) / B, 0) and R = d_t. Absolute: d = max(B - M, 0) and R = d_t / B_t. Returns
+    [...]: 0 where the target drops by nothing, NaN where a baseline is not above 0 or a score is NaN.
+    """
+    unmasked = np.asarray(baseline, dtype=np.float64)
+    unmasked = np.where(unmasked > 0, unmasked, np.nan)
+    drops = np.maximum(unmasked - np.asarray(masked, dtype=np.float64), 0.0)  # [languages, ...]
     if form is Form.RELATIVE:
-        drops = {language: drop / baseline[language] for language, drop in drops.items()}
-    if drops[target] == 0:
-        return 0.0
-    precision = drops[target] / (drops[target] + sum(drops[language] for language in others) / len(others))
-    recall = drops[target] if form is Form.RELATIVE else drops[target] / baseline[target]
+        drops = drops / unmasked
+    target, others = drops[0], drops[1:].mean(axis=0)
+    recall = target if form is Form.RELATIVE else target / unmasked[0]
     weight = beta**2
-    return (1 + weight) * precision * recall / (precision + weight * recall)
+    with np.errstate(invalid="ignore"):
+        precision = target / (target + others)
+        f1 = (1 + weight) * precision * recall / (precision + weight * recall)
+    return np.where((target == 0) & ~np.isnan(others), 0.0, f1)

@@ -1,31 +1,13 @@
-"""Language identification: does a corpus hold the languages that its files are named after?
+"""Language identification: does a corpus hold the languages that its files are named after?"""
 
-Identification is py3langid's naive Bayes over byte n-grams (Lui and Baldwin, ACL 2012), which works offline.
-"""
-
-import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
+from crane_serve.languages import code_of, identify, known_languages, same_language
 from relevance.corpus import Corpus, Document
 
 SAMPLE = 50  # documents of a language that are identified
-_CHARACTERS = 2000  # of a document that are read
-_UNSURE = 0.5  # below this probability a document counts as not identified
-_UNKNOWN = ("und", "zxx")
-
-# Languages that this kind of identifier confuses even in good texts. Their files are not suspicious for that.
-_CLOSE = (
-    frozenset({"no", "nb", "nn", "da"}),
-    frozenset({"bs", "hr", "sr", "sh"}),
-    frozenset({"id", "ms"}),
-    frozenset({"zh", "yue", "wuu"}),
-    frozenset({"ar", "ary", "arz"}),
-    frozenset({"pt", "gl"}),
-    frozenset({"uz", "uzs"}),
-)
 
 
 @dataclass(frozen=True)
@@ -52,15 +34,14 @@ def misnamed(corpus: Corpus, sample: int = SAMPLE) -> list[Suspicion]:
     Only names that begin with a code that the identifier knows are checked: `en`, `zh`, also `zh-hans` and `en_us`.
     Documents that cannot be identified count for no language.
     """
-    identify, known = _identifier()
     suspicions = []
     for language, documents in corpus.documents.items():
-        code = re.split("[-_]", language)[0]
-        if code not in known:
+        code = code_of(language)
+        if code not in known_languages():
             continue
         looked_at = _spread(documents, sample)
-        found = Counter(identify(document.text[:_CHARACTERS]) for document in looked_at)
-        others = Counter({other: count for other, count in found.items() if not _same(code, other)})
+        found = Counter(identify(document.text) for document in looked_at)
+        others = Counter({other: count for other, count in found.items() if other and not same_language(code, other)})
         if 2 * others.total() > len(looked_at):
             looks_like, differing = others.most_common(1)[0]
             source = corpus.sources.get(language, language)
@@ -68,23 +49,6 @@ def misnamed(corpus: Corpus, sample: int = SAMPLE) -> list[Suspicion]:
     return suspicions
 
 
-def _same(code: str, other: str) -> bool:
-    return other == code or other in _UNKNOWN or any({code, other} <= group for group in _CLOSE)
-
-
 def _spread(documents: Sequence[Document], sample: int) -> list[Document]:
     count = min(sample, len(documents))
     return [documents[index * len(documents) // count] for index in range(count)]
-
-
-@cache
-def _identifier() -> tuple[Callable[[str], str], frozenset[str]]:
-    """What says the code of a text's language, and the codes it knows."""
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=_UNSURE)
-
-    def identify(text: str) -> str:
-        return str(identifier.classify(text)[0])
-
-    return identify, frozenset(identifier.labels)

@@ -96,6 +96,7 @@ class Generation:
             seed=body.seed,
             stop=body.stops,
             logprobs=body.logprobs,
+            repetition_penalty=body.repetition_penalty,
         )
         self._outputs = [
             Output(index=index, text="", finish_reason=None, prompt_tokens=len(prompt_ids), completion_tokens=0)

@@ -39,6 +39,13 @@ class GenerateRequest(_Request):
     logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(_integer)] | None = Field(
         None, description="Alternatives to return per generated token"
     )
+    repetition_penalty: float = Field(
+        1.0,
+        ge=0.01,
+        le=10,
+        allow_inf_nan=False,
+        description="Above 1, tokens of the prompt and of the text so far become less likely; 1 for none",
+    )
     stream: bool = False
     positions: Annotated[Positions, Field(strict=False)] | None = Field(
         None, description="The tokens to be masked: all (default), prompt or generated"

@@ -57,7 +57,11 @@ class RejectedRequest(ValueError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to continue a prompt; temperature 0 is greedy. `logprobs`: alternatives per token, None for no log-probs."""
+    """How to continue a prompt; temperature 0 is greedy.
+
+    logprobs: alternatives per token, None for no log-probs; repetition_penalty: logits above 0 of tokens seen before,
+    in the prompt too, are divided by it, those below 0 multiplied (Keskar et al., arXiv:1909.05858); 1 for none.
+    """
 
     max_tokens: int
     temperature: float
@@ -65,6 +69,7 @@ class Sampling:
     seed: int | None
     stop: tuple[str, ...]
     logprobs: int | None
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -343,6 +348,7 @@ class EngineService:
             "seed": sampling.seed,
             "stop": list(sampling.stop),
             "logprobs": sampling.logprobs,
+            "repetition_penalty": sampling.repetition_penalty,
             "output_kind": RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
         }
         async with aclosing(self._run(prompt_ids, parameters, mask)) as results:

@@ -1,50 +1,41 @@
 """Pictures of a validation, drawn without a display and without matplotlib's global state."""
 
-import io
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
+from crane_serve.pages.content import Picture
+from crane_serve.pages.drawing import (
+    LABEL,
+    LINEAR,
+    PALETTE,
+    SHADES,
+    SMALL,
+    TITLE,
+    as_picture,
+    blank_figure,
+    grid_lines,
+    hide_panels,
+    legend_below,
+    legend_columns,
+    legend_height,
+    line_styles,
+    log_shares,
+    panel_grid,
+    show_changes,
+    symlog,
+)
 from relevance.validation.result import MATCHED, Validation
 from relevance.validation.tables import Draws, by_budget, collateral_order, method_overlaps
 
-# Okabe and Ito (2008) without their yellow, too pale for lines on white; languages take the first of these.
-# Then colours of Tol's "muted" scheme (2021). Both schemes are told apart with every common colour blindness, mixed
-# they are not always: lines of methods have markers of their own as well.
-_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MORE = ("#882255", "#999933", "#332288", "#AA4499", "#44AA99")
-_GREYS = ("#6b6b6b", "#a8a8a8")  # of what is drawn at random
-_MARKERS = "osD^v<>phdH8PX*"
-_DPI = 150
-_LINEAR_NATS = 0.1  # below this the axes are linear in the change, above it logarithmic
 _FAR = 4.0  # collateral beyond which the axis is logarithmic
-_TITLE, _LABEL, _SMALL = 12, 10, 9
 _SAME: dict[str, Any] = {"color": "0.6", "linestyle": ":", "linewidth": 1}  # where all languages lose as much
 _RING: dict[str, Any] = {"linestyle": "", "markersize": 10, "markerfacecolor": "white", "markeredgewidth": 2}
-_SHADES: Colormap = LinearSegmentedColormap.from_list("shades", ["#ffffff", "#8fbfe0", "#0072B2", "#00304d"])
-
-
-@dataclass(frozen=True)
-class Picture:
-    """name: of its file, without suffix; caption: what it shows; png: content of the file."""
-
-    name: str
-    caption: str
-    png: bytes
-
-    @property
-    def file(self) -> str:
-        """Name of its file."""
-        return f"{self.name}.png"
 
 
 @dataclass(frozen=True)
@@ -83,33 +74,21 @@ def draw(result: Validation) -> list[Picture]:
             "Collateral at matched effect: bars are means over the languages, points with their intervals the "
             "languages; every draw of random neurons is a point. Intervals that are far longer than others are cut."
         )
-        found.append(_picture("collateral", caption, _collateral(result)))
+        found.append(as_picture("collateral", caption, _collateral(result)))
     if lines:
         caption = (
             "What the own language (solid) and the others on average (dashed) lose, by the share of neurons taken."
         )
-        found.append(_picture("dose-response", caption, _dose_response(result, lines)))
+        found.append(as_picture("dose-response", caption, _dose_response(result, lines)))
         caption = "What the others lose by what the own language loses, a point for each budget; lower right is good."
-        found.append(_picture("trade-off", caption, _trade_off(result, lines)))
+        found.append(as_picture("trade-off", caption, _trade_off(result, lines)))
     if len({method for overlap in result.overlaps for method, _ in (overlap.first, overlap.second)}) > 1:
         caption = "Jaccard overlap of the neurons that two methods take for the same language, mean over languages."
-        found.append(_picture("overlap", caption, _overlap(result)))
+        found.append(as_picture("overlap", caption, _overlap(result)))
     if result.layers:
         caption = "Number of neurons that each method takes from each layer, by language."
-        found.append(_picture("layers", caption, _layers(result)))
+        found.append(as_picture("layers", caption, _layers(result)))
     return found
-
-
-def _picture(name: str, caption: str, figure: Figure) -> Picture:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    return Picture(name, caption, buffer.getvalue())
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _lines(result: Validation) -> list[_Line]:
@@ -122,7 +101,7 @@ def _lines(result: Validation) -> list[_Line]:
     matched: dict[str, dict[str, _Point]] = {}
     for draws in Draws.group(result.of_rule(MATCHED)):
         matched.setdefault(draws.name, {})[draws.language] = _Point.of(draws)
-    styles = _styles(drawn)
+    styles = line_styles(drawn)
     ordered = {
         name: {language: sorted(of, key=lambda point: point.share) for language, of in by_language.items()}
         for name, by_language in points.items()
@@ -130,22 +109,11 @@ def _lines(result: Validation) -> list[_Line]:
     return [_Line(name, styles[name], of, matched.get(name, {})) for name, of in ordered.items()]
 
 
-def _styles(drawn: dict[str, bool]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of every line, grey for random ones; of sixty coloured lines no two have both alike."""
-    colored = zip(cycle((*_PALETTE, *_MORE)), cycle(_MARKERS), strict=False)
-    grey = zip(cycle(_GREYS), cycle(_MARKERS), strict=False)
-    styles: dict[str, dict[str, Any]] = {}
-    for name, random in drawn.items():
-        color, marker = next(grey if random else colored)
-        styles[name] = {"color": color, "marker": marker, "markersize": 5.5, "linewidth": 1.5}
-    return styles
-
-
 def _dose_response(result: Validation, lines: Sequence[_Line]) -> Figure:
-    rows, columns = _panels(len(result.languages))
-    figure = _figure(max(3.6 * columns, 8.0), 6.6 * rows + _legend_height(len(lines), columns))
+    rows, columns = panel_grid(len(result.languages))
+    figure = blank_figure(max(3.6 * columns, 8.0), 6.6 * rows + legend_height(len(lines), columns))
     grid = figure.subplots(2 * rows, columns, sharex=True, sharey=True, squeeze=False)
-    _hide_all(grid.flat)
+    hide_panels(grid.flat)
     for number, language in enumerate(result.languages):
         row, column = divmod(number, columns)
         own, others = grid[2 * row][column], grid[2 * row + 1][column]
@@ -155,27 +123,27 @@ def _dose_response(result: Validation, lines: Sequence[_Line]) -> Figure:
             own.plot(shares, [point.own for point in points], **line.style)
             others.plot(shares, [point.others for point in points], linestyle="--", **line.style)
         for axes in (own, others):
-            _show(axes)
-        own.set_title(f"masks of {language}", fontsize=_TITLE)
+            show_changes(axes)
+        own.set_title(f"masks of {language}", fontsize=TITLE)
         if column == 0:
-            own.set_ylabel("own language: loss, nats per token", fontsize=_LABEL)
-            others.set_ylabel("others, mean: loss, nats per token", fontsize=_LABEL)
-        others.set_xlabel("fraction of all neurons", fontsize=_LABEL)
+            own.set_ylabel("own language: loss, nats per token", fontsize=LABEL)
+            others.set_ylabel("others, mean: loss, nats per token", fontsize=LABEL)
+        others.set_xlabel("fraction of all neurons", fontsize=LABEL)
         others.tick_params(labelbottom=True)
     shares = [point.share for line in lines for points in line.points.values() for point in points]
-    _log_shares(grid[0][0], [share for share in shares if share > 0])
-    _symlog(grid[0][0], "y", [change for line in lines for change in _changes(line)])
-    _legend(figure, _handles(lines), _legend_columns(columns))
+    log_shares(grid[0][0], [share for share in shares if share > 0])
+    symlog(grid[0][0], "y", [change for line in lines for change in _changes(line)])
+    legend_below(figure, _handles(lines), legend_columns(columns))
     return figure
 
 
 def _trade_off(result: Validation, lines: Sequence[_Line]) -> Figure:
-    rows, columns = _panels(len(result.languages))
-    figure = _figure(max(3.9 * columns, 8.0), 4.1 * rows + _legend_height(len(lines) + 2, columns))
+    rows, columns = panel_grid(len(result.languages))
+    figure = blank_figure(max(3.9 * columns, 8.0), 4.1 * rows + legend_height(len(lines) + 2, columns))
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    _hide_all(grid.flat)
+    hide_panels(grid.flat)
     changes = [change for line in lines for change in _changes(line)]
-    reach = (0.0, 1.05 * max([_LINEAR_NATS, *changes]))
+    reach = (0.0, 1.05 * max([LINEAR, *changes]))
     for number, (axes, language) in enumerate(zip(grid.flat, result.languages, strict=False)):
         axes.plot(reach, reach, zorder=1, **_SAME)
         axes.axvline(0, color="0.3", linewidth=0.8, zorder=1)
@@ -184,19 +152,19 @@ def _trade_off(result: Validation, lines: Sequence[_Line]) -> Figure:
             axes.plot([point.own for point in points], [point.others for point in points], alpha=0.9, **line.style)
             if (matched := line.matched.get(language)) is not None:
                 axes.plot(matched.own, matched.others, zorder=5, **{**line.style, **_RING})
-        _show(axes)
-        axes.set_title(f"masks of {language}", fontsize=_TITLE)
-        axes.set_xlabel("own language: loss, nats per token", fontsize=_LABEL)
+        show_changes(axes)
+        axes.set_title(f"masks of {language}", fontsize=TITLE)
+        axes.set_xlabel("own language: loss, nats per token", fontsize=LABEL)
         axes.tick_params(labelbottom=True)
         if number % columns == 0:
-            axes.set_ylabel("others, mean: loss, nats per token", fontsize=_LABEL)
+            axes.set_ylabel("others, mean: loss, nats per token", fontsize=LABEL)
     for axis in "xy":
-        _symlog(grid[0][0], axis, changes)
+        symlog(grid[0][0], axis, changes)
     handles = _handles(lines)
     if any(line.matched for line in lines):
         handles.append(Line2D([], [], label="at matched effect", color="0.3", marker="o", **_RING))
     handles.append(Line2D([], [], label="all lose the same", **_SAME))
-    _legend(figure, handles, _legend_columns(columns))
+    legend_below(figure, handles, legend_columns(columns))
     return figure
 
 
@@ -207,9 +175,9 @@ def _collateral(result: Validation) -> Figure:
     missing = {method for method, _ in result.unreached}
     methods = [method for method in result.plan.methods if method in groups or method in missing]
     methods.sort(key=collateral_order(result))
-    figure = _figure(9.0, 1.9 + (0.3 + 0.07 * len(result.languages)) * len(methods))
+    figure = blank_figure(9.0, 1.9 + (0.3 + 0.07 * len(result.languages)) * len(methods))
     axes = figure.add_subplot()
-    axes.set_title(f"Collateral where the own language loses {result.plan.effect:g} nats per token", fontsize=_TITLE)
+    axes.set_title(f"Collateral where the own language loses {result.plan.effect:g} nats per token", fontsize=TITLE)
     for place, method in enumerate(methods):
         mean = result.collateral_at_matched_effect(method)
         if mean is not None:
@@ -217,23 +185,23 @@ def _collateral(result: Validation) -> Figure:
         for offset, color, draws in _spread(result, groups.get(method, {})):
             _collateral_points(axes, place + offset, color, draws)
     names = [_name_with_missing(result, method, groups.get(method, {})) for method in methods]
-    axes.set_yticks(range(len(methods)), names, fontsize=_LABEL)
+    axes.set_yticks(range(len(methods)), names, fontsize=LABEL)
     _collateral_limits(axes, result)
     axes.set_ylim(len(methods) - 0.4, -0.6)
     axes.axvline(0, color="0.3", linewidth=0.8, zorder=2)
     axes.axvline(1, zorder=2, **_SAME)
-    axes.set_xlabel("nats per token that the others lose for each that the own language loses", fontsize=_LABEL)
-    axes.tick_params(axis="x", labelsize=_SMALL)
+    axes.set_xlabel("nats per token that the others lose for each that the own language loses", fontsize=LABEL)
+    axes.tick_params(axis="x", labelsize=SMALL)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="0.92", linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     handles = [
         Line2D([], [], color=color, marker="o", linestyle="-", label=language)
-        for language, color in zip(result.languages, _PALETTE, strict=False)
+        for language, color in zip(result.languages, PALETTE, strict=False)
     ]
     handles.append(Line2D([], [], label="all lose the same", **_SAME))
-    _legend(figure, handles, 7)
+    legend_below(figure, handles, 7)
     return figure
 
 
@@ -242,7 +210,7 @@ def _spread(result: Validation, by_language: dict[str, Draws]) -> Iterator[tuple
     last = max(len(result.languages) - 1, 1)
     for number, language in enumerate(result.languages):
         if language in by_language:
-            yield 0.5 * number / last - 0.25, _PALETTE[number % len(_PALETTE)], by_language[language]
+            yield 0.5 * number / last - 0.25, PALETTE[number % len(PALETTE)], by_language[language]
 
 
 def _collateral_points(axes: Axes, height: float, color: str, draws: Draws) -> None:
@@ -283,55 +251,55 @@ def _overlap(result: Validation) -> Figure:
     methods, means = method_overlaps(result)
     size = 0.62 * len(methods)
     names = 0.09 * max(map(len, methods))
-    figure = _figure(max(2.0 + names + size, 5.5), 1.2 + 0.7 * names + size)
+    figure = blank_figure(max(2.0 + names + size, 5.5), 1.2 + 0.7 * names + size)
     axes = figure.add_subplot()
-    axes.set_title(f"Overlap of methods at {100 * result.overlap_budget:g} % of all neurons", fontsize=_TITLE)
+    axes.set_title(f"Overlap of methods at {100 * result.overlap_budget:g} % of all neurons", fontsize=TITLE)
     values = [[float("nan") if value is None else value for value in row] for row in means]
-    image = axes.imshow(values, cmap=_SHADES, vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(values, cmap=SHADES, vmin=0, vmax=1, aspect="auto")
     axes.set_facecolor("0.9")
     for y, row in enumerate(means):
         for x, value in enumerate(row):
             text = "-" if value is None else "1" if x == y else f"{value:.3f}".lstrip("0")
             color = "white" if value is not None and value > 0.5 else "black"
-            axes.text(x, y, text, ha="center", va="center", fontsize=_SMALL, color=color)
-    axes.set_xticks(range(len(methods)), methods, rotation=40, ha="right", rotation_mode="anchor", fontsize=_LABEL)
-    axes.set_yticks(range(len(methods)), methods, fontsize=_LABEL)
+            axes.text(x, y, text, ha="center", va="center", fontsize=SMALL, color=color)
+    axes.set_xticks(range(len(methods)), methods, rotation=40, ha="right", rotation_mode="anchor", fontsize=LABEL)
+    axes.set_yticks(range(len(methods)), methods, fontsize=LABEL)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, fraction=0.045, pad=0.02)
-    bar.set_label("Jaccard overlap", fontsize=_LABEL)
-    bar.ax.tick_params(labelsize=_SMALL)
+    bar.set_label("Jaccard overlap", fontsize=LABEL)
+    bar.ax.tick_params(labelsize=SMALL)
     return figure
 
 
 def _layers(result: Validation) -> Figure:
     columns = min(3, len(result.layers))
     rows = -(-len(result.layers) // columns)
-    figure = _figure(max(4.2 * columns, 6.0), 0.9 + 2.3 * rows)
+    figure = blank_figure(max(4.2 * columns, 6.0), 0.9 + 2.3 * rows)
     grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
     panels = [axes for row in grid for axes in row]
-    colors = dict(zip(result.languages, _PALETTE, strict=False))
+    colors = dict(zip(result.languages, PALETTE, strict=False))
     for axes, (method, by_language) in zip(panels, result.layers.items(), strict=False):
         for language, counts in by_language.items():
             edges = [layer - 0.5 for layer in range(len(counts) + 1)]
             axes.stairs(counts, edges, color=colors[language], fill=True, alpha=0.14)
             axes.stairs(counts, edges, color=colors[language], linewidth=1.7)
-        axes.set_title(method, fontsize=_TITLE)
+        axes.set_title(method, fontsize=TITLE)
         axes.set_ylim(bottom=0)
         axes.set_xlim(-0.5, result.fingerprint.layers - 0.5)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _grid(axes)
+        grid_lines(axes)
     for number, axes in enumerate(panels):
         if number >= len(result.layers):
             axes.set_visible(False)
         elif number + columns >= len(result.layers):
-            axes.set_xlabel("layer", fontsize=_LABEL)
+            axes.set_xlabel("layer", fontsize=LABEL)
             axes.tick_params(labelbottom=True)
         if number % columns == 0:
-            axes.set_ylabel("neurons", fontsize=_LABEL)
+            axes.set_ylabel("neurons", fontsize=LABEL)
     handles = [Line2D([], [], color=color, linewidth=2.5, label=language) for language, color in colors.items()]
-    _legend(figure, handles, len(handles))
+    legend_below(figure, handles, len(handles))
     return figure
 
 
@@ -341,77 +309,5 @@ def _changes(line: _Line) -> Iterator[float]:
             yield from (point.own, point.others)
 
 
-def _symlog(axes: Axes, axis: str, changes: Sequence[float]) -> None:
-    """Scale, limits and plain ticks for changes in nats per token."""
-    low, high = min(0.0, *changes), max(_LINEAR_NATS, *changes)
-    ticks = [tick for tick in _TICKS if 1.3 * low <= tick <= 1.3 * high]
-    if len(ticks) > _MOST_TICKS:
-        ticks = [tick for tick in ticks if tick == 0 or math.log10(abs(tick)).is_integer()]
-    scale, limits, of = (
-        (axes.set_xscale, axes.set_xlim, axes.xaxis)
-        if axis == "x"
-        else (axes.set_yscale, axes.set_ylim, axes.yaxis)
-    )  # fmt: skip
-    scale("symlog", linthresh=_LINEAR_NATS, linscale=0.6)
-    limits(1.3 * low - 0.02, 1.3 * high)
-    of.set_major_locator(FixedLocator(ticks))
-    of.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    of.set_minor_locator(NullLocator())
-
-
-_LOSSES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-_MOST_TICKS = 9
-_TICKS = (*(-loss for loss in reversed(_LOSSES)), 0.0, *_LOSSES)
-
-
-def _log_shares(axes: Axes, shares: Sequence[float]) -> None:
-    if not shares:
-        return
-    axes.set_xscale("log")
-    ticks = sorted({float(f"{share:.2g}") for share in shares})
-    apart = [tick for number, tick in enumerate(ticks) if number == 0 or tick > 1.25 * ticks[number - 1]]
-    axes.xaxis.set_major_locator(FixedLocator(apart))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
-def _panels(languages: int) -> tuple[int, int]:
-    """Rows and columns of a grid with a panel for each language."""
-    columns = 2 if languages in (2, 4) else min(languages, 3)
-    return -(-languages // columns), columns
-
-
-def _hide_all(panels: Iterable[Axes]) -> None:
-    for axes in panels:
-        axes.set_visible(False)
-
-
-def _show(axes: Axes) -> None:
-    """A panel of changes, with its line at 0."""
-    axes.set_visible(True)
-    axes.axhline(0, color="0.3", linewidth=0.8, zorder=1)
-    _grid(axes)
-
-
-def _grid(axes: Axes) -> None:
-    axes.grid(color="0.92", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=_SMALL)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def _handles(lines: Sequence[_Line]) -> list[Line2D]:
     return [Line2D([], [], label=line.name, **line.style) for line in lines]
-
-
-def _legend(figure: Figure, handles: Sequence[Line2D], columns: int) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=_LABEL, frameon=False)
-
-
-def _legend_columns(panels: int) -> int:
-    return 3 if panels < 3 else 5
-
-
-def _legend_height(entries: int, panels: int) -> float:
-    """Inches that a legend of so many entries takes below so many panels."""
-    return 0.22 * -(-entries // _legend_columns(panels)) + 0.1

@@ -1,17 +1,15 @@
 """The validation for readers: a page of Markdown, a page of HTML, a file of values, pictures."""
 
-import re
-from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from crane_serve.atomic import write_atomically
+from crane_serve.pages.content import Picture, Section, Table
+from crane_serve.pages.numbers import percent_text
+from crane_serve.pages.render import html_page, markdown_page
 from relevance.validation.result import Validation
 from relevance.validation.tables import (
     Draws,
-    Table,
     budget_tables,
     by_budget,
     effects_table,
@@ -19,36 +17,15 @@ from relevance.validation.tables import (
     mask_table,
     matched_table,
     overlap_tables,
-    percent_text,
     settings_table,
     stability_table,
     texts_table,
 )
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
-    from relevance.validation.pictures import Picture
-
 REPORT_FILE = "report.md"
 PAGE_FILE = "report.html"
 EFFECTS_FILE = "effects.csv"
 TITLE = "What the neurons of each method cost each language"
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading with what stands below it."""
-
-    title: str
-    paragraphs: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
-    pictures: tuple["Picture", ...] = field(default=())
-
-    @property
-    def anchor(self) -> str:
-        """Name of the section in links."""
-        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
 
 def write_all(result: Validation, directory: Path) -> list[Path]:
@@ -60,10 +37,9 @@ def write_all(result: Validation, directory: Path) -> list[Path]:
 
     pictures = draw(result)
     sections = report_sections(result, pictures)
-    templates = _templates()
     contents = {
-        REPORT_FILE: templates.get_template("report.md.jinja").render(title=TITLE, sections=sections).encode(),
-        PAGE_FILE: templates.get_template("report.html.jinja").render(title=TITLE, sections=sections).encode(),
+        REPORT_FILE: markdown_page(TITLE, sections).encode(),
+        PAGE_FILE: html_page(TITLE, sections).encode(),
         EFFECTS_FILE: effects_table(result).to_csv().encode(),
         **{picture.file: picture.png for picture in pictures},
     }
@@ -72,10 +48,10 @@ def write_all(result: Validation, directory: Path) -> list[Path]:
     return [directory / name for name in contents]
 
 
-def report_sections(result: Validation, pictures: Sequence["Picture"] = ()) -> list[Section]:
+def report_sections(result: Validation, pictures: Sequence[Picture] = ()) -> list[Section]:
     """Everything that the pages show, in order, each picture under the heading it belongs to."""
 
-    def named(*names: str) -> tuple["Picture", ...]:
+    def named(*names: str) -> tuple[Picture, ...]:
         return tuple(picture for picture in pictures if picture.name in names)
 
     return [
@@ -169,31 +145,6 @@ def _about_layers(result: Validation) -> tuple[str, ...]:
     return (
         f"Where the best {percent_text(result.overlap_budget)} of all neurons lie, from the first layer to the last.",
     )
-
-
-def _templates() -> "Environment":
-    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-
-    environment = Environment(
-        loader=PackageLoader("relevance.validation"),
-        autoescape=select_autoescape(enabled_extensions=("html.jinja",), default=False),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["markdown"] = _markdown
-    environment.filters["data_uri"] = _data_uri
-    return environment
-
-
-def _markdown(text: str) -> str:
-    """On one line, with what Markdown takes for markup escaped."""
-    return re.sub(r"([\\`*<|])", r"\\\1", " ".join(text.split()))
-
-
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{b64encode(png).decode()}"
 
 
 def _published_tables(result: Validation) -> tuple[Table, ...]:

@@ -1,53 +1,19 @@
-"""The tables of a validation, of typed cells, which Markdown, HTML and CSV render."""
+"""The tables of a validation; changes in nats per token, 5 of which get the deepest colour."""
 
-import csv
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 from crane_serve.langspec import Form
+from crane_serve.pages.content import Cell, Table
+from crane_serve.pages.numbers import interval_text, number_text, percent_text
 from crane_serve.statistics import Estimate
 from relevance.criteria import LIKE, neurons_of_budget
 from relevance.validation.result import CHOICE, MATCHED, REPORT, MaskEffect, Validation
 
-_DEEPEST_NATS = 5.0  # a change of this size and more gets the deepest colour
 _NOTHING = "-"
 _SHORT = 16  # characters of a digest that readers see
-
-
-@dataclass(frozen=True)
-class Cell:
-    """text: the figure; detail: its interval or range; strong: stands out; change: nats to colour by."""
-
-    text: str
-    detail: str = ""
-    strong: bool = False
-    change: float | None = None
-
-    @property
-    def depth(self) -> float:
-        """How deep the colour of `change` is: 0 at 0 nats per token, 1 at 5 and beyond, logarithmic between."""
-        change = abs(self.change or 0.0)
-        return min(1.0, math.log1p(change) / math.log1p(_DEEPEST_NATS))
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of as many cells as there are columns."""
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    title: str = ""
-
-    def to_csv(self) -> str:
-        """Comma-separated texts of the cells under the names of the columns, without details."""
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows([cell.text for cell in row] for row in self.rows)
-        return buffer.getvalue()
 
 
 @dataclass(frozen=True)
@@ -279,12 +245,6 @@ def effects_table(result: Validation) -> Table:
     return Table(columns, tuple(rows))
 
 
-def number_text(value: float, digits: int = 2, *, signed: bool = False) -> str:
-    """Rounded, without a minus sign before zeros."""
-    rounded = round(value, digits) + 0.0
-    return f"{rounded:+,.{digits}f}" if signed else f"{rounded:,.{digits}f}"
-
-
 def estimate_cell(
     estimates: Sequence[Estimate | None], *, signed: bool = False, strong: bool = False, colored: bool = False
 ) -> Cell:
@@ -294,7 +254,7 @@ def estimate_cell(
         return Cell(_NOTHING)
     mean = sum(estimate.mean for estimate in known) / len(known)
     if len(estimates) == 1:
-        detail = _interval(known[0], signed)
+        detail = interval_text(known[0], signed=signed)
     else:
         detail = _range([estimate.mean for estimate in known], signed=signed)
         if len(known) < len(estimates):
@@ -391,19 +351,8 @@ def _jaccard_cell(value: float | None) -> Cell:
     return Cell(_NOTHING if value is None else number_text(value, 3))
 
 
-def _interval(estimate: Estimate, signed: bool) -> str:
-    if estimate.low is None or estimate.high is None:
-        return ""
-    return f"[{number_text(estimate.low, signed=signed)}, {number_text(estimate.high, signed=signed)}]"
-
-
 def _range(values: Sequence[float], *, signed: bool = False) -> str:
     return f"({number_text(min(values), signed=signed)} to {number_text(max(values), signed=signed)})"
-
-
-def percent_text(fraction: float) -> str:
-    """A fraction as readers see it."""
-    return f"{100 * fraction:.3g} %"
 
 
 def _values(estimate: Estimate | None) -> tuple[float | None, float | None, float | None]:

@@ -2,13 +2,14 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
-from crane_serve.engine.service import EngineDead, RejectedRequest, Sampling
+from crane_serve.engine.service import EngineDead, EngineService, RejectedRequest, Sampling
 from crane_serve.masks import MaskTableFull
 from tests.api.fake_engine import FakeEngine
 
@@ -61,6 +62,12 @@ async def test_several_prompts_keep_their_order(client: httpx.AsyncClient, engin
             {"stop": ["x", "y"], "logprobs": 0, "mask": None, "seed": None},
             Sampling(max_tokens=128, temperature=1.0, top_p=1.0, seed=None, stop=("x", "y"), logprobs=0),
         ),
+        (
+            {"temperature": 0, "repetition_penalty": 1.1},
+            Sampling(
+                max_tokens=128, temperature=0.0, top_p=1.0, seed=None, stop=(), logprobs=None, repetition_penalty=1.1
+            ),
+        ),
     ],
 )
 async def test_parameters_reach_the_engine(
@@ -68,6 +75,39 @@ async def test_parameters_reach_the_engine(
 ) -> None:
     assert (await client.post("/generate", json={"prompt": "hi", **body})).status_code == 200
     assert engine.calls[0].sampling == sampling
+
+
+async def test_without_one_there_is_no_repetition_penalty(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    await client.post("/generate", json={"prompt": "hi"})
+    assert engine.calls[0].sampling.repetition_penalty == 1.0
+
+
+@pytest.mark.parametrize("penalty", ["0", "-1.1", "10.5", "NaN", "1e999", "null", "true", '"1.1"'])
+async def test_bad_repetition_penalties_are_refused(
+    client: httpx.AsyncClient, engine: FakeEngine, penalty: str
+) -> None:
+    content = f'{{"prompt": "hi", "repetition_penalty": {penalty}}}'
+    response = await client.post("/generate", content=content, headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["error"]["param"]) == (422, "repetition_penalty")
+    assert engine.calls == []
+
+
+async def test_the_engine_service_hands_the_repetition_penalty_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import SamplingParams
+
+    given: list[dict[str, Any]] = []
+
+    async def run(self: EngineService, token_ids: list[int], parameters: dict[str, Any], mask: None) -> Any:
+        given.append(parameters)
+        for _ in ():
+            yield
+
+    monkeypatch.setattr(EngineService, "_run", run)
+    sampling = Sampling(max_tokens=1, temperature=0.0, top_p=1.0, seed=None, stop=(), logprobs=None)
+    for one in (sampling, replace(sampling, repetition_penalty=1.1)):
+        service = object.__new__(EngineService)
+        assert [step async for step in service.generate([1], one, None, stream=False)] == []
+    assert [SamplingParams(**parameters).repetition_penalty for parameters in given] == [1.0, 1.1]
 
 
 @pytest.mark.parametrize("stream", [False, True])

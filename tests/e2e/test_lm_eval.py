@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from clients import CraneClient
+from clients import CraneClient, Plan, run_evaluation
 from tests.conftest import Tiny
 from tests.engines import Server
 
@@ -60,7 +60,7 @@ doc_to_text: "{{question}}"
 doc_to_choice: "{{choices}}"
 doc_to_target: 0
 target_delimiter: ""
-metric_list: [{metric: acc}]
+metric_list: [{metric: acc}, {metric: acc_norm}]
 """
 _WRITING = """
 task: crane_texts
@@ -148,6 +148,32 @@ def test_log_likelihoods_equal_our_own_clients(samples: dict, openai_server: Ser
                 greedy += own.is_greedy
     assert checked > sum(len(choices) for _, choices in CHOICES)
     assert 0 < greedy < checked
+
+
+@pytest.mark.parametrize("name", ["no mask", "?mask=zh", "?mask=vi, in batches"])
+def test_our_own_task_gives_the_same_figures(samples: dict, openai_server: Server, tmp_path: Path, name: str) -> None:
+    logged = sorted(samples[name]["crane_choices"], key=lambda sample: sample["doc_id"])
+    rows = [json.dumps(sample["doc"], ensure_ascii=False) + "\n" for sample in logged]
+    (tmp_path / "choices.jsonl").write_text("".join(rows))
+    task = {"kind": "choice", "source": {"files": "choices.jsonl"}, "question": "{{ question }}",
+            "choices": "{{ choices }}", "answer": "0", "delimiter": ""}  # fmt: skip
+    mask = JOBS[name].mask
+    plan = Plan.parse({"languages": ["en"], "masks": [mask], "tasks": [task]}, "plan")
+    out = tmp_path / "out"
+    evaluation = run_evaluation(plan, out, server=openai_server.url, base=tmp_path, concurrency=4)
+    (of_mask,) = [of for of in evaluation.masks if mask == "none" or of != "none"]
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    answers = {line["item"]: line["answer"]["scores"] for line in lines if line["mask"] == of_mask}
+    assert len(answers) == len(logged)
+    for number, sample in enumerate(logged, start=1):
+        for (response,), score in zip(sample["resps"], answers[f"row-{number}"], strict=True):
+            assert score["logprob"] == pytest.approx(float(response[0]), abs=1e-3)
+            assert score["is_greedy"] is response[1]
+    for metric, of_harness in (("accuracy", "acc"), ("accuracy_norm", "acc_norm")):
+        cell = evaluation.cell("choice", metric, "en", of_mask)
+        assert cell is not None
+        assert cell.level is not None
+        assert cell.level.mean == sum(sample[of_harness] for sample in logged) / len(logged)
 
 
 @pytest.mark.parametrize("name", JOBS)

@@ -1,4 +1,4 @@
-"""docs/api.md: each of its examples runs, and prints what the page says."""
+"""docs/api.md and docs/evaluation.md: each of their examples runs, and prints what the page says."""
 
 import os
 import re
@@ -15,7 +15,8 @@ from tests.engines import Server
 
 pytestmark = pytest.mark.engine
 
-PAGE = Path(__file__).parents[2] / "docs" / "api.md"
+ROOT = Path(__file__).parents[2]
+PAGES = ("api.md", "evaluation.md")
 NAME = "tiny"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
 RUNNERS = {"sh": ["bash", "-euo", "pipefail"], "python": [sys.executable]}
@@ -23,7 +24,7 @@ RUNNERS = {"sh": ["bash", "-euo", "pipefail"], "python": [sys.executable]}
 
 @dataclass(frozen=True)
 class Example:
-    """A program of the page, and what it prints; None if that depends on the model."""
+    """A program of a page, and what it prints; None if that depends on the model."""
 
     language: str
     text: str
@@ -31,21 +32,22 @@ class Example:
 
 
 def examples() -> Iterator[Example]:
-    for language, text, prints in FENCE.findall(PAGE.read_text()):
-        if language in RUNNERS:
-            yield Example(language, text, prints or None)
+    for page in PAGES:
+        for language, text, prints in FENCE.findall((ROOT / "docs" / page).read_text()):
+            if language in RUNNERS:
+                yield Example(language, text, prints or None)
 
 
-def test_the_page_has_examples_of_every_client() -> None:
+def test_the_pages_have_examples_of_every_client() -> None:
     everything = "".join(example.text for example in examples())
-    assert all(name in everything for name in ("curl", "httpx", "openai", "lm_eval", "CraneClient"))
+    assert all(name in everything for name in ("curl", "httpx", "openai", "lm_eval", "CraneClient", "crane eval"))
 
 
 @pytest.mark.parametrize("example", examples(), ids=lambda example: example.text.splitlines()[0][:60])
 def test_an_example_runs_and_prints_what_the_page_says(
     example: Example, openai_server: Server, tiny: Tiny, tmp_path: Path
 ) -> None:
-    """The page's model is replaced by a tiny one, and its address by the server's."""
+    """A page's model is replaced by a tiny one, and its address by the server's."""
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / NAME).symlink_to(tiny.checkpoint)
 
@@ -57,7 +59,7 @@ def test_an_example_runs_and_prints_what_the_page_says(
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(PAGE.parents[1]),
+        "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
         "NO_PROXY": "127.0.0.1",
     }

@@ -1,0 +1,73 @@
+"""Evaluations without asyncio: one call that runs a plan, and an iterator over its answers."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from clients.client import DEFAULT_SERVER, AsyncCraneClient
+from clients.evaluation import Evaluation
+from clients.plan import Plan
+from clients.results import ItemResult
+from clients.run import Run, evaluate
+
+CONCURRENCY = 64
+
+
+def run_evaluation(
+    plan: Plan,
+    out: Path,
+    *,
+    server: str = DEFAULT_SERVER,
+    base: Path = Path(),
+    concurrency: int = CONCURRENCY,
+    wait_s: float = 60.0,
+) -> Evaluation:
+    """Run a plan to its end, or go on with it, and write results.json and the reports into `out`.
+
+    Not to be called where an event loop runs. Arguments and errors: `clients.run.Run.start`.
+    """
+
+    async def run() -> Evaluation:
+        async with AsyncCraneClient(server, concurrency=concurrency) as client:
+            return await evaluate(client, plan, out, base=base, wait_s=wait_s)
+
+    return asyncio.run(run())
+
+
+def iterate_answers(
+    plan: Plan,
+    out: Path,
+    *,
+    server: str = DEFAULT_SERVER,
+    base: Path = Path(),
+    concurrency: int = CONCURRENCY,
+    wait_s: float = 60.0,
+) -> Iterator[ItemResult]:
+    """The missing answers of a plan, each as it comes and already kept in `out`; leave whenever you like.
+
+    Further requests go on only while the next answer is waited for. Arguments and errors: `clients.run.Run.start`.
+    """
+    with asyncio.Runner() as runner:
+        stack = AsyncExitStack()
+
+        async def start() -> Run:
+            client = await stack.enter_async_context(AsyncCraneClient(server, concurrency=concurrency))
+            return await stack.enter_async_context(Run.start(client, plan, out, base=base, wait_s=wait_s))
+
+        async def end() -> None:
+            await results.aclose()
+
+        try:
+            results = aiter(runner.run(start()))
+            try:
+                while (result := runner.run(_next(results))) is not None:
+                    yield result
+            finally:
+                runner.run(end())
+        finally:
+            runner.run(stack.aclose())
+
+
+async def _next(results: AsyncGenerator[ItemResult]) -> ItemResult | None:
+    return await anext(results, None)

@@ -1,0 +1,88 @@
+"""Which masks of a server a plan means, checked before any item is asked."""
+
+from collections.abc import Sequence
+
+from clients.answers import MaskListing, MaskSummary
+from clients.client import AsyncCraneClient
+from clients.errors import CraneError, EvaluationError
+from clients.evaluation import RANDOM, UNMASKED, PlannedMask
+from clients.plan import MaskChoice, matching
+
+_COMPOSED = (",", "@")
+_PATTERN = ("*", "?", "[")
+_PROBE = "a"
+
+
+async def find_masks(client: AsyncCraneClient, wanted: Sequence[str | MaskChoice] | None) -> dict[str, PlannedMask]:
+    """The masks that a plan names, by name, `none` first; None for all that the server has.
+
+    Raises EvaluationError, naming the masks that there are, for one that the server lacks or cannot use, and for a
+    pattern or choice that fits none.
+    """
+    listing = await client.masks()
+    found = {UNMASKED: PlannedMask(name=UNMASKED)}
+    if wanted is None:
+        wanted = [mask.name for mask in listing.masks]
+    for choice in wanted:
+        for mask in await _chosen(client, choice, listing):
+            found.setdefault(mask.name, mask)
+    return found
+
+
+async def _chosen(client: AsyncCraneClient, choice: str | MaskChoice, listing: MaskListing) -> list[PlannedMask]:
+    if isinstance(choice, MaskChoice):
+        names = [mask.name for mask in listing.masks if choice.fits(mask)]
+    elif any(sign in choice for sign in _COMPOSED):
+        return [await _composed(client, choice, listing)]
+    elif any(sign in choice for sign in _PATTERN):
+        names = matching([choice], (mask.name for mask in listing.masks))
+    elif choice == UNMASKED:
+        return []
+    else:
+        return [await _named(client, choice, listing)]
+    if not names:
+        said = choice if isinstance(choice, str) else choice.model_dump(exclude_none=True)
+        raise EvaluationError(f"no mask of the server fits {said!r}; it has {_known(listing)}")
+    return [await _named(client, name, listing) for name in names]
+
+
+async def _named(client: AsyncCraneClient, name: str, listing: MaskListing) -> PlannedMask:
+    for unusable in listing.invalid:
+        if unusable.name == name:
+            raise EvaluationError(f"mask {name!r} cannot be used by the server: {unusable.reason}")
+    try:
+        return _planned(await client.mask(name))
+    except CraneError as error:
+        if error.status != 404:
+            raise
+        hint = "" if listing.default_method else "; bare language names need a server with a default method"
+        raise EvaluationError(f"the server has no mask {name!r}; it has {_known(listing)}{hint}") from error
+
+
+def _planned(summary: MaskSummary) -> PlannedMask:
+    details = summary.model_extra or {}
+    seed = (details.get("parameters") or {}).get("seed")
+    return PlannedMask(
+        **{field: getattr(summary, field) for field in ("name", "digest", "neurons", "language", "method", "budget")},
+        seed=seed if summary.method == RANDOM and isinstance(seed, int) else None,
+        neurons_per_layer=tuple(details.get("neurons_per_layer") or ()),
+    )
+
+
+async def _composed(client: AsyncCraneClient, expression: str, listing: MaskListing) -> PlannedMask:
+    """A union or a scaled mask: what it comes to, the server says when it answers under it."""
+    try:
+        used = (await client.score_text(_PROBE, mask=expression)).mask
+    except CraneError as error:
+        if error.status not in (400, 404, 409):
+            raise
+        raise EvaluationError(
+            f"the server has no mask {expression!r} ({error.message}); it has {_known(listing)}"
+        ) from error
+    if used is None:
+        raise EvaluationError(f"the server answers without a mask where {expression!r} was asked for")
+    return PlannedMask(name=expression, digest=used.digest, neurons=used.neurons)
+
+
+def _known(listing: MaskListing) -> str:
+    return ", ".join([UNMASKED, *(summary.name for summary in listing.masks)])

@@ -1,0 +1,27 @@
+"""Settings as readers see them."""
+
+import json
+from collections.abc import Iterator
+
+from clients.reporting.figures import SHORT
+from crane_serve.pages.render import cut
+
+_LONGEST = 300
+_HEX_DIGEST = 64
+
+
+def flat(values: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Names and values of nested mappings, the names joined with spaces."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from flat(value, f"{path} {name}".strip())
+    else:
+        yield path, values
+
+
+def brief(value: object) -> str:
+    """A value on little room: a list of equal entries as one times their number, digests and long values cut."""
+    if isinstance(value, list) and len(value) > 1 and all(entry == value[0] for entry in value):
+        return f"{value[0]} x {len(value)}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text[:SHORT] if len(text) == _HEX_DIGEST and " " not in text else cut(text, _LONGEST)

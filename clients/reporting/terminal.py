@@ -1,0 +1,42 @@
+"""The evaluation at the terminal."""
+
+from collections.abc import Collection
+
+from rich.table import Table
+from rich.text import Text
+
+from clients.evaluation import Evaluation, TaskInfo
+from clients.reporting.changes import change_table
+from clients.reporting.figures import BEYOND, SIGNIFICANT, WITHIN, masks_by_method, metric_title
+from crane_serve.pages import content
+from crane_serve.pages.render import visible
+
+
+def summary_tables(evaluation: Evaluation) -> list[Table]:
+    """A table for each task: masks by languages, the change of its headline metric with intervals."""
+    return [_table(evaluation, task) for task in evaluation.tasks]
+
+
+def terminal_table(shown: content.Table, title: str, *, caption: str = "", breaks: Collection[str] = ()) -> Table:
+    """A table of a page for the terminal, where its texts have no effect. breaks: rows with a line below, by name."""
+    table = Table(title=Text(visible(title)), caption=Text(caption) if caption else None)
+    for number, column in enumerate(shown.columns):
+        table.add_column(Text(visible(column)), justify="right" if number else "left")
+    for row in shown.rows:
+        table.add_row(*map(_text, row), end_section=row[0].text in breaks)
+    return table
+
+
+def _text(cell: content.Cell) -> Text:
+    """On one line, bold if it stands out."""
+    return Text(visible(f"{cell.text} {cell.detail}".strip()), style="bold" if cell.strong else "")
+
+
+def _table(evaluation: Evaluation, task: TaskInfo) -> Table:
+    metric = task.metrics[0]
+    return terminal_table(
+        change_table(evaluation, task, metric),
+        f"{task.name}: change of {metric_title(metric)}",
+        caption=f"bold: own language; {BEYOND} q < {SIGNIFICANT:g}, outside random masks; {WITHIN} q < {SIGNIFICANT:g}",
+        breaks={group[-1] for group in masks_by_method(evaluation, task.masks)},
+    )

@@ -1,0 +1,318 @@
+"""Source: where a task's rows come from: files, a corpus directory or a data set of the Hugging Face Hub."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic_core import to_jsonable_python
+
+from clients.errors import EvaluationError
+from relevance.corpus import EMBEDDED_CORPUS, Corpus, CorpusError, read_lines
+
+Row = dict[str, JsonValue]
+
+EMBEDDED = "embedded"
+PLACES = ("files", "corpus", "dataset")
+_LANGUAGE = "{lang}"
+_ID_COLUMNS = ("id", "idx")
+_SQUAD_FORM = '{"data": [{"paragraphs": [{"context": text, "qas": [{"id", "question", "answers": [{"text"}]}]}]}]}'
+
+_Text = Annotated[str, Field(min_length=1)]
+
+
+class Source(BaseModel):
+    """Where rows come from: exactly one of files, corpus and dataset.
+
+    files: a path with `{lang}` for the language, or language -> path; relative paths start from the plan's directory.
+    The suffix says the format: .jsonl (an object per line), .json (a list of objects, or SQuAD's form, of which every
+    question becomes a row of context, question, answers and title), .csv and .tsv (with a header line), .txt (a text
+    per line), .parquet. corpus: a directory as relevance.corpus.Corpus reads it, or the word `embedded` for the one
+    that comes with this package; rows of id and text. dataset: name on the Hugging Face Hub, `{lang}` allowed, which
+    needs the package `datasets`.
+
+    config: of a dataset, `{lang}` allowed; of several ones the rows follow each other, with the name in a field
+    `config` and before their ids. revision: of a dataset's repository: a commit, branch or tag, such as
+    refs/convert/parquet, the Hub's own copy of data sets with a loading script, which `datasets` 4 and later refuse.
+    split: of a dataset or corpus, or of files whose rows have a field `split`;
+    columns: field of the row -> column of the source that it comes from, `{lang}` allowed; codes: language -> what
+    `{lang}` stands for, where that is not its name (vi: vie_Latn); id: the column that identifies a row, or several.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    files: _Text | dict[str, _Text] | None = None
+    corpus: _Text | None = None
+    dataset: _Text | None = None
+    config: _Text | Annotated[tuple[_Text, ...], Field(min_length=1)] | None = None
+    revision: _Text | None = None
+    split: _Text | None = None
+    columns: dict[str, _Text] = {}
+    codes: dict[str, _Text] = {}
+    id: _Text | Annotated[tuple[_Text, ...], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        given = [place for place in PLACES if getattr(self, place) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected one of {', '.join(PLACES)}; found {' and '.join(given) or 'none'}")
+        if self.dataset is not None and self.split is None:
+            raise ValueError("a dataset needs a split, such as test")
+        if self.dataset is None and (self.config is not None or self.revision is not None):
+            raise ValueError("config and revision belong to a dataset")
+        return self
+
+    def describe(self, language: str) -> str:
+        """What messages call it in a language, such as `hf:facebook/xnli:vi (split test)`."""
+        if self.files is not None:
+            place = self.files if isinstance(self.files, str) else self.files.get(language, f"files of {language}")
+        elif self.corpus is not None:
+            place = f"{self.corpus} corpus" if self.corpus == EMBEDDED else self.corpus
+            place = f"{place}, language {self._code(language)}"
+        else:
+            place = f"hf:{self.dataset}" + (f":{self.config}" if isinstance(self.config, str) else "")
+        return self._placed(place, language) + (f" (split {self.split})" if self.split else "")
+
+    def rows(self, language: str, base: Path) -> list[Row]:
+        """All rows of a language in the order of the source, each with a string `id` that no other row has.
+
+        The id is of the column(s) `id` names (several are joined by `/`), else of a column id or idx, else `row-N` and
+        in text files `line-N`, counted from 1. base: what relative paths start from.
+
+        Raises EvaluationError naming the source, the place in it, and what was expected.
+        """
+        where = self.describe(language)
+        try:
+            rows = self._read(language, base)
+        except CorpusError as error:
+            raise EvaluationError(str(error)) from error
+        if not rows:
+            raise EvaluationError(f"{where} holds no rows; expected one at least")
+        identified: dict[str, Row] = {}
+        for number, row in enumerate(rows, start=1):
+            renamed = self._renamed(row, language, f"{where}, row {number}")
+            identifier = self._identifier(renamed if self.id is None else row, number, where)
+            if identifier in identified:
+                raise EvaluationError(
+                    f"{where}, row {number}: id {identifier!r} stands there already; expected different ones, "
+                    "for which `id` may name other columns"
+                )
+            identified[identifier] = {**renamed, "id": identifier}
+        return list(identified.values())
+
+    def _code(self, language: str) -> str:
+        return self.codes.get(language, language)
+
+    def _placed(self, pattern: str, language: str) -> str:
+        return pattern.replace(_LANGUAGE, self._code(language))
+
+    def _read(self, language: str, base: Path) -> list[Row]:
+        if self.files is not None:
+            return self._of_split(_read_file(self._path(language, base)), language)
+        if self.corpus is not None:
+            directory = EMBEDDED_CORPUS if self.corpus == EMBEDDED else base / self._placed(self.corpus, language)
+            code = self._code(language)
+            documents = Corpus.load(directory, self.split, [code]).documents[code]
+            return [{"id": document.id, "text": document.text} for document in documents]
+        return self._dataset_rows(language)
+
+    def _path(self, language: str, base: Path) -> Path:
+        if isinstance(self.files, dict) and language not in self.files:
+            raise EvaluationError(f"no file for the language {language!r}; files are given of {', '.join(self.files)}")
+        pattern = self.files[language] if isinstance(self.files, dict) else str(self.files)
+        return base / self._placed(pattern, language)
+
+    def _of_split(self, rows: list[Row], language: str) -> list[Row]:
+        if self.split is None:
+            return rows
+        splits = dict.fromkeys(str(row["split"]) for row in rows if "split" in row)
+        if self.split not in splits:
+            found = f"there are {', '.join(splits)}" if splits else "its rows have no field `split`"
+            raise EvaluationError(f"{self.describe(language)}: no row is of this split; {found}")
+        return [row for row in rows if row.get("split") == self.split]
+
+    def _dataset_rows(self, language: str) -> list[Row]:
+        if not isinstance(self.config, tuple):
+            return self._downloaded(self.config, language)
+        return [{**row, "config": config} for config in self.config for row in self._downloaded(config, language)]
+
+    def _downloaded(self, config: str | None, language: str) -> list[Row]:
+        where = self.describe(language)
+        name = self._placed(str(self.dataset), language)
+        placed = None if config is None else self._placed(config, language)
+        if isinstance(self.config, tuple):
+            where = f"{where}, config {placed}"
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise EvaluationError(
+                f"{where}: the package 'datasets' is not installed; pip install datasets, or give `files`"
+            ) from error
+        try:
+            return _rows_of(load_dataset(name, placed, split=self.split, revision=self.revision))
+        except (OSError, ValueError, RuntimeError) as error:  # what its own errors and those of networks derive from
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise EvaluationError(
+                f"{where} cannot be loaded: {reason}; check its name and the network, or download it and give `files`"
+            ) from error
+
+    def _renamed(self, row: Row, language: str, where: str) -> Row:
+        taken = {field: self._placed(column, language) for field, column in self.columns.items()}
+        for column in taken.values():
+            _require(row, column, where)
+        kept = {column: value for column, value in row.items() if column not in taken.values()}
+        return {**kept, **{field: row[column] for field, column in taken.items()}}
+
+    def _identifier(self, row: Row, number: int, where: str) -> str:
+        if self.id is None:
+            columns: tuple[str, ...] = tuple(column for column in _ID_COLUMNS if row.get(column) is not None)[:1]
+        else:
+            columns = (self.id,) if isinstance(self.id, str) else self.id
+        for column in columns:
+            value = _require(row, column, f"{where}, row {number}")
+            if isinstance(value, bool | dict | list) or value is None or not str(value).strip():
+                raise EvaluationError(f"{where}, row {number}: id column {column!r} holds {value!r}; expected text")
+        identifier = "/".join(str(row[column]) for column in columns)
+        if isinstance(self.config, tuple) and identifier:
+            return f"{row['config']}/{identifier}"
+        return identifier or f"row-{number}"
+
+
+def _require(row: Row, column: str, where: str) -> JsonValue:
+    if column not in row:
+        raise EvaluationError(f"{where}: there is no column {column!r}; there are {', '.join(row)}")
+    return row[column]
+
+
+def _rows_of(records: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Records with what JSON does not have, such as dates, as text."""
+    return [to_jsonable_python(dict(record), bytes_mode="base64", fallback=str) for record in records]
+
+
+def _read_file(path: Path) -> list[Row]:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise EvaluationError(f"{path}: unknown format {path.suffix!r}; expected one of {', '.join(_READERS)}")
+    if not path.is_file():
+        raise EvaluationError(f"there is no file {path}")
+    return reader(path)
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    return [
+        _object(_parsed(line, f"{path}:{number}"), f"{path}:{number}")
+        for number, line in enumerate(read_lines(path), start=1)
+        if line
+    ]
+
+
+def _read_json(path: Path) -> list[Row]:
+    lines = read_lines(path)
+    if not any(lines):
+        return []
+    content = _parsed("\n".join(lines), str(path))
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        return list(_squad_rows(content["data"], path))
+    if not isinstance(content, list):
+        raise EvaluationError(f"{path}: expected a list of objects or {_SQUAD_FORM}; found {_kind_of(content)}")
+    return [_object(entry, f"{path}, row {number}") for number, entry in enumerate(content, start=1)]
+
+
+def _squad_rows(articles: Any, path: Path) -> Iterator[Row]:
+    try:
+        for article in articles:
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    yield {
+                        "id": question["id"],
+                        "context": paragraph["context"],
+                        "question": question["question"],
+                        "answers": list(dict.fromkeys(answer["text"] for answer in question["answers"])),
+                        "title": article.get("title", ""),
+                    }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(
+            f"{path} is not of SQuAD's form {_SQUAD_FORM}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _read_table(path: Path) -> list[Row]:
+    read_lines(path)  # names the line that is not UTF-8
+    text = path.read_bytes().decode("utf-8-sig")
+    table = csv.reader(
+        io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
+    )
+    rows: list[Row] = []
+    header: list[str] | None = None
+    try:
+        for cells in table:
+            if not cells:
+                continue
+            if header is None:
+                header = _header(cells, f"{path}:{table.line_num}")
+            elif len(cells) != len(header):
+                raise EvaluationError(
+                    f"{path}:{table.line_num}: {len(cells)} cells; expected {len(header)} as in line 1"
+                )
+            else:
+                rows.append(dict(zip(header, cells, strict=True)))
+    except csv.Error as error:
+        raise EvaluationError(f"{path}:{table.line_num}: {error}") from error
+    return rows
+
+
+def _header(cells: list[str], where: str) -> list[str]:
+    if len(set(cells)) < len(cells) or not all(cells):
+        raise EvaluationError(f"{where}: expected a header of different names; found {', '.join(map(repr, cells))}")
+    return cells
+
+
+def _read_text(path: Path) -> list[Row]:
+    return [{"id": f"line-{number}", "text": line} for number, line in enumerate(read_lines(path), start=1) if line]
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    from pyarrow import parquet
+
+    try:
+        return _rows_of(parquet.read_table(path).to_pylist())
+    except (OSError, ValueError, RuntimeError) as error:  # what its own errors derive from
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EvaluationError(f"{path} cannot be read as Parquet: {reason}") from error
+
+
+_READERS: Mapping[str, Callable[[Path], list[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_table,
+    ".tsv": _read_table,
+    ".txt": _read_text,
+    ".parquet": _read_parquet,
+}
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise EvaluationError(f"{where}: not JSON: {error.msg} at {line}column {error.colno}") from error
+    except UnicodeEncodeError as error:
+        raise EvaluationError(f"{where}: a text holds a surrogate that is no character") from error
+    return value
+
+
+def _object(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise EvaluationError(f"{where}: expected an object; found {_kind_of(value)}")
+    return value
+
+
+def _kind_of(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")

@@ -1,0 +1,204 @@
+"""Task: what is asked of the model in each language, and what an answer is worth. One file of `clients/tasks` each."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from clients.answers import Score
+
+
+@dataclass(frozen=True)
+class ScoreText:
+    """Ask for the log-probability of a whole text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ScoreContinuations:
+    """Ask for the log-probability of each continuation after one context."""
+
+    context: str
+    continuations: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Ask for a greedy continuation. repetition_penalty: 1 for none; CRANE's published evaluation has 1.1."""
+
+    prompt: str
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    repetition_penalty: float = 1.0
+
+
+Request = ScoreText | ScoreContinuations | Generate
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question in one language.
+
+    id: unique within its task and language; parallel items of several languages have the same one. reference: what an
+    answer is compared with, as JSON.
+    """
+
+    id: str
+    language: str
+    request: Request
+    reference: Mapping[str, JsonValue] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of what is asked and of what the answer is compared with."""
+        content = [type(self.request).__name__, asdict(self.request), dict(self.reference)]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def prompt(self) -> str:
+        """What a reader is shown of the question."""
+        match self.request:
+            case ScoreText(text=prompt) | ScoreContinuations(context=prompt) | Generate(prompt=prompt):
+                return prompt
+
+
+class Scored(BaseModel):
+    """Scores of a text, or of continuations in the order asked."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Literal["scored"] = "scored"
+    scores: tuple[Score, ...]
+
+
+class Generated(BaseModel):
+    """A generated text, how many tokens it has, and why it ended ("stop" or "length").
+
+    judgement: what a judge replied about it, word for word; None where none was asked.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Literal["generated"] = "generated"
+    text: str
+    tokens: int
+    finish_reason: str | None
+    judgement: str | None = None
+
+
+Answer = Annotated[Scored | Generated, Field(discriminator="kind")]
+
+
+class ScoreOf(StrEnum):
+    """How a metric becomes a score above 0, the higher the better, as LangSpec-F1 needs: LEVEL as it is, EXP_NEGATIVE
+    exp(-level), which makes nats per token the geometric mean probability of a token."""
+
+    LEVEL = "level"
+    EXP_NEGATIVE = "exp(-level)"
+
+
+class Metric(BaseModel):
+    """A figure that a task yields: the sum of its items' totals divided by the sum of their weights.
+
+    name: as in tables and files; unit: of its values; score: how it becomes a LangSpec-F1 score, None if it does not.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    title: str
+    unit: str
+    higher_is_better: bool
+    score: ScoreOf | None = None
+
+    def damage(self, change: float) -> float:
+        """A signed change turned so that above 0 is worse."""
+        return -change if self.higher_is_better else change
+
+
+class Value(NamedTuple):
+    """What one answer adds to a metric. A weight of 0 leaves the item out of it."""
+
+    total: float
+    weight: float = 1.0
+
+
+class Task(BaseModel, ABC):
+    """One task of a plan; its fields are the settings that a plan file may give.
+
+    languages: those of the plan that it is asked in, None for all; masks: names or patterns (`attnlrp-*`) of the plan's
+    masks that it is asked under, None for all.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: ClassVar[str]  # as plan files call it
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64)]
+    languages: tuple[str, ...] | None = None
+    masks: tuple[str, ...] | None = None
+
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[Metric, ...]:
+        """The figures it yields, the headline first."""
+
+    @abstractmethod
+    def load(self, language: str, base: Path) -> tuple[Item, ...]:
+        """Its items in a language, in the order asked. base: what relative paths start from.
+
+        Raises EvaluationError naming the file or data set, the row and what was expected.
+        """
+
+    async def finish(self, item: Item, answer: Scored | Generated) -> Scored | Generated:
+        """Complete an answer before it is kept, for instance by asking a judge. Raises CraneError to be retried."""
+        return answer
+
+    @abstractmethod
+    def measure(self, item: Item, answer: Scored | Generated) -> dict[str, Value]:
+        """What an answer adds to each metric, by its name."""
+
+    def shown(self, item: Item, answer: Scored | Generated) -> str:
+        """The answer as readers see it, such as the choice taken; empty where there is nothing to read."""
+        return ""
+
+    def expected(self, item: Item) -> str:
+        """What would have been right, as readers see it; empty where nothing is."""
+        return ""
+
+    def chance(self, items: Sequence[Item]) -> dict[str, float]:
+        """What guessing scores, for the metrics where that makes sense."""
+        return {}
+
+    def settings(self) -> dict[str, Any]:
+        """As in a plan file."""
+        return {"kind": self.kind, **self.model_dump(mode="json", exclude_defaults=True)}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One item under one mask: what a run asks, and what an answer belongs to."""
+
+    task: str
+    language: str
+    item: str
+    mask: str
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a run asked and what it was answered.
+
+    tasks: by name; items: task -> language -> items, in the order asked; answers: those that there are.
+    """
+
+    tasks: Mapping[str, Task]
+    items: Mapping[str, Mapping[str, tuple[Item, ...]]]
+    answers: Mapping[Question, Scored | Generated]
