@@ -1,18 +1,17 @@
 """A task that is fed its values, and answers made of arrays of them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from clients.task import Answers, Generate, Generated, Item, Metric, Question, Scored, ScoreOf, Task, Value
 
 NATS = Metric(name="nats_per_token", title="Loss", unit="nats", higher_is_better=False, score=ScoreOf.EXP_NEGATIVE)
 ACCURACY = Metric(name="accuracy", title="Accuracy", unit="", higher_is_better=True, score=ScoreOf.LEVEL)
-Fed = Mapping[tuple[str, str], ArrayLike]  # (language, mask) -> totals [items], or [items, 2] with weights
+Fed = dict[tuple[str, str], Any]  # (language, mask) -> totals [items], or [items, 2] with weights
 
 
 class FedTask(Task):

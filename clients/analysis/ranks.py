@@ -50,8 +50,7 @@ def _ranked(measure: str, budget: float | None, languages: tuple[str, ...], meth
     values = np.stack([_mean(of_method, measure) for of_method in methods.values()])  # [methods, 1 + resamples]
     if not np.isfinite(values[:, 0]).any():
         return []
-    ranks = rankdata(values if measure == COLLATERAL else -values, axis=0)
-    ranks[:, np.isnan(values).any(axis=0)] = np.nan
+    ranks = rankdata(values if measure == COLLATERAL else -values, axis=0, nan_policy="propagate")
     found: list[MethodRank] = []
     for (method, of_method), of_values, of_ranks in zip(methods.items(), values, ranks, strict=True):
         rank = estimate(of_ranks)

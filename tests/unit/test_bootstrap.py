@@ -32,8 +32,8 @@ def test_batches_do_not_change_the_draws(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_numbers_of_items_that_differ_by_one_are_drawn_independently() -> None:
-    first, second = (resampled_sums(np.eye(items)[:, :1])[1:, 0] for items in (100, 101))
-    assert abs(np.corrcoef(first, second)[0, 1]) < 0.06
+    first, second = (resampled_sums(np.eye(items))[1, :100] for items in (100, 101))  # how often each is drawn
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.3
 
 
 def test_no_items() -> None:
