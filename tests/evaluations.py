@@ -82,6 +82,9 @@ class Guesses(_Made):
         assert isinstance(answer, Scored)
         return "yes" if answer.scores[0].logprob > answer.scores[1].logprob else "no"
 
+    def expected(self, item: Item) -> str:
+        return str(item.reference["right"])
+
     def chance(self, items: Sequence[Item]) -> dict[str, float]:
         return {"accuracy": 0.5}
 
@@ -101,6 +104,9 @@ class Written(_Made):
     def shown(self, item: Item, answer: Scored | Generated) -> str:
         assert isinstance(answer, Generated)
         return answer.text
+
+    def expected(self, item: Item) -> str:
+        return str(item.reference["text"])
 
 
 def planned_masks(languages: Sequence[str] = LANGUAGES, draws: int = 3) -> dict[str, PlannedMask]:
