@@ -1,13 +1,16 @@
 """Plan files: what they say, and one clear message for everything that is wrong with one, before any work."""
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from clients.answers import MaskSummary
 from clients.errors import EvaluationError
 from clients.plan import MaskChoice, Plan, matching
 
+ROOT = Path(__file__).parents[2]
 PLAN = """
 name: harbours
 languages: [en, vi]
@@ -100,3 +103,15 @@ def test_choices_by_provenance() -> None:
 
 def test_matching_keeps_the_order_of_the_names() -> None:
     assert matching(["b*", "a"], ["a", "bc", "B", "c", "b"]) == ["a", "bc", "b"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "plans").glob("*.yaml")), ids=lambda path: path.name)
+def test_plans_of_the_benchmarks_are_plans(path: Path) -> None:
+    assert Plan.read(path).tasks
+
+
+def test_tasks_of_the_docs_are_tasks() -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / "evaluation.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert blocks
+    for block in blocks:
+        assert Plan.parse({"languages": ["en", "zh", "vi"], **yaml.safe_load(block)}, "docs").tasks
