@@ -1,7 +1,7 @@
 """What docs/results.md needs before `crane eval benchmarks/plans/gemma-3-270m.yaml`: texts, scores and masks.
 
 Scores come from some paragraphs of XQuAD; the questions that are asked come from its other paragraphs. Masks of four
-methods take 0.5 % of the neurons each, three random draws as many in the same layers as `learned`; further budgets are
+methods take 0.5 % of the neurons each, three random draws as many in the same layers as `attnlrp`; further budgets are
 for the dose-response. Every step leaves a file behind by which it is known to be done.
 """
 
@@ -35,6 +35,9 @@ def main() -> None:
     parser.add_argument("--paragraphs", type=int, default=100, help="XQuAD paragraphs per language for the scores")
     parser.add_argument("--max-tokens", type=int, default=128, help="where paragraphs are cut for the scores")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument(
+        "--steps", type=int, default=30, help="steps of learning per language, of four short paragraphs"
+    )
     run(parser.parse_args())
 
 
@@ -54,14 +57,14 @@ def run(options: argparse.Namespace) -> None:
         how = ("--max-tokens", options.max_tokens, "--methods", "attnlrp,crane,lape", "--out", scores)
         crane("relevance", options.model, *texts, *how)
     if not done(scores, "learned"):
-        crane("learn", options.model, scores, *texts)
+        crane("learn", options.model, scores, *texts, "--steps", options.steps, "--documents", 4, "--max-tokens", 64)
     for method in METHODS:
         crane("select", scores, "--method", method, "--budget", BUDGET, "--out", masks)
         for budget in DOSES[method]:
             name = f"{method}-{{language}}-{round(budget * 1e4)}e-4"
             crane("select", scores, "--method", method, "--budget", budget, "--name", name, "--out", masks)
     for seed in SEEDS:
-        how = ("--match", "learned", "--seed", seed, "--name", "random-{language}-s{seed}")
+        how = ("--match", "attnlrp", "--seed", seed, "--name", "random-{language}-s{seed}")
         crane("select", scores, "--method", "random", "--budget", BUDGET, *how, "--out", masks)
 
 
