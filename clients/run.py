@@ -18,6 +18,7 @@ from clients.record import Record
 from clients.results import ItemResult, ResultLog, Settings, short, write_items
 from clients.task import Generate, Generated, Item, Question, ScoreContinuations, Scored, ScoreText
 
+_FAILED_DEPENDENCY = 424
 _RETURNS = 3  # how often one item waits for a server that went away
 _SEQUENCES = 1024  # under way at a time; half of what a server admits by default
 
@@ -214,7 +215,10 @@ class Run:
                 f"the server answered for mask {question.mask!r} with content {short(digest)}, expected "
                 f"{short(mask.digest)}: it was changed during the run"
             )
-        answer = await self._tasks[question.task].finish(item, answer)
+        try:
+            answer = await self._tasks[question.task].finish(item, answer)
+        except CraneError as error:  # of a judge, say, after its own retries: the server is not to be waited for
+            raise CraneError(_FAILED_DEPENDENCY, "answer_not_completed", error.message) from error
         return ItemResult(
             task=question.task,
             language=question.language,

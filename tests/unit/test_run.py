@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import aclosing
@@ -340,6 +341,24 @@ async def test_a_server_that_comes_back_is_used_again_and_that_is_said(server: F
     assert evaluation.failures == ()
     assert [notice.split(" (")[0].split(" after")[0] for notice in said] == [
         "the server does not answer", "the server is back"]  # fmt: skip
+
+
+async def test_a_judge_that_does_not_answer_is_no_outage_of_the_server(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RetryPolicy, "wait_s", lambda *_: 0.0)
+    source = {"files": str(write_texts(tmp_path / "texts", 1) / "{lang}.jsonl")}
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        judge = {"base_url": f"http://127.0.0.1:{closed.getsockname()[1]}", "model": "judge"}
+        task = {"kind": "open_generation", "source": source, "judge": judge}
+        plan = Plan.parse({"languages": ["en"], "masks": [], "tasks": [task]}, "plan")
+        said: list[str] = []
+        evaluation = await run(server, plan, tmp_path / "out", on_notice=said.append)
+    assert said == []
+    (failure,) = evaluation.failures
+    assert "judge" in failure.error
+    assert "answer_not_completed" in failure.error
 
 
 async def test_too_much_load_is_no_outage(server: FakeServer, tmp_path: Path) -> None:
