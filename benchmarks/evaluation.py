@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     link(out / "ntrex", options.ntrex)
     link(out / "copa", options.copa)
     if not scores.exists():
-        how = ("--max-tokens", options.max_tokens, "--methods", "attnlrp,crane,lape", "--out", scores)
+        how = ("--max-tokens", options.max_tokens, "--methods", "attnlrp,crane,lape,random", "--out", scores)
         crane("relevance", options.model, *texts, *how)
     if not done(scores, "learned"):
         crane("learn", options.model, scores, *texts, "--steps", options.steps, "--documents", 4, "--max-tokens", 64)
