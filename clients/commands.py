@@ -1,8 +1,9 @@
 """`crane eval`, `crane report` and `crane compare`: evaluations at the terminal."""
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,6 +32,21 @@ def evaluate(
             "Default: those of the plan, or all masks of the server. `none` is always evaluated."
         ),
     ] = None,
+    budget: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Of patterns, and of all masks, only those of this fraction of all neurons; may be repeated."
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Without a plan: a preset that reads from the Hub, such as belebele; may be repeated."),
+    ] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Solved examples before each item of --task.")] = None,
+    languages: Annotated[
+        str | None,
+        typer.Option(help="Without a plan: comma-separated languages.", show_default="those of the corpus"),
+    ] = None,
     corpus: Annotated[
         str | None,
         typer.Option(
@@ -43,7 +59,7 @@ def evaluate(
         str | None, typer.Option(help="Split of the corpus; one without splits is used whole.", show_default="test")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Documents of the corpus per language, at even distances; default: all.")
+        int | None, typer.Option(min=1, help="Without a plan: items per language, at even distances; default: all.")
     ] = None,
     replay: Annotated[
         Path | None,
@@ -74,16 +90,29 @@ def evaluate(
     from clients.client import AsyncCraneClient
     from clients.errors import EvaluationError
     from clients.evaluation import Evaluation
+    from clients.plan import Plan
     from clients.replay import Replay
 
     if plan is not None and replay is not None:
         raise EvaluationError("a plan and --replay do not go together")
-    if (plan or replay) and (corpus, split, limit) != (None, None, None):
-        raise EvaluationError("--corpus, --split and --limit are for evaluations without a plan")
-    if replay is not None and (mask or seed is not None):
-        raise EvaluationError("--mask and --seed do not go with --replay, which takes both from the evaluation")
+    instead = {
+        "task": task, "shots": shots, "languages": languages, "corpus": corpus, "split": split, "limit": limit
+    }  # fmt: skip
+    given = [f"--{option}" for option, value in instead.items() if value is not None]
+    if given and (plan or replay):
+        raise EvaluationError(f"{', '.join(given)}: for evaluations without a plan")
+    changes = {"masks": mask, "budgets": budget, "seed": seed}
+    if replay is not None and any(value is not None for value in changes.values()):
+        raise EvaluationError(
+            "--mask, --budget and --seed do not go with --replay, which takes them from the evaluation"
+        )
     repeated = None if replay is None else Replay(Evaluation.read(replay), str(replay))
-    wanted = repeated.plan if repeated is not None else _plan(plan, mask, corpus, split, limit, seed)
+    if repeated is not None:
+        wanted = repeated.plan
+    else:
+        asked = Plan.read(plan) if plan is not None else _plan_of(instead)
+        content = asked.content() | {name: value for name, value in changes.items() if value is not None}
+        wanted = Plan.parse(content, "the flags" if plan is None else str(plan))
     start = base or (plan.parent if plan is not None else Path())
     console = Console()
 
@@ -167,28 +196,31 @@ def compare(
         console.print(str(path), soft_wrap=True, markup=False, highlight=False)
 
 
-def _plan(
-    path: Path | None,
-    masks: list[str] | None,
-    corpus: str | None,
-    split: str | None,
-    limit: int | None,
-    seed: int | None,
-) -> "Plan":
-    """The plan of a file, or of the flags that stand in for one."""
+def _plan_of(flags: Mapping[str, Any]) -> "Plan":
+    """The plan that flags stand for: presets, or perplexity on a corpus."""
+    from clients.errors import EvaluationError
     from clients.plan import Plan
     from clients.sources import EMBEDDED
     from relevance.corpus import EMBEDDED_CORPUS, Corpus
 
-    if path is None:
-        place = EMBEDDED_CORPUS if corpus in (None, EMBEDDED) else Path(corpus or "")
-        source = {"corpus": corpus or EMBEDDED, "split": split or "test"}
-        task = {"kind": "perplexity", "source": source, "limit": limit}
-        plan = Plan.parse({"languages": list(Corpus.load(place).languages), "tasks": [task]}, "the flags")
+    names = flags["languages"]
+    languages = None if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    common = {name: flags[name] for name in ("limit", "shots") if flags[name] is not None}
+    if flags["task"] is None:
+        if flags["shots"] is not None:
+            raise EvaluationError("--shots belongs to --task")
+        corpus = flags["corpus"] or EMBEDDED
+        source = {"corpus": corpus, "split": flags["split"] or "test"}
+        tasks = [{"kind": "perplexity", "source": source, **common}]
+        place = EMBEDDED_CORPUS if corpus == EMBEDDED else Path(corpus)
+        languages = languages or list(Corpus.load(place).languages)
     else:
-        plan = Plan.read(path)
-    changes = {"masks": tuple(masks) if masks else None, "seed": seed}
-    return plan.model_copy(update={name: value for name, value in changes.items() if value is not None})
+        if flags["corpus"] is not None or flags["split"] is not None:
+            raise EvaluationError("--corpus and --split do not go with --task")
+        if languages is None:
+            raise EvaluationError("--task needs --languages, such as en,zh,vi")
+        tasks = [{"preset": preset, **common} for preset in flags["task"]]
+    return Plan.parse({"languages": languages, "tasks": tasks}, "the flags")
 
 
 def _bar(console: "Console") -> "Bar":

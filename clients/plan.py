@@ -35,7 +35,7 @@ class MaskChoice(BaseModel):
         return (
             (self.methods is None or mask.method in self.methods)
             and (self.languages is None or mask.language in self.languages)
-            and (self.budgets is None or any(_same_budget(mask.budget, budget) for budget in self.budgets))
+            and has_budget(mask, self.budgets)
         )
 
 
@@ -43,9 +43,10 @@ class Plan(BaseModel):
     """What is to be evaluated.
 
     languages: in the order of the tables; masks: names, patterns (`lape-*`), expressions (`zh,vi@0.5`) or choices by
-    provenance, None for all masks of the server; `none` is always evaluated. model: the name under which the server
-    must serve, None for any. seed: of the bootstrap and of tests. beta: of LangSpec-F1. matched_effects: metric -> the
-    damage to the own language at which methods are compared.
+    provenance, None for all masks of the server; `none` is always evaluated. budgets: of the masks that patterns and
+    choices stand for, only those that were allowed one of these fractions; None for any. model: the name under which
+    the server must serve, None for any. seed: of the bootstrap and of tests. beta: of LangSpec-F1. matched_effects:
+    metric -> the damage to the own language at which methods are compared.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +54,7 @@ class Plan(BaseModel):
     name: Annotated[str, Field(min_length=1)] = "evaluation"
     languages: Annotated[tuple[str, ...], Field(min_length=1)]
     masks: tuple[str | MaskChoice, ...] | None = None
+    budgets: Annotated[tuple[_Fraction, ...], Field(min_length=1)] | None = None
     tasks: Annotated[tuple[SerializeAsAny[Task], ...], Field(min_length=1)]
     model: str | None = None
     seed: Annotated[int, Field(ge=0)] = 0
@@ -129,14 +131,17 @@ def matching(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]
 
 
+def has_budget(mask: MaskSummary, budgets: Sequence[float] | None) -> bool:
+    """Whether a mask was allowed one of these fractions of all neurons; None for any."""
+    return budgets is None or (
+        mask.budget is not None and any(math.isclose(mask.budget, budget, rel_tol=1e-6) for budget in budgets)
+    )
+
+
 def _task(raw: Any, where: str) -> Task:
     if not isinstance(raw, Mapping):
         raise EvaluationError(f"{where}: expected a mapping with the settings of a task")
     return parse_task(raw, where)
-
-
-def _same_budget(first: float | None, second: float) -> bool:
-    return first is not None and math.isclose(first, second, rel_tol=1e-6)
 
 
 def _check_distinct(names: Iterable[str], where: str) -> None:

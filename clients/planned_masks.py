@@ -6,43 +6,47 @@ from clients.answers import MaskListing, MaskSummary
 from clients.client import AsyncCraneClient
 from clients.errors import CraneError, EvaluationError
 from clients.evaluation import RANDOM, UNMASKED, PlannedMask
-from clients.plan import MaskChoice, matching
+from clients.plan import MaskChoice, Plan, has_budget, matching
 
 _COMPOSED = (",", "@")
 _PATTERN = ("*", "?", "[")
+_ALL = "*"
 _PROBE = "a"
 
 
-async def find_masks(client: AsyncCraneClient, wanted: Sequence[str | MaskChoice] | None) -> dict[str, PlannedMask]:
-    """The masks that a plan names, by name, `none` first; None for all that the server has.
+async def find_masks(client: AsyncCraneClient, plan: Plan) -> dict[str, PlannedMask]:
+    """The masks that a plan means, by name, `none` first.
 
     Raises EvaluationError, naming the masks that there are, for one that the server lacks or cannot use, and for a
     pattern or choice that fits none.
     """
     listing = await client.masks()
     found = {UNMASKED: PlannedMask(name=UNMASKED)}
-    if wanted is None:
-        wanted = [mask.name for mask in listing.masks]
-    for choice in wanted:
-        for mask in await _chosen(client, choice, listing):
+    everything = (_ALL,) if listing.masks else ()
+    for choice in everything if plan.masks is None else plan.masks:
+        for mask in await _chosen(client, choice, plan.budgets, listing):
             found.setdefault(mask.name, mask)
     return found
 
 
-async def _chosen(client: AsyncCraneClient, choice: str | MaskChoice, listing: MaskListing) -> list[PlannedMask]:
+async def _chosen(
+    client: AsyncCraneClient, choice: str | MaskChoice, budgets: Sequence[float] | None, listing: MaskListing
+) -> list[PlannedMask]:
+    allowed = [mask for mask in listing.masks if has_budget(mask, budgets)]
     if isinstance(choice, MaskChoice):
-        names = [mask.name for mask in listing.masks if choice.fits(mask)]
+        names = [mask.name for mask in allowed if choice.fits(mask)]
     elif any(sign in choice for sign in _COMPOSED):
         return [await _composed(client, choice, listing)]
     elif any(sign in choice for sign in _PATTERN):
-        names = matching([choice], (mask.name for mask in listing.masks))
+        names = matching([choice], (mask.name for mask in allowed))
     elif choice == UNMASKED:
         return []
     else:
         return [await _named(client, choice, listing)]
     if not names:
         said = choice if isinstance(choice, str) else choice.model_dump(exclude_none=True)
-        raise EvaluationError(f"no mask of the server fits {said!r}; it has {_known(listing)}")
+        of_budgets = "" if budgets is None else f" at the budgets {', '.join(f'{budget:g}' for budget in budgets)}"
+        raise EvaluationError(f"no mask of the server fits {said!r}{of_budgets}; it has {_known(listing)}")
     return [await _named(client, name, listing) for name in names]
 
 

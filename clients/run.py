@@ -104,7 +104,7 @@ class Run:
             raise EvaluationError(
                 f"the server at {client.server} serves {readiness.model!r}, the plan is for {plan.model!r}"
             )
-        settings = _settle(plan, readiness, await find_masks(client, plan.masks))
+        settings = _settle(plan, readiness, await find_masks(client, plan))
         if expect is not None:
             expect(settings, items)
         digests = {question: item.digest for question, item in _questions(settings.task_masks, items)}

@@ -171,6 +171,21 @@ def test_without_a_plan_it_is_perplexity_on_a_corpus(server: FakeServer, tmp_pat
     assert evaluation.task("perplexity").items == dict.fromkeys(LANGUAGES, 3)
 
 
+def test_a_budget_keeps_the_masks_that_were_allowed_it(server: FakeServer, tmp_path: Path, cli: typer.Typer) -> None:
+    server.budgets = {"attnlrp-en": 0.02, "random-vi": 0.02}
+    write_plan(tmp_path / "corpus")
+    options = ["--server", server.address, "--corpus", tmp_path / "corpus", "--limit", 1, "--languages", "zh,en"]
+    result = invoke(cli, "eval", *options, "--budget", 0.02, "--out", tmp_path / "all")
+    assert result.exit_code == 0, result.output
+    evaluation = Evaluation.read(tmp_path / "all")
+    assert list(evaluation.masks) == ["none", "attnlrp-en", "random-vi"]
+    assert evaluation.languages == ("zh", "en")
+    options += ["--budget", 0.02, "--budget", 0.01, "--mask", "attnlrp-*", "--mask", "random-en"]
+    assert invoke(cli, "eval", *options, "--out", tmp_path / "some").exit_code == 0
+    named = list(Evaluation.read(tmp_path / "some").masks)
+    assert named == ["none", "attnlrp-en", "attnlrp-vi", "attnlrp-zh", "random-en"]
+
+
 def test_failures_are_listed_and_the_exit_code_says_so(server: FakeServer, tmp_path: Path, cli: typer.Typer) -> None:
     server.refuse = lambda mask, text: 400 if (mask, text) == ("attnlrp-en", "en text 3") else None
     out = tmp_path / "out"
@@ -201,8 +216,8 @@ def test_a_replay_repeats_an_evaluation(server: FakeServer, tmp_path: Path, cli:
 
     asked = len(server.asked)
     for options, message in (
-        (["--mask", "en"], "--mask and --seed do not go with --replay"),
-        (["--limit", 3], "--corpus, --split and --limit are for evaluations without a plan"),
+        (["--mask", "en"], "--mask, --budget and --seed do not go with --replay"),
+        (["--limit", 3, "--languages", "en"], "--languages, --limit: for evaluations without a plan"),
         ([plan], "a plan and --replay do not go together"),
         (["--base", tmp_path], r"there is no file .*en\.jsonl"),
     ):
@@ -233,7 +248,14 @@ def test_what_is_wrong_is_said_before_any_work(server: FakeServer, tmp_path: Pat
 
     plan = write_plan(tmp_path / "plan")
     assert_refused(run(plan, "--mask", "xx"), "the server has no mask 'xx'; it has none, attnlrp-en")
-    assert_refused(run(plan, "--corpus", "embedded"), "for evaluations without a plan")
+    assert_refused(run(plan, "--corpus", "embedded"), "--corpus: for evaluations without a plan")
+    assert_refused(run(plan, "--budget", 0.5, "--mask", "*"), r"fits '\*' at the budgets 0.5; it has none, attnlrp-en")
+    assert_refused(run(plan, "--budget", 0), "budgets")
+    flags = ["eval", "--server", server.address, "--out", tmp_path / "out"]
+    assert_refused(invoke(cli, *flags, "--task", "belebele"), "--task needs --languages, such as en,zh,vi")
+    assert_refused(invoke(cli, *flags, "--task", "chess", "--languages", "en"), "task 1: .*'chess'.*belebele")
+    assert_refused(invoke(cli, *flags, "--task", "xcopa", "--split", "test"), "--corpus and --split do not go with")
+    assert_refused(invoke(cli, *flags, "--shots", 2), "--shots belongs to --task")
     assert_refused(run(tmp_path / "nowhere.yaml"), "nowhere.yaml cannot be read; expected a plan")
     assert_refused(run(write_plan(tmp_path / "plan", model="llama")), "serves 'fake', the plan is for 'llama'")
     task = {"kind": "chess", "source": {"files": "{lang}.jsonl"}}

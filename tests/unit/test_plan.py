@@ -52,7 +52,7 @@ def test_items_are_loaded_from_the_directory_of_the_plan(tmp_path: Path) -> None
     ("change", "message"),
     [
         (("languages: [en, vi]", "languages: []"), "languages: "),
-        (("name: harbours", "nme: harbours"), "nme: unknown field; a plan has name, languages, masks, tasks"),
+        (("name: harbours", "nme: harbours"), "nme: unknown field; a plan has name, languages, masks, budgets"),
         (("kind: perplexity, source: {files", "kind: perplexty, source: {files"), "task 1.*'perplexty'.*perplexity"),
         (("limit: 2", "limt: 2"), "task 1.*limt"),
         (("limit: 2", "limit: 0"), "task 1.*limit"),
