@@ -59,7 +59,7 @@ def evaluate(
         str | None, typer.Option(help="Split of the corpus; one without splits is used whole.", show_default="test")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Without a plan: items per language, at even distances; default: all.")
+        int | None, typer.Option(min=1, help="Without a plan: items per language, the first of a corpus; default: all.")
     ] = None,
     replay: Annotated[
         Path | None,
@@ -211,7 +211,7 @@ def _plan_of(flags: Mapping[str, Any]) -> "Plan":
             raise EvaluationError("--shots belongs to --task")
         corpus = flags["corpus"] or EMBEDDED
         source = {"corpus": corpus, "split": flags["split"] or "test"}
-        tasks = [{"kind": "perplexity", "source": source, **common}]
+        tasks = [{"kind": "perplexity", "source": source, "pick": "first", **common}]
         place = EMBEDDED_CORPUS if corpus == EMBEDDED else Path(corpus)
         languages = languages or list(Corpus.load(place).languages)
     else:
