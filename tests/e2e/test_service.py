@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from clients import AsyncCraneClient, CraneClient
+from clients import AsyncCraneClient, CraneClient, Evaluation
 from crane_serve.cli import app
 from crane_serve.masks import NeuronMask
 from tests.conftest import TINY_CHUNK_TOKENS, Tiny
@@ -130,13 +130,14 @@ def test_crane_eval_writes_the_matrix(tiny_server: Server, tmp_path: Path) -> No
     for language, text in zip(("en", "zh", "vi"), TEXTS, strict=False):
         lines = [json.dumps({"id": str(index), "text": text * (index + 1)}) for index in range(3)]
         (corpus / f"{language}.jsonl").write_text("\n".join(lines))
-    options = ["--server", tiny_server.url, "--corpus", str(corpus), "--masks", "en,zh", "--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(app, ["eval", *options])
+    options = ["--server", tiny_server.url, "--corpus", str(corpus), "--mask", "en", "--mask", "zh"]
+    result = CliRunner().invoke(app, ["eval", *options, "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
-    matrix = json.loads((tmp_path / "out" / "matrix.json").read_text())
-    assert matrix["masks"] == ["none", "attnlrp-en", "attnlrp-zh"]
-    assert matrix["delta_nats_per_token"]["none"]["zh"]["mean"] == 0
-    assert matrix["delta_nats_per_token"]["attnlrp-zh"]["zh"]["mean"] != 0
+    evaluation = Evaluation.read(tmp_path / "out")
+    assert list(evaluation.masks) == ["none", "attnlrp-en", "attnlrp-zh"]
+    assert not evaluation.failures
+    change = {cell.mask: cell.change for cell in evaluation.cells if cell.language == "zh" and cell.change}
+    assert change["attnlrp-zh"].mean != 0
 
 
 def test_when_the_engine_dies_the_service_says_so(tiny_server: Server) -> None:
