@@ -2,9 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/gemma-3-270m
+TORCH_CPU := torch==2.13.0+cpu
 KEEP ?=
 
-.PHONY: install test demo lint clean
+.PHONY: install browser test demo lint release-check clean
 
 install: $(VENV)/.installed
 
@@ -12,11 +13,11 @@ $(VENV)/.installed: pyproject.toml Makefile
 	@echo "installing into $(VENV); the first time takes some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then \
-		$(BIN)/pip install -qq -e '.[cuda,demo,dev]'; \
+		$(BIN)/pip install -qq -e '.[cuda,demo,docs,dev]'; \
 	else \
-		$(BIN)/pip install -qq 'torch==2.13.0+cpu' \
-			|| $(BIN)/pip install -qq --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'; \
-		$(BIN)/pip install -qq -e '.[cpu,demo,dev]' \
+		$(BIN)/pip install -qq '$(TORCH_CPU)' \
+			|| $(BIN)/pip install -qq --index-url https://download.pytorch.org/whl/cpu '$(TORCH_CPU)'; \
+		$(BIN)/pip install -qq -e '.[cpu,demo,docs,dev]' \
 			&& $(BIN)/pip uninstall -qq -y torchvision torchaudio torchcodec; \
 	fi
 	@touch $@
@@ -24,8 +25,13 @@ $(VENV)/.installed: pyproject.toml Makefile
 $(MODEL)/config.json: | $(VENV)/.installed
 	@$(BIN)/crane model fetch gemma-3-270m --to $(MODEL)
 
-test: install $(MODEL)/config.json
-	$(BIN)/pytest
+browser: install
+	@.ci/browser $(BIN)
+
+# The tests without engines in two processes of one thread each, then the others, whose engines want both cores.
+test: install browser $(MODEL)/config.json
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not engine' -n 2 --dist loadfile
+	$(BIN)/pytest -m engine
 
 demo: install
 	@$(BIN)/crane demo --model $(MODEL) --out results/demo $(if $(KEEP),--keep)
@@ -34,6 +40,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+release-check: install $(MODEL)/config.json
+	$(BIN)/python tests/release/serve_wheel.py build/release-check --torch '$(TORCH_CPU)' --model $(MODEL)
 
 clean:
 	rm -rf results build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
