@@ -8,28 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from crane_serve.engine.table import MaskTable, new_table
+from relevance.families import available, layer_lists
+from relevance.family import ServedMlp
 
 # Decoder layers are numbered children of one list: "model.layers.3.mlp", "transformer.h.3.mlp".
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)(?:\.|$)")
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """How an MLP is told by the attributes of its module.
-
-    projection: from the neurons to the hidden size; alone: whether the module is the MLP and nothing else.
-    """
-
-    activation: str
-    projection: str
-    alone: bool = True
-
-
-_KINDS = (
-    _Parts("act_fn", "down_proj"),  # Llama, Mistral, Qwen, Gemma, Phi-3: gated
-    _Parts("act", "c_proj"),  # GPT-2
-    _Parts("activation_fn", "fc2", alone=False),  # OPT, where they are parts of the decoder layer
-)
+_LAYER = re.compile(rf"(?:^|\.)(?:{layer_lists()})\.(\d+)(?:\.|$)")
+_KINDS = tuple(dict.fromkeys(family.served for family in available().values()))
 
 
 class UnsupportedModel(ValueError):
@@ -42,7 +26,7 @@ class _Mlp:
 
     name: str
     module: nn.Module
-    parts: _Parts
+    parts: ServedMlp
 
 
 class MaskedActivation(nn.Module):
@@ -61,6 +45,10 @@ class MaskedActivation(nn.Module):
         self.register_buffer("slots", slots, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: [tokens, what the activation takes] -> [tokens, neurons on this rank].
+
+        Raises UnsupportedModel for an input with more than one dimension of tokens.
+        """
         neurons: Tensor = self.activation(x)  # [tokens, neurons on this rank]
         if neurons.dim() != 2:
             raise UnsupportedModel(f"MLP input has {neurons.dim() - 1} token dimensions, expected one")
@@ -80,6 +68,7 @@ class MaskedOutput(nn.Module):
         self.register_buffer("slots", slots, persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x: [tokens, neurons on this rank] -> [tokens, hidden], and the bias that vLLM adds later, if any."""
         output, bias = self.projection(x)  # [tokens, hidden], complete on every tensor-parallel rank
         return output * self.table[self.slots[: output.shape[0]]], bias
 

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from crane_serve.masks import MaskLibrary, NeuronMask
 from crane_serve.verify import probes
 from crane_serve.verify.plan import Outcome, Plan, Reference, describe
+from relevance.families import available, layer_lists
 
 _FLOAT32_PARAMETERS = 1_000_000_000
 _GIVEN = 3  # of the user's masks
 # The projection whose inputs are a layer's neurons; not those of a vision tower.
-_PROJECTION = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.(?:mlp\.)?(?:down_proj|c_proj|fc2)$")
+_PROJECTION = re.compile(
+    rf"(?:^|\.)(?:{layer_lists()})\.(\d+)\.(?:{'|'.join(sorted({re.escape(f.down) for f in available().values()}))})$"
+)
 _OTHER_TOWERS = ("vision", "visual", "audio")
 
 

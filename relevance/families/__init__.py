@@ -1,144 +1,24 @@
-"""Where the parts of a decoder sit in each model family. A family is an entry of FAMILIES."""
+"""Where the parts of a decoder sit in each model family. A new file with a Family is a new family."""
 
+import importlib
+import pkgutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from torch import nn
 
+from relevance.family import Family, NormKind
+
 _Kind = TypeVar("_Kind", bound=nn.Module)
+# transformers then lets every position see the whole text, whatever the family.
+_CAUSAL = MappingProxyType({"is_causal": True, "use_bidirectional_attention": False})
 
 
 class UnsupportedModelError(ValueError):
     """A model whose parts are not where a known family has them; the message names the class or module."""
-
-
-@dataclass(frozen=True)
-class NormKind:
-    """How an architecture normalises: y = (offset + weight) * x' / sqrt(mean(x'^2) + epsilon), perhaps plus a bias.
-
-    epsilon: the attribute that holds it; centred: x' is x minus its mean (LayerNorm), else x (RMSNorm).
-    """
-
-    epsilon: str
-    offset: float = 0.0
-    centred: bool = False
-
-
-@dataclass(frozen=True)
-class Family:
-    """Module paths of one architecture, the defaults being Llama's.
-
-    `layer_norms` and the paths from `query` to `down` are relative to a decoder layer, the others to the whole model.
-    Paths that coincide among query, key and value, or gate and up, name one fused module, whose outputs stand in that
-    order. up: None where the MLP is not gated, `gate` then being its first linear layer.
-    positions: learned position embeddings, if there are any. linear: class name of the projections inside a layer.
-    attention_softcap, final_softcap: config keys of the caps c in c tanh(z / c), at attention scores and at logits.
-    attention: the only attention implementation of transformers that computes this family's function, where it is
-    not its default. refused: config key -> the value that it must have unless it is absent or None.
-    """
-
-    norm: NormKind
-    layer_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
-    value: str = "self_attn.v_proj"
-    attention_output: str = "self_attn.o_proj"
-    gate: str = "mlp.gate_proj"
-    up: str | None = "mlp.up_proj"
-    act_fn: str = "mlp.act_fn"
-    down: str = "mlp.down_proj"
-    trunk: str = "model"
-    embedding: str = "model.embed_tokens"
-    positions: str | None = None
-    layers: str = "model.layers"
-    final_norm: str = "model.norm"
-    unembedding: str = "lm_head"
-    linear: str = "Linear"
-    attention_softcap: str | None = None
-    final_softcap: str | None = None
-    attention: str | None = None
-    refused: Mapping[str, object] = field(default_factory=dict)
-
-
-_RMS = NormKind(epsilon="variance_epsilon")
-_GEMMA_RMS = NormKind(epsilon="eps", offset=1.0)
-_LAYER_NORM = NormKind(epsilon="eps", centred=True)
-_SANDWICH = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-)
-_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
-# transformers then lets every position see the whole text, whatever the family.
-_CAUSAL = MappingProxyType({"is_causal": True, "use_bidirectional_attention": False})
-
-FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {
-        "LlamaForCausalLM": Family(norm=_RMS),
-        "MistralForCausalLM": Family(norm=_RMS),
-        "Qwen2ForCausalLM": Family(norm=_RMS),
-        "Qwen3ForCausalLM": Family(norm=_RMS, layer_norms=(*Family(_RMS).layer_norms, *_HEAD_NORMS)),
-        "Gemma2ForCausalLM": Family(
-            norm=_GEMMA_RMS,
-            layer_norms=_SANDWICH,
-            attention_softcap="attn_logit_softcapping",
-            final_softcap="final_logit_softcapping",
-            attention="eager",
-        ),
-        "Gemma3ForCausalLM": Family(
-            norm=_GEMMA_RMS,
-            layer_norms=(*_SANDWICH, *_HEAD_NORMS),
-            final_softcap="final_logit_softcapping",
-            refused={"attn_logit_softcapping": None},
-        ),
-        "Phi3ForCausalLM": Family(
-            norm=_RMS,
-            query="self_attn.qkv_proj",
-            key="self_attn.qkv_proj",
-            value="self_attn.qkv_proj",
-            gate="mlp.gate_up_proj",
-            up="mlp.gate_up_proj",
-            act_fn="mlp.activation_fn",
-        ),
-        "OPTForCausalLM": Family(
-            norm=_LAYER_NORM,
-            layer_norms=("self_attn_layer_norm", "final_layer_norm"),
-            attention_output="self_attn.out_proj",
-            gate="fc1",
-            up=None,
-            act_fn="activation_fn",
-            down="fc2",
-            trunk="model.decoder",
-            embedding="model.decoder.embed_tokens",
-            positions="model.decoder.embed_positions",
-            layers="model.decoder.layers",
-            final_norm="model.decoder.final_layer_norm",
-            refused={"do_layer_norm_before": True},
-        ),
-        "GPT2LMHeadModel": Family(
-            norm=_LAYER_NORM,
-            layer_norms=("ln_1", "ln_2"),
-            query="attn.c_attn",
-            key="attn.c_attn",
-            value="attn.c_attn",
-            attention_output="attn.c_proj",
-            gate="mlp.c_fc",
-            up=None,
-            act_fn="mlp.act",
-            down="mlp.c_proj",
-            trunk="transformer",
-            embedding="transformer.wte",
-            positions="transformer.wpe",
-            layers="transformer.h",
-            final_norm="transformer.ln_f",
-            linear="Conv1D",
-            refused={"add_cross_attention": False},
-        ),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -209,14 +89,30 @@ class Decoder:
         return tuple(layer.neurons for layer in self.layers)
 
 
+@cache
+def available() -> Mapping[str, Family]:
+    """The families in the files of this package by the class names of their models, in alphabetical order."""
+    found: dict[str, Family] = {}
+    for module_info in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
+        for member in vars(importlib.import_module(module_info.name)).values():
+            if isinstance(member, Family):
+                found.update(dict.fromkeys(member.architectures, member))
+    return MappingProxyType(dict(sorted(found.items())))
+
+
 def require_family(architecture: str) -> Family:
     """The family of a model class name. Raises UnsupportedModelError naming those that are known."""
-    family = FAMILIES.get(architecture)
+    family = available().get(architecture)
     if family is None:
         raise UnsupportedModelError(
-            f"relevance does not know the architecture {architecture}; it knows {', '.join(FAMILIES)}"
+            f"relevance does not know the architecture {architecture}; it knows {', '.join(available())}"
         )
     return family
+
+
+def layer_lists() -> str:
+    """Names of the module lists that hold a model's decoder layers, as alternatives of a regular expression."""
+    return "|".join(sorted({family.layers.rpartition(".")[2] for family in available().values()}))
 
 
 def take_apart(model: nn.Module) -> Decoder:

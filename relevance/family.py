@@ -1,0 +1,73 @@
+"""Family: where the parts of a decoder sit in the models of one architecture. It holds names and imports no model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class NormKind:
+    """How an architecture normalises: y = (offset + weight) * x' / sqrt(mean(x'^2) + epsilon), perhaps plus a bias.
+
+    epsilon: the attribute that holds it; centred: x' is x minus its mean (LayerNorm), else x (RMSNorm).
+    """
+
+    epsilon: str
+    offset: float = 0.0
+    centred: bool = False
+
+
+RMS_NORM = NormKind(epsilon="variance_epsilon")
+LAYER_NORM = NormKind(epsilon="eps", centred=True)
+
+
+@dataclass(frozen=True)
+class ServedMlp:
+    """By which attributes vLLM's module of the MLP is told.
+
+    activation: its outputs are the neurons of this rank; projection: from the neurons to the hidden size; alone:
+    whether the module is the MLP and nothing else.
+    """
+
+    activation: str = "act_fn"
+    projection: str = "down_proj"
+    alone: bool = True
+
+
+@dataclass(frozen=True)
+class Family:
+    """Module paths of one architecture, the defaults being Llama's.
+
+    architectures: class names of its models in transformers.
+    `layer_norms` and the paths from `query` to `down` are relative to a decoder layer, the others to the whole model.
+    Paths that coincide among query, key and value, or gate and up, name one fused module, whose outputs stand in that
+    order. up: None where the MLP is not gated, `gate` then being its first linear layer.
+    positions: learned position embeddings, if there are any. linear: class name of the projections inside a layer.
+    attention_softcap, final_softcap: config keys of the caps c in c tanh(z / c), at attention scores and at logits.
+    attention: the only attention implementation of transformers that computes this family's function, where it is
+    not its default. refused: config key -> the value that it must have unless it is absent or None.
+    served: the MLP in vLLM, where masks are applied.
+    """
+
+    architectures: tuple[str, ...]
+    norm: NormKind
+    layer_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    attention_output: str = "self_attn.o_proj"
+    gate: str = "mlp.gate_proj"
+    up: str | None = "mlp.up_proj"
+    act_fn: str = "mlp.act_fn"
+    down: str = "mlp.down_proj"
+    trunk: str = "model"
+    embedding: str = "model.embed_tokens"
+    positions: str | None = None
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    unembedding: str = "lm_head"
+    linear: str = "Linear"
+    attention_softcap: str | None = None
+    final_softcap: str | None = None
+    attention: str | None = None
+    refused: Mapping[str, object] = field(default_factory=dict)
+    served: ServedMlp = ServedMlp()
