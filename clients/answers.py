@@ -111,6 +111,7 @@ class GenerationResult(LineResult):
 
     @property
     def result(self) -> Generation:
+        """The generation. Raises CraneError for a line that failed."""
         return self.answer or self._raise_error()
 
 
@@ -121,6 +122,7 @@ class ScoresResult(LineResult):
 
     @property
     def result(self) -> Scores:
+        """The scores. Raises CraneError for a line that failed."""
         return self.answer or self._raise_error()
 
 

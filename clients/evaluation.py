@@ -186,6 +186,7 @@ class Throughput(_Frozen):
 
     @property
     def answers_per_s(self) -> float:
+        """Answers per second of asking; 0 before there was any."""
         return self.answers / self.seconds if self.seconds else 0.0
 
 

@@ -33,7 +33,7 @@ class GenerationTask(RowTask):
         """What the answer to a row is compared with. Raises EvaluationError saying what was expected."""
 
     def item(self, row: Row, language: str, shots: str) -> Item:
-        """The examples and the prompt, to be continued."""
+        """The examples and the prompt, to be continued. Raises EvaluationError if they are empty."""
         prompt = shots + self.prompt.render(row)
         if not prompt:
             raise EvaluationError("the prompt is empty; expected a text")

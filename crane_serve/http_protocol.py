@@ -46,14 +46,17 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """The clock of the first head starts."""
         super().connection_made(transport)
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """The clock stops."""
         self._stop_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Count the bytes of a head; too many are refused with 431."""
         if self._in_head and self._head_timer is None:
             self._expect_head()
         before = self._heads_ended if self._in_head else None
@@ -65,11 +68,13 @@ class BoundedHeadProtocol(HttpToolsProtocol):
             self._refuse(_head_too_long())
 
     def on_message_begin(self) -> None:
+        """The clock of a later head on the same connection starts."""
         super().on_message_begin()
         if self._head_timer is None:
             self._expect_head()
 
     def on_headers_complete(self) -> None:
+        """The head has come in time; what follows is the body's affair."""
         self._in_head = False
         self._heads_ended += 1
         self._head_bytes = 0
@@ -77,10 +82,12 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        """What follows is the next head."""
         self._in_head = True
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP in our own shape."""
         self._refuse(ApiError(400, "malformed_request", "the request is not HTTP/1.1"))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]

@@ -89,6 +89,7 @@ class Corpus:
 
     @property
     def languages(self) -> tuple[str, ...]:
+        """The languages in the order of the documents."""
         return tuple(self.documents)
 
     @cached_property

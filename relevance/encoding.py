@@ -60,6 +60,7 @@ class Batch:
 
     @classmethod
     def of(cls, documents: Sequence[list[int]], device: torch.device) -> "Batch":
+        """Pad documents, lists of token ids, to the longest of them."""
         longest = max(map(len, documents))
         padded = [ids + ids[:1] * (longest - len(ids)) for ids in documents]  # any token will do
         return cls(
@@ -69,6 +70,7 @@ class Batch:
 
     @property
     def documents(self) -> int:
+        """Number of documents."""
         return len(self.token_ids)
 
     @cached_property

@@ -38,12 +38,14 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, input_sum: Tensor | None, deliver: _Deliver) -> Tensor:
+        """value: any shape, returned as it is."""
         ctx.save_for_backward(value, input_sum)
         ctx.deliver = deliver
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """gradient: of the shape of value, handed over and passed on."""
         ctx.deliver(*ctx.saved_tensors, gradient)
         return gradient, None, None
 

@@ -68,10 +68,12 @@ class Shape:
 
     @property
     def tensor(self) -> tuple[int, int, int]:
+        """[languages, layers, widest], the shape of score tensors."""
         return len(self.languages), len(self.sizes), max(self.sizes)
 
     @property
     def neurons(self) -> int:
+        """Number of neurons of all layers."""
         return sum(self.sizes)
 
     @cached_property
@@ -95,10 +97,12 @@ class Units:
 
     @property
     def layers(self) -> int:
+        """Number of layers."""
         return len(self.sizes)
 
     @property
     def widest(self) -> int:
+        """Number of neurons of the widest layer."""
         return max(self.sizes)
 
     @cached_property
@@ -204,7 +208,7 @@ class Measured(ScoredMethod):
 
     @abstractmethod
     def finalise(self) -> Tensor:
-        """What this language's documents came to, float64 on the CPU; `score` says what becomes of it."""
+        """What this language's documents came to, float64 on the CPU: [layers, widest], unless a method says more."""
 
     @classmethod
     def score(cls, finalised: Sequence[Tensor], shape: Shape) -> Tensor:

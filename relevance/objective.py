@@ -51,6 +51,7 @@ class LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, cap: float | None, identity: bool) -> Tensor:
+        """[n], in nats."""
         wide = _wide(hidden)
         total = hidden.new_full(hidden.shape[:1], -torch.inf, dtype=wide)  # [n]
         for rows in torch.split(weight, VOCABULARY_BLOCK):
@@ -62,6 +63,7 @@ class LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """gradient: [n]; returns that of `hidden`, [n, hidden]."""
         hidden, weight, total = ctx.saved_tensors
         result = torch.zeros_like(hidden, dtype=total.dtype)  # [n, hidden]
         for rows in torch.split(weight, VOCABULARY_BLOCK):

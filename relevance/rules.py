@@ -60,26 +60,33 @@ class IdentityRule(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, value: Tensor, slope: float, factor: float) -> Tensor:
+        """z, value: one shape, which is that of the result: `value` as it is."""
         ratio = (value / z).masked_fill_(z == 0, slope)
         ctx.save_for_backward(ratio if factor == 1 else ratio.mul_(factor))
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """gradient: of the shape of z; times value / z and the factor."""
         (ratio,) = ctx.saved_tensors
         return gradient * ratio, None, None, None
 
 
 class ScaledGradient(torch.autograd.Function):
-    """The identity on x [..., width], with its gradient multiplied by `factor`, a number or a tensor [width]."""
+    """The identity on x [..., width], with its gradient multiplied by `factor`, a number or a tensor [width].
+
+    With 0.5, the uniform rule for a factor of a product (arXiv:2402.05602, equation 7 and propositions 3.2 and 3.3).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float | Tensor) -> Tensor:
+        """x: [..., width], returned as it is."""
         ctx.factor = factor
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """gradient: [..., width]; times the factor."""
         return gradient * ctx.factor, None
 
 
@@ -92,6 +99,7 @@ class NormRule(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, scale: Tensor, epsilon: float, centred: bool) -> Tensor:
+        """x, value: [..., width]; scale: [width]. Returns `value` as it is."""
         exact = _wide(x)
         if centred:
             mean_square = exact.var(-1, correction=0, keepdim=True)  # [..., 1]
@@ -103,6 +111,7 @@ class NormRule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """gradient: [..., width]; times scale / sqrt(mean(x'^2) + epsilon), centred if x was."""
         reciprocal, scale = ctx.saved_tensors
         result = (gradient * scale).mul_(reciprocal)
         if ctx.centred:
@@ -111,17 +120,17 @@ class NormRule(torch.autograd.Function):
 
 
 def identity_rule(z: Tensor, value: Tensor, slope: float, factor: float = 1.0) -> Tensor:
-    """`value` = f(z) with the gradient of IdentityRule; slope: f'(0)."""
+    """`value` = f(z), of any shape that z has too, with the gradient of IdentityRule; slope: f'(0)."""
     return _apply(IdentityRule, z, value.detach(), slope, factor)
 
 
 def scaled_gradient(x: Tensor, factor: float | Tensor) -> Tensor:
-    """`x` with the gradient of ScaledGradient."""
+    """`x` [..., width] with the gradient of ScaledGradient; factor: a number or a tensor [width]."""
     return _apply(ScaledGradient, x, factor)
 
 
 def norm_rule(x: Tensor, value: Tensor, scale: Tensor, epsilon: float, centred: bool = False) -> Tensor:
-    """`value`, the normalised x, with the gradient of NormRule."""
+    """`value` [..., width], the normalised x [..., width], with the gradient of NormRule; scale: [width]."""
     return _apply(NormRule, x, value.detach(), scale.detach(), epsilon, centred)
 
 

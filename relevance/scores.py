@@ -96,6 +96,7 @@ class Scores:
 
     @cached_property
     def shape(self) -> Shape:
+        """The languages and neurons that are scored."""
         return Shape(self.info.languages, self.info.fingerprint.intermediate_sizes)
 
     def of(self, method: str) -> Tensor:

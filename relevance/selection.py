@@ -119,7 +119,7 @@ def order(
     A selection by budget is the beginning of this, so the sets of growing budgets are nested. quotas: "global" or
     "uniform"; a matched selection is no beginning of anything, since what its model takes is not there to be chosen.
 
-    Raises what `select` raises.
+    Raises SelectionError for a matched method, and what `select` raises.
     """
     criteria = Criteria(method, contrast=contrast, seed=seed, quotas=quotas, overlap=overlap)
     if criteria.matched_to is not None:

@@ -85,7 +85,10 @@ def measure_shard(
 
 
 def merged(job: Job, shards: Sequence[Shard]) -> Iterator[tuple[str, list[Measured]]]:
-    """What finished shards have left in their progress, one language after the other."""
+    """What finished shards have left in their progress, one language after the other.
+
+    Raises WorkerError for a shard whose progress is not all here.
+    """
     assert job.progress is not None
     for language in dict.fromkeys(language for shard in shards for language in shard.documents):
         whole = job.instances()
@@ -112,7 +115,7 @@ def measure_with_ray(
     address: of a Ray cluster, or None for one on this machine alone. Workers hand over through the progress, which on
     a cluster must be in a directory that all machines share, as must be the checkpoint.
 
-    Raises WorkerError, and what `measure_shard` raises.
+    Raises WorkerError, MethodError for a job without progress, and what `measure_shard` raises.
     """
     if job.progress is None:
         raise MethodError("workers need a directory for their progress")

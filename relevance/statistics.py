@@ -230,7 +230,7 @@ class FiniteCheck:
         self.dtype = torch.float32
 
     def see(self, layer: int, values: Tensor) -> None:
-        """Remember a sum that is finite only if `values` are."""
+        """Remember a sum that is finite only if `values`, of any shape, are."""
         self.sums[layer] += values.detach().sum(dtype=torch.float32)
         self.dtype = values.dtype
 

@@ -30,6 +30,7 @@ class Damage:
 
     @property
     def selectivity(self) -> Values:
+        """own - others: [1 + resamples], in the unit of the metric."""
         return self.own - self.others
 
     @property

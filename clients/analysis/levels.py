@@ -20,6 +20,7 @@ class Pair(NamedTuple):
 
     @property
     def change(self) -> Values:
+        """masked - unmasked: [1 + resamples], in the unit of the metric."""
         return self.masked - self.unmasked
 
     @property

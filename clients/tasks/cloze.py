@@ -65,7 +65,10 @@ class Cloze(RowTask):
         return {"all_answers": list(_distinct(chain.from_iterable(of_rows)))}
 
     def item(self, row: Row, language: str, shots: str) -> Item:
-        """A prompt with the candidates as its continuations."""
+        """A prompt with the candidates as its continuations.
+
+        Raises EvaluationError unless some candidate is right and some is wrong.
+        """
         candidates, answers = self._candidates(row), self._answers(row)
         right = [index for index, candidate in enumerate(candidates) if candidate in answers]
         if not 2 <= len(candidates) <= MAX_CANDIDATES:

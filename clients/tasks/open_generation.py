@@ -72,7 +72,10 @@ class OpenGeneration(GenerationTask):
         return (*_METRICS, judged, _UNPARSEABLE)
 
     def reference(self, row: Row, language: str) -> dict[str, JsonValue]:
-        """What a judge needs, and which judge that is."""
+        """What a judge needs, and which judge that is.
+
+        Raises EvaluationError for a language that cannot be identified.
+        """
         if code_of(language) not in known_languages():
             known = ", ".join(sorted(known_languages()))
             raise EvaluationError(f"language {language!r} cannot be identified; expected one that begins with {known}")

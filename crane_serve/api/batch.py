@@ -52,6 +52,7 @@ router = APIRouter()
 
 
 async def get_settings(request: Request) -> ApiSettings:
+    """The settings of the application, as a dependency of routes."""
     return cast(ApiSettings, request.app.state.settings)
 
 

@@ -14,14 +14,17 @@ from crane_serve.masks import MaskLibrary, Positions, ResolvedMask
 
 
 async def get_engine(request: Request) -> EngineService:
+    """The running engine, as a dependency of routes."""
     return cast(EngineService, request.app.state.engine)
 
 
 async def get_gate(request: Request) -> Gate:
+    """The gate that counts requests, as a dependency of routes."""
     return cast(Gate, request.app.state.gate)
 
 
 async def get_context(request: Request) -> RequestContext:
+    """What is known of the request at hand, as a dependency of routes."""
     return context_of(request.scope)
 
 

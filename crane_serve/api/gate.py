@@ -26,7 +26,8 @@ class Gate:
     def admit(self, context: RequestContext, sequences: int) -> None:
         """Count a request that will have the engine run `sequences`, 0 if it asks for each with `wait`.
 
-        Once for each request, and never taken back before `leave`. Raises TooBusy, and a 503 once the gate is closed.
+        Once for each request, and never taken back before `leave`. Raises TooBusy, and an ApiError of 503
+        once the gate is closed.
         """
         assert not context.admitted, "a request is admitted once"
         if self.closed:

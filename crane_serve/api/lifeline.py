@@ -49,10 +49,12 @@ class Lifelines:
             run.end(error)
 
     def add(self, run: "_Run") -> None:
+        """Count a request that has begun."""
         self._runs.add(run)
         self._idle.clear()
 
     def discard(self, run: "_Run") -> None:
+        """Count it no longer."""
         self._runs.discard(run)
         if not self._runs:
             self._idle.set()

@@ -17,6 +17,7 @@ class Line:
 
     @property
     def cost(self) -> int:
+        """Bytes that it takes up in the buffer."""
         return _LINE_OVERHEAD + len(self.content or b"")
 
 

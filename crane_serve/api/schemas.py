@@ -30,6 +30,8 @@ class _Request(BaseModel):
 
 
 class GenerateRequest(_Request):
+    """Prompts to be continued under one mask, and how."""
+
     prompt: _Text | Annotated[list[_Text], Field(min_length=1, max_length=MAX_ITEMS)]
     max_tokens: _Integer = Field(128, ge=1, lt=2**31)
     temperature: float = Field(1.0, ge=0, le=10, allow_inf_nan=False)
@@ -53,10 +55,12 @@ class GenerateRequest(_Request):
 
     @property
     def prompts(self) -> list[str]:
+        """One prompt or several, as a list."""
         return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
     @property
     def stops(self) -> tuple[str, ...]:
+        """One stop string or several, or none."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
@@ -136,6 +140,7 @@ class MaskUsed(BaseModel):
 
     @classmethod
     def of(cls, resolved: ResolvedMask | None) -> Self | None:
+        """The description of a resolved mask; None for unmasked."""
         if resolved is None:
             return None
         return cls(
@@ -147,12 +152,15 @@ class MaskUsed(BaseModel):
 
 
 class Usage(BaseModel):
+    """Tokens that the model read and wrote."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
     @classmethod
     def of(cls, prompt_tokens: int, completion_tokens: int) -> Self:
+        """With the total of both."""
         return cls(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
@@ -161,16 +169,22 @@ class Usage(BaseModel):
 
 
 class Token(BaseModel):
+    """A token with its log-probability in nats."""
+
     token_id: int
     token: str
     logprob: float
 
 
 class GeneratedToken(Token):
+    """A generated token, and what else might have come."""
+
     top: list[Token] = Field(description="The most likely tokens at this position")
 
 
 class Output(BaseModel):
+    """One continuation; `index` is that of its prompt."""
+
     index: int
     text: str
     finish_reason: str | None
@@ -180,6 +194,8 @@ class Output(BaseModel):
 
 
 class GenerateAnswer(BaseModel):
+    """The continuations of all prompts, in their order."""
+
     model: str
     mask: MaskUsed | None
     outputs: list[Output]
@@ -196,16 +212,22 @@ class Delta(BaseModel):
 
 
 class Score(BaseModel):
+    """The log-probability of a text."""
+
     logprob: float = Field(description="Sum over the scored tokens, in nats")
     tokens: int
     bytes: int = Field(description="UTF-8 length of the scored text")
 
 
 class ContinuationScore(Score):
+    """The log-probability of a continuation, given its context."""
+
     is_greedy: bool = Field(description="Whether greedy decoding would produce this continuation")
 
 
 class ScoreAnswer(BaseModel):
+    """The scores of all texts or continuations, in their order."""
+
     model: str
     mask: MaskUsed | None
     scores: list[ContinuationScore | Score]
@@ -213,6 +235,8 @@ class ScoreAnswer(BaseModel):
 
 
 class MaskSummary(BaseModel):
+    """A mask in a list. neurons: how many it scales; budget: their share of all neurons, if chosen by one."""
+
     name: str
     digest: str
     neurons: int
@@ -222,6 +246,7 @@ class MaskSummary(BaseModel):
 
     @classmethod
     def of(cls, stored: StoredMask) -> Self:
+        """The summary of a stored mask."""
         return cls(name=stored.name, digest=stored.mask.digest, neurons=stored.mask.neurons, **cls._provenance(stored))
 
     @staticmethod
@@ -230,6 +255,8 @@ class MaskSummary(BaseModel):
 
 
 class MaskDetails(MaskSummary):
+    """A mask with all that its file says of where it comes from."""
+
     neurons_per_layer: list[int]
     corpus_digest: str | None
     parameters: dict[str, Any]
@@ -259,6 +286,8 @@ class LayerDimensions(BaseModel):
 
 
 class MaskNeurons(BaseModel):
+    """What is in a mask, layer by layer."""
+
     name: str
     digest: str
     layers: list[LayerNeurons]
@@ -266,6 +295,7 @@ class MaskNeurons(BaseModel):
 
     @classmethod
     def of(cls, stored: StoredMask) -> Self:
+        """What is in a stored mask."""
         output = stored.mask.output
         return cls(
             name=stored.name,
@@ -291,21 +321,29 @@ def _changed(scales: Tensor) -> tuple[list[int], list[float] | None]:
 
 
 class InvalidMaskFile(BaseModel):
+    """A mask file that cannot be used; requests that name it get 409."""
+
     name: str
     reason: str
 
 
 class MaskList(BaseModel):
+    """All masks of the server."""
+
     masks: list[MaskSummary]
     invalid: list[InvalidMaskFile] = Field(description="Mask files that cannot be used, and why")
     default_method: str | None
 
 
 class Health(BaseModel):
+    """The process answers."""
+
     status: str = "ok"
 
 
 class Ready(BaseModel):
+    """The engine serves this model."""
+
     status: str = "ready"
     model: str
     version: str
@@ -314,6 +352,8 @@ class Ready(BaseModel):
 
 
 class ErrorBody(BaseModel):
+    """What went wrong."""
+
     message: str
     type: str = Field(description="Kind of error, as OpenAI names them")
     param: str | None = Field(description="The parameter that the error is about")
@@ -321,6 +361,8 @@ class ErrorBody(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
+    """The answer of every request that fails, in OpenAI's shape."""
+
     error: ErrorBody
 
 
@@ -337,14 +379,20 @@ class _LineResult(BaseModel):
 
 
 class GenerateLineAnswer(_LineResult):
+    """The answer to a line of a batch of generations."""
+
     answer: GenerateAnswer
 
 
 class ScoreLineAnswer(_LineResult):
+    """The answer to a line of a batch of scores."""
+
     answer: ScoreAnswer
 
 
 class LineError(_LineResult):
+    """The answer to a line of a batch that failed."""
+
     error: ErrorBody
 
 

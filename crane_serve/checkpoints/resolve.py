@@ -8,7 +8,10 @@ class CheckpointError(ValueError):
 
 
 def resolve_checkpoint(model: str) -> Path:
-    """Local directory of `model`, which is a directory or a hub id (downloaded, or taken from the hub's cache)."""
+    """Local directory of `model`, which is a directory or a hub id (downloaded, or taken from the hub's cache).
+
+    Raises CheckpointError if it is neither.
+    """
     directory = Path(model)
     if directory.is_dir():
         if not (directory / "config.json").is_file():

@@ -26,7 +26,10 @@ class BatchMasks:
 
     @classmethod
     def install(cls, model: nn.Module, vllm_config: Any) -> "BatchMasks":
-        """Patch a loaded model. Raises UnsupportedModel naming what cannot be masked."""
+        """Patch a loaded model.
+
+        Raises UnsupportedModel naming what cannot be masked, ValueError for an engine without masks.
+        """
         config = mask_config(vllm_config)
         if config is None:
             raise ValueError("the engine was configured without masks")

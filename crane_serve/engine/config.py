@@ -105,7 +105,10 @@ def add_mask_config(vllm_config: Any) -> None:
 
 
 def mask_config(vllm_config: Any) -> MaskConfig | None:
-    """The MaskConfig of an engine, or None for an engine that was started without masks."""
+    """The MaskConfig of an engine, or None for an engine that was started without masks.
+
+    Raises TypeError if something else stands in its place.
+    """
     extra = vllm_config.additional_config
     config = extra.get(CONFIG_KEY) if isinstance(extra, Mapping) else None
     if config is not None and not isinstance(config, MaskConfig):

@@ -23,10 +23,12 @@ class MaskedRunner:
         self._dummy_run, runner._dummy_run = runner._dummy_run, self.dummy_run
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model, and patch it."""
         self._load_model(*args, **kwargs)
         self._masks = BatchMasks.install(self._runner.model, self._runner.vllm_config)
 
     def prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray[Any, Any], *args: Any) -> Any:
+        """Prepare a step, and fill the slots. num_scheduled_tokens: [requests], in the order before the step."""
         prepared = self._prepare_inputs(scheduler_output, num_scheduled_tokens, *args)
         # Only now is the order of the batch final: _update_states and _prepare_inputs may change it.
         assert self._masks is not None
@@ -40,6 +42,7 @@ class MaskedRunner:
         return prepared
 
     def dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a batch that belongs to no request, unmasked."""
         if self._masks is not None:
             self._masks.clear()
         return self._dummy_run(*args, **kwargs)

@@ -31,6 +31,7 @@ class MaskedModelState:
         self._crane_prompts[new_req_data.req_id] = len(new_req_data.prompt_token_ids or ()) if asked else 0
 
     def remove_request(self, req_id: str) -> None:
+        """Forget what the request asked for."""
         super().remove_request(req_id)  # type: ignore[misc]
         self._crane_asked.pop(req_id, None)
         self._crane_prompts.pop(req_id, None)
@@ -45,6 +46,7 @@ class MaskedModelState:
         return super().prepare_inputs(input_batch, *args)  # type: ignore[misc]
 
     def prepare_dummy_inputs(self, *args: Any) -> Any:
+        """Batches that belong to no request are unmasked."""
         self._crane_masks.clear()
         return super().prepare_dummy_inputs(*args)  # type: ignore[misc]
 

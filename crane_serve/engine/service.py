@@ -204,10 +204,12 @@ class EngineService:
 
     @property
     def model_name(self) -> str:
+        """The name of the base model in answers."""
         return self.model_names[0]
 
     @property
     def is_dead(self) -> bool:
+        """Whether the engine has died; it does not come back."""
         return bool(self._engine.errored)
 
     @property

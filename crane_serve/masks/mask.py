@@ -114,6 +114,7 @@ class NeuronMask:
 
     @property
     def layers(self) -> int:
+        """Number of layers."""
         return len(self.intermediate_sizes)
 
     @cached_property

@@ -58,9 +58,11 @@ class Plan(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> "Plan":
+        """The plan in a file. Raises pydantic's ValidationError, a ValueError, for anything else."""
         return cls.model_validate_json(path.read_text())
 
     def save(self, path: Path) -> None:
+        """Write it to a file, as JSON."""
         path.write_text(self.model_dump_json())
 
 
@@ -78,22 +80,27 @@ class Outcome:
 
     @property
     def error(self) -> str | None:
+        """What ended the process early, if anything."""
         return next(iter(self._read("error", str)), None)
 
     @property
     def facts(self) -> EngineFacts | None:
+        """What the engine says of itself, if it started."""
         return next(iter(self._read("facts", EngineFacts)), None)
 
     @property
     def plain(self) -> Plain | None:
+        """The answers of vLLM without the plugin, if it gave them."""
         return next(iter(self._read("plain", Plain)), None)
 
     @property
     def reference(self) -> Reference | None:
+        """The log-probabilities of transformers, if they were computed."""
         return next(iter(self._read("reference", Reference)), None)
 
     @property
     def checks(self) -> list[Check]:
+        """The checks that were made."""
         return self._read("check", Check)
 
     def _read(self, name: str, kind: type[_T]) -> list[_T]:

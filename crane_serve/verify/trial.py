@@ -103,6 +103,7 @@ class Trial:
         return check
 
     def neighbours(self) -> Check:
+        """The same batch twice: unmasked, and with every other request masked."""
         masks = list(islice(cycle(self._masks.random), len(self._requests)))
         neighbours = [mask if index % 2 else None for index, mask in enumerate(masks)]
         mixed = self._run(neighbours, "neighbours")
@@ -111,16 +112,19 @@ class Trial:
         )
 
     def mixed(self) -> Check:
+        """Batches under one mask each, and the same requests with all masks mixed."""
         masks: tuple[str | None, ...] = (None, *self._masks.random, *self._masks.given[:_GIVEN_IN_BATCHES])
         uniform = {mask: self._uniform(mask) for mask in masks}
         assigned = list(islice(cycle(masks), len(self._requests)))
         return checks.mixed_equals_uniform(uniform, self._unmasked_again, self._run(assigned, "mixed"), assigned)
 
     def idle(self) -> Check:
+        """The unmasked batch, beside that of vLLM without the plugin."""
         assert self._plain is not None
         return checks.idle_equals_plain(self._plain.batch, self._plain.again, self._unmasked)
 
     def cache(self) -> Check:
+        """One prompt under several masks in turn, with its prefix cached under the others, then cold and warm."""
         facts = self._engine.facts
         if not facts.prefix_caching:
             return checks.skipped(checks.CACHE, "the engine caches no prefixes")
@@ -143,6 +147,7 @@ class Trial:
         return checks.prefix_cache_kept_apart(visits, cold, warm, again, exact=self._exact)
 
     def decoding(self) -> Check:
+        """What each mask generates, read back as a prompt: its log-probabilities must be those of the generation."""
         masks: list[str | None] = [None, *self._masks.random]
         room = self._engine.facts.max_model_tokens - _READ_BACK_TOKENS - 1
         prompts = [self._engine.encode(text)[:room] for text in probes.TEXTS]
@@ -188,6 +193,7 @@ class Trial:
         )
 
     def throughput(self) -> Check:
+        """The speed without masks, with one, and with several, in turns, so that a slow moment hits all alike."""
         speed = _Speed(self._engine)
         ways: dict[str, list[str | None]] = {
             "idle": [None],

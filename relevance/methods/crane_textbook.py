@@ -1,4 +1,4 @@
-"""CRANE with the relevance of textbook LRP in place of row sums of gradients."""
+"""CRANE (arXiv:2601.04664) with the relevance of textbook LRP in place of row sums of gradients."""
 
 import torch
 from torch import Tensor

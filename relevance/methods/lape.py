@@ -54,7 +54,7 @@ def entropy(p: Tensor) -> Tensor:
 
 
 def percentile(values: Tensor, share: float) -> Tensor:
-    """The smallest of `values` that at least `share` of them do not exceed."""
+    """The smallest of `values`, of any shape, that at least `share` of them do not exceed; a scalar."""
     flat = values.flatten()
     return flat.kthvalue(max(1, round(share * flat.numel()))).values
 

@@ -8,7 +8,7 @@ from relevance.statistics import RunningMean
 
 
 class Magnitude(OfActivations):
-    """Mean over tokens of |activation|."""
+    """Mean over tokens of |activation|. No publication: the simplest baseline."""
 
     name = "magnitude"
     contrast = "margin"

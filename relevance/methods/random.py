@@ -9,7 +9,10 @@ from relevance.method import ScoredMethod, Shape, Source
 
 
 class Random(ScoredMethod):
-    """Uniform scores in [0, 1), drawn from a seed. `score` is the draw of seed 0; a selection may ask for another."""
+    """Uniform scores in [0, 1), drawn from a seed. `score` is the draw of seed 0; a selection may ask for another.
+
+    No publication: the control.
+    """
 
     name = "random"
     source = Source.NOTHING

@@ -4,14 +4,20 @@ from relevance.method import Method, Source
 
 
 class AblationRefined(Method):
-    """Neurons ranked by what switching them off does to each language. Scores are written by `crane refine`."""
+    """Neurons ranked by what switching them off does to each language. Scores are written by `crane refine`.
+
+    No publication: a search of our own, described in `relevance.search.refinement`.
+    """
 
     name = "ablation-refined"
     source = Source.ELSEWHERE
 
 
 class Learned(Method):
-    """Neurons ranked by a mask that gradient descent has found. Scores are written by `crane learn`."""
+    """Neurons ranked by a mask that gradient descent has found. Scores are written by `crane learn`.
+
+    No publication: a search of our own, described in `relevance.search.learning`.
+    """
 
     name = "learned"
     source = Source.ELSEWHERE
