@@ -15,6 +15,7 @@ from rich.text import Text
 import crane_serve
 from clients import CraneError
 from clients import commands as client_commands
+from crane_serve import sizing
 from crane_serve.checkpoints.fetch import SOURCES, FetchError
 from crane_serve.checkpoints.fetch import fetch as fetch_model
 from crane_serve.demo import DemoError, run_demo
@@ -171,7 +172,7 @@ def serve(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the effective settings as JSON, and start nothing")
     ] = False,
-    **given: str | None,
+    **given: str | bool | None,
 ) -> None:
     """Serve a model with its masks. Further options (--dtype, --max-model-len, ...) are vLLM's flags.
 
@@ -210,6 +211,7 @@ def demo(
     run_demo(model, out, documents=documents, keep=keep, report=typer.echo)
 
 
+app.command("size")(one_line_errors(sizing.size))
 app.command("verify", context_settings=_FLAGS_OF_VLLM)(one_line_errors(verify))
 app.command("relevance")(one_line_errors(relevance_commands.relevance))
 app.command("refine")(one_line_errors(search_commands.refine))

@@ -49,7 +49,7 @@ class Fingerprint(BaseModel):
             architecture=str((raw.get("architectures") or [raw.get("model_type", "unknown")])[0]),
             layers=layers,
             hidden_size=hidden_size,
-            intermediate_sizes=_intermediate_sizes(config, layers),
+            intermediate_sizes=intermediate_sizes(config, layers),
             config_digest=_config_digest(raw),
             weights_digest=_weights_digest(checkpoint),
         )
@@ -69,7 +69,8 @@ def _short(value: object) -> str:
     return text[:16] + "..." if len(text) == 64 else text
 
 
-def _intermediate_sizes(config: Any, layers: int) -> tuple[int, ...]:
+def intermediate_sizes(config: Any, layers: int) -> tuple[int, ...]:
+    """The number of MLP neurons of each layer, from a transformers config of the language model."""
     for key in ("intermediate_size", "ffn_dim", "n_inner"):
         size = getattr(config, key, None)
         if isinstance(size, int):

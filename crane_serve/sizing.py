@@ -1,0 +1,217 @@
+"""`crane size`: the memory that a model, its masks and its KV cache take, from the model's config alone."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from crane_serve.engine.config import DEFAULT_ROWS
+from crane_serve.masks.fingerprint import intermediate_sizes
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+_FILE_SCALE_BYTES = 4  # mask files, and masks in memory, are float32
+_SLOT_BYTES = 8  # int64
+
+
+class SizeError(ValueError):
+    """There is no config, or it lacks what sizes are computed from."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What sizes are computed from.
+
+    neurons: MLP neurons of each layer. full_layers: attention layers that keep the keys and values of every token;
+    window_layers: those that keep the last `window` tokens' (None without such layers). dtype: the checkpoint's.
+    """
+
+    parameters: int
+    hidden_size: int
+    neurons: tuple[int, ...]
+    kv_heads: int
+    head_size: int
+    full_layers: int
+    window_layers: int
+    window: int | None
+    dtype: str
+
+    @classmethod
+    def of(cls, model: str | Path) -> "ModelSizes":
+        """Sizes of a checkpoint directory, a config file, or a hub id, of which only the config is fetched.
+
+        Of a model that also sees or hears, the language model alone. Raises SizeError.
+        """
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        try:
+            config: Any = AutoConfig.from_pretrained(model).get_text_config()
+            with torch.device("meta"):
+                parameters = sum(tensor.numel() for tensor in AutoModelForCausalLM.from_config(config).parameters())
+            layers, hidden_size = int(config.num_hidden_layers), int(config.hidden_size)
+            heads = int(config.num_attention_heads)
+        except Exception as error:  # what transformers raises for a bad config has no common base
+            raise SizeError(f"{model}: no config of a causal language model: {error}") from error
+        window = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
+        windowed = kinds.count("sliding_attention")
+        return cls(
+            parameters=parameters,
+            hidden_size=hidden_size,
+            neurons=intermediate_sizes(config, layers),
+            kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+            head_size=int(getattr(config, "head_dim", None) or hidden_size // heads),
+            full_layers=layers - windowed,
+            window_layers=windowed,
+            window=int(window) if windowed else None,
+            dtype=str(config.dtype or "float32").removeprefix("torch."),
+        )
+
+    def weight_bytes(self, dtype: str) -> int:
+        """Of all parameters."""
+        return self.parameters * DTYPE_BYTES[dtype]
+
+    def mask_file_bytes(self) -> int:
+        """Of the scales in a mask file, [layers, widest] in float32; its header adds a few bytes per neuron named."""
+        return len(self.neurons) * max(self.neurons) * _FILE_SCALE_BYTES
+
+    def row_bytes(self, dtype: str, ranks: int = 1, *, outputs: bool = False) -> int:
+        """Of one row of the mask table on one of `ranks` tensor-parallel ranks.
+
+        outputs: whether some mask scales the MLPs' outputs, too; these scales are whole on every rank.
+        """
+        scales = sum(size // ranks for size in self.neurons) + (len(self.neurons) * self.hidden_size if outputs else 0)
+        return scales * DTYPE_BYTES[dtype]
+
+    def table_bytes(self, rows: int, dtype: str, ranks: int = 1, *, outputs: bool = False) -> int:
+        """Of the mask table on one rank: `rows` masks, and the row of unmasked requests."""
+        return (rows + 1) * self.row_bytes(dtype, ranks, outputs=outputs)
+
+    def kv_bytes_per_token(self, dtype: str, ranks: int = 1) -> int:
+        """Keys and values of one token in one layer, on one rank; a rank has a head of its own at least."""
+        return 2 * max(1, self.kv_heads // ranks) * self.head_size * DTYPE_BYTES[dtype]
+
+    def kv_bytes(self, tokens: int, dtype: str, ranks: int = 1) -> int:
+        """Keys and values of a sequence of so many tokens, in all layers, on one rank."""
+        kept = self.full_layers * tokens + self.window_layers * min(tokens, self.window or 0)
+        return kept * self.kv_bytes_per_token(dtype, ranks)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes on one rank, but for mask files, which are on the disk and, whole, in the memory of every process."""
+
+    parameters: int
+    neurons: int
+    weights: int
+    mask_file: int
+    masks_in_memory: int
+    table_row: int
+    table: int
+    slots: int
+    kv_per_token: int
+    kv_of_a_sequence: int
+    kv: int
+    total: int
+
+
+def size_of(
+    model: ModelSizes,
+    *,
+    rows: int,
+    masks: int,
+    sequences: int,
+    tokens: int,
+    batch_tokens: int,
+    ranks: int,
+    dtype: str,
+    kv_dtype: str,
+    outputs: bool,
+) -> Size:
+    """The memory of an engine: its weights, its mask table, and keys and values of `sequences` times `tokens` tokens.
+
+    The total leaves out what vLLM needs to compute: activations, graphs, CUDA itself.
+    """
+    weights, table = model.weight_bytes(dtype) // ranks, model.table_bytes(rows, dtype, ranks, outputs=outputs)
+    slots, of_a_sequence = batch_tokens * _SLOT_BYTES, model.kv_bytes(tokens, kv_dtype, ranks)
+    return Size(
+        parameters=model.parameters,
+        neurons=sum(model.neurons),
+        weights=weights,
+        mask_file=model.mask_file_bytes(),
+        masks_in_memory=masks * model.mask_file_bytes(),
+        table_row=model.row_bytes(dtype, ranks, outputs=outputs),
+        table=table,
+        slots=slots,
+        kv_per_token=(model.full_layers + model.window_layers) * model.kv_bytes_per_token(kv_dtype, ranks),
+        kv_of_a_sequence=of_a_sequence,
+        kv=sequences * of_a_sequence,
+        total=weights + table + slots + sequences * of_a_sequence,
+    )
+
+
+def written(count: int) -> str:
+    """Bytes in the unit that leaves one to three digits before the point."""
+    size, units = float(count), iter(("B", "KiB", "MiB", "GiB"))
+    unit = next(units)
+    while size >= 1024 and unit != "GiB":
+        size, unit = size / 1024, next(units)
+    return f"{count} B" if unit == "B" else f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
+
+
+def size(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory, config file, or hub id")],
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the mask table, as --mask-rows")] = DEFAULT_ROWS,
+    masks: Annotated[int, typer.Option(min=0, help="Mask files in the directory")] = 16,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences at once")] = 64,
+    max_model_len: Annotated[int, typer.Option(min=1, help="Tokens of each, prompt and completion")] = 4096,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one step")] = 8192,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Ranks that share each layer")] = 1,
+    dtype: Annotated[str | None, typer.Option(help=f"One of {', '.join(DTYPE_BYTES)}; default: the model's")] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="Likewise, of keys and values; default: as dtype")] = None,
+    outputs: Annotated[bool, typer.Option("--outputs", help="Some mask scales the MLPs' outputs")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Bytes, as JSON")] = False,
+) -> None:
+    """Show what a model, its masks and its KV cache take: on each rank, before what vLLM needs to compute."""
+    sizes = ModelSizes.of(model)
+    dtype = dtype or sizes.dtype
+    for name in (dtype, kv_cache_dtype or dtype):
+        if name not in DTYPE_BYTES:
+            raise SizeError(f"dtype {name!r}: expected one of {', '.join(DTYPE_BYTES)}")
+    if any(neurons % tensor_parallel_size for neurons in sizes.neurons):
+        raise SizeError(
+            f"{tensor_parallel_size} ranks: expected a divisor of the {sizes.neurons[0]} neurons of a layer"
+        )
+    found = size_of(
+        sizes,
+        rows=rows,
+        masks=masks,
+        sequences=max_num_seqs,
+        tokens=max_model_len,
+        batch_tokens=max_num_batched_tokens,
+        ranks=tensor_parallel_size,
+        dtype=dtype,
+        kv_dtype=kv_cache_dtype or dtype,
+        outputs=outputs,
+    )
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+        return
+    window = f"; {sizes.window_layers} layers keep the last {sizes.window} tokens" if sizes.window else ""
+    lines = {
+        f"weights, {found.parameters:,} parameters, {dtype}": found.weights,
+        f"mask table, {rows} rows and one of ones": found.table,
+        f"    a row, {found.neurons:,} neurons": found.table_row,
+        f"slots, {max_num_batched_tokens} tokens": found.slots,
+        f"KV cache, {max_num_seqs} sequences of {max_model_len} tokens": found.kv,
+        f"    a token, in all layers{window}": found.kv_per_token,
+        f"    a sequence of {max_model_len} tokens": found.kv_of_a_sequence,
+        "total on each rank": found.total,
+        "a mask file, on the disk": found.mask_file,
+        f"{masks} masks, in the memory of every process": found.masks_in_memory,
+    }
+    width = max(map(len, lines))
+    for line, count in lines.items():
+        typer.echo(f"{line.ljust(width)}  {written(count):>9}")
