@@ -236,7 +236,7 @@ class AsyncCraneClient(_Client):
         self._slots = asyncio.Semaphore(concurrency)
         # Several small pools: the time that httpx takes for a request grows with the square of a pool's connections.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=_POOL_CONNECTIONS)
-        certificates = httpx.create_ssl_context()
+        certificates = transport is not None or httpx.create_ssl_context()  # which takes long, for nothing here
         self._pools = [
             httpx.AsyncClient(**self._settings, limits=limits, verify=certificates, transport=transport)
             for _ in range(math.ceil(concurrency / _POOL_CONNECTIONS))

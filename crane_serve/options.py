@@ -18,6 +18,7 @@ def with_options(settings: type[BaseModel], leave: Collection[str]) -> Callable[
     """Give a command that takes `**given` an option for each field of `settings` but those in `leave`.
 
     An option that is not used is None. Values stay strings: the model reads them, so every source is checked alike.
+    A field that is true or false has two flags without a value, --name and --no-name.
     """
 
     def decorate(command: Callable[..., _R]) -> Callable[..., _R]:
@@ -42,6 +43,13 @@ def option_name(field: str) -> str:
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     default: Any = None if field.is_required() else field.default
+    if field.annotation is bool:
+        switch = typer.Option(
+            f"{option_name(name)}/--no-{option_name(name)[2:]}", help=field.description, show_default=str(default)
+        )
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[bool | None, switch]
+        )
     option = typer.Option(
         option_name(name),
         metavar=_metavar(field.annotation),

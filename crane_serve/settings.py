@@ -112,6 +112,9 @@ class ApiSettings(BaseModel):
     )
     request_timeout_s: float = Field(default=600.0, gt=0, description="Time for an answer; a batch has no limit")
 
+    playground: bool = Field(default=True, description="Whether the page at / is served")
+    evaluation: Path | None = Field(default=None, description="An evaluation (by `crane eval`) for that page to show")
+
     @field_validator("max_buffered_bytes")
     @classmethod
     def _holds_the_largest_body(cls, most: int, info: ValidationInfo) -> int:

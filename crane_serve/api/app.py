@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -20,6 +20,7 @@ from crane_serve.api.observation import REQUEST_ID, Observation
 from crane_serve.api.openai import OpenAIRoutes
 from crane_serve.api.openapi import describe, describe_engine
 from crane_serve.engine.service import EngineService
+from crane_serve.page.paths import STREAM
 from crane_serve.settings import ApiSettings
 
 _BATCHES = ("/generate/batch", "/score/batch")  # of any size, for any time
@@ -29,10 +30,10 @@ _EXPOSED_HEADERS = (REQUEST_ID, "X-Crane-Mask", "X-Crane-Mask-Digest", "ETag", "
 def create_app(start_engine: Callable[[], Awaitable[EngineService]], settings: ApiSettings | None = None) -> FastAPI:
     """The service over the engine that `start_engine` starts when the application does.
 
-    Its state holds `gate`, `lifelines`, `metrics`, `settings` and, once started, `engine`. Raises ValueError for API
-    keys that cannot be read.
+    settings: None for the defaults, without the playground. The application's state holds `gate`, `lifelines`,
+    `metrics`, `settings` and, once started, `engine`. Raises ValueError for API keys that cannot be read.
     """
-    settings = settings or ApiSettings()
+    settings = settings or ApiSettings(playground=False)
     keys = KeyRing.load(settings.api_keys_file, settings.user_key, settings.admin_key)
 
     @asynccontextmanager
@@ -41,7 +42,10 @@ def create_app(start_engine: Callable[[], Awaitable[EngineService]], settings: A
         app.state.metrics.watch(app.state.engine)
         try:
             await asyncio.to_thread(describe_engine, app)
-            yield
+            async with AsyncExitStack() as running:
+                if playground is not None:
+                    await running.enter_async_context(playground.lifespan())
+                yield
         finally:
             app.state.engine.stop()
 
@@ -59,7 +63,12 @@ def create_app(start_engine: Callable[[], Awaitable[EngineService]], settings: A
     install_error_handlers(app)
     for module in (generate, score, batch, masks, health):
         app.include_router(module.router)
-    app.router.default = OpenAIRoutes()
+    playground = None
+    if settings.playground:
+        from crane_serve.page.playground import Playground  # Gradio takes seconds to import
+
+        playground = Playground(app, settings.evaluation)
+    app.router.default = OpenAIRoutes(playground)
     describe(app, asks_for_keys=keys is not None)
     _add_middleware(app, settings, keys)
     return app
@@ -73,6 +82,7 @@ def _add_middleware(app: FastAPI, settings: ApiSettings, keys: KeyRing | None) -
         gate=app.state.gate,
         timeout_s=settings.request_timeout_s,
         endless=_BATCHES,
+        watching=(STREAM,),
     )
     app.add_middleware(
         BoundedBody,
@@ -81,7 +91,7 @@ def _add_middleware(app: FastAPI, settings: ApiSettings, keys: KeyRing | None) -
         timeout_s=settings.body_timeout_s,
         streamed=_BATCHES,
     )
-    app.add_middleware(Authentication, keys=keys)
+    app.add_middleware(Authentication, keys=keys, playground=settings.playground)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -6,6 +6,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from crane_serve.api.context import context_of, has_body
 from crane_serve.api.errors import ApiError, error_response
 from crane_serve.api.keys import Key, KeyRing, Role
+from crane_serve.page.paths import is_of_page
 
 _PUBLIC_PATHS = frozenset({"/health", "/ready"})
 _READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -16,16 +17,19 @@ _POLICY_VIOLATION = 1008
 class Authentication:
     """Asks every request for a key, but GET and HEAD of /health and /ready; changes of masks need an admin's.
 
+    Those of the playground need none either, if there is one: they give nothing away, and its callbacks pass here.
+
     The key comes as `Authorization: Bearer KEY` or as `x-api-key: KEY`. keys: None lets everything pass. A request that
     is refused is answered before its body is read.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing | None) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing | None, *, playground: bool = False) -> None:
         self._app = app
         self._keys = keys
+        self._playground = playground
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._keys is None or scope["type"] not in ("http", "websocket") or _is_public(scope):
+        if self._keys is None or scope["type"] not in ("http", "websocket") or self._is_public(scope):
             await self._app(scope, receive, send)
             return
         try:
@@ -35,9 +39,13 @@ class Authentication:
             return
         await self._app(scope, receive, send)
 
-
-def _is_public(scope: Scope) -> bool:
-    return scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and scope["path"] in _PUBLIC_PATHS
+    def _is_public(self, scope: Scope) -> bool:
+        if scope["type"] != "http":
+            return False
+        method, path = scope["method"], scope["path"]
+        if path in _PUBLIC_PATHS:
+            return method in ("GET", "HEAD")
+        return self._playground and is_of_page(method, path)
 
 
 def _needs_admin(scope: Scope) -> bool:

@@ -30,17 +30,18 @@ class Lifelines:
 
     def __init__(self) -> None:
         self._runs: set[_Run] = set()
+        self._awaited: set[_Run] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
     def active(self) -> int:
-        """How many requests are under way."""
-        return len(self._runs)
+        """How many requests are under way, but those that only watch others."""
+        return len(self._awaited)
 
     async def idle(self) -> None:
-        """Wait until no request is under way."""
-        while self._runs:
+        """Wait until no such request is under way."""
+        while self._awaited:
             await self._idle.wait()
 
     def end_all(self, error: Exception) -> None:
@@ -48,22 +49,26 @@ class Lifelines:
         for run in tuple(self._runs):
             run.end(error)
 
-    def add(self, run: "_Run") -> None:
-        """Count a request that has begun."""
+    def add(self, run: "_Run", *, watches: bool = False) -> None:
+        """Count a request that has begun. watches: it lives as long as others that it tells of; nobody waits for it."""
         self._runs.add(run)
-        self._idle.clear()
+        if not watches:
+            self._awaited.add(run)
+            self._idle.clear()
 
     def discard(self, run: "_Run") -> None:
         """Count it no longer."""
         self._runs.discard(run)
-        if not self._runs:
+        self._awaited.discard(run)
+        if not self._awaited:
             self._idle.set()
 
 
 class Lifeline:
     """Runs each request in a task of its own, which is cancelled when there is nobody to answer, or no time.
 
-    timeout_s: for an answer to be complete, but on the paths in `endless`; what takes longer is a 504. A request that
+    timeout_s: for an answer to be complete, but on the paths in `endless` and `watching`; what takes longer is a 504.
+    watching: paths whose answers tell of other requests, and do not keep the server from stopping. A request that
     is ended is answered once its task has cleaned up and `gate` has forgotten it, or after 10 s, so that nothing that
     it held is in the way of the next one. If the answer has begun, the error is the last event or line of a stream of
     these, and for any other answer raised, so that the server cuts the connection. The application is told that `send`
@@ -71,13 +76,21 @@ class Lifeline:
     """
 
     def __init__(
-        self, app: ASGIApp, lifelines: Lifelines, gate: Gate, *, timeout_s: float, endless: Collection[str]
+        self,
+        app: ASGIApp,
+        lifelines: Lifelines,
+        gate: Gate,
+        *,
+        timeout_s: float,
+        endless: Collection[str],
+        watching: Collection[str] = (),
     ) -> None:
         self._app = app
         self._lifelines = lifelines
         self._gate = gate
         self._timeout_s = timeout_s
-        self._endless = frozenset(endless)
+        self._watching = frozenset(watching)
+        self._endless = frozenset(endless) | self._watching
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -93,7 +106,7 @@ class Lifeline:
         if first["type"] == "http.disconnect":
             return
         run = _Run(first, receive, send)
-        self._lifelines.add(run)
+        self._lifelines.add(run, watches=scope["path"] in self._watching)
         try:
             try:
                 await run.until_over(self._app, scope, None if scope["path"] in self._endless else self._timeout_s)

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from crane_serve.api.context import RequestContext, context_of
 from crane_serve.api.errors import ApiError, error_response
 from crane_serve.api.metrics import UNMATCHED, Metrics
+from crane_serve.page.paths import ROUTE as PLAYGROUND
 
 REQUEST_ID = "X-Request-Id"
 CLIENT_LEFT = 499
@@ -21,7 +22,7 @@ _log = logging.getLogger("crane.access")
 _errors = logging.getLogger("crane.api")
 _REQUEST_ID_HEADER = REQUEST_ID.lower().encode()
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_PROBES = frozenset({"/health", "/ready", "/metrics"})
+_QUIET = frozenset({"/health", "/ready", "/metrics", PLAYGROUND})
 _LONGEST_PATH = 200
 
 
@@ -74,7 +75,7 @@ class Observation:
             "client": client[0] if client else None,
             "sequences": request.sequences,
         }
-        _log.log(logging.DEBUG if route in _PROBES else logging.INFO, "request", extra=fields)
+        _log.log(logging.DEBUG if route in _QUIET else logging.INFO, "request", extra=fields)
 
 
 class _Request:

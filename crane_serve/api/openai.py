@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl, urlencode
 from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from crane_serve.api.body import replayed
 from crane_serve.api.context import context_of
@@ -41,10 +41,14 @@ _Body = dict[str, Any]
 
 
 class OpenAIRoutes:
-    """ASGI application for the paths that no other route of the service has; everything that is not listed is a 404.
+    """ASGI application for the paths that no other route of the service has.
 
-    Found in the application's state: `engine`, whose `openai` answers, and `gate`.
+    otherwise: answers what is not listed; by default everything there is a 404. Found in the application's state:
+    `engine`, whose `openai` answers, and `gate`.
     """
+
+    def __init__(self, otherwise: ASGIApp | None = None) -> None:
+        self._otherwise = _not_found if otherwise is None else otherwise
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,7 +57,8 @@ class OpenAIRoutes:
         path = str(scope["path"])
         method = ROUTES.get(path)
         if method is None:
-            raise HTTPException(404)
+            await self._otherwise(scope, receive, send)
+            return
         scope["crane_route"] = path
         if scope["method"] != method:
             raise HTTPException(405, headers={"Allow": method})
@@ -84,6 +89,10 @@ class OpenAIRoutes:
                 if not engine.is_dead:
                     raise
                 await answer.end()  # vLLM fails in the middle of some of its streams
+
+
+async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    raise HTTPException(404)
 
 
 async def _read(receive: Receive) -> bytes | None:

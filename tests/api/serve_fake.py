@@ -107,7 +107,8 @@ class FakeServer:
         fork.set_forkserver_preload([__name__])
         self._log = directory / "server.log"
         self._log.touch()
-        given = {"model": "tiny", "masks": directory, "port": 0, "log_format": "json", **settings}
+        off = {"playground": False}  # which takes Gradio seconds to import
+        given = {"model": "tiny", "masks": directory, "port": 0, "log_format": "json", **off, **settings}
         self.process = fork.Process(target=_serve, args=(self._log, given, fail, never), daemon=True)
         self.process.start()
 

@@ -57,7 +57,7 @@ def service(engine: FakeEngine, **settings: Any) -> FastAPI:
     async def start() -> FakeEngine:
         return engine
 
-    app = create_app(start, ApiSettings(**settings))  # type: ignore[arg-type]
+    app = create_app(start, ApiSettings(playground=False, **settings))  # type: ignore[arg-type]
     app.state.engine = engine  # no server starts it in these tests
     return app
 
