@@ -1,0 +1,172 @@
+"""What the reference pages say of commands and routes, made from the commands and routes themselves.
+
+A line `<!-- made: NAME -->` in a page is replaced when the site is built.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+
+_MADE = re.compile(r"^<!-- made: (\S+) -->$", re.MULTILINE)
+_JSON_TYPES = ("application/json", "application/x-ndjson", "text/event-stream")
+_SCHEMAS = "#/components/schemas/"
+
+Schema = Mapping[str, Any]
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Fill in what is made. Raises PluginError for a name that stands for nothing."""
+
+    def made(match: re.Match[str]) -> str:
+        try:
+            make = MADE[match[1]]
+        except KeyError:
+            raise PluginError(f"<!-- made: {match[1]} -->: expected one of {', '.join(MADE)}") from None
+        return make()
+
+    return _MADE.sub(made, markdown)
+
+
+def commands() -> str:
+    """Every command of `crane`, with its arguments and options."""
+    import typer
+    from typer.cli import get_docs_for_click
+
+    from crane_serve.cli import app
+
+    command = typer.main.get_command(app)
+    with command.make_context("crane", [], resilient_parsing=True) as context:
+        text = get_docs_for_click(obj=command, ctx=context, name="crane", title="All commands")
+    text = re.sub(r"\[default: \((.*?)\)", r"[default: \1", text.removeprefix("# All commands\n"))
+    # Brackets of help texts are no links.
+    return re.sub(r"(`[^`]*`)|\[", lambda match: match[1] or "\\[", text)
+
+
+def routes() -> str:
+    """The service's own routes and their schemas, from its OpenAPI document."""
+    document = _document()
+    parts = []
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            parts.append(_operation(method, path, operation))
+    return "\n\n".join(parts)
+
+
+def schemas() -> str:
+    """The bodies of requests and answers."""
+    found = _document()["components"]["schemas"]
+    return "\n\n".join(_schema(name, schema) for name, schema in sorted(found.items()))
+
+
+def engine_routes() -> str:
+    """vLLM's routes that the service answers."""
+    from crane_serve.api.openai import ROUTES
+    from crane_serve.engine.vllm_routes import CARRYING
+
+    rows = [
+        f"| `{method} {path}` | {'yes' if path in CARRYING else 'runs no model'} |" for path, method in ROUTES.items()
+    ]
+    return "\n".join(["| route | takes a mask |", "|---|---|", *rows])
+
+
+def _document() -> dict[str, Any]:
+    from crane_serve.api.app import create_app
+
+    async def nothing() -> Any:
+        raise RuntimeError("the reference needs no engine")
+
+    return create_app(nothing).openapi()
+
+
+def _operation(method: str, path: str, operation: Schema) -> str:
+    lines = [f"### `{method.upper()} {path}`", operation.get("description") or operation["summary"]]
+    if operation.get("parameters"):
+        lines.append(_table(("parameter", "in", "type", "meaning"), map(_parameter, operation["parameters"])))
+    for kind, content in operation.get("requestBody", {}).get("content", {}).items():
+        lines.append(f"Body, `{kind}`: {_type(content.get('schema', {}))}.")
+    lines.append(_table(("status", "answer", "body"), (row for row in _answers(operation["responses"]))))
+    return "\n\n".join(lines)
+
+
+def _parameter(parameter: Schema) -> tuple[str, ...]:
+    name = f"`{parameter['name']}`" + (" (required)" if parameter.get("required") else "")
+    return name, parameter["in"], _type(parameter["schema"]), parameter.get("description", "")
+
+
+def _answers(answers: Mapping[str, Schema]) -> Iterator[tuple[str, ...]]:
+    for status, answer in answers.items():
+        bodies = [
+            f"`{kind}`: {_type(content.get('schema', {}))}" for kind, content in answer.get("content", {}).items()
+        ]
+        yield status, answer["description"], "; ".join(bodies)
+
+
+def _schema(name: str, schema: Schema) -> str:
+    lines = [f"### {name}"]
+    if "description" in schema:
+        lines.append(schema["description"])
+    if "properties" in schema:
+        required = schema.get("required", ())
+        rows = [_property(field, value, field in required) for field, value in schema["properties"].items()]
+        lines.append(_table(("field", "type", "default", "meaning"), rows))
+    elif "enum" in schema:
+        lines.append("One of " + ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"]) + ".")
+    return "\n\n".join(lines)
+
+
+def _property(name: str, schema: Schema, required: bool) -> tuple[str, ...]:
+    default = "required" if required else f"`{json.dumps(schema['default'])}`" if "default" in schema else ""
+    return f"`{name}`", _type(schema), default, schema.get("description", "")
+
+
+def _type(schema: Schema) -> str:
+    """A schema in a few words, with links to those that have a name."""
+    if "$ref" in schema:
+        name = schema["$ref"].removeprefix(_SCHEMAS)
+        return f"[{name}](#{name.lower()})"
+    for joined in ("anyOf", "oneOf", "allOf"):
+        if joined in schema:
+            return " or ".join(_type(part) for part in schema[joined])
+    if "enum" in schema:
+        return ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{json.dumps(schema['const'])}`"
+    kind = schema.get("type", "anything")
+    if isinstance(kind, list):
+        return " or ".join(kind)
+    if kind == "array":
+        return f"list of {_type(schema.get('items', {}))}{_bounds(schema)}"
+    if schema.get("format") == "binary":
+        return "bytes"
+    return kind + _bounds(schema)
+
+
+def _bounds(schema: Schema) -> str:
+    names = {
+        "minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below",
+        "minLength": "characters, at least", "maxLength": "characters, at most",
+        "minItems": "of at least", "maxItems": "of at most",
+    }  # fmt: skip
+    found = [f"{words} {schema[key]}" for key, words in names.items() if key in schema]
+    return f" ({', '.join(found)})" if found else ""
+
+
+def _table(head: tuple[str, ...], rows: Any) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in lines
+    )
+
+
+MADE: dict[str, Callable[[], str]] = {
+    "commands": commands,
+    "routes": routes,
+    "schemas": schemas,
+    "engine-routes": engine_routes,
+}
+
+logging.getLogger("crane").setLevel(logging.ERROR)
