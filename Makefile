@@ -5,7 +5,7 @@ MODEL := models/gemma-3-270m
 TORCH_CPU := torch==2.13.0+cpu
 KEEP ?=
 
-.PHONY: install browser test demo lint release-check clean
+.PHONY: install browser test demo docs tutorial lint release-check clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,14 @@ test: install browser $(MODEL)/config.json
 demo: install
 	@$(BIN)/crane demo --model $(MODEL) --out results/demo $(if $(KEEP),--keep)
 
+# The site, into site/, and the addresses elsewhere that it links to.
+docs: install
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@grep -rhoE '<a [^>]*href="https?://[^"]+"' site --include=*.html | grep -oE 'https?://[^"]+' | sort -u
+
+tutorial: install
+	@$(BIN)/python tests/follow_tutorial.py
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,4 +53,4 @@ release-check: install $(MODEL)/config.json
 	$(BIN)/python tests/release/serve_wheel.py build/release-check --torch '$(TORCH_CPU)' --model $(MODEL)
 
 clean:
-	rm -rf results build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf results build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
