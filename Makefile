@@ -5,7 +5,7 @@ MODEL := models/gemma-3-270m
 TORCH_CPU := torch==2.13.0+cpu
 KEEP ?=
 
-.PHONY: install browser test demo docs tutorial lint release-check clean
+.PHONY: install browser test test-second-python demo docs tutorial lint release-check clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,9 @@ test: install browser $(MODEL)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not engine' -n 2 --dist loadfile
 	$(BIN)/pytest -m engine
 
+test-second-python: install
+	@.ci/second-python '$(TORCH_CPU)'
+
 demo: install
 	@$(BIN)/crane demo --model $(MODEL) --out results/demo $(if $(KEEP),--keep)
 
@@ -53,4 +56,4 @@ release-check: install $(MODEL)/config.json
 	$(BIN)/python tests/release/serve_wheel.py build/release-check --torch '$(TORCH_CPU)' --model $(MODEL)
 
 clean:
-	rm -rf results build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf results build dist site .venv-second *.egg-info .pytest_cache .mypy_cache .ruff_cache
