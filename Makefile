@@ -30,8 +30,8 @@ browser: install
 
 # The tests without engines in two processes of one thread each, then the others, whose engines want both cores.
 test: install browser $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not engine' -n 2 --dist loadfile
-	$(BIN)/pytest -m engine
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not engine' -n 2 --dist loadfile --durations 15
+	$(BIN)/pytest -m engine --durations 25
 
 test-second-python: install
 	@.ci/second-python '$(TORCH_CPU)'

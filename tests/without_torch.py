@@ -1,29 +1,29 @@
-"""Pytest plugin for an environment without torch or what builds on it: tests that need one of those are skipped.
+"""Pytest plugin for an environment with few packages, such as one without torch: tests that need others are skipped.
 
-`pytest --noconftest -p tests.without_torch`, since the conftest files need torch too. A module that is missing for any
-other reason still is an error.
+`pytest --noconftest -p tests.without_torch` where there is no torch, since the conftest files need it too. A missing
+module of the project itself still is an error.
 """
 
+import re
 from collections.abc import Generator
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
-ABSENT = [name for name in ("torch", "transformers", "vllm", "ray", "gradio") if find_spec(name) is None]
+_OWN = {"clients", "crane_serve", "relevance", "server", "tests"}
+_MISSING = re.compile(r"ModuleNotFoundError: No module named '(\w+)")
 
 
-def _skipped(report: Any, place: str, missing: str) -> None:
-    report.outcome, report.longrepr = "skipped", (place, 0, f"Skipped: needs {missing}")
+def _skip(report: Any, place: str, missing: str) -> None:
+    if missing not in _OWN:
+        report.outcome, report.longrepr = "skipped", (place, 0, f"Skipped: needs {missing}")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
     report = yield
-    for name in ABSENT if report.failed else ():
-        if f"ModuleNotFoundError: No module named '{name}" in str(report.longrepr):
-            _skipped(report, str(collector.path), name)
-            break
+    if report.failed and (missing := _MISSING.search(str(report.longrepr))):
+        _skip(report, str(collector.path), missing.group(1))
     return report
 
 
@@ -31,7 +31,6 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
     error = None if call.excinfo is None else call.excinfo.value
-    missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    if missing in ABSENT:
-        _skipped(report, str(item.path), missing)
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        _skip(report, str(item.path), error.name.partition(".")[0])
     return report
