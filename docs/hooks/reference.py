@@ -12,7 +12,6 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 
 _MADE = re.compile(r"^<!-- made: (\S+) -->$", re.MULTILINE)
-_JSON_TYPES = ("application/json", "application/x-ndjson", "text/event-stream")
 _SCHEMAS = "#/components/schemas/"
 
 Schema = Mapping[str, Any]
@@ -42,18 +41,47 @@ def commands() -> str:
     with command.make_context("crane", [], resilient_parsing=True) as context:
         text = get_docs_for_click(obj=command, ctx=context, name="crane", title="All commands")
     text = re.sub(r"\[default: \((.*?)\)", r"[default: \1", text.removeprefix("# All commands\n"))
+    # In lists typer cuts what a command does after 45 characters.
+    text = re.sub(
+        r"^\* `([\w-]+)`: (.*)\.\.\.$", lambda match: f"* `{match[1]}`: {_said(command, match[2])}", text, flags=re.M
+    )
     # Brackets of help texts are no links.
     return re.sub(r"(`[^`]*`)|\[", lambda match: match[1] or "\\[", text)
 
 
+def _said(command: Any, beginning: str) -> str:
+    """The first paragraph of the command below `command` whose help begins so."""
+    pending, fitting = [command], []
+    while pending:
+        found = pending.pop()
+        pending += getattr(found, "commands", {}).values()
+        paragraph = " ".join((found.help or "").split("\n\n")[0].split())
+        if paragraph.startswith(beginning.rstrip(",")):
+            fitting.append(paragraph)
+    (only,) = fitting
+    return only
+
+
 def routes() -> str:
-    """The service's own routes and their schemas, from its OpenAPI document."""
-    document = _document()
-    parts = []
-    for path, item in document["paths"].items():
-        for method, operation in item.items():
-            parts.append(_operation(method, path, operation))
-    return "\n\n".join(parts)
+    """The service's own routes, from its OpenAPI document."""
+    operations = [
+        _operation(method, path, operation)
+        for path, item in _document()["paths"].items()
+        for method, operation in item.items()
+    ]
+    return "\n\n".join(operations)
+
+
+def statuses() -> str:
+    """What the statuses of errors mean, on whatever route."""
+    answers = [
+        answer
+        for item in _document()["paths"].values()
+        for operation in item.values()
+        for answer in operation["responses"].items()
+    ]
+    meanings = {status: answer["description"] for status, answer in answers if _is_error(status)}
+    return _table(("status", "meaning"), sorted(meanings.items()))
 
 
 def schemas() -> str:
@@ -88,8 +116,16 @@ def _operation(method: str, path: str, operation: Schema) -> str:
         lines.append(_table(("parameter", "in", "type", "meaning"), map(_parameter, operation["parameters"])))
     for kind, content in operation.get("requestBody", {}).get("content", {}).items():
         lines.append(f"Body, `{kind}`: {_type(content.get('schema', {}))}.")
-    lines.append(_table(("status", "answer", "body"), (row for row in _answers(operation["responses"]))))
+    answers = operation["responses"]
+    lines.append(_table(("status", "answer"), (row for row in _answers(answers))))
+    lines.append(
+        "Errors: " + ", ".join(sorted(filter(_is_error, answers))) + "." if any(map(_is_error, answers)) else ""
+    )
     return "\n\n".join(lines)
+
+
+def _is_error(status: str) -> bool:
+    return int(status) >= 400
 
 
 def _parameter(parameter: Schema) -> tuple[str, ...]:
@@ -99,10 +135,9 @@ def _parameter(parameter: Schema) -> tuple[str, ...]:
 
 def _answers(answers: Mapping[str, Schema]) -> Iterator[tuple[str, ...]]:
     for status, answer in answers.items():
-        bodies = [
-            f"`{kind}`: {_type(content.get('schema', {}))}" for kind, content in answer.get("content", {}).items()
-        ]
-        yield status, answer["description"], "; ".join(bodies)
+        if not _is_error(status):
+            bodies = [f"`{kind}`: {_type(part.get('schema', {}))}" for kind, part in answer.get("content", {}).items()]
+            yield status, "; ".join(bodies) or answer["description"]
 
 
 def _schema(name: str, schema: Schema) -> str:
@@ -165,6 +200,7 @@ def _table(head: tuple[str, ...], rows: Any) -> str:
 MADE: dict[str, Callable[[], str]] = {
     "commands": commands,
     "routes": routes,
+    "statuses": statuses,
     "schemas": schemas,
     "engine-routes": engine_routes,
 }
