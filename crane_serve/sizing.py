@@ -65,7 +65,7 @@ class ModelSizes:
             head_size=int(getattr(config, "head_dim", None) or hidden_size // heads),
             full_layers=layers - windowed,
             window_layers=windowed,
-            window=int(window) if windowed else None,
+            window=int(window) if window and windowed else None,
             dtype=str(config.dtype or "float32").removeprefix("torch."),
         )
 

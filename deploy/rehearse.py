@@ -133,7 +133,9 @@ def in_context(context: Path) -> list[Path]:
     from pathspec import PathSpec
 
     rules = context / ".dockerignore"
-    ignored = PathSpec.from_lines("gitwildmatch", rules.read_text().splitlines() if rules.is_file() else [])
+    lines = rules.read_text().splitlines() if rules.is_file() else []
+    # As git's, but every pattern begins at the root.
+    ignored = PathSpec.from_lines("gitwildmatch", [re.sub(r"^(!?)/?(?=[^#!/])", r"\1/", line) for line in lines])
     found = []
     for place, directories, files in os.walk(context):
         relative = Path(place).relative_to(context)
