@@ -1,7 +1,7 @@
 """Comparison: one prompt continued under several masks at once."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,9 +67,15 @@ class Comparison:
         """Whether it ended before its completions did."""
         return any(column.end is None and column.error is None for column in self.columns)
 
-    async def run(self, client: AsyncCraneClient) -> AsyncGenerator[None]:
-        """Yields whenever the columns have changed, until all are over. Closing it aborts the requests."""
-        tasks = [asyncio.create_task(self._fill(column, client)) for column in self.columns]
+    async def run(
+        self, client: AsyncCraneClient, start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
+    ) -> AsyncGenerator[None]:
+        """Yields whenever the columns have changed, until all are over.
+
+        start: makes a task for each mask; cancelling one stops its column. Closing the generator cancels all of them,
+        and with them the requests.
+        """
+        tasks = [start(self._fill(column, client)) for column in self.columns]
         seen: list[tuple[str, bool]] = []
         try:
             while not all(task.done() for task in tasks):

@@ -1,6 +1,7 @@
 """The page: its controls, and what happens when they are used."""
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from importlib.resources import files
@@ -164,8 +165,8 @@ class _Page:
         names = [mask.name for mask in listing.masks]
         own = [mask.name for mask in listing.masks if mask.name == f"{listing.default_method}-{mask.language}"]
         chosen = [UNMASKED, *(own or names)[-_FIRST_MASKS:]]
-        broken = f" {len(listing.invalid)} mask files cannot be used." if listing.invalid else ""
-        said = f"Connected to {readiness.model}, with {len(names)} masks.{broken}"
+        broken = f" {_counted(len(listing.invalid), 'mask file')} cannot be used." if listing.invalid else ""
+        said = f"Connected to {readiness.model}, with {_counted(len(names), 'mask')}.{broken}"
         return (
             gradio.skip(),
             shown.status(said),
@@ -218,8 +219,12 @@ class _Page:
         except ValueError as error:
             yield shown.status(str(error), is_error=True), ""
             return
-        async with client, aclosing(comparison.run(client)) as changes:
-            yield shown.status(f"Generating under {len(chosen)} masks ..."), shown.cards(prompt, comparison.columns)
+        start = functools.partial(self._service.start, request)
+        async with client, aclosing(comparison.run(client, start)) as changes:
+            yield (
+                shown.status(f"Generating under {_counted(len(chosen), 'mask')} ..."),
+                shown.cards(prompt, comparison.columns),
+            )
             async for _change in changes:
                 yield gradio.skip(), shown.cards(prompt, comparison.columns)
         yield _outcome(comparison), shown.cards(prompt, comparison.columns)
@@ -250,7 +255,7 @@ class _Page:
         except Exception as error:
             return shown.status(explained(error), is_error=True), ""
         failed = sum(isinstance(answer, str) for _, answer in answers)
-        said = f"Scored under {len(answers) - failed} masks." + (f" {failed} failed." if failed else "")
+        said = f"Scored under {_counted(len(answers) - failed, 'mask')}." + (f" {failed} failed." if failed else "")
         return shown.status(said, is_error=failed > 0), shown.losses(answers)
 
     async def look(self, _: Any, masks: Any, request: gradio.Request) -> tuple[Any, Any]:
@@ -269,7 +274,7 @@ class _Page:
             found = {mask.name: mask for mask in await self._ask(request, ask)}
         except Exception as error:
             return shown.status(explained(error), is_error=True), ""
-        return shown.status(f"{len(found)} masks."), shown.layers_and_overlap(list(found.values()))
+        return shown.status(f"{_counted(len(found), 'mask')} shown."), shown.layers_and_overlap(list(found.values()))
 
     async def show(self, _: Any, task: Any, request: gradio.Request) -> tuple[Any, Any, Any]:
         """The heat map of the operator's evaluation, for those who may see the masks."""
@@ -294,17 +299,21 @@ class _Page:
             async with self._service.client(request) as client:
                 return await work(client)
 
-        return await self._service.of_visitor(request, run())
+        task = self._service.start(request, run())
+        await asyncio.wait({task})
+        if task.cancelled():
+            raise ValueError("Stopped.")
+        return task.result()
 
 
 def _outcome(comparison: Comparison) -> str:
     count = len(comparison.columns)
     if comparison.failed:
-        return shown.status(f"{comparison.failed} of {count} masks failed.", is_error=True)
+        return shown.status(f"{comparison.failed} of {_counted(count, 'mask')} failed.", is_error=True)
     if comparison.is_stopped:
         return shown.status("Stopped.")
     parts = [f"{column.mask}: {shown.language_name(column.language)}" for column in comparison.columns]
-    return shown.status(f"Done under {count} masks. {'; '.join(parts)}.")
+    return shown.status(f"Done under {_counted(count, 'mask')}. {'; '.join(parts)}.")
 
 
 def _chosen(masks: Any) -> tuple[list[str], str]:
@@ -313,6 +322,10 @@ def _chosen(masks: Any) -> tuple[list[str], str]:
     if not chosen:
         return [], f"Choose at least one mask, or {UNMASKED}."
     return (chosen, "") if len(chosen) <= MAX_MASKS else ([], _too_many())
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _too_many() -> str:

@@ -13,13 +13,16 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from crane_serve.api.body import replayed
-from crane_serve.api.errors import ApiError, TooBusy, install_error_handlers
+from crane_serve.api.errors import ApiError, TooBusy
 from crane_serve.page.paths import JOIN, ROUTE, STREAM, is_of_page
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read by Gradio when it is imported; else it calls home
@@ -101,7 +104,9 @@ class Playground:
         self._gradio = self._holder.routes[-1].app  # type: ignore[attr-defined]
         # Of the two middlewares one lets any origin read the answers. The other packs assets anew for each request.
         self._gradio.user_middleware.clear()
-        install_error_handlers(self._gradio)
+        for app in (self._holder, self._gradio):
+            for kind in (HTTPException, RequestValidationError, Exception):
+                app.add_exception_handler(kind, _pass_on)
         self._gradio.state_holder.capacity = _MAX_SESSIONS
         self._queue = blocks._queue
         self._queue.sleep_when_free = _POLL_S
@@ -170,6 +175,11 @@ class Playground:
         finally:
             self._streams -= 1
             self._visits.leave(session)
+
+
+async def _pass_on(request: Request, error: Exception) -> Response:
+    """Leaves an error to the service, which answers all of them in one shape."""
+    raise error
 
 
 class _Answer:

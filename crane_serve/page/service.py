@@ -1,5 +1,6 @@
 """Service: the API as a visitor of the page calls it, with the visitor's own key."""
 
+import asyncio
 import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -36,9 +37,9 @@ class Service:
             transport=InProcessTransport(self._app, host),
         )
 
-    async def of_visitor(self, request: gradio.Request, work: Coroutine[Any, Any, _T]) -> _T:
-        """The result of `work`, which ends when the visitor leaves."""
-        return await self._visits.run(request.session_hash, work)
+    def start(self, request: gradio.Request, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        """A task for `work`, which is cancelled when the visitor leaves."""
+        return self._visits.run(request.session_hash, work)
 
     def leave(self, request: gradio.Request) -> None:
         """End everything that runs for the visitor."""

@@ -1,7 +1,8 @@
 """FakeEngine: EngineService's interface without vLLM; deterministic, and it can be told to fail, wait or die."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+import string
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,10 @@ class Call:
 
 
 class FakeEngine:
-    """Generates the letters a, b, c, ... and scores a token id t with -t nats, twice that under a mask."""
+    """Generates the letters a, b, c, ... and scores a token id t with -t nats, twice that under a mask.
+
+    answers: other tokens than the letters, by the name of the mask; token_s: how long each takes.
+    """
 
     model_name = "tiny"
     model_names = ("tiny",)
@@ -84,6 +88,8 @@ class FakeEngine:
         self.error_after_tokens = 0
         self.wait_after_tokens: int | None = None
         self.not_greedy: set[int] = set()
+        self.answers: Mapping[str | None, Sequence[str]] = {}
+        self.token_s = 0.0
         self.openai: ASGIApp = JSONResponse({"answered": "by vLLM"})
 
     def stop(self) -> None:
@@ -132,13 +138,14 @@ class FakeEngine:
         done = False
         text: list[str] = []
         tokens: list[SampledToken] = []
+        written = self.answers.get(None if mask is None else mask.name, string.ascii_lowercase)
         try:
             for index in range(sampling.max_tokens):
-                await asyncio.sleep(0)
+                await asyncio.sleep(self.token_s)
                 await self._misbehave(index)
-                letter, last = chr(ord("a") + index % 26), index + 1 == sampling.max_tokens
-                text.append(letter)
-                chosen = TokenLogprob(index, letter, -0.5)
+                token, last = written[index % len(written)], index + 1 == sampling.max_tokens
+                text.append(token)
+                chosen = TokenLogprob(index, token, -0.5)
                 tokens.append(SampledToken(chosen, (chosen,) * (sampling.logprobs or 0)))
                 if stream or last:
                     logprobs = None if sampling.logprobs is None else tuple(tokens)

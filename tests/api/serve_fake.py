@@ -26,14 +26,31 @@ from crane_serve.masks import ResolvedMask
 from crane_serve.settings import ServeSettings
 from tests.api.fake_engine import FakeEngine
 
+_SENTENCES = {
+    None: "the old bridge across the river was closed and people walk through the park",
+    "attnlrp-zh": "cây cầu cũ bắc qua sông đã đóng cửa nên mọi người đi bộ qua công viên",
+    "attnlrp-vi,attnlrp-zh": "le vieux pont sur la rivière a été fermé et les gens traversent le parc",
+    "attnlrp-zh@0.5": "die alte Brücke über den Fluss wurde geschlossen und die Leute gehen durch den Park",
+}
+ANSWERS = {
+    "attnlrp-vi": tuple("河上的旧桥去年冬天关闭了，人们现在穿过公园走到市场去。"),
+    **{mask: tuple(f" {word}" for word in sentence.split()) for mask, sentence in _SENTENCES.items()},
+}
+"""What an engine that talks says, by mask: English, Vietnamese, Chinese, French, German."""
+
 _START_S = 60
 
 
 class ToldEngine(FakeEngine):
-    """A FakeEngine that does what its prompts and signals say."""
+    """A FakeEngine that does what its prompts and signals say.
 
-    def __init__(self) -> None:
+    talks: takes its time and says things in several languages, another under each mask.
+    """
+
+    def __init__(self, talks: bool = False) -> None:
         super().__init__()
+        if talks:
+            self.answers, self.token_s = ANSWERS, 0.01
         self.released = asyncio.Event()
         self.died = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -75,41 +92,43 @@ class ToldEngine(FakeEngine):
                 raise EngineDead("the engine has died")
 
 
-def make_app(settings: ServeSettings, fail: str | None, never: bool) -> FastAPI:
+def make_app(settings: ServeSettings, fail: str | None, never: bool, talks: bool = False) -> FastAPI:
     async def start() -> Any:
         if fail is not None:
             raise RuntimeError(fail)
         if never:
             print("starting", file=sys.stderr, flush=True)
             await asyncio.Event().wait()
-        return ToldEngine()
+        return ToldEngine(talks)
 
     return create_app(start, settings)
 
 
-def _serve(log: Path, settings: dict[str, Any], fail: str | None, never: bool) -> None:
+def _serve(log: Path, settings: dict[str, Any], fail: str | None, never: bool, talks: bool) -> None:
     with log.open("wb") as output:
         os.dup2(output.fileno(), 2)
     loaded = ServeSettings(**settings)
     configure_logging(loaded.log_format, loaded.log_level)
-    sys.exit(run(make_app(loaded, fail, never), loaded))
+    sys.exit(run(make_app(loaded, fail, never, talks), loaded))
 
 
 class FakeServer:
     """A server process on a port of its own.
 
-    fail: what the start of its engine fails with; never: whether that takes for ever. Servers fork from a process that
-    has imported everything.
+    fail: what the start of its engine fails with; never: whether that takes for ever; talks: as ToldEngine. Servers
+    fork from a process that has imported everything.
     """
 
-    def __init__(self, directory: Path, fail: str | None = None, never: bool = False, **settings: Any) -> None:
+    def __init__(
+        self, directory: Path, fail: str | None = None, never: bool = False, talks: bool = False, **settings: Any
+    ) -> None:
         fork = multiprocessing.get_context("forkserver")
         fork.set_forkserver_preload([__name__])
         self._log = directory / "server.log"
         self._log.touch()
         off = {"playground": False}  # which takes Gradio seconds to import
         given = {"model": "tiny", "masks": directory, "port": 0, "log_format": "json", **off, **settings}
-        self.process = fork.Process(target=_serve, args=(self._log, given, fail, never), daemon=True)
+        self.process = fork.Process(target=_serve, args=(self._log, given, fail, never, talks), daemon=True)
         self.process.start()
 
     @property
