@@ -24,6 +24,7 @@ class InProcessTransport(httpx.AsyncBaseTransport):
         self._client = client
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Begin the answer. Raises what the application does before its answer has begun."""
         path, _, query = request.url.raw_path.partition(b"?")
         scope: Scope = {
             "type": "http",
