@@ -56,8 +56,8 @@ def measured(browser: Browser, url: str, masks: list[str] | None, prompt: str) -
         found |= {_PAINT_NAMES[name]: at for name, at in page.evaluate(_PAINTS).items()}
         if masks is not None:
             page.locator(_CHOOSE).click()
-            while page.locator(_CHOOSE).press("Backspace") is None and page.locator("#masks .token").count():
-                pass
+            while page.locator("#masks .token").count():
+                page.locator(_CHOOSE).press("Backspace")
             for mask in masks:
                 page.locator(_CHOOSE).fill(mask)
                 page.locator(_CHOOSE).press("Enter")

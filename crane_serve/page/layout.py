@@ -51,6 +51,7 @@ def lay_out(service: Service, evaluation: EvaluationFile) -> gradio.Blocks:
                 label="API key",
                 type="password",
                 max_lines=1,
+                html_attributes=gradio.InputHTMLAttributes(autocomplete="off"),
                 elem_id="api-key",
                 info="Sent with your requests, and kept nowhere",
                 scale=4,

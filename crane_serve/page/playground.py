@@ -25,8 +25,11 @@ from crane_serve.api.body import replayed
 from crane_serve.api.errors import ApiError, TooBusy
 from crane_serve.page.paths import JOIN, ROUTE, STREAM, is_of_page
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read by Gradio when it is imported; else it calls home
-os.environ["GRADIO_RUN_HISTORY"] = "False"  # which would keep what is typed in the browser's storage
+# What Gradio reads when it is imported or mounted. Else it calls home, and computes statistics of its events with
+# pandas after each of them.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"
+os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(2**62)
 
 import gradio
 
@@ -55,7 +58,8 @@ _SAFE = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-_FOR_EVER = "public, max-age=31536000, immutable"
+_CACHED = {"assets": "public, max-age=31536000, immutable", "static": "public, max-age=3600"}
+"""By the first part of the path; names of assets change with their content."""
 
 _Value = str | int | float | bool | None
 
@@ -94,7 +98,7 @@ class Playground:
             theme=theme(),
             head=head(),
             footer_links=[],
-            run_history=False,
+            run_history=False,  # which would keep what is typed in the browser's storage
             show_error=False,
             ssr_mode=False,
             mcp_server=False,
@@ -193,8 +197,8 @@ class _Answer:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             headers.update(_SAFE)
-            if message["status"] == 200:  # names of assets change with their content
-                headers["Cache-Control"] = _FOR_EVER if self._path.startswith("/assets/") else "no-store"
+            if message["status"] == 200:
+                headers["Cache-Control"] = _CACHED.get(self._path.split("/")[1], "no-store")
         await self._send(message)
 
 

@@ -83,6 +83,22 @@ class TestSources:
         assert settings.cors_origins == ("https://a", "https://b")
         assert settings.engine_flags == ("--dtype", "float32", "--chat-template", "a b")
 
+    def test_switches(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served: list[ServeSettings]) -> None:
+        for arguments, variable, expected in (
+            ((), None, True),
+            ((), "false", False),
+            (("--playground",), "false", True),
+            (("--no-playground",), "true", False),
+        ):
+            monkeypatch.delenv("CRANE_PLAYGROUND", raising=False)
+            if variable is not None:
+                monkeypatch.setenv("CRANE_PLAYGROUND", variable)
+            assert crane("--evaluation", tmp_path, *arguments).exit_code == 0
+            assert (served[-1].playground, served[-1].evaluation) == (expected, tmp_path)
+        monkeypatch.setenv("CRANE_PLAYGROUND", "perhaps")
+        with pytest.raises(SettingError, match=r"playground: .*boolean.*from CRANE_PLAYGROUND"):
+            load_settings({})
+
     def test_variables_of_other_parts_are_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("CRANE_DISABLE", "CRANE_MASK_OUTPUTS", "CRANE_API_KEY"):
             monkeypatch.setenv(name, "1")
