@@ -81,7 +81,7 @@ class Part(Generic[ResultType]):
             raise CraneError(200, "invalid_answer", f"{self._route} left {len(self._missing)} lines without an answer")
 
     def retry_wait_s(self, error: CraneError) -> float:
-        """How long to wait before what is missing is asked for again. Raises `error` if it will not be."""
+        """Seconds to wait before what is missing is asked for again. Raises `error` if it will not be."""
         if self._attempt >= self._policy.attempts or not self._policy.worth_retrying(error):
             raise error
         return self._policy.wait_s(self._attempt, error)

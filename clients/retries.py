@@ -40,7 +40,7 @@ class RetryPolicy:
         return AsyncRetrying(stop=stop_after_attempt(self.attempts), **self._rules())
 
     def wait_s(self, attempt: int, error: BaseException | None) -> float:
-        """How long to wait after this attempt (from 1) has ended with `error`."""
+        """Seconds to wait after this attempt (from 1) has ended with `error`."""
         asked_s = error.retry_after_s if isinstance(error, CraneError) else None
         return (asked_s or 0.0) + random.uniform(0.0, self._back_off_s(attempt))
 

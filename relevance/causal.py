@@ -69,7 +69,7 @@ def masked(decoder: Decoder, mask: NeuronMask | None) -> Iterator[None]:
 
 @torch.no_grad()
 def losses(decoder: Decoder, documents: Sequence[list[int]], batch_tokens: int) -> Losses:
-    """Losses of `documents` (token ids that begin with the start token) in the order given, on the exact vocabulary.
+    """Losses in nats of `documents` (token ids that begin with the start token), in their order, over the vocabulary.
 
     Raises NonFiniteError where the model gives no finite log-probabilities.
     """

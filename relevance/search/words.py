@@ -46,7 +46,7 @@ class Words:
         return cls(place, weight[chosen], decoder.final_softcap)
 
     def log_probabilities(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Log-softmax over the words at every position that predicts a counted token: float32 [n, words].
+        """Log-softmax over the words at every position that predicts a counted token: float32 [n, words], in nats.
 
         hidden: [documents, tokens, hidden], the last hidden states.
         """

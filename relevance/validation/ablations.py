@@ -46,7 +46,7 @@ class Ablations:
             self._open(journal, identity)
 
     def losses(self, mask: NeuronMask | None, part: str, language: str) -> Losses:
-        """Losses of the documents of `part` in `language` under `mask`, None being the whole model."""
+        """Losses in nats of the documents of `part` in `language` under `mask`, None being the whole model."""
         documents = self.texts[part][language]
         key = (_UNMASKED if mask is None else mask.digest, part, language)
         if key not in self._known:

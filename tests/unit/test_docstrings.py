@@ -1,4 +1,4 @@
-"""Docstrings say what a reader needs: shapes of tensors, errors, sources of methods.
+"""Docstrings say what a reader needs: shapes of tensors, units, errors, sources of methods.
 
 Ruff sees to it that modules, classes and functions have one (D1 in pyproject.toml); here is what it cannot know.
 """
@@ -118,6 +118,17 @@ def test_tensors_and_arrays_have_a_shape() -> None:
         if any(ARRAY.search(ELSEWHERE.sub("", annotation)) for annotation in annotations(function))
         and not is_command(function)
         and not SHAPE.search(docstring(function) or "")
+    ]
+    assert without == []
+
+
+def test_log_probabilities_losses_and_times_have_a_unit() -> None:
+    units = {re.compile(r"log_?prob|^loss(?:es)?$"): "nats", re.compile(r"_s$"): "second"}
+    without = [
+        found.path
+        for found in described()
+        for name, unit in units.items()
+        if name.search(found.name) and unit not in (docstring(found) or "").lower()
     ]
     assert without == []
 
