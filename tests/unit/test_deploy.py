@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -253,6 +254,7 @@ _CONTAINER = (*_POD, "containers", 0)
         (_set(*_POD, "securityContext", "runAsNonRoot", False), "does not run as the image's user"),
         (_set(*_POD, "securityContext", "fsGroup", None), "does not run as the image's user"),
         (_set(*_POD, "automountServiceAccountToken", None), "token of the cluster"),
+        (_set(*_POD, "enableServiceLinks", None), "would set CRANE_PORT"),
         (_set(*_CONTAINER, "readinessProbe", "httpGet", "path", "/readyz"), "/readyz is no route"),
         (_set(*_CONTAINER, "readinessProbe", "httpGet", "path", "/health"), "would be killed"),
         (_set(*_CONTAINER, "livenessProbe", "httpGet", "port", "web"), "no port web"),
@@ -316,7 +318,7 @@ def commands_of(page: Path) -> list[list[str]]:
         for line in block.replace("\\\n", " ").splitlines():
             match = re.match(r"\s*(?:\$ )?crane serve (.*)", line)
             if match:
-                found.append(match[1].split())
+                found.append(shlex.split(match[1], comments=True))
     return found
 
 

@@ -64,11 +64,12 @@ def labels_of(document: str) -> dict[str, set[str]]:
 
 
 @pytest.fixture(scope="module")
-def served(checkpoint: Path) -> Labels:
+def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Labels:
     """What /metrics has: the service's own after a masked and a refused request, and vLLM's of a new engine."""
-    command = [sys.executable, ROOT / "tests" / "vllm_metrics.py", checkpoint]
-    environment = {**os.environ, "VLLM_PLUGINS": ""}
-    of_vllm = subprocess.run(command, capture_output=True, check=True, timeout=300, env=environment).stdout
+    written = tmp_path_factory.mktemp("metrics") / "vllm.txt"
+    command = [sys.executable, ROOT / "tests" / "vllm_metrics.py", checkpoint, written]
+    subprocess.run(command, capture_output=True, check=True, timeout=300, env={**os.environ, "VLLM_PLUGINS": ""})
+    of_vllm = written.read_bytes()
     engine = FakeEngine()
     engine.metrics = lambda: of_vllm  # type: ignore[method-assign]
 

@@ -114,7 +114,7 @@ def test_the_command_adds_up(checkpoint: Path) -> None:
     [
         (["--dtype", "float8"], "dtype 'float8': expected one of float32"),
         (["--kv-cache-dtype", "int3"], "dtype 'int3': expected one of float32"),
-        (["--tensor-parallel-size", "3"], "3 ranks do not divide the 160 neurons of a layer"),
+        (["--tensor-parallel-size", "3"], "3 ranks: expected a divisor of the 160 neurons of a layer"),
     ],
 )
 def test_what_cannot_be(checkpoint: Path, arguments: list[str], message: str) -> None:
