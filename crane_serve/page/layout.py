@@ -31,13 +31,27 @@ def head() -> str:
     """What the page's head holds beside Gradio's own."""
     directory = files(__package__)
     style, script = (directory.joinpath(name).read_text() for name in ("playground.css", "playground.js"))
-    return f"<style>{table_style()}{style}</style><script>{script}</script>"
+    return f"<style>.gradio-container {{ {table_style()} }}\n{style}</style><script>{script}</script>"
 
 
 def theme() -> Any:
     """Gradio's plainest theme, with fonts that the reader's system has: the default ones are fetched from others."""
-    return gradio.themes.Base(
+    plain = gradio.themes.Base(
         primary_hue="blue", neutral_hue="slate", font=_FONTS, font_mono=("ui-monospace", "monospace")
+    )
+    return plain.set(  # darker than its own, which are too pale to be read by everybody
+        color_accent="*primary_700",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_200",
+        block_label_text_color="*neutral_700",
+        block_label_text_color_dark="*neutral_200",
+        input_placeholder_color="*neutral_500",
     )
 
 

@@ -31,8 +31,8 @@ _LANGUAGES = {
     "vi": "Vietnamese",
     "zh": "Chinese",
 }
-_FINISHED = {"stop": "the model ended it", "length": "cut at the most tokens"}
-_LEVEL = 3  # of the headings
+_FINISHED = {"stop": "the model ended it", "length": "as many as were allowed"}
+_LEVEL = 2  # of the headings
 
 
 def language_name(code: str | None) -> str:
@@ -125,7 +125,7 @@ def layers_and_overlap(masks: Sequence[MaskNeurons]) -> str:
 def _layer_table(bars: Sequence[LayerBars], most: int) -> Table:
     layers = max(len(bar.counts) for bar in bars)
     rows = tuple(
-        (Cell(bar.name), *(Cell(f"{count:,}", change=count, full=most) for count in bar.counts)) for bar in bars
+        (Cell(bar.name), *(Cell(f"{count:,}", change=-count, full=most) for count in bar.counts)) for bar in bars
     )
     return Table(("mask", *map(str, range(layers))), rows, "Neurons that each mask scales, by layer")
 
@@ -136,7 +136,8 @@ def _overlap_table(masks: Sequence[MaskNeurons]) -> Table:
     def shown(first: str, second: str) -> Cell:
         shared, either = len(places[first] & places[second]), len(places[first] | places[second])
         index = shared / either if either else 0.0
-        return Cell(number_text(index, 3), f"{shared:,} shared", first == second, index, 1.0)
+        depth = None if first == second else -index  # blue, for what is neither good nor bad
+        return Cell(number_text(index, 3), f"{shared:,} shared", change=depth, full=1.0)
 
     rows = tuple(
         (Cell(f"{first} ({len(places[first]):,})"), *(shown(first, second) for second in places)) for first in places

@@ -98,8 +98,12 @@ class Visit:
         return self
 
     def tab(self, name: str) -> "Visit":
-        """Open a tab."""
-        self.page.get_by_role("tab", name=name).click()
+        """Open a tab, or what stands for it in the menu where there is no room for all."""
+        tab = self.page.get_by_role("tab", name=name)
+        if not tab.is_visible():
+            self.page.locator(".overflow-menu > button").click()
+            tab = self.page.locator(".overflow-dropdown button", has_text=name)
+        tab.click()
         return self
 
     def generate(self, prompt: str) -> "Visit":

@@ -49,7 +49,7 @@ class TestGenerate:
         ):
             card = visit.card(mask)
             expect(card.locator(".completion")).to_contain_text(said)
-            expect(card.locator(".output")).to_have_attribute("lang", language)
+            expect(card.locator(".completion")).to_have_attribute("lang", language)
             expect(card.locator(".language")).to_contain_text(f"({language})")
             expect(card.locator(".prompt")).to_have_text(PROMPT)
         expect(visit.status("generated")).to_contain_text("Done under 3 masks")
@@ -101,7 +101,7 @@ class TestGenerate:
         parts = visit.page.locator("#parts input")
         for name in ("attnlrp-zh", "attnlrp-vi"):
             parts.click()
-            visit.page.get_by_role("option", name=name, exact=True).click()
+            visit.page.locator("#parts").get_by_role("option", name=name, exact=True).click()
         parts.press("Escape")
         visit.page.get_by_role("button", name="Add to the masks").click()
         expect(visit.status("built")).to_have_text("Added attnlrp-zh,attnlrp-vi.")
@@ -214,8 +214,10 @@ class TestEverybody:
         expect(visit.status("generated")).to_contain_text("Done under 2 masks")
         page.get_by_role("tab", name="Generate").focus()
         page.keyboard.press("ArrowRight")
-        page.keyboard.press("Enter")
         expect(page.get_by_label("Reference text")).to_be_visible()
+        expect(page.get_by_role("tab", name="Loss")).to_be_focused()
+        page.keyboard.press("End")
+        expect(page.get_by_role("button", name="Show", exact=True)).to_be_visible()
 
     def test_every_control_has_a_name(self, visit: Visit) -> None:
         visit.open()
