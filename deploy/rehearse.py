@@ -1,7 +1,7 @@
 """Go through a target of the Dockerfile without Docker: build it in a directory, start it there, ask it, stop it.
 
     python deploy/rehearse.py build ROOT [--build-arg NAME=VALUE] [--env NAME] [--copy PATH] [--bind PATH]
-    python deploy/rehearse.py run ROOT --model DIR --masks DIR [--read-only] [--no-network] [--set NAME=VALUE]
+    python deploy/rehearse.py run ROOT --model DIR --masks DIR [--read-only] [--no-network] [--set NAME=VALUE] [-- ...]
 
 Needs root, and `debootstrap` for a target that begins with `FROM debian:SUITE-slim`. RUN, COPY, ENV, ARG, USER and
 WORKDIR are carried out as Docker does; the rest is kept in ROOT.json for `run`, which starts the entry point as the
@@ -420,7 +420,8 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line; `arguments` of them are those of the entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     steps = parser.add_subparsers(dest="step", required=True)
     building = steps.add_parser("build")
@@ -441,12 +442,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     running.add_argument("--no-network", action="store_true", help="only the loopback interface")
     running.add_argument("--most", type=int, default=3, help="how many masks to try")
     running.add_argument("--prompt", default="Hanoi is")
-    running.add_argument("arguments", nargs="*", help="after --: flags for the entry point")
-    return parser.parse_args(arguments)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = parser.parse_args(arguments[:end])
+    options.arguments = arguments[end + 1 :]  # of the entry point
+    return options
 
 
 def main() -> None:
-    options = _parse(sys.argv[1:])
+    options = parse_options(sys.argv[1:])
     if _ENTERED not in os.environ:  # what is mounted and started in name spaces ends with this process
         spaces = ["--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc"]
         if getattr(options, "no_network", False):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deploy.constraints import constraints
-from deploy.rehearse import CONTEXT, Build, Machine, RehearsalError, expand, in_context, read_stages
+from deploy.rehearse import CONTEXT, Build, Machine, RehearsalError, expand, in_context, parse_options, read_stages
 
 DOCKERFILE = """
 ARG RELEASE=bookworm
@@ -96,6 +96,16 @@ def test_the_dockerfile_of_the_project_is_understood() -> None:
     stages, _ = read_stages((CONTEXT / "Dockerfile").read_text(), {})
     assert list(stages) == ["source", "cpu", "gpu"]
     assert stages["cpu"].base == "debian:bookworm-slim"
+
+
+def test_flags_after_two_dashes_are_those_of_the_entry_point() -> None:
+    words = ["run", "root", "--model", "m", "--masks", "k", "--set", "A=1", "--tmpfs", "/tmp"]
+    options = parse_options([*words, "--", "--dtype", "float32"])
+    assert (options.set, options.tmpfs) == ([("A", "1")], [Path("/tmp")])
+    assert options.arguments == ["--dtype", "float32"]
+    assert parse_options(words).arguments == []
+    with pytest.raises(SystemExit):
+        parse_options([*words, "--set", "A"])
 
 
 def test_constraints_are_what_is_installed() -> None:
