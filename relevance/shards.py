@@ -125,14 +125,21 @@ def measure_with_ray(
         if started:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             _init(ray, address, max(cores, len(shards)))
-        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // len(shards))
-        gpus = min(1.0, torch.cuda.device_count() / len(shards)) if job.device.type == "cuda" else 0
+        cpus, gpus = _share(ray, len(shards), job.device)
         work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(_work)
         _wait(ray, [work.remote(job, shard, cpus) for shard in shards], job.progress, advance)
     finally:
         if started:
             ray.shutdown()
     yield from merged(job, shards)
+
+
+def _share(ray: Any, shards: int, device: torch.device) -> tuple[int, float]:
+    """Cores and GPUs of one of so many tasks: its share of the cluster, and no more than some node has."""
+    cluster = ray.cluster_resources()
+    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+    cpus = max(1, int(min(cluster.get("CPU", 1) // shards, largest)))
+    return cpus, min(1.0, cluster.get("GPU", 0) / shards) if device.type == "cuda" else 0.0
 
 
 def _work(job: Job, shard: Shard, threads: int) -> None:

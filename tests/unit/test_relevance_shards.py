@@ -105,6 +105,27 @@ def test_a_cluster_that_is_not_there(checkpoint: Path) -> None:
         scores_of(checkpoint, 5, Execution(workers=2, ray_address="127.0.0.1:1"))
 
 
+@pytest.fixture
+def nodes() -> Iterator[str]:
+    """The address of a cluster of four nodes, which have a core each."""
+    from ray.cluster_utils import Cluster
+
+    size = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False})
+    for _ in range(3):
+        cluster.add_node(wait=False, **size)
+    cluster.wait_for_nodes()
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.mark.timeout(300)
+def test_a_cluster_by_its_address(nodes: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Half of its cores are more than any node has."""
+    execution = Execution(workers=2, ray_address=nodes, progress=tmp_path / "progress")
+    assert_same(scores_of(checkpoint, 11, execution), scores_of(checkpoint, 11, Execution()))
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """A cluster that is there already, so that its workers need not load everything again for each test."""
