@@ -116,14 +116,13 @@ from importlib.resources import files
 
 import clients, crane_serve, relevance, server
 from clients import presets
-from clients.tasks import parse_task
 from crane_serve.pages.render import html_page
 from relevance.corpus import EMBEDDED_CORPUS, Corpus
 
 (plugin,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="crane")
 print(json.dumps({
     "modules": [module.__file__ for module in (crane_serve, clients, relevance, server)],
-    "presets": [parse_task({"preset": name}, name).name for name in presets.names()],
+    "presets": {name: presets.load(name) for name in presets.names()},
     "documents": {language: len(found) for language, found in Corpus.load(EMBEDDED_CORPUS).documents.items()},
     "plugin": [plugin.value, plugin.dist.name, plugin.load().__module__],
     "typed": [files(package).joinpath("py.typed").is_file() for package in (crane_serve, relevance, clients)],
@@ -169,7 +168,7 @@ def test_the_command_works_outside_of_the_checkout(installed: Path) -> None:
 def test_what_is_installed_is_whole(installed: Path) -> None:
     found = json.loads(_outside(installed, "python", "-c", _OUTSIDE))
     assert [file for file in found["modules"] if not Path(file).is_relative_to(installed.parent)] == []
-    assert found["presets"] == sorted(presets.names())
+    assert found["presets"] == {name: presets.load(name) for name in presets.names()}
     corpus = Corpus.load(EMBEDDED_CORPUS)
     assert found["documents"] == {language: len(documents) for language, documents in corpus.documents.items()}
     assert found["plugin"] == ["crane_serve.engine.plugin:register", "crane-serve", "crane_serve.engine.plugin"]
