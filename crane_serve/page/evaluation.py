@@ -4,7 +4,8 @@ import logging
 from pathlib import Path
 from threading import Lock
 
-from clients.evaluation import EVALUATION_FILE, Evaluation, EvaluationError
+from clients.errors import EvaluationError
+from clients.evaluation import EVALUATION_FILE, Evaluation
 
 _log = logging.getLogger("crane.api")
 

@@ -11,7 +11,7 @@ import gradio
 
 from clients import AsyncCraneClient, CraneError
 from clients.answers import Scores
-from clients.evaluation import EvaluationError
+from clients.errors import EvaluationError
 from crane_serve.masks.library import UNMASKED
 from crane_serve.masks.positions import Positions
 from crane_serve.page import shown
@@ -171,11 +171,11 @@ class _Page:
         try:
             listing, readiness = await self._ask(request, ask)
         except Exception as error:
-            wants_key = isinstance(error, CraneError) and error.status == 401
-            is_new = wants_key and error.code == "missing_api_key"
+            refused = error if isinstance(error, CraneError) and error.status == 401 else None
+            is_new = refused is not None and refused.code == "missing_api_key"
             said = "This server asks for an API key." if is_new else explained(error)
             nothing = gradio.update(choices=[UNMASKED], value=[UNMASKED])
-            row = gradio.update(visible=True) if wants_key or isinstance(error, ValueError) else gradio.skip()
+            row = gradio.update(visible=True) if refused is not None or isinstance(error, ValueError) else gradio.skip()
             return row, shown.status(said, is_error=not is_new), nothing, gradio.update(choices=[], value=[])
         names = [mask.name for mask in listing.masks]
         own = [mask.name for mask in listing.masks if mask.name == f"{listing.default_method}-{mask.language}"]

@@ -203,7 +203,8 @@ class _Answer:
 
 
 def _session(scope: Scope) -> str:
-    return dict(parse_qsl(scope["query_string"].decode("latin-1"))).get("session_hash", "")
+    given = dict(parse_qsl(str(scope["query_string"], "latin-1")))
+    return given.get("session_hash", "")
 
 
 async def _read(scope: Scope, receive: Receive) -> tuple[_Join, Receive]:

@@ -319,7 +319,7 @@ def test_pictures_for_the_docs(browser: Browser, server: FakeServer) -> None:
         visit.page.locator('.example[data-fills="prompt"][lang="vi"]').first.click()
         visit.page.get_by_role("button", name="Generate", exact=True).click()
         expect(visit.status("generated")).to_contain_text("Done under", timeout=120_000)
-        visit.page.screenshot(path=directory / "playground-wide.png")
+        visit.page.screenshot(path=directory / "playground-wide.png", full_page=True)
         visit.tab("Layers").page.get_by_role("button", name="Show the chosen").click()
         expect(visit.status("looked")).to_contain_text("masks")
         visit.page.screenshot(path=directory / "playground-masks.png", full_page=True)
