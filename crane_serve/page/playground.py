@@ -44,7 +44,7 @@ MAX_STREAMS = 256
 
 _MAX_WAITING = 256  # events that wait for their turn
 _MAX_SESSIONS = 256  # whose last values Gradio keeps; the page does not need them
-_POLL_S = 0.02  # of Gradio's queue, whose own choice of 1 ms takes a tenth of a core from an idle server
+_POLL_S = 0.02  # of Gradio's queue, whose own choice is 1 ms, from an idle server too
 _PROGRESS_S = 1.0  # of Gradio's progress bars, which the page has none of
 
 # Gradio's templates are functions made of strings, its styles stand in elements.
