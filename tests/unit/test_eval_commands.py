@@ -169,6 +169,8 @@ def test_without_a_plan_it_is_perplexity_on_a_corpus(server: FakeServer, tmp_pat
     evaluation = Evaluation.read(out)
     assert list(evaluation.masks) == ["none", "attnlrp-en", "zh,vi@0.5"]
     assert evaluation.task("perplexity").items == dict.fromkeys(LANGUAGES, 3)
+    texts = {text for _, text in server.asked if text.startswith("en")}
+    assert texts == {"en text 0", "en text 1", "en text 2"}, "the first, not some from everywhere"
 
 
 def test_a_budget_keeps_the_masks_that_were_allowed_it(server: FakeServer, tmp_path: Path, cli: typer.Typer) -> None:
