@@ -45,6 +45,7 @@ from crane_serve.masks import (
 )
 
 _CPU_KV_CACHE_GIB = "2"
+_CPU_PRIMITIVES = "64"
 
 
 class EngineDead(RuntimeError):
@@ -129,6 +130,8 @@ def configure_engine(model: Path, masks: Path, default_method: str, rows: int, f
     os.environ[ROWS_VARIABLE] = str(rows)
     # Without a limit vLLM takes most of a CPU host's memory for its KV cache.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
+    # oneDNN keeps machine code for each number of tokens that it has seen; by default for 1,024 products, half a GB.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _CPU_PRIMITIVES)
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     arguments = serving_arguments(model, flags, program="crane serve")
