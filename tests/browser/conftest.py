@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.browser)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # a running Playwright leaves its event loop in the thread
 def browser() -> Iterator[Browser]:
     """CRANE_REQUIRE_BROWSER=1 makes it an error that there is none."""
     try:
@@ -38,7 +38,7 @@ def browser() -> Iterator[Browser]:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # a running Playwright leaves its event loop in the thread
 def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of an evaluation."""
     directory = tmp_path_factory.mktemp("evaluation")
@@ -47,7 +47,7 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # a running Playwright leaves its event loop in the thread
 def server(browser: Browser, tmp_path_factory: pytest.TempPathFactory, evaluation: Path) -> Iterator[FakeServer]:
     """Whose engine talks, without keys, with an evaluation."""
     server = FakeServer(tmp_path_factory.mktemp("open"), talks=True, playground=True, evaluation=evaluation)
@@ -55,7 +55,7 @@ def server(browser: Browser, tmp_path_factory: pytest.TempPathFactory, evaluatio
     server.kill()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # a running Playwright leaves its event loop in the thread
 def closed_server(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeServer]:
     """Which asks for keys, and has no evaluation."""
     server = FakeServer(
