@@ -76,6 +76,7 @@ def _serve(
     model: Path, masks: Path, port: int, log: Path, began: float, report: Callable[[str], None]
 ) -> subprocess.Popen[bytes]:
     arguments = ["serve", str(model), "--masks", str(masks), "--port", str(port), "--max-model-len", "2048"]
+    arguments += _dtype_flags()
     _announce(arguments, began, report)
     # By default vLLM leaves one core to the front end, which on two cores is half of the machine.
     environment = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **os.environ}
@@ -83,6 +84,14 @@ def _serve(
         return subprocess.Popen(
             _crane(arguments), env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
+
+
+def _dtype_flags() -> list[str]:
+    """float32 on processors that have nothing faster for bfloat16, which they are slow at."""
+    import torch
+
+    is_slow = not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return ["--dtype", "float32"] if is_slow else []
 
 
 def _wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
