@@ -108,12 +108,12 @@ def environment(masks: Path) -> dict[str, str]:
     return {**kept, **plugin, "VLLM_CPU_KVCACHE_SPACE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def engine_settings(concurrency: int) -> dict[str, Any]:
+def engine_settings(options: argparse.Namespace) -> dict[str, Any]:
     """vLLM's settings, by the names of its Python arguments."""
     return {
-        "dtype": "bfloat16",
+        "dtype": options.dtype,
         "max_model_len": MAX_MODEL_LEN,
-        "max_num_seqs": concurrency,
+        "max_num_seqs": options.concurrency,
         "max_num_batched_tokens": MAX_BATCHED_TOKENS,
         "enable_prefix_caching": False,
     }
@@ -174,7 +174,7 @@ class Service(Server):
     def __init__(self, options: argparse.Namespace, log: Path, *flags: str) -> None:
         crane = str(Path(sys.executable).with_name("crane"))
         command = [crane, "serve", str(options.model), "--masks", str(options.masks), *flags]
-        command += as_flags(engine_settings(options.concurrency))
+        command += as_flags(engine_settings(options))
         super().__init__("crane", command, environment(options.masks), log, "/ready")
 
 
@@ -184,7 +184,7 @@ class PlainServer(Server):
     def __init__(self, options: argparse.Namespace, log: Path, *flags: str) -> None:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.model)]
         command += ["--served-model-name", options.model.name, "--host", "127.0.0.1", *flags]
-        command += as_flags(engine_settings(options.concurrency))
+        command += as_flags(engine_settings(options))
         settings = {name: value for name, value in environment(options.masks).items() if not name.startswith("CRANE_")}
         super().__init__("vllm", command, {**settings, "VLLM_PLUGINS": ""}, log, "/health")
 
@@ -262,7 +262,7 @@ def over_http(address: str, way: str, prompts: Sequence[Prompt], max_tokens: int
 
 def measure_throughput(options: argparse.Namespace, masks: Sequence[str]) -> dict[str, Any]:
     texts = text_pieces(options.prompts)
-    settings = {"model": str(options.model), "engine": engine_settings(options.concurrency)}
+    settings = {"model": str(options.model), "engine": engine_settings(options)}
     command = [sys.executable, __file__, "--offline-worker", json.dumps(settings)]
     measurements: list[dict[str, Any]] = []
     with (
@@ -601,7 +601,7 @@ def run(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     content: dict[str, Any] = {
-        "settings": {**shown, "masks": masks, "engine": engine_settings(options.concurrency)},
+        "settings": {**shown, "masks": masks, "engine": engine_settings(options)},
         "machine": machine(),
         "took_s": {},
     }
@@ -622,6 +622,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("measurements", nargs="*", metavar="MEASUREMENT", help=f"of {', '.join(MEASUREMENTS)}")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--concurrency", type=int, default=64, help="max_num_seqs of the engines")
+    parser.add_argument("--dtype", default="bfloat16", help="of the engines; float32 where bfloat16 is slow")
     parser.add_argument("--prompts", type=int, default=500, help="of one measurement")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--repetitions", type=int, default=6, help="of every way of throughput and bench")

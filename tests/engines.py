@@ -101,12 +101,14 @@ class Server:
     log: Path
 
     @classmethod
-    def start(cls, model: Path, masks: Path, log: Path, *flags: str, core: int, port: int | None = None) -> "Server":
+    def start(
+        cls, model: Path, masks: Path, log: Path, *flags: str, core: int | str, port: int | None = None
+    ) -> "Server":
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = port or probe.getsockname()[1]
         command = [sys.executable, "-m", "crane_serve", "serve", str(model), "--masks", str(masks)]
-        # vLLM binds every worker to the first core by default; two engines at once want one each.
+        # vLLM binds every worker to the first core by default; two engines at once want one each. Ranks: `0|1`.
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core)}
         with log.open("wb") as output:
             process = subprocess.Popen(
