@@ -11,7 +11,7 @@ import pytest
 from crane_serve.masks import MaskLibrary
 from tests.engines import Oracle, Server, add_output_mask, random_masks
 from tests.jobs import Jobs
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, add_token_beyond, tiny_model
 
 GEMMA = Path(__file__).parent.parent / "models" / "gemma-3-270m"
 TINY_CHUNK_TOKENS = 64
@@ -41,6 +41,7 @@ class Engines:
         self.directory = directory
         checkpoint, masks = directory / "tiny", directory / "tiny-masks"
         self.tiny = Tiny(tiny_model("llama", checkpoint), masks, random_masks(checkpoint, masks, share=0.4))
+        add_token_beyond(checkpoint)
         self.output_masks = directory / "tiny-output-masks"
         self.output_library = add_output_mask(self.tiny.library, self.output_masks)
         (masks / "corrupt.safetensors").write_bytes(b"not a mask")

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 BOS, EOS = "<s>", "</s>"
+BEYOND = "<beyond>"
 LAYERS, HIDDEN, NEURONS = 3, 64, 160
 
 
@@ -87,6 +88,13 @@ def tiny_model(
     model.to(dtype).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
+
+
+def add_token_beyond(checkpoint: Path) -> None:
+    """Teach a checkpoint's tokenizer BEYOND, which the model has no embedding for."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    tokenizer.add_special_tokens({"additional_special_tokens": [BEYOND]})
+    tokenizer.save_pretrained(checkpoint)
 
 
 def mlp_projections(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:

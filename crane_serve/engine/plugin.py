@@ -2,11 +2,14 @@
 
 What is wrapped, each once per process:
 - EngineArgs.create_engine_config: decides whether this engine serves masks, and refuses what cannot be exact;
-- InputProcessor.process_inputs (front end): admission, so that a bad mask is the caller's error;
+- InputProcessor.process_inputs (front end): admission, so that a bad mask is the caller's error, and so is a token
+  beyond the model's vocabulary;
+- BaseRenderer.validate_token_ids (front end): says which token is beyond which vocabulary;
 - to_beam_search_params of vLLM's own HTTP requests (front end): beam search would drop the mask, so it is refused;
 - what vLLM's own server and offline classes would drop a mask in: see `vllm_routes`;
 - EngineCore.preprocess_add_request (engine core): admission again, and the prefix-cache salt;
-- generate_block_hash_extra_keys (engine core): the salt of blocks with generated tokens, if only some are masked;
+- generate_block_hash_extra_keys (engine core): the salt of blocks with generated tokens, if only some are masked, in
+  hashes and in KV events;
 - EngineCore.add_request (engine core): a mask without a row is refused, content that nobody needs any more forgotten;
 - WorkerWrapperBase.init_device (worker): gives the model runner its masks, through MaskedRunner (V1)
   or MaskedModelState (V2).
@@ -22,6 +25,7 @@ from crane_serve.engine.admission import MASK_ARGUMENT, admit, asked_mask, looks
 from crane_serve.engine.config import MASKS_VARIABLE, add_mask_config, mask_config, masks_disabled
 from crane_serve.engine.prefix_cache import check_salt, generated_salt, salted, with_generated_salt
 from crane_serve.engine.support import UnsupportedEngine, check_engine, check_version
+from crane_serve.engine.vocabulary import drop_impossible, require_embeddings, validate_token_ids
 from crane_serve.engine.wrapping import wrap
 from crane_serve.masks import MaskError, MaskTableFull, ResolvedMask
 
@@ -53,7 +57,8 @@ def install() -> None:
 
     check_version(vllm.__version__)
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.core import kv_cache_utils
+    from vllm.renderers.base import BaseRenderer
+    from vllm.v1.core import block_pool, kv_cache_utils
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.worker_base import WorkerWrapperBase
@@ -61,9 +66,11 @@ def install() -> None:
     wrap(EngineArgs, "create_engine_config", _create_engine_config)
     wrap(InputProcessor, "__init__", _init_front_end)
     wrap(InputProcessor, "process_inputs", _process_inputs)
+    wrap(BaseRenderer, "validate_token_ids", validate_token_ids)
     wrap(EngineCore, "preprocess_add_request", _preprocess_add_request)
     wrap(EngineCore, "add_request", _add_request)
-    wrap(kv_cache_utils, "generate_block_hash_extra_keys", _block_keys)
+    for module in (kv_cache_utils, block_pool):  # the second imports it by name, for KV events
+        wrap(module, "generate_block_hash_extra_keys", _block_keys)
     wrap(WorkerWrapperBase, "init_device", _init_device)
     setattr(EngineCore, changes.CHANGE_METHOD, changes.change_in_core)
     setattr(EngineCore, changes.FORGET_METHOD, changes.forget_in_core)
@@ -119,6 +126,8 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
     request = original(self, *args, **kwargs)  # an EngineCoreRequest with its own copy of the sampling parameters
     from vllm.exceptions import VLLMValidationError
 
+    require_embeddings(self.vllm_config, request, self.tokenizer)
+    drop_impossible(self.vllm_config, request.sampling_params)
     try:
         admit(self.vllm_config, request.sampling_params, resumable=request.resumable)
         check_salt(request.cache_salt)
@@ -131,6 +140,7 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
 
 def _preprocess_add_request(original: Callable[..., Any], self: Any, request: Any) -> Any:
     # An error here is sent to the client as a failed request (EngineCoreProc) or raised to the caller (in-process).
+    require_embeddings(self.vllm_config, request)
     resolved = admit(self.vllm_config, request.sampling_params, resumable=request.resumable)
     request.cache_salt = salted(resolved, request.cache_salt)
     admitted = original(self, request)

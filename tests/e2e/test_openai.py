@@ -14,6 +14,7 @@ from clients import CraneClient
 from crane_serve.masks import NeuronMask
 from tests.conftest import Tiny
 from tests.engines import Oracle, Server
+from tests.tiny import BEYOND
 
 pytestmark = pytest.mark.engine
 
@@ -254,6 +255,49 @@ def test_each_refusal_is_the_clients_exception_for_it(
         client.completions.create(**{"model": model, "prompt": TEXT, "max_tokens": 4, **arguments})
     assert (type(raised.value), raised.value.code) == (error, code)
     assert raised.value.body["message"]
+
+
+@pytest.mark.parametrize("mask", ["none", "zh"])
+def test_a_token_beyond_the_vocabulary_is_named_on_every_route_and_ends_nothing(
+    tiny_oracle: Oracle, openai_server: Server, mask: str
+) -> None:
+    """The tokenizer has one token more than the model, which vLLM takes for one of the model's."""
+    text = f"Look: {BEYOND} Hà Nội là"
+    ids = tiny_oracle.tokenizer(text)["input_ids"]
+    beyond = max(ids)
+    assert beyond == tiny_oracle.model.config.vocab_size
+    messages = [{"role": "user", "content": text}]
+    requests: list[tuple[str, dict[str, Any]]] = [
+        ("/generate", {"prompt": text}),
+        ("/generate", {"prompt": ["fine", text], "stream": True}),
+        ("/score", {"text": ["fine", text]}),
+        ("/score", {"context": text, "continuations": ["yes"]}),
+        ("/score", {"context": "Look:", "continuations": ["yes", BEYOND]}),
+        ("/v1/completions", {"prompt": text}),
+        ("/v1/completions", {"prompt": text, "echo": True, "logprobs": 1, "max_tokens": 0}),
+        ("/v1/completions", {"prompt": [text, "fine"], "stream": True}),
+        ("/v1/completions", {"prompt": ids}),
+        ("/v1/completions", {"prompt": [[0, 5], ids]}),
+        ("/v1/completions", {"prompt": [0, 5, beyond + 1000]}),
+        ("/v1/completions", {"prompt": [0, -1]}),
+        ("/v1/chat/completions", {"messages": messages}),
+        ("/v1/chat/completions", {"messages": messages, "stream": True}),
+        ("/v1/chat/completions/batch", {"messages": [messages, messages]}),
+        ("/v1/responses", {"input": text}),
+        ("/v1/messages", {"messages": messages, "max_tokens": 4}),
+        ("/inference/v1/generate", {"token_ids": ids, "sampling_params": {"max_tokens": 4}}),
+    ]
+    for path, body in requests:
+        model = {} if path in ("/generate", "/score") else {"model": "tiny"}
+        answer = httpx.post(f"{openai_server.url}{path}?mask={mask}", json={**model, **body}, timeout=DEADLINE_S)
+        assert answer.status_code == 400, (path, body, answer.text)
+        message = answer.json()["error"]["message"]
+        assert "token " in message, (path, message)
+        assert f"{beyond} tokens" in message, (path, message)
+        if "beyond" in json.dumps(body):
+            assert f"token {beyond} ('{BEYOND}')" in message, (path, message)
+        fine = httpx.post(f"{openai_server.url}/score?mask={mask}", json={"text": [TEXT]}, timeout=DEADLINE_S)
+        assert fine.status_code == 200, (path, fine.text)
 
 
 async def test_a_full_mask_table_is_a_rate_limit_until_a_client_has_gone(url: str) -> None:

@@ -1,6 +1,7 @@
 """Masks under vLLM's own scheduler: parity, mixing, chunked prefill, prefix cache, admission."""
 
 import json
+from itertools import product
 
 import pytest
 
@@ -9,6 +10,7 @@ from crane_serve.masks import MaskLibrary
 from tests.conftest import Engines
 from tests.engine.offline import BLOCK_TOKENS, CHUNK_TOKENS, LONG, PROMPTS, generate
 from tests.engines import Oracle
+from tests.tiny import BEYOND
 
 pytestmark = pytest.mark.engine
 
@@ -132,6 +134,25 @@ def test_a_union_in_another_order_is_the_same_mask(llm) -> None:
 def test_a_bad_mask_is_refused_and_the_engine_lives(llm, mask, message: str) -> None:
     with pytest.raises(Exception, match=message):
         generate(llm, [PROMPTS[0]], [mask])
+    assert generate(llm, [PROMPTS[0]], ["zh"])[0]["tokens"]
+
+
+def test_a_token_beyond_the_vocabulary_is_named_and_the_engine_lives(llm) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    for mask, prompt in product((None, "zh"), (f"Look: {BEYOND}", {"prompt_token_ids": [0, 258]})):
+        with pytest.raises(VLLMValidationError, match=rf"token 258 \('{BEYOND}'\) .* 258 tokens"):
+            generate(llm, [prompt], [mask], score=True)
+    assert generate(llm, [PROMPTS[0]], ["zh"])[0]["tokens"]
+
+
+def test_the_engine_core_refuses_a_token_that_the_front_end_let_through(llm, monkeypatch: pytest.MonkeyPatch) -> None:
+    from crane_serve.engine import plugin
+
+    monkeypatch.setattr(plugin, "require_embeddings", lambda *_: None)
+    answer = llm.generate([f"Look: {BEYOND}"], _masked_parameters("zh"), use_tqdm=False)[0]
+    assert answer.outputs[0].finish_reason == "error"
+    monkeypatch.undo()
     assert generate(llm, [PROMPTS[0]], ["zh"])[0]["tokens"]
 
 
