@@ -65,7 +65,7 @@ class Delta(Answer):
 class Score(Answer):
     """Log-probability of one text or continuation.
 
-    logprob: nats, summed over its tokens (those after BOS); tokens: how many; bytes: its length in UTF-8;
+    logprob: nats, summed over the tokens scored; tokens: how many; bytes: their length in UTF-8;
     is_greedy: for continuations, whether greedy decoding would have produced it.
     """
 
@@ -183,12 +183,18 @@ class MaskListing(Answer):
 
 
 class Readiness(Answer):
-    """Answer of /ready: the model, its fingerprint (what masks are checked against) and the server's version."""
+    """Answer of /ready: the model, its fingerprint (what masks are checked against) and the server's version.
+
+    prompt_start: token ids before a prompt or a context by default, text_start: the one before a text that is scored
+    from its start; None for a server that does not say.
+    """
 
     status: str
     model: str
     fingerprint: dict[str, JsonValue]
     version: str | None = None
+    prompt_start: tuple[int, ...] | None = None
+    text_start: int | None = None
 
 
 class Health(Answer):

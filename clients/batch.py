@@ -10,6 +10,7 @@ from clients.answers import GenerationResult, ScoresResult
 from clients.calls import Call, Sampling
 from clients.errors import TRANSIENT_STATUS, CraneError
 from clients.retries import RetryPolicy
+from crane_serve.checkpoints.prefix import AddBos, Join
 
 MOST_LINES, MOST_BYTES = 2000, 8 * 2**20  # of one call; a server buffers more, so it takes all before it is read
 ResultType = TypeVar("ResultType", GenerationResult, ScoresResult)
@@ -29,6 +30,8 @@ class ScoreItem(TypedDict, total=False):
     text: list[str]
     context: str
     continuations: list[str]
+    add_bos: AddBos
+    join: Join
     mask: str | None
     id: str | int
 

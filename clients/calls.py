@@ -10,8 +10,10 @@ from pydantic import ValidationError
 
 from clients.answers import Generation, Health, MaskListing, MaskNeurons, MaskSummary, Readiness, Scores
 from clients.errors import CraneError
+from crane_serve.checkpoints.prefix import AddBos, Join
 
 AnswerType = TypeVar("AnswerType")
+_DEFAULTS = {"add_bos": "auto", "join": "shared"}  # the server's
 
 
 class Sampling(TypedDict, total=False):
@@ -25,6 +27,7 @@ class Sampling(TypedDict, total=False):
     logprobs: int
     repetition_penalty: float  # above 1, tokens of the prompt and of the text so far become less likely
     positions: str  # which tokens the mask is for: all, prompt or generated
+    add_bos: AddBos  # whether the model's start token stands before the prompt; "auto" is as the tokenizer does
 
 
 @dataclass(frozen=True)
@@ -68,25 +71,33 @@ class Call(Generic[AnswerType]):
             ) from error
 
 
+def chosen(**options: Any) -> dict[str, Any]:
+    """The options without how texts are read by default, so that what was asked before there was a choice stays so."""
+    return {name: value for name, value in options.items() if name not in _DEFAULTS or value != _DEFAULTS[name]}
+
+
 def generate(
     prompt: str | Sequence[str], mask: str | None, sampling: Sampling, *, stream: bool = False
 ) -> Call[Generation]:
     """Complete one prompt or several."""
     prompts = prompt if isinstance(prompt, str) else list(prompt)
-    body: dict[str, Any] = {"prompt": prompts, **sampling}
+    body: dict[str, Any] = {"prompt": prompts, **chosen(**sampling)}
     if stream:
         body["stream"] = True
     return Call("POST", "generate", Generation.model_validate_json, _mask_query(mask), body)
 
 
-def score_text(texts: str | Sequence[str], mask: str | None) -> Call[Scores]:
+def score_text(texts: str | Sequence[str], mask: str | None, add_bos: AddBos) -> Call[Scores]:
     """Score whole texts."""
-    return Call("POST", "score", Scores.model_validate_json, _mask_query(mask), {"text": _as_list(texts)})
+    body = {"text": _as_list(texts), **chosen(add_bos=add_bos)}
+    return Call("POST", "score", Scores.model_validate_json, _mask_query(mask), body)
 
 
-def score_continuations(context: str, continuations: Sequence[str], mask: str | None) -> Call[Scores]:
+def score_continuations(
+    context: str, continuations: Sequence[str], mask: str | None, add_bos: AddBos, join: Join
+) -> Call[Scores]:
     """Score continuations of one context."""
-    body = {"context": context, "continuations": _as_list(continuations)}
+    body = {"context": context, "continuations": _as_list(continuations), **chosen(add_bos=add_bos, join=join)}
     return Call("POST", "score", Scores.model_validate_json, _mask_query(mask), body)
 
 

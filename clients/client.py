@@ -31,6 +31,7 @@ from clients.calls import AnswerType, Call, Sampling
 from clients.errors import CraneError
 from clients.retries import Patience, RetryPolicy
 from clients.stream import AsyncGenerationStream, GenerationStream
+from crane_serve.checkpoints.prefix import AddBos, Join
 
 DEFAULT_SERVER = "http://127.0.0.1:8000"
 KEY_VARIABLE = "CRANE_API_KEY"
@@ -65,6 +66,8 @@ class CraneClient(_Client):
 
     Every method raises CraneError: at once for refusals (400, 404, 422, ...), and once `retries` is exhausted for
     429, 503 and failed connections. mask: a name, names joined with commas (their union), or None for unmasked.
+    add_bos: what stands before a text that does not begin with it: True the model's start token, False nothing, "auto"
+    what lm-evaluation-harness puts there; join: "length" for the harness's reading of a token that reaches across.
     api_key: sent with every request; default: the environment variable CRANE_API_KEY, if it is set. Raises ValueError
     if `server` is not an http address, or the key cannot be one.
     """
@@ -95,13 +98,21 @@ class CraneClient(_Client):
         call = calls.generate(prompt, mask, sampling, stream=True)
         return self._retries.blocking()(self._open, call)
 
-    def score_text(self, texts: str | Sequence[str], *, mask: str | None = None) -> Scores:
-        """Log-probabilities of whole texts."""
-        return self._send(calls.score_text(texts, mask))
+    def score_text(self, texts: str | Sequence[str], *, mask: str | None = None, add_bos: AddBos = "auto") -> Scores:
+        """Log-probabilities of whole texts. With `add_bos=False` their first tokens are not scored."""
+        return self._send(calls.score_text(texts, mask, add_bos))
 
-    def score_continuations(self, context: str, continuations: Sequence[str], *, mask: str | None = None) -> Scores:
-        """Log-probabilities of continuations given `context`."""
-        return self._send(calls.score_continuations(context, continuations, mask))
+    def score_continuations(
+        self,
+        context: str,
+        continuations: Sequence[str],
+        *,
+        mask: str | None = None,
+        add_bos: AddBos = "auto",
+        join: Join = "shared",
+    ) -> Scores:
+        """Log-probabilities of continuations given `context`. join: where their tokens begin."""
+        return self._send(calls.score_continuations(context, continuations, mask, add_bos, join))
 
     def masks(self) -> MaskListing:
         """The masks the server holds."""
@@ -261,15 +272,23 @@ class AsyncCraneClient(_Client):
             self._slots.release()
             raise
 
-    async def score_text(self, texts: str | Sequence[str], *, mask: str | None = None) -> Scores:
-        """Log-probabilities of whole texts."""
-        return await self._send(calls.score_text(texts, mask))
+    async def score_text(
+        self, texts: str | Sequence[str], *, mask: str | None = None, add_bos: AddBos = "auto"
+    ) -> Scores:
+        """Log-probabilities of whole texts. With `add_bos=False` their first tokens are not scored."""
+        return await self._send(calls.score_text(texts, mask, add_bos))
 
     async def score_continuations(
-        self, context: str, continuations: Sequence[str], *, mask: str | None = None
+        self,
+        context: str,
+        continuations: Sequence[str],
+        *,
+        mask: str | None = None,
+        add_bos: AddBos = "auto",
+        join: Join = "shared",
     ) -> Scores:
-        """Log-probabilities of continuations given `context`."""
-        return await self._send(calls.score_continuations(context, continuations, mask))
+        """Log-probabilities of continuations given `context`. join: where their tokens begin."""
+        return await self._send(calls.score_continuations(context, continuations, mask, add_bos, join))
 
     async def masks(self) -> MaskListing:
         """The masks the server holds."""

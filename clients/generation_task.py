@@ -37,7 +37,7 @@ class GenerationTask(RowTask):
         prompt = shots + self.prompt.render(row)
         if not prompt:
             raise EvaluationError("the prompt is empty; expected a text")
-        request = Generate(prompt, self.max_tokens, self.stop, self.repetition_penalty)
+        request = Generate(prompt, self.max_tokens, self.stop, self.repetition_penalty, self.add_bos)
         return Item(str(row["id"]), language, request, self.reference(row, language))
 
     def shown(self, item: Item, answer: Scored | Generated) -> str:

@@ -32,7 +32,8 @@ class Settings(BaseModel):
     """What a run asks, of which server.
 
     plan: as in a plan file; fingerprint: of the model; masks: by name, `none` first; task_masks: task -> the names of
-    the masks that it is asked under.
+    the masks that it is asked under; prompt_start, text_start: the tokens before contexts and before texts, as of
+    Readiness.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -43,6 +44,8 @@ class Settings(BaseModel):
     server_version: str | None
     masks: dict[str, PlannedMask]
     task_masks: dict[str, tuple[str, ...]]
+    prompt_start: tuple[int, ...] | None = None
+    text_start: int | None = None
     created_by: str = f"crane-serve {crane_serve.__version__}"
 
     def differences(self, earlier: "Settings") -> list[str]:
@@ -51,11 +54,20 @@ class Settings(BaseModel):
         changed = changed_keys(earlier.fingerprint, self.fingerprint)
         if changed:
             found.append(f"the model (its {', '.join(changed)}; then {earlier.model}, now {self.model})")
+        then, now = earlier._before_contexts(self), self._before_contexts(earlier)
+        if then != now:
+            found.append(f"the tokens that stand before a context (then {then}, now {now})")
         for name, mask in self.masks.items():
             before = earlier.masks.get(name)
             if before is not None and before.digest != mask.digest:
                 found.append(f"mask {name!r} (digest {short(before.digest)}; now {short(mask.digest)})")
         return found
+
+    def _before_contexts(self, other: "Settings") -> list[int] | None:
+        """The tokens before a context. A server that does not say puts there what stands before whole texts."""
+        if self.prompt_start is not None:
+            return list(self.prompt_start)
+        return None if other.text_start is None else [other.text_start]
 
 
 class ItemResult(BaseModel):

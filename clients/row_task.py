@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, StrictBool
 
 from clients.answers import Score
 from clients.errors import EvaluationError
@@ -25,7 +25,9 @@ class RowTask(Task):
     source: of the rows; where: a template that gives something true for the rows to keep (items and examples), None for
     all; limit: at most
     how many items; pick: `spread` takes them at even distances, so from the same places in parallel languages, `first`
-    the first ones; words: language -> name -> wording.
+    the first ones; words: language -> name -> wording; add_bos: what stands before a text, a context or a prompt that
+    does not begin with it: true the start token that the model was trained with, false nothing, `auto` what
+    lm-evaluation-harness puts there.
 
     Few-shot: shots: how many solved examples stand before each item; shots_source: where they come from, None for the
     rows themselves; shots_by: a field that examples share with the item, such as the subject; shot_separator: follows
@@ -38,6 +40,7 @@ class RowTask(Task):
     limit: Annotated[int, Field(ge=1)] | None = None
     pick: Literal["spread", "first"] = "spread"
     words: dict[str, dict[str, JsonValue]] = Field(default={})
+    add_bos: StrictBool | Literal["auto"] = "auto"
     shots: Annotated[int, Field(ge=0, le=MAX_SHOTS)] = 0
     shots_source: Source | None = None
     shots_by: str | None = None

@@ -234,17 +234,19 @@ class Run:
 
     async def _send(self, item: Item, mask: str | None) -> _Answered:
         match item.request:
-            case ScoreText(text):
-                scores = await self._client.score_text(text, mask=mask)
+            case ScoreText(text, add_bos):
+                scores = await self._client.score_text(text, mask=mask, add_bos=add_bos)
                 if len(scores.scores) != 1 or scores.scores[0].tokens < 1:
                     raise _unexpected(f"one score of at least one token, got {len(scores.scores)} scores")
                 return Scored(scores=scores.scores), scores.mask, scores.usage
-            case ScoreContinuations(context, continuations):
-                scores = await self._client.score_continuations(context, continuations, mask=mask)
+            case ScoreContinuations(context, continuations, add_bos, join):
+                scores = await self._client.score_continuations(
+                    context, continuations, mask=mask, add_bos=add_bos, join=join
+                )
                 if len(scores.scores) != len(continuations):
                     raise _unexpected(f"{len(continuations)} scores, got {len(scores.scores)}")
                 return Scored(scores=scores.scores), scores.mask, scores.usage
-            case Generate(prompt, max_tokens, stop, repetition_penalty):
+            case Generate(prompt, max_tokens, stop, repetition_penalty, add_bos):
                 generation = await self._client.generate(
                     prompt,
                     mask=mask,
@@ -252,6 +254,7 @@ class Run:
                     temperature=0.0,
                     stop=list(stop),
                     repetition_penalty=repetition_penalty,
+                    add_bos=add_bos,
                 )
                 if len(generation.outputs) != 1:
                     raise _unexpected(f"one output, got {len(generation.outputs)}")
@@ -333,6 +336,8 @@ def _settle(plan: Plan, readiness: Readiness, masks: dict[str, PlannedMask]) -> 
         model=readiness.model,
         fingerprint=readiness.fingerprint,
         server_version=readiness.version,
+        prompt_start=readiness.prompt_start,
+        text_start=readiness.text_start,
         masks=masks,
         task_masks=of_tasks,
     )

@@ -12,6 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from clients.answers import Score
+from clients.calls import chosen
+from crane_serve.checkpoints.prefix import AddBos, Join
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class ScoreText:
     """Ask for the log-probability of a whole text."""
 
     text: str
+    add_bos: AddBos = "auto"
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class ScoreContinuations:
 
     context: str
     continuations: tuple[str, ...]
+    add_bos: AddBos = "auto"
+    join: Join = "shared"
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Generate:
     max_tokens: int
     stop: tuple[str, ...] = ()
     repetition_penalty: float = 1.0
+    add_bos: AddBos = "auto"
 
 
 Request = ScoreText | ScoreContinuations | Generate
@@ -58,7 +64,7 @@ class Item:
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of what is asked and of what the answer is compared with."""
-        content = [type(self.request).__name__, asdict(self.request), dict(self.reference)]
+        content = [type(self.request).__name__, chosen(**asdict(self.request)), dict(self.reference)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property

@@ -11,6 +11,7 @@ from clients.row_task import RowTask, scores_of
 from clients.sources import Row
 from clients.task import Generated, Item, Metric, ScoreContinuations, Scored, ScoreOf, Value
 from clients.templates import Template
+from crane_serve.checkpoints.prefix import Join
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -33,7 +34,8 @@ class Choice(RowTask):
 
     question is the harness's `doc_to_text`, choices `doc_to_choice`, answer `doc_to_target`, delimiter
     `target_delimiter`, shot_separator `fewshot_delimiter`, accuracy `acc` and accuracy_norm `acc_norm`. Both move white
-    space from the end of a context into its continuations.
+    space from the end of a context into its continuations. A token that reaches from the context into the choice is
+    scored with the choice; `join: length` reads it as the harness does, which drops what it has of the choice.
 
     question: a template; choices: a template that gives a list, or a list of templates; they may be more or fewer from
     row to row, two at least. answer: a template that gives the index of the right choice from 0, or its text; with
@@ -47,6 +49,7 @@ class Choice(RowTask):
     answer: Template
     letters: bool = False
     delimiter: str = " "
+    join: Join = "shared"
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -61,9 +64,8 @@ class Choice(RowTask):
     def item(self, row: Row, language: str, shots: str) -> Item:
         """A context with the choices as its continuations."""
         choices = self._choices(row)
-        request = ScoreContinuations(
-            shots + self.question.render(row), tuple(self.delimiter + choice for choice in choices)
-        )
+        context, continuations = shots + self.question.render(row), tuple(self.delimiter + choice for choice in choices)
+        request = ScoreContinuations(context, continuations, self.add_bos, self.join)
         return Item(str(row["id"]), language, request, {"choices": list(choices), "answer": self._right(row, choices)})
 
     def example(self, row: Row) -> str:

@@ -14,6 +14,7 @@ from clients.row_task import RowTask, at_row, scores_of
 from clients.sources import Row
 from clients.task import Generated, Item, Metric, ScoreContinuations, Scored, ScoreOf, Value
 from clients.templates import Template
+from crane_serve.checkpoints.prefix import Join
 
 MAX_CANDIDATES = 1024  # what /score takes in one request
 ALL_ANSWERS = "answers"
@@ -38,7 +39,7 @@ class Cloze(RowTask):
 
     prompt: a template; candidates: a list, a template that gives one, or the word `answers` for all answers of the rows
     in the language; 2 to 1024 different ones, one of them the answer and one not. answer: a template that gives a text,
-    or a list of texts any of which is right.
+    or a list of texts any of which is right. join: as of a `choice`.
     """
 
     kind: ClassVar[str] = "cloze"
@@ -47,6 +48,7 @@ class Cloze(RowTask):
     candidates: Literal["answers"] | Template | Annotated[tuple[str, ...], Field(min_length=2)] = "answers"
     answer: Template = Template("{{ answer }}")
     delimiter: str = " "
+    join: Join = "shared"
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -77,9 +79,8 @@ class Cloze(RowTask):
             raise EvaluationError(f"the answer {' or '.join(map(repr, answers))} is not one of the candidates")
         if len(right) == len(candidates):
             raise EvaluationError("all candidates are right; expected a wrong one at least")
-        request = ScoreContinuations(
-            shots + self.prompt.render(row), tuple(self.delimiter + candidate for candidate in candidates)
-        )
+        continuations = tuple(self.delimiter + candidate for candidate in candidates)
+        request = ScoreContinuations(shots + self.prompt.render(row), continuations, self.add_bos, self.join)
         return Item(str(row["id"]), language, request, {"candidates": list(candidates), "right": list(right)})
 
     def example(self, row: Row) -> str:

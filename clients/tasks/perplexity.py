@@ -23,7 +23,8 @@ _METRICS = (
 
 
 class Perplexity(RowTask):
-    """Negative log-likelihood of whole texts, every token after BOS; exp(nats_per_token) is the perplexity.
+    """Negative log-likelihood of whole texts, every token after BOS (or after EOS, for a tokenizer without BOS);
+    exp(nats_per_token) is the perplexity. With `add_bos: false` the first token has nothing before it and is left out.
 
     Both figures are corpus totals, so that each token (or byte) counts the same. Bits per byte compares models with
     different tokenizers (lm-evaluation-harness's `bits_per_byte`). It makes no LangSpec-F1 score, since exp(-bits) is
@@ -47,7 +48,7 @@ class Perplexity(RowTask):
 
     def item(self, row: Row, language: str, shots: str) -> Item:
         """A text to be scored."""
-        return Item(str(row["id"]), language, ScoreText(self.text.render(row)))
+        return Item(str(row["id"]), language, ScoreText(self.text.render(row), self.add_bos))
 
     def example(self, row: Row) -> str:
         """The text."""

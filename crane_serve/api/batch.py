@@ -139,7 +139,6 @@ class _Kind(ABC, Generic[_L]):
     """What differs between the two batches."""
 
     line: type[_L]
-    from_start: bool
 
     def __init__(self, engine: EngineService, query: MaskQuery) -> None:
         self.engine = engine
@@ -156,7 +155,6 @@ class _Kind(ABC, Generic[_L]):
 
 class _Generations(_Kind[GenerateLine]):
     line = GenerateLine
-    from_start = False
 
     def __init__(self, engine: EngineService, query: GenerateQuery) -> None:
         super().__init__(engine, query)
@@ -173,7 +171,6 @@ class _Generations(_Kind[GenerateLine]):
 
 class _Scores(_Kind[ScoreLine]):
     line = ScoreLine
-    from_start = True
 
     def prepare(self, body: ScoreLine) -> tuple[ResolvedMask | None, list[str]]:
         return score.mask_of(self.engine.library, self.query, body), body.texts
@@ -263,7 +260,7 @@ class _Batch(_Lines, Generic[_L]):
         """Encode the texts of all jobs together; if that fails, one by one, to know whose fault it is."""
         try:
             texts = [text for job in jobs for text in job.texts]
-            encoded = iter(await self._kind.engine.encode(texts, from_start=self._kind.from_start))
+            encoded = iter(await self._kind.engine.encode(texts))
             for job in jobs:
                 job.encoded = list(islice(encoded, len(job.texts)))
         except Exception as error:

@@ -32,6 +32,7 @@ from crane_serve.api.schemas import (
     Token,
     Usage,
 )
+from crane_serve.api.sequences import prompts_of
 from crane_serve.engine.service import EngineService, SampledToken, Sampling, Step, TokenLogprob
 from crane_serve.masks import MaskLibrary, ResolvedMask
 
@@ -81,14 +82,17 @@ def mask_of(library: MaskLibrary, query: GenerateQuery, body: GenerateRequest) -
 
 
 class Generation:
-    """The prompts of one request, as token ids, on their way through the engine; `answer` or `events`, once."""
+    """The prompts of one request on their way through the engine; `answer` or `events`, once.
+
+    encoded: their token ids without special tokens. Raises BadRequest for a start token that the model lacks.
+    """
 
     def __init__(
-        self, engine: EngineService, body: GenerateRequest, prompts: list[list[int]], mask: ResolvedMask | None
+        self, engine: EngineService, body: GenerateRequest, encoded: list[list[int]], mask: ResolvedMask | None
     ) -> None:
         self._engine = engine
         self._mask = mask
-        self._prompts = prompts
+        self._prompts = prompts_of(body, encoded, engine.start_tokens)
         self._sampling = Sampling(
             max_tokens=body.max_tokens,
             temperature=body.temperature,

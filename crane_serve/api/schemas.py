@@ -6,6 +6,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from crane_serve.checkpoints.prefix import AddBos, Join
 from crane_serve.masks import Fingerprint, Positions, ResolvedMask, StoredMask
 
 MAX_ITEMS = 1024
@@ -27,6 +28,11 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     mask: str | None = Field(None, description="Mask name, or names joined with commas; 'none' for no mask")
+    add_bos: AddBos = Field(
+        "auto",
+        description="What stands before a text that does not begin with it: true the model's start token, false "
+        "nothing, auto what lm-evaluation-harness puts there",
+    )
 
 
 class GenerateRequest(_Request):
@@ -102,6 +108,11 @@ class ScoreRequest(_Request):
     text: Annotated[list[_TextOrEmpty], Field(min_length=1, max_length=MAX_ITEMS)] | None = None
     context: _TextOrEmpty | None = None
     continuations: Annotated[list[_Text], Field(min_length=1, max_length=MAX_ITEMS)] | None = None
+    join: Join = Field(
+        "shared",
+        description="Where a continuation's tokens begin: after those that the context has alone, too (shared), or "
+        "after as many as it has alone (length), as in lm-evaluation-harness",
+    )
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -349,6 +360,8 @@ class Ready(BaseModel):
     version: str
     fingerprint: Fingerprint
     max_model_tokens: int
+    prompt_start: list[int] = Field(description="Token ids that add_bos=auto puts before a prompt or a context")
+    text_start: int | None = Field(description="The one that it puts before a text scored from its start")
 
 
 class ErrorBody(BaseModel):

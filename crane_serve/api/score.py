@@ -1,14 +1,13 @@
 """POST /score: log-probabilities of given texts under a mask."""
 
-from itertools import takewhile
-
 from fastapi import APIRouter
 
 from crane_serve.api.concurrency import Seat, admitted, run_all
 from crane_serve.api.dependencies import Context, Engine, MaskQuery, TheGate, asked_masks, choose_mask
 from crane_serve.api.errors import ANY_ROUTE, responses
 from crane_serve.api.schemas import ContinuationScore, MaskUsed, Score, ScoreAnswer, ScoreRequest, Usage
-from crane_serve.engine.service import EngineService
+from crane_serve.api.sequences import ScoredSequence, sequences_of
+from crane_serve.engine.service import EngineService, PromptLogprobs
 from crane_serve.masks import MaskLibrary, ResolvedMask
 
 router = APIRouter()
@@ -18,13 +17,13 @@ router = APIRouter()
 async def score(body: ScoreRequest, engine: Engine, gate: TheGate, context: Context, query: MaskQuery) -> ScoreAnswer:
     """Score whole texts, or continuations of a context.
 
-    A text is scored from its start, every token after BOS. A continuation's tokens are those after the tokens that
-    context and continuation together share with the context alone; white space at the end of the context, and a token
-    that reaches across the boundary, count as part of the continuation.
+    A text is scored from its start: every token after BOS, or after EOS for a tokenizer without BOS. A continuation's
+    tokens are those after the tokens that context and continuation together share with the context alone; white space
+    at the end of the context, and a token that reaches across the join, count as part of the continuation.
     """
     context.mask = mask_of(engine.library, query, body)
     gate.admit(context, body.sequences)
-    return await Scoring(engine, body, await engine.encode(body.texts, from_start=True), context.mask).answer()
+    return await Scoring(engine, body, await engine.encode(body.texts), context.mask).answer()
 
 
 def mask_of(library: MaskLibrary, query: MaskQuery, body: ScoreRequest) -> ResolvedMask | None:
@@ -33,53 +32,43 @@ def mask_of(library: MaskLibrary, query: MaskQuery, body: ScoreRequest) -> Resol
 
 
 class Scoring:
-    """The texts of one request on their way through the engine. encoded: the token ids of `body.texts`."""
+    """The texts of one request on their way through the engine.
+
+    encoded: the token ids of `body.texts` without special tokens. Raises BadRequest if there is nothing to score.
+    """
 
     def __init__(
         self, engine: EngineService, body: ScoreRequest, encoded: list[list[int]], mask: ResolvedMask | None
     ) -> None:
         self._engine = engine
-        self._body = body
-        self._encoded = encoded
+        self._sequences = sequences_of(body, encoded, engine.start_tokens, engine.tokenizer)
+        self._score = self._score_text if body.text is not None else self._score_continuation
         self._mask = mask
 
     async def answer(self, seat: Seat = admitted) -> ScoreAnswer:
         """The whole answer; each sequence is run in a `seat`. Raises what EngineService.score does."""
-        if self._body.text is not None:
-            pairs = zip(self._body.text, self._encoded, strict=True)
-            scored = await run_all(self._score_text(text, token_ids, seat) for text, token_ids in pairs)
-        else:
-            alone, *encoded = self._encoded
-            pairs = zip(self._body.continuations or (), encoded, strict=True)
-            scored = await run_all(self._score_continuation(alone, text, whole, seat) for text, whole in pairs)
+        scores = await run_all(self._score(sequence, seat) for sequence in self._sequences)
         return ScoreAnswer(
             model=self._engine.model_name,
             mask=MaskUsed.of(self._mask),
-            scores=[score for score, _ in scored],
-            usage=Usage.of(sum(prompt_tokens for _, prompt_tokens in scored), 0),
+            scores=scores,
+            usage=Usage.of(sum(len(sequence.token_ids) for sequence in self._sequences if sequence.tokens), 0),
         )
 
-    async def _score_text(self, text: str, token_ids: list[int], seat: Seat) -> tuple[Score, int]:
-        """The score, and the number of tokens that the engine read."""
-        if len(token_ids) == 1:
-            return Score(logprob=0.0, tokens=0, bytes=0), 0
-        async with seat():
-            logprobs = (await self._engine.score(token_ids, self._mask)).logprobs
-        return Score(logprob=sum(logprobs), tokens=len(logprobs), bytes=len(text.encode())), len(token_ids)
+    async def _score_text(self, text: ScoredSequence, seat: Seat) -> Score:
+        if not text.tokens:
+            return Score(logprob=0.0, tokens=0, bytes=0)
+        logprobs = (await self._run(text, seat)).logprobs
+        return Score(logprob=sum(logprobs), tokens=len(logprobs), bytes=text.bytes)
 
-    async def _score_continuation(
-        self, alone: list[int], continuation: str, whole: list[int], seat: Seat
-    ) -> tuple[Score, int]:
-        """The score, and the number of tokens that the engine read.
-
-        alone: the context; whole: with its continuation.
-        """
-        # A token that reaches across the boundary is not one of the context's: it is scored with the continuation.
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, alone, strict=False)))
-        async with seat():
-            result = await self._engine.score(whole, self._mask)
-        logprobs, is_greedy = result.logprobs[shared - 1 :], result.is_greedy[shared - 1 :]
-        score = ContinuationScore(
-            logprob=sum(logprobs), tokens=len(logprobs), bytes=len(continuation.encode()), is_greedy=all(is_greedy)
+    async def _score_continuation(self, continuation: ScoredSequence, seat: Seat) -> Score:
+        result = await self._run(continuation, seat)
+        start = continuation.first - 1  # a sequence's first token has no log-probability
+        logprobs, is_greedy = result.logprobs[start:], result.is_greedy[start:]
+        return ContinuationScore(
+            logprob=sum(logprobs), tokens=len(logprobs), bytes=continuation.bytes, is_greedy=all(is_greedy)
         )
-        return score, len(whole)
+
+    async def _run(self, sequence: ScoredSequence, seat: Seat) -> PromptLogprobs:
+        async with seat():
+            return await self._engine.score(sequence.token_ids, self._mask)

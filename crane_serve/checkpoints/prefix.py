@@ -1,20 +1,109 @@
-"""How a text becomes token ids that begin with the model's start token."""
+"""What stands before a text when a model reads it. The token ids of texts here are those without special tokens."""
 
-from typing import Any
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+AddBos = bool | Literal["auto"]
+"""Whether a start token is put before a text; see StartTokens.before."""
+
+Join = Literal["shared", "length"]
+"""Where a continuation's tokens begin: after those that the context has alone, too ("shared"), or after as many as it
+has alone ("length"). They differ where a token reaches across the join."""
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_REPLACEMENT = "\ufffd"  # what a decoder makes of half a character
+
+
+class NoStartToken(ValueError):
+    """A start token is wanted, and the model has none."""
 
 
 def start_token_id(tokenizer: Any) -> int:
-    """The token that stands before a text: BOS, or EOS for models without one.
+    """The token that a text is scored after: BOS, or EOS for tokenizers without one, as in lm-evaluation-harness.
 
-    Raises ValueError for a tokenizer that has neither.
+    Raises NoStartToken for a tokenizer that has neither.
     """
-    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return int(token_id)
-    raise ValueError("the tokenizer has neither a BOS nor an EOS token to put before a text")
+    start = _start_of_text(tokenizer)
+    if start is None:
+        raise NoStartToken("the tokenizer has neither a BOS nor an EOS token to put before a text")
+    return start
 
 
 def encode_from_start(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of `text` after exactly one start token, whether or not the tokenizer adds it by itself."""
+    """Token ids of `text` after exactly one start token, whether the tokenizer adds it, the text brings it, or neither.
+
+    Raises NoStartToken for a tokenizer that has neither BOS nor EOS.
+    """
     token_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [start_token_id(tokenizer), *token_ids]
+    return _behind((start_token_id(tokenizer),), token_ids)
+
+
+@dataclass(frozen=True)
+class StartTokens:
+    """The tokens that may stand before a text.
+
+    of_prompt: what the tokenizer by itself puts before one, such as BOS, or nothing; of_text: BOS, or EOS for a
+    tokenizer without one; trained: BOS, or what the model's config calls so, or EOS. None where there is no such token.
+    """
+
+    of_prompt: tuple[int, ...]
+    of_text: int | None
+    trained: int | None
+
+    @classmethod
+    def of(cls, tokenizer: Any, configured: Iterable[int | None] = ()) -> "StartTokens":
+        """Those of a tokenizer. configured: the BOS ids of the model's configs; the first special token counts."""
+        special = getattr(tokenizer, "added_tokens_decoder", {})
+        of_config = (token_id for token_id in configured if token_id in special)
+        bos, of_text = tokenizer.bos_token_id, _start_of_text(tokenizer)
+        trained = bos if bos is not None else next(of_config, of_text)
+        return cls(_put_by(tokenizer), of_text, trained)
+
+    def before(self, token_ids: Sequence[int], add_bos: AddBos, *, from_start: bool) -> list[int]:
+        """Token ids of a text with what stands before it. Nothing is put there that the text begins with already.
+
+        add_bos: True for the one start token that the model was trained with, False for nothing; "auto" for what
+        lm-evaluation-harness has: `of_prompt`, or, if the text is scored `from_start`, `of_text`. Raises NoStartToken.
+        """
+        if add_bos is False:
+            return list(token_ids)
+        if add_bos == "auto" and not from_start:
+            return _behind(self.of_prompt, token_ids)
+        start = self.trained if add_bos is True else self.of_text
+        if start is None:
+            raise NoStartToken(
+                "the model has neither a BOS nor an EOS token to put before a text; add_bos=false does without"
+            )
+        return _behind((start,), token_ids)
+
+
+def token_bytes(tokenizer: Any, token_id: int) -> int:
+    """How many bytes of UTF-8 the first token of a text stands for; it may be a part of a character."""
+    piece: str = tokenizer.convert_ids_to_tokens([token_id])[0]
+    text: str = tokenizer.convert_tokens_to_string([piece])
+    if _REPLACEMENT not in text or _REPLACEMENT in piece:
+        return len(text.encode())
+    # Byte-level vocabularies have a character for each byte, others a token.
+    return 1 if _BYTE.fullmatch(piece) else len(piece)
+
+
+def _start_of_text(tokenizer: Any) -> int | None:
+    given = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return next((int(token_id) for token_id in given if token_id is not None), None)
+
+
+def _put_by(tokenizer: Any) -> tuple[int, ...]:
+    """What a tokenizer puts before any text; what it puts behind is left out."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for place in range(len(whole) - len(bare) + 1):
+        if whole[place : place + len(bare)] == bare:
+            return tuple(whole[:place])
+    raise ValueError(f"special tokens change how the tokenizer encodes a text: {bare}, with them {whole}")
+
+
+def _behind(start: tuple[int, ...], token_ids: Sequence[int]) -> list[int]:
+    there = tuple(token_ids[: len(start)]) == start
+    return list(token_ids) if there else [*start, *token_ids]

@@ -17,7 +17,7 @@ from typing import Any
 from starlette.types import ASGIApp
 
 from crane_serve.atomic import written_aside
-from crane_serve.checkpoints.prefix import start_token_id
+from crane_serve.checkpoints.prefix import StartTokens
 from crane_serve.engine.admission import mask_arguments, require_row
 from crane_serve.engine.changes import CHANGE_METHOD, FORGET_METHOD
 from crane_serve.engine.config import (
@@ -157,6 +157,7 @@ class EngineService:
         self.library: MaskLibrary = config.library()
         self.model_names = tuple(model_names)
         self.tokenizer = engine.get_tokenizer()
+        self.start_tokens = StartTokens.of(self.tokenizer, _configured_bos(engine.model_config))
         self.on_tokens: Callable[[str | None, int, int], object] | None = None  # mask name, prompt, completion tokens
         meter(engine, self.library, lambda *tokens: self.on_tokens and self.on_tokens(*tokens))
         self._running: Counter[str] = Counter()  # by digest of their mask: requests between submission and end
@@ -242,11 +243,10 @@ class EngineService:
 
         return generate_latest(get_prometheus_registry())
 
-    async def encode(self, texts: Sequence[str], *, from_start: bool = False) -> list[list[int]]:
-        """Token ids of each text, made beside the event loop.
+    async def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text without special tokens around it (see `start_tokens`), made beside the event loop.
 
-        from_start: exactly one start token before each, whether or not the tokenizer adds it by itself. Raises
-        RejectedRequest for a text that the model has no room for.
+        Raises RejectedRequest for a text that the model has no room for.
         """
         longest = self.max_model_tokens * self._longest_token
         for text in texts:
@@ -255,15 +255,12 @@ class EngineService:
                     f"a text has {len(text)} characters, more than the model's {self.max_model_tokens} tokens can hold"
                 )
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._encoder, self._encode, list(texts), from_start)
+        return await loop.run_in_executor(self._encoder, self._encode, list(texts))
 
-    def _encode(self, texts: list[str], from_start: bool) -> list[list[int]]:
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        encoded: list[list[int]] = self._encoding(texts, add_special_tokens=not from_start)["input_ids"]
-        if from_start:
-            start = start_token_id(self._encoding)
-            encoded = [[start, *token_ids] for token_ids in encoded]
+        encoded: list[list[int]] = self._encoding(texts, add_special_tokens=False)["input_ids"]
         return encoded
 
     async def put_mask(self, stored: StoredMask, *, save: bool = False) -> None:
@@ -438,6 +435,13 @@ class EngineService:
             self._running[digest] -= 1
             if not self._running[digest]:
                 del self._running[digest]
+
+
+def _configured_bos(model_config: Any) -> list[int | None]:
+    """What the model's own configs call its BOS, which a tokenizer need not have."""
+    configs = (model_config.hf_config, model_config.hf_text_config)
+    of_generation = model_config.try_get_generation_config().get("bos_token_id")
+    return [*(getattr(config, "bos_token_id", None) for config in configs), of_generation]
 
 
 def _sampled_token(token_id: int, candidates: Any, sampling: Sampling) -> SampledToken:

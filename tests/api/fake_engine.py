@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
 from crane_serve.atomic import write_atomically
-from crane_serve.checkpoints.prefix import encode_from_start
+from crane_serve.checkpoints.prefix import StartTokens
 from crane_serve.engine.service import EngineDead, PromptLogprobs, SampledToken, Sampling, Step, TokenLogprob
 from crane_serve.masks import (
     Fingerprint,
@@ -79,6 +79,7 @@ class FakeEngine:
         self.mask_rows_used = 0
         self.library = library()
         self.tokenizer = byte_tokenizer()
+        self.configured_bos: int | None = None  # by the model's config
         self.is_dead = False
         self.stopped = False
         self.calls: list[Call] = []
@@ -98,11 +99,13 @@ class FakeEngine:
     def metrics(self) -> bytes:
         return b"# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0.0\n"
 
-    async def encode(self, texts: Sequence[str], *, from_start: bool = False) -> list[list[int]]:
+    @property
+    def start_tokens(self) -> StartTokens:
+        return StartTokens.of(self.tokenizer, [self.configured_bos])
+
+    async def encode(self, texts: Sequence[str]) -> list[list[int]]:
         await asyncio.sleep(0)
-        if from_start:
-            return [encode_from_start(self.tokenizer, text) for text in texts]
-        return [self.tokenizer(text)["input_ids"] for text in texts]
+        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
     async def put_mask(self, stored: StoredMask, *, save: bool = False) -> None:
         self.library.fingerprint.require(stored.info.fingerprint, f"mask {stored.name!r}")

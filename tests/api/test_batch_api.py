@@ -34,11 +34,11 @@ class CountingEngine(FakeEngine):
         self.refused = "too long"
         self.encodings = 0
 
-    async def encode(self, texts: Sequence[str], *, from_start: bool = False) -> list[list[int]]:
+    async def encode(self, texts: Sequence[str]) -> list[list[int]]:
         self.encodings += 1
         if any(self.refused in text for text in texts):
             raise RejectedRequest("a text is too long")
-        return await super().encode(texts, from_start=from_start)
+        return await super().encode(texts)
 
     async def generate(
         self, prompt_ids: list[int], sampling: Sampling, mask: ResolvedMask | None, *, stream: bool
