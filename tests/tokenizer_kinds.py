@@ -1,4 +1,4 @@
-"""Tiny tokenizers of the kinds that checkpoints come with: which start token they have, and what they add by themselves."""
+"""Tiny tokenizers of the kinds that checkpoints come with: their start tokens, and what they add by themselves."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ MERGE = ("b", "c")
 
 @dataclass(frozen=True)
 class Kind:
-    """special: tokens from id 0 on; template: what the tokenizer adds; configured: what the model's config calls BOS."""
+    """special: tokens from id 0 on; template: what the tokenizer adds; configured: BOS by the model's config."""
 
     special: tuple[str, ...]
     bos: str | None

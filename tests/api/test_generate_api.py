@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from crane_serve.engine.service import EngineDead, EngineService, RejectedRequest, Sampling
 from crane_serve.masks import MaskTableFull
 from tests.api.fake_engine import FakeEngine
+from tests.tokenizer_kinds import ENDING, KINDS, Kind
 
 
 def events(response: httpx.Response) -> list[Any]:
@@ -41,6 +42,53 @@ async def test_one_prompt(client: httpx.AsyncClient, engine: FakeEngine) -> None
     }
     assert engine.calls[0].token_ids == engine.tokenizer("hi")["input_ids"]
     assert engine.calls[0].stream is False
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "add_bos", "before"),
+    [
+        ("llama", "auto", [0]),
+        ("llama", True, [0]),
+        ("llama", False, []),
+        ("gpt2", "auto", []),
+        ("gpt2", True, [0]),
+        ("qwen chat", "auto", []),
+        ("qwen chat", True, [0]),
+        ("glm", "auto", [1, 2]),
+        ("bert", "auto", [0]),  # and nothing behind the prompt
+        ("t5", "auto", []),
+    ],
+)
+async def test_what_stands_before_a_prompt(
+    client: httpx.AsyncClient, engine: FakeEngine, kind: str, add_bos: bool | str, before: list[int], stream: bool
+) -> None:
+    engine.tokenizer, engine.configured_bos = (KINDS | ENDING)[kind].tokenizer(), (KINDS | ENDING)[kind].configured
+    body = {"prompt": "hi", "max_tokens": 1, "add_bos": add_bos, "stream": stream}
+    response = await client.post("/generate", json=body)
+    assert engine.calls[0].token_ids == [*before, *engine.tokenizer("hi", add_special_tokens=False)["input_ids"]]
+    last = events(response)[-2] if stream else response.json()
+    assert last["usage"]["prompt_tokens"] == last["outputs"][0]["prompt_tokens"] == len(before) + 2
+
+
+@pytest.mark.parametrize("add_bos", ["auto", True, False])
+@pytest.mark.parametrize("kind", ["llama", "gemma", "opt", "bert", "gpt2"])
+async def test_a_prompt_that_brings_bos_has_one(
+    client: httpx.AsyncClient, engine: FakeEngine, kind: str, add_bos: bool | str
+) -> None:
+    engine.tokenizer = (KINDS | ENDING)[kind].tokenizer()
+    prompt = f"{engine.tokenizer.bos_token}Hà Nội"
+    await client.post("/generate", json={"prompt": prompt, "max_tokens": 1, "add_bos": add_bos})
+    token_ids = engine.calls[0].token_ids
+    assert token_ids[0] == engine.tokenizer.bos_token_id
+    assert token_ids[1:] == engine.tokenizer("Hà Nội", add_special_tokens=False)["input_ids"]
+
+
+async def test_a_start_token_that_the_model_lacks_is_named(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.tokenizer = Kind(("<x>",), None, None).tokenizer()
+    response = await client.post("/generate", json={"prompt": "hi", "add_bos": True, "stream": True})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "no_start_token", "add_bos")
 
 
 async def test_several_prompts_keep_their_order(client: httpx.AsyncClient, engine: FakeEngine) -> None:

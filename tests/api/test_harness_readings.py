@@ -167,9 +167,7 @@ async def test_texts_are_the_harness_s_by_default(
             assert score["logprob"] == pytest.approx(Harness(kind, model).text(text), abs=1e-4)
 
 
-async def test_a_text_that_brings_the_start_token_is_the_text_without_it(
-    client: httpx.AsyncClient, kind: Kind
-) -> None:
+async def test_a_text_that_brings_the_start_token_is_the_text_without_it(client: httpx.AsyncClient, kind: Kind) -> None:
     start = kind.eos if kind.bos is None else kind.bos
     with_start, without = await scores(client, text=[f"{start}Tiếng Việt", "Tiếng Việt"])
     assert with_start == without

@@ -1,5 +1,6 @@
 """POST /score over a fake engine: both forms, and which tokens count."""
 
+import json
 from typing import Any
 
 import httpx
@@ -8,6 +9,7 @@ import pytest
 from crane_serve.engine.service import EngineDead, RejectedRequest
 from tests.api.fake_engine import FakeEngine
 from tests.tiny import byte_tokenizer
+from tests.tokenizer_kinds import Kind
 
 
 async def score(client: httpx.AsyncClient, query: str = "", **body: Any) -> dict[str, Any]:
@@ -120,3 +122,114 @@ async def test_an_error_of_the_engine_is_one_error(
     assert response.status_code == status
     assert response.json()["error"]["code"] == code
     assert "secret" not in response.text
+
+
+@pytest.mark.parametrize(
+    ("add_bos", "text", "token_ids", "size"),
+    [
+        ("auto", "hi", [0, "h", "i"], 2),
+        (True, "hi", [0, "h", "i"], 2),
+        (False, "hi", ["h", "i"], 1),
+        ("auto", "<s>hi", [0, "h", "i"], 2),
+        (True, "<s>hi", [0, "h", "i"], 2),
+        (False, "<s>hi", [0, "h", "i"], 2),  # it is the text's own
+        (False, "é!", ["Ã", "©", "!"], 2),
+    ],
+)
+async def test_what_stands_before_a_text_counts_for_nothing(
+    client: httpx.AsyncClient, engine: FakeEngine, add_bos: bool | str, text: str, token_ids: list[int | str], size: int
+) -> None:
+    expected = [engine.tokenizer.convert_tokens_to_ids(token) if token else token for token in token_ids]
+    answer = await score(client, text=[text], add_bos=add_bos)
+    assert engine.calls[0].token_ids == expected
+    assert answer["scores"] == [{"logprob": -sum(expected[1:]), "tokens": len(expected) - 1, "bytes": size}]
+    assert answer["usage"]["prompt_tokens"] == len(expected)
+
+
+@pytest.mark.parametrize("text", ["a", "<s>", ""])
+async def test_a_text_of_one_token_with_nothing_before_it_needs_no_engine(
+    client: httpx.AsyncClient, engine: FakeEngine, text: str
+) -> None:
+    answer = await score(client, text=[text], add_bos=False)
+    assert answer["scores"] == [{"logprob": 0, "tokens": 0, "bytes": 0}]
+    assert answer["usage"]["total_tokens"] == len(engine.calls) == 0
+
+
+async def test_join_by_length_is_as_many_tokens_as_the_context_has_alone(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.tokenizer = byte_tokenizer(merges=[("b", "c")])
+    alone = engine.tokenizer("ab")["input_ids"]
+    answer = await score(client, context="ab", continuations=["cd", "d"], join="length")
+    assert [call.token_ids for call in engine.calls] == [[*alone, *ids(engine, "d")]] * 2  # of "cd", c is lost
+    assert [item["logprob"] for item in answer["scores"]] == [nats(engine, "d")] * 2
+    assert answer["usage"]["prompt_tokens"] == 2 * (len(alone) + 1)
+
+
+def ids(engine: FakeEngine, text: str) -> list[int]:
+    found: list[int] = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"context": "ab", "continuations": ["c"], "join": "length"}, "continuations"),  # "bc" is all that follows a
+        ({"context": "", "continuations": ["<s>"]}, "continuations"),
+        ({"context": "", "continuations": ["d"], "add_bos": False}, "context"),
+        ({"context": "", "continuations": ["d"], "add_bos": False, "join": "length"}, "context"),
+        ({"context": "b", "continuations": ["cd"], "add_bos": False}, "context"),  # as one token it has none before it
+    ],
+)
+async def test_a_continuation_without_a_token_to_score_is_refused(
+    client: httpx.AsyncClient, engine: FakeEngine, body: dict[str, Any], param: str
+) -> None:
+    engine.tokenizer = byte_tokenizer(merges=[("b", "c")])
+    response = await client.post("/score", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "nothing_to_score", param)
+    assert repr(body["continuations"][0]) in error["message"]
+    assert not engine.calls
+
+
+@pytest.mark.parametrize(
+    "body", [{"text": ["a"]}, {"context": "", "continuations": ["b"]}, {"text": ["a"], "add_bos": True}]
+)
+async def test_a_model_without_a_start_token_scores_without_it_if_told_to(
+    client: httpx.AsyncClient, engine: FakeEngine, body: dict[str, Any]
+) -> None:
+    engine.tokenizer = Kind(("<x>",), None, None).tokenizer()
+    response = await client.post("/score", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "no_start_token", "add_bos")
+    assert "add_bos=false" in error["message"]
+    assert (await score(client, text=["ab"], add_bos=False))["scores"][0]["tokens"] == 1
+    assert (await score(client, context="a", continuations=["d"]))["scores"][0]["tokens"] == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("add_bos", "yes"), ("add_bos", 1), ("add_bos", None), ("join", "lenght"), ("join", None), ("add_eos", True)],
+)
+async def test_unknown_readings_are_refused(client: httpx.AsyncClient, field: str, value: Any) -> None:
+    response = await client.post("/score", json={"context": "a", "continuations": ["b"], field: value})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (422, "malformed_body", field)
+
+
+@pytest.mark.parametrize("body", [{"text": ["<s>hi", "hi"]}, {"context": "ab", "continuations": ["cd", "d"]}])
+async def test_lines_of_a_batch_are_read_as_requests_are(
+    client: httpx.AsyncClient, engine: FakeEngine, body: dict[str, Any]
+) -> None:
+    engine.tokenizer = byte_tokenizer(merges=[("b", "c")])
+    options = [{}, {"add_bos": False}, {"add_bos": True}]
+    options += [{"join": "length"}] if "context" in body else []
+    lines = [{**body, **option} for option in options]
+    single = [(await score(client, **line))["scores"] for line in lines]
+    response = await client.post(
+        "/score/batch",
+        content="\n".join(map(json.dumps, lines)),
+        headers={"content-type": "application/x-ndjson"},
+    )
+    results = sorted((json.loads(line) for line in response.text.splitlines()[:-1]), key=lambda line: line["index"])
+    assert [result["answer"]["scores"] for result in results] == single
