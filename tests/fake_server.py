@@ -28,6 +28,7 @@ class FakeServer:
     def __init__(self) -> None:
         self.model = "fake"
         self.fingerprint: dict[str, Any] = {"architecture": "Fake", "layers": 2}
+        self.starts: dict[str, Any] = {}  # what it says of start tokens
         self.digests = {f"{method}-{language}": f"digest-{method}-{language}"
                         for method in ("attnlrp", "random") for language in LANGUAGES}  # fmt: skip
         self.budgets: dict[str, float] = {}
@@ -99,9 +100,8 @@ class FakeServer:
             if self.down > 0:
                 self.down -= 1
                 return error(503, "loading")
-            return JSONResponse(
-                {"status": "ready", "model": self.model, "fingerprint": self.fingerprint, "version": "0.0.1"}
-            )
+            said = {"status": "ready", "model": self.model, "fingerprint": self.fingerprint, "version": "0.0.1"}
+            return JSONResponse(said | self.starts)
 
         @app.get("/masks")
         def masks() -> dict[str, Any]:

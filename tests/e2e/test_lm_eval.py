@@ -186,6 +186,18 @@ def test_generated_texts_equal_our_own_clients(samples: dict, openai_server: Ser
     assert [texts[prompt] for prompt in PROMPTS] == [output.text for output in own.outputs]
 
 
+def test_whole_texts_equal_our_own_clients(tiny: Tiny, openai_server: Server) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    url = f"{openai_server.url}/v1/completions?mask=zh"
+    harness = LocalCompletionsAPI(base_url=url, model="tiny", tokenizer=str(tiny.checkpoint), max_length=512)
+    asked = [Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0) for text in PROMPTS]
+    with CraneClient(openai_server.url) as client:
+        own = [score.logprob for score in client.score_text(PROMPTS, mask="zh").scores]
+    assert harness.loglikelihood_rolling(asked, disable_tqdm=True) == pytest.approx(own, abs=1e-3)
+
+
 def test_masks_differ_and_both_ways_to_name_one_agree(samples: dict) -> None:
     def numbers(name: str) -> list[Any]:
         logged = sorted(samples[name]["crane_choices"], key=lambda sample: sample["doc_id"])

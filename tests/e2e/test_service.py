@@ -50,6 +50,25 @@ def test_continuations_equal_transformers(tiny: Tiny, tiny_server: Server, tiny_
         assert score.logprob == pytest.approx(sum(expected[-tokens:]), abs=1e-4 * tokens)
 
 
+def test_a_text_has_one_start_token_or_none_as_asked(tiny: Tiny, tiny_server: Server, tiny_oracle: Oracle) -> None:
+    start, *token_ids = tiny_oracle.tokenizer(TEXTS[1])["input_ids"]
+    with_start = tiny_oracle.logprobs([start, *token_ids], neuron_mask(tiny, "zh"))
+    without = tiny_oracle.logprobs(token_ids, neuron_mask(tiny, "zh"))
+    bytes_ = len(TEXTS[1].encode())
+    with CraneClient(tiny_server.url) as client:
+        ready = client.ready()
+        assert (ready.prompt_start, ready.text_start) == ((start,), start)
+        plain, brought = client.score_text([TEXTS[1], f"<s>{TEXTS[1]}"], mask="zh").scores
+        (bare,) = client.score_text(TEXTS[1], mask="zh", add_bos=False).scores
+        prompts = [client.generate(f"<s>{TEXTS[1]}", mask="zh", max_tokens=1, add_bos=on) for on in ("auto", False)]
+        prompts.append(client.generate(TEXTS[1], mask="zh", max_tokens=1, add_bos=False))
+    assert plain == brought
+    assert (plain.tokens, plain.bytes, bare.tokens, bare.bytes) == (len(token_ids), bytes_, len(without), bytes_ - 1)
+    assert plain.logprob == pytest.approx(sum(with_start), abs=1e-4 * plain.tokens)
+    assert bare.logprob == pytest.approx(sum(without), abs=1e-4 * bare.tokens)
+    assert [each.usage.prompt_tokens - len(token_ids) for each in prompts] == [1, 1, 0]
+
+
 async def test_hundreds_of_requests_under_all_masks_at_once_equal_solo_runs(tiny_server: Server) -> None:
     jobs = [(text, mask) for text in TEXTS for mask in MASKS] * 10
     random.Random(0).shuffle(jobs)
