@@ -53,7 +53,7 @@ class StartTokens:
     trained: int | None
 
     @classmethod
-    def of(cls, tokenizer: Any, configured: Iterable[int | None] = ()) -> "StartTokens":
+    def of(cls, tokenizer: Any, configured: Iterable[int] = ()) -> "StartTokens":
         """Those of a tokenizer. configured: the BOS ids of the model's configs; the first special token counts."""
         special = getattr(tokenizer, "added_tokens_decoder", {})
         of_config = (token_id for token_id in configured if token_id in special)

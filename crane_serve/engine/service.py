@@ -157,7 +157,7 @@ class EngineService:
         self.library: MaskLibrary = config.library()
         self.model_names = tuple(model_names)
         self.tokenizer = engine.get_tokenizer()
-        self.start_tokens = StartTokens.of(self.tokenizer, _configured_bos(engine.model_config))
+        self.start_tokens = StartTokens.of(self.tokenizer, configured_bos(engine.model_config))
         self.on_tokens: Callable[[str | None, int, int], object] | None = None  # mask name, prompt, completion tokens
         meter(engine, self.library, lambda *tokens: self.on_tokens and self.on_tokens(*tokens))
         self._running: Counter[str] = Counter()  # by digest of their mask: requests between submission and end
@@ -437,11 +437,12 @@ class EngineService:
                 del self._running[digest]
 
 
-def _configured_bos(model_config: Any) -> list[int | None]:
-    """What the model's own configs call its BOS, which a tokenizer need not have."""
+def configured_bos(model_config: Any) -> list[int]:
+    """What the configs in vLLM's `model_config` call the model's BOS, which its tokenizer need not have."""
     configs = (model_config.hf_config, model_config.hf_text_config)
     of_generation = model_config.try_get_generation_config().get("bos_token_id")
-    return [*(getattr(config, "bos_token_id", None) for config in configs), of_generation]
+    found = (*(getattr(config, "bos_token_id", None) for config in configs), of_generation)
+    return [token_id for token_id in found if isinstance(token_id, int)]
 
 
 def _sampled_token(token_id: int, candidates: Any, sampling: Sampling) -> SampledToken:

@@ -101,7 +101,7 @@ class FakeEngine:
 
     @property
     def start_tokens(self) -> StartTokens:
-        return StartTokens.of(self.tokenizer, [self.configured_bos])
+        return StartTokens.of(self.tokenizer, () if self.configured_bos is None else [self.configured_bos])
 
     async def encode(self, texts: Sequence[str]) -> list[list[int]]:
         await asyncio.sleep(0)

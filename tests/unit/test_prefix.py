@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from crane_serve.checkpoints.prefix import (
     start_token_id,
     token_bytes,
 )
+from crane_serve.engine.service import configured_bos
 from tests.tiny import byte_tokenizer
 from tests.tokenizer_kinds import ENDING, KINDS, Kind
 
@@ -35,7 +37,7 @@ OF_KIND = {  # before a prompt, before a text, what the model was trained with
 
 
 def starts(kind: Kind) -> StartTokens:
-    return StartTokens.of(kind.tokenizer(), [None, kind.configured])
+    return StartTokens.of(kind.tokenizer(), () if kind.configured is None else [kind.configured])
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -98,9 +100,22 @@ def test_without_bos_and_eos_there_is_no_start() -> None:
     assert start.before([7], "auto", from_start=False) == start.before([7], False, from_start=True) == [7]
 
 
-@pytest.mark.parametrize("configured", [50, 4000, None])
-def test_what_a_config_calls_bos_counts_only_if_it_is_a_special_token(configured: int | None) -> None:
+@pytest.mark.parametrize("configured", [50, 4000])
+def test_what_a_config_calls_bos_counts_only_if_it_is_a_special_token(configured: int) -> None:
     assert StartTokens.of(KINDS["qwen chat"].tokenizer(), [configured]).trained == 2
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_text", "of_generation", "found"),
+    [(7, 7, None, [7, 7]), (None, 8, 9, [8, 9]), (None, None, 9, [9]), ([1, 2], None, None, [])],
+)
+def test_bos_by_the_configs_of_a_model(of_model: Any, of_text: Any, of_generation: Any, found: list[int]) -> None:
+    config = SimpleNamespace(
+        hf_config=SimpleNamespace(bos_token_id=of_model),
+        hf_text_config=SimpleNamespace(bos_token_id=of_text),
+        try_get_generation_config=lambda: {} if of_generation is None else {"bos_token_id": of_generation},
+    )
+    assert configured_bos(config) == found
 
 
 def byte_fallback(*, dummy: bool) -> PreTrainedTokenizerFast:
