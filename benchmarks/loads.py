@@ -49,9 +49,9 @@ def random_prompts(model: Path, load: Load, count: int) -> list[list[int]]:
 
 def text_prompts(model: Path, count: int, max_tokens: int) -> dict[str, list[list[int]]]:
     """Per language the beginnings of `count` documents of the project's parallel corpus."""
-    from transformers import AutoTokenizer
+    from crane_serve.checkpoints.load import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     corpus = Path(__file__).resolve().parent.parent / "relevance" / "parallel_corpus"
     prompts = {}
     for language in LANGUAGES:

@@ -30,6 +30,7 @@ import torch
 from summary import machine, speed_ratio, spread, table
 from torch import Tensor, nn
 
+from crane_serve.checkpoints.load import load_tokenizer
 from crane_serve.checkpoints.resolve import resolve_checkpoint
 from relevance.corpus import EMBEDDED_CORPUS, Corpus
 from relevance.encoding import Batch, batches, encode
@@ -37,7 +38,7 @@ from relevance.families import take_apart
 from relevance.measurement import Measurement, last_hidden, units_of
 from relevance.method import Measured
 from relevance.methods import find_scored
-from relevance.model import DTYPES, load_model, load_tokenizer, pick_device
+from relevance.model import DTYPES, load_model, pick_device
 from relevance.objective import per_document, target_logits
 from relevance.rules import ATTNLRP, propagation
 

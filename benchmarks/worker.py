@@ -138,10 +138,10 @@ class TransformersEngine:
     """`generate` of transformers on batches padded on the left, and a hook before every `down_proj`."""
 
     def __init__(self, model: str, masks: Path, *, concurrency: int) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from crane_serve.checkpoints.load import load_causal_lm, load_tokenizer
 
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.model: Any = load_causal_lm(Path(model), torch.bfloat16)
+        self.tokenizer = load_tokenizer(Path(model))
         self.concurrency = concurrency
         self._masks = masks
         modules = self.model.named_modules()

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from crane_serve.checkpoints.load import reason
 from crane_serve.engine.config import DEFAULT_ROWS
 from crane_serve.masks.fingerprint import intermediate_sizes
 
@@ -47,13 +48,13 @@ class ModelSizes:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
-            config: Any = AutoConfig.from_pretrained(model).get_text_config()
+            config: Any = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
             with torch.device("meta"):
                 parameters = sum(tensor.numel() for tensor in AutoModelForCausalLM.from_config(config).parameters())
             layers, hidden_size = int(config.num_hidden_layers), int(config.hidden_size)
             heads = int(config.num_attention_heads)
         except Exception as error:  # what transformers raises for a bad config has no common base
-            raise SizeError(f"{model}: no config of a causal language model: {error}") from error
+            raise SizeError(f"{model}: no config of a causal language model: {reason(error)}") from error
         window = getattr(config, "sliding_window", None)
         kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
         windowed = kinds.count("sliding_attention")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from crane_serve.checkpoints.load import load_tokenizer
 from crane_serve.checkpoints.resolve import resolve_checkpoint
 from relevance.causal import losses, masked
 from relevance.corpus import EMBEDDED_CORPUS
@@ -18,7 +19,7 @@ from relevance.criteria import Criteria
 from relevance.encoding import encode
 from relevance.families import take_apart
 from relevance.methods import find_scored
-from relevance.model import load_model, load_tokenizer, pick_device, pick_dtype
+from relevance.model import load_model, pick_device, pick_dtype
 from relevance.scoring import score
 from relevance.selection import select
 from relevance.sources import load_corpus

@@ -1,14 +1,19 @@
 """The Hugging Face model that is measured."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from crane_serve.checkpoints.resolve import CheckpointError
+from crane_serve.checkpoints.load import (
+    architecture_of,
+    empty_causal_lm,
+    load_causal_lm,
+    load_config,
+    require_plain,
+    require_weights,
+)
 from relevance.families import require_family
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,54 +49,25 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
 def load_model(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The model of a local checkpoint, in evaluation mode and without gradients of its parameters.
 
-    Raises UnsupportedModelError for an unknown architecture, before any weight is read, and CheckpointError when the
-    checkpoint cannot be loaded.
+    Raises UnsupportedModelError for an unknown architecture, and CheckpointError for a quantised checkpoint, both
+    before any weight is read, and CheckpointError when the checkpoint cannot be loaded or lacks weights.
     """
-    from transformers import AutoModelForCausalLM
-
-    with _loading(checkpoint):
-        _, attention = _config(checkpoint)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **attention)
-    return model.to(device).eval().requires_grad_(False)
+    _, options = _config(checkpoint)
+    model = load_causal_lm(checkpoint, dtype, options=options)
+    return model.to(device).requires_grad_(False)
 
 
 def load_skeleton(checkpoint: Path) -> nn.Module:
     """The model of a local checkpoint without its weights, on the device "meta". Raises as `load_model` does."""
-    from transformers import AutoModelForCausalLM
-
-    with _loading(checkpoint), torch.device("meta"):
-        config, attention = _config(checkpoint)
-        model: nn.Module = AutoModelForCausalLM.from_config(config, **attention)
-    return model.eval().requires_grad_(False)
+    config, options = _config(checkpoint)
+    model = empty_causal_lm(checkpoint, config, options)
+    require_weights(checkpoint, model)
+    return model.requires_grad_(False)
 
 
 def _config(checkpoint: Path) -> tuple[Any, dict[str, str]]:
     """The config, and options that choose an attention which computes the family's function."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(checkpoint)
-    family = require_family((config.architectures or [type(config).__name__])[0])
+    config = load_config(checkpoint)
+    family = require_family(architecture_of(config))
+    require_plain(checkpoint, config)
     return config, {} if family.attention is None else {"attn_implementation": family.attention}
-
-
-@contextmanager
-def _loading(checkpoint: Path) -> Iterator[None]:
-    from safetensors import SafetensorError
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        yield
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from error
-
-
-def load_tokenizer(checkpoint: Path) -> Any:
-    """The tokenizer of a local checkpoint. Raises CheckpointError when there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{checkpoint} has no tokenizer that can be loaded: {reason}") from error

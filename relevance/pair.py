@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 import crane_serve
 from crane_serve.atomic import write_atomically
+from crane_serve.checkpoints.load import load_tokenizer
 from crane_serve.checkpoints.resolve import resolve_checkpoint
 from crane_serve.masks import Fingerprint
 from crane_serve.masks.transfer import read_masks, transferred
@@ -17,7 +18,7 @@ from crane_serve.statistics import Estimate, change_per_token
 from relevance.corpus import Corpus
 from relevance.encoding import encode
 from relevance.families import take_apart
-from relevance.model import load_model, load_tokenizer
+from relevance.model import load_model
 from relevance.validation.ablations import Ablations
 
 RESULT_FILE, TABLE_FILE, REPORT_FILE = "pair.json", "pair.csv", "pair.md"

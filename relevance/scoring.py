@@ -8,13 +8,14 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
+from crane_serve.checkpoints.load import load_tokenizer
 from crane_serve.masks import Fingerprint
 from relevance.corpus import Corpus
 from relevance.encoding import EncodedDocuments, encode
 from relevance.families import UnsupportedModelError, take_apart
 from relevance.measurement import units_of
 from relevance.method import Measured, MethodError, ScoredMethod, Shape, require_documents, require_languages
-from relevance.model import load_skeleton, load_tokenizer
+from relevance.model import load_skeleton
 from relevance.progress import Plan, Progress
 from relevance.scores import Scores, ScoresInfo
 from relevance.shards import Job, Shard, deal, measure_shard, measure_with_ray, merged

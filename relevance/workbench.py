@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from crane_serve.checkpoints.load import load_tokenizer
 from crane_serve.checkpoints.resolve import resolve_checkpoint
 from crane_serve.masks import Fingerprint
 from relevance.corpus import Corpus
 from relevance.encoding import encode
 from relevance.families import Decoder, take_apart
-from relevance.model import load_model, load_tokenizer, pick_device, pick_dtype
+from relevance.model import load_model, pick_device, pick_dtype
 from relevance.scores import Scores, ScoresError
 from relevance.sources import load_corpus
 

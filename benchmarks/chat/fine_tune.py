@@ -185,14 +185,14 @@ def train(model: Any, examples: Sequence[Example], settings: Settings) -> list[f
 
 def fine_tune(base: Path, out: Path, settings: Settings) -> dict[str, Any]:
     """Write the fine-tuned checkpoint to the new directory `out`; return what `fine-tuning.json` says."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from crane_serve.checkpoints.load import load_causal_lm, load_config, load_tokenizer
 
     began = time.monotonic()
     torch.manual_seed(settings.seed)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     tokenizer.chat_template = CHAT_TEMPLATE
-    stored_dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    stored_dtype = load_config(base).dtype or torch.float32
+    model: Any = load_causal_lm(base, torch.float32)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     examples = {
         split: {

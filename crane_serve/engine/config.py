@@ -7,6 +7,7 @@ from typing import Any
 
 import crane_serve
 from crane_serve.checkpoints.resolve import resolve_checkpoint
+from crane_serve.engine.weights import require_same_weights
 from crane_serve.masks import Fingerprint, MaskFileError, MaskLibrary
 
 CONFIG_KEY = "crane"
@@ -91,14 +92,16 @@ def add_mask_config(vllm_config: Any) -> None:
     """Put a MaskConfig into a new VllmConfig if CRANE_MASKS names a directory of masks.
 
     Raises MaskFileError when the directory does not exist, FingerprintError when the model cannot be identified,
-    ValueError for an unusable number of rows.
+    CheckpointError when vLLM would not load its weights or not all of them, ValueError for an unusable number of rows.
     """
     directory = os.environ.get(MASKS_VARIABLE)
     if not directory or masks_disabled():
         return
     default_method = os.environ.get(DEFAULT_METHOD_VARIABLE, DEFAULT_METHOD)
     model, masks = str(vllm_config.model_config.model), Path(directory).resolve()
-    library = MaskLibrary.load(masks, Fingerprint.of(resolve_checkpoint(model)), default_method)
+    checkpoint = resolve_checkpoint(model)
+    library = MaskLibrary.load(masks, Fingerprint.of(checkpoint), default_method)
+    require_same_weights(vllm_config, checkpoint)
     outputs = flag(OUTPUTS_VARIABLE) or any(stored.mask.output is not None for stored in library.masks.values())
     config = MaskConfig(_rows(), outputs, model, masks, default_method, library.manifest)
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config}

@@ -1,5 +1,6 @@
 """The check at start: masks take effect, in every layer and on every data-parallel rank, or nothing is served."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,13 +49,23 @@ async def check_masks(service: "EngineService") -> None:
             idle.append(layer)
     await service.remove_mask(name)
     if idle:
-        raise SelfCheckFailed(f"switching off all neurons of layers {idle} changes nothing; masks cannot be served")
+        raise SelfCheckFailed(
+            f"switching off all neurons of layers {idle} changes nothing; masks cannot be served ({_suspect(effects)})"
+        )
     drift = max(_apart(now, then) for now, then in zip(await score(None), before, strict=True))
     if drift > min(effects) / 2:
         raise SelfCheckFailed(
             f"an unmasked request differs by {drift:.3g} nats from what it was before masked ones, while masks make "
             f"a difference of {min(effects):.3g}; masks cannot be served"
         )
+
+
+def _suspect(effects: Sequence[float]) -> str:
+    """Where damaged weights may be: they need not be in a layer that is idle, but can drown it from another."""
+    loudest = max(range(len(effects)), key=effects.__getitem__)
+    if not effects[loudest]:
+        return "no layer changes anything, as when the weights behind the last one are damaged"
+    return f"layer {loudest} changes most, by {effects[loudest]:.3g} nats; damaged weights there would drown the others"
 
 
 def _apart(left: tuple[float, ...], right: tuple[float, ...]) -> float:

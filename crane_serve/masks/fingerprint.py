@@ -2,14 +2,17 @@
 
 import hashlib
 import json
-import struct
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PrivateAttr
 
-# Written by libraries and users around the model; they do not change what a neuron index means.
-_VOLATILE_CONFIG_KEYS = {"transformers_version", "dtype", "torch_dtype", "use_cache"}
+from crane_serve.checkpoints.errors import CheckpointError
+from crane_serve.checkpoints.load import architecture_of, load_config, reason
+from crane_serve.checkpoints.weights import stored_tensors, weight_files
+from crane_serve.masks.canonical_config import config_digest, file_digest
+
 _SAMPLE_BYTES = 4096
 
 
@@ -20,8 +23,9 @@ class FingerprintError(ValueError):
 class Fingerprint(BaseModel):
     """Identity of a checkpoint: architecture, sizes, and digests of its config and weights.
 
-    The weights digest covers every tensor's name, dtype and shape and a 4 KiB sample from its middle, so that a
-    fine-tuned checkpoint of the same shape is told apart without reading all weights.
+    The config counts as transformers reads it, without what it sets to its default. The weights digest covers every
+    tensor's name, dtype and shape and a 4 KiB sample from its middle, so that a fine-tuned checkpoint of the same shape
+    is told apart without reading all weights; files that transformers does not load do not count.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,35 +37,67 @@ class Fingerprint(BaseModel):
     config_digest: str
     weights_digest: str
 
+    # field -> what version 0.1.0 said of the same checkpoint; its masks stay valid.
+    _earlier: dict[str, str] = PrivateAttr(default_factory=dict)
+
     @classmethod
     def of(cls, checkpoint: Path) -> "Fingerprint":
         """Fingerprint of a local Hugging Face checkpoint. Raises FingerprintError if it is not one."""
-        from transformers import AutoConfig
-
-        config_file = checkpoint / "config.json"
         try:
-            raw = json.loads(config_file.read_text())
-            config = AutoConfig.from_pretrained(checkpoint).get_text_config()
+            raw = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+            if not isinstance(raw, dict):
+                raise ValueError(f"config.json holds a {type(raw).__name__}; expected an object")
+            whole = load_config(checkpoint)
+            config = whole.get_text_config()
             layers, hidden_size = int(config.num_hidden_layers), int(config.hidden_size)
-        except Exception as error:  # what transformers raises for a bad config has no common base
-            raise FingerprintError(f"{checkpoint} is not a Hugging Face checkpoint: {error}") from error
-        return cls(
-            architecture=str((raw.get("architectures") or [raw.get("model_type", "unknown")])[0]),
+            if layers < 1:
+                raise ValueError(f"its config has {layers} layers; expected one at least")
+            sizes, architecture = intermediate_sizes(config, layers), architecture_of(whole)
+        except Exception as error:  # what a config class raises for a bad value has no common base
+            raise FingerprintError(f"{checkpoint} is not a Hugging Face checkpoint: {reason(error)}") from error
+        try:
+            files = weight_files(checkpoint)
+            weights = _weights_digest(files)
+        except CheckpointError as error:
+            raise FingerprintError(str(error)) from error
+        fingerprint = cls(
+            architecture=architecture,
             layers=layers,
             hidden_size=hidden_size,
-            intermediate_sizes=intermediate_sizes(config, layers),
-            config_digest=_config_digest(raw),
-            weights_digest=_weights_digest(checkpoint),
+            intermediate_sizes=sizes,
+            config_digest=config_digest(whole),
+            weights_digest=weights,
         )
+        earlier = {
+            "architecture": str((raw.get("architectures") or [raw.get("model_type", "unknown")])[0]),
+            "config_digest": file_digest(raw),
+            "weights_digest": _earlier_weights_digest(checkpoint, files) or weights,
+        }
+        fingerprint._earlier.update(earlier)
+        return fingerprint
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fingerprint) and self.model_dump() == other.model_dump()
+
+    def is_of(self, other: "Fingerprint") -> bool:
+        """Whether `other`, such as that of a mask, was taken of this checkpoint, be it by an earlier version."""
+        return self._difference(other) is None
 
     def require(self, other: "Fingerprint", what: str) -> None:
         """Raise FingerprintError naming the first difference, unless `other` (of `what`) is the same model."""
-        for name in type(self).model_fields:
+        name = self._difference(other)
+        if name is not None:
             mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                raise FingerprintError(
-                    f"{what} was made for another model: its {name} is {_short(theirs)}, this model has {_short(mine)}"
-                )
+            raise FingerprintError(
+                f"{what} was made for another model: its {name} is {_short(theirs)}, this model has {_short(mine)}"
+            )
+
+    def _difference(self, other: "Fingerprint") -> str | None:
+        for name in type(self).model_fields:
+            mine = getattr(self, name)
+            if getattr(other, name) not in (mine, self._earlier.get(name, mine)):
+                return name
+        return None
 
 
 def _short(value: object) -> str:
@@ -80,41 +116,34 @@ def intermediate_sizes(config: Any, layers: int) -> tuple[int, ...]:
     return (4 * int(config.hidden_size),) * layers  # BLOOM and GPT-2 leave it implicit
 
 
-def _config_digest(raw: dict[str, Any]) -> str:
-    stable = {key: value for key, value in raw.items() if key not in _VOLATILE_CONFIG_KEYS and not key.startswith("_")}
-    return hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest()
-
-
-def _weights_digest(checkpoint: Path) -> str:
-    entries: list[bytes] = []
-    shards = sorted(checkpoint.glob("*.safetensors"))
-    for shard in shards:
-        entries += _safetensors_entries(shard)
-    if not shards:  # legacy checkpoints: names and sizes are all that can be read without unpickling
-        entries = [f"{path.name}:{path.stat().st_size}".encode() for path in checkpoint.glob("*.bin")]
-    if not entries:
-        raise FingerprintError(f"{checkpoint} holds no weights (*.safetensors or *.bin)")
+def _weights_digest(files: Iterable[Path]) -> str:
+    entries = [entry for file in files for entry in _entries(file)]
     digest = hashlib.sha256()
     for entry in sorted(entries):  # by tensor name: how a checkpoint is cut into shards does not matter
         digest.update(entry)
     return digest.hexdigest()
 
 
-def _safetensors_entries(shard: Path) -> list[bytes]:
+def _entries(file: Path) -> list[bytes]:
+    if file.suffix != ".safetensors":  # names and sizes are all that can be read without unpickling
+        return [f"{file.name}:{file.stat().st_size}".encode()]
     entries = []
-    try:
-        with shard.open("rb") as file:
-            (header_bytes,) = struct.unpack("<Q", file.read(8))
-            if header_bytes > shard.stat().st_size:
-                raise ValueError("header is longer than the file")
-            header = json.loads(file.read(header_bytes))
-            header.pop("__metadata__", None)
-            for name, tensor in header.items():
-                start, end = tensor["data_offsets"]
-                middle = max(start, (start + end - _SAMPLE_BYTES) // 2)
-                file.seek(8 + header_bytes + middle)
-                sample = file.read(min(_SAMPLE_BYTES, end - middle))
-                entries.append(f"{name}|{tensor['dtype']}|{tensor['shape']}|".encode() + sample)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise FingerprintError(f"{shard} is not a safetensors file: {error}") from error
+    tensors = stored_tensors(file)
+    with file.open("rb") as content:
+        for tensor in tensors:
+            middle = max(tensor.start, (tensor.start + tensor.end - _SAMPLE_BYTES) // 2)
+            content.seek(middle)
+            sample = content.read(min(_SAMPLE_BYTES, tensor.end - middle))
+            entries.append(f"{tensor.name}|{tensor.dtype}|{list(tensor.shape)}|".encode() + sample)
     return entries
+
+
+def _earlier_weights_digest(checkpoint: Path, files: Sequence[Path]) -> str | None:
+    """By all files of the kind, as version 0.1.0 had it; None where these are the model's files."""
+    beside = set(checkpoint.glob("*.safetensors")) or set(checkpoint.glob("*.bin"))
+    if beside == set(files):
+        return None
+    try:
+        return _weights_digest(beside)
+    except CheckpointError:  # something else, which 0.1.0 could not read either
+        return None

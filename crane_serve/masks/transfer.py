@@ -46,7 +46,7 @@ def transferred(stored: StoredMask, fingerprint: Fingerprint) -> StoredMask:
     _require_same_shape(stored, fingerprint)
     origin = stored.info.transferred_from or stored.info.fingerprint
     info: MaskInfo = stored.info.model_copy(
-        update={"fingerprint": fingerprint, "transferred_from": None if origin == fingerprint else origin}
+        update={"fingerprint": fingerprint, "transferred_from": None if fingerprint.is_of(origin) else origin}
     )
     return StoredMask(stored.name, stored.mask, info)
 

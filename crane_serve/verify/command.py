@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from crane_serve.atomic import write_atomically
+from crane_serve.checkpoints.load import load_config, require_weights_of
 from crane_serve.checkpoints.resolve import resolve_checkpoint
 from crane_serve.masks import Fingerprint
 from crane_serve.verify import checks
@@ -68,11 +69,12 @@ def verify(
 def run(wishes: Wishes, progress: Callable[[str], None], launch: Launch | None = None) -> Report:
     """Start the processes in turn, each with the whole machine to itself, and gather their checks.
 
-    Raises ValueError for a model without fingerprint or masks that cannot be tried. launch: runs a module with a plan,
-    an environment and a log, and returns what went wrong, if anything.
+    Raises ValueError for a model without fingerprint or with missing weights, and for masks that cannot be tried.
+    launch: runs a module with a plan, an environment and a log, and returns what went wrong, if anything.
     """
     checkpoint = resolve_checkpoint(wishes.model)
     fingerprint = Fingerprint.of(checkpoint)
+    require_weights_of(checkpoint)
     scratch = Path(tempfile.mkdtemp(prefix="crane-verify-"))
     try:
         report = _run(wishes, checkpoint, fingerprint, scratch, progress, launch or run_process)
@@ -194,9 +196,7 @@ def _asked(flags: tuple[str, ...]) -> _Asked:
 
 def _default_flags(checkpoint: Path, given: tuple[str, ...]) -> tuple[str, ...]:
     """Small batches start quickly and are cut into chunks; a flag that the user gives is left to the user."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(checkpoint).get_text_config()
+    config = load_config(checkpoint).get_text_config()
     longest = min(_MAX_MODEL_TOKENS, int(getattr(config, "max_position_embeddings", None) or _MAX_MODEL_TOKENS))
     defaults = {"--max-model-len": longest, "--max-num-seqs": 32, "--max-num-batched-tokens": 512}
     names = {flag.partition("=")[0].replace("_", "-") for flag in given}

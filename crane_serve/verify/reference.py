@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crane_serve.masks import MaskLibrary, NeuronMask
+from crane_serve.checkpoints.load import load_causal_lm, load_tokenizer
+from crane_serve.masks import Fingerprint, MaskLibrary, NeuronMask
 from crane_serve.verify import probes
 from crane_serve.verify.plan import Outcome, Plan, Reference, describe
 from relevance.families import available, layer_lists
@@ -26,14 +27,14 @@ _OTHER_TOWERS = ("vision", "visual", "audio")
 
 
 def measure_reference(plan: Plan) -> Reference:
-    """Score the texts of `probes` under the plan's masks. Raises ValueError for a model with other MLPs."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Score the texts of `probes` under the plan's masks.
 
+    Raises ValueError for a model with other MLPs, CheckpointError for one that transformers cannot load whole.
+    """
     assert plan.masks is not None
-    library = MaskLibrary.load(plan.directory, plan.fingerprint)
-    trust = {"trust_remote_code": plan.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(plan.model, **trust)
-    model = AutoModelForCausalLM.from_pretrained(plan.model, dtype="auto", **trust).eval()
+    library = MaskLibrary.load(plan.directory, Fingerprint.of(plan.model))
+    tokenizer = load_tokenizer(plan.model, trust_remote_code=plan.trust_remote_code)
+    model: Any = load_causal_lm(plan.model, "auto", trust_remote_code=plan.trust_remote_code)
     gpu, low = torch.cuda.is_available(), model.dtype
     if plan.float32 or not gpu or sum(p.numel() for p in model.parameters()) < _FLOAT32_PARAMETERS:
         model.float()

@@ -6,7 +6,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from crane_serve.checkpoints.resolve import CheckpointError, resolve_checkpoint
+from crane_serve.checkpoints.errors import CheckpointError
+from crane_serve.checkpoints.resolve import resolve_checkpoint
 
 
 @pytest.fixture

@@ -1,0 +1,43 @@
+"""vLLM reads the very weights that the fingerprint was taken of, and all that the model needs."""
+
+from pathlib import Path
+from typing import Any
+
+from crane_serve.checkpoints.errors import CheckpointError
+from crane_serve.checkpoints.load import require_weights_of
+from crane_serve.checkpoints.weights import weight_files
+
+_FORMATS = ("auto", "hf", "safetensors")
+
+
+def require_same_weights(vllm_config: Any, checkpoint: Path) -> None:
+    """Settle what vLLM 0.32 loads, before any process starts.
+
+    By itself it reads `consolidated*.safetensors` where there is one, and without an index all weights in the
+    directory; and it leaves a tensor that the checkpoint lacks as the memory was. Raises CheckpointError naming the
+    files that it would read beside the model's, or the tensors that are missing.
+    """
+    load_config = vllm_config.load_config
+    if load_config.load_format not in _FORMATS:
+        return
+    if load_config.load_format == "auto":
+        load_config.load_format = "hf"
+    mine, read = set(weight_files(checkpoint)), _read(load_config, checkpoint)
+    if others := sorted(file.name for file in read - mine):
+        raise CheckpointError(
+            f"{checkpoint}: vLLM would also read {', '.join(others)}, which is not among the model's weights "
+            f"({', '.join(sorted(file.name for file in mine))}); move it elsewhere"
+        )
+    if left := sorted(file.name for file in mine - read):
+        raise CheckpointError(f"{checkpoint}: vLLM would not read {', '.join(left)}, which holds the model's weights")
+    require_weights_of(checkpoint)
+
+
+def _read(load_config: Any, checkpoint: Path) -> set[Path]:
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    try:
+        _, files, *_ = DefaultModelLoader(load_config)._prepare_weights(str(checkpoint), None, None, True, None)
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(f"{checkpoint}: vLLM finds no weights: {error}") from error
+    return {Path(file) for file in files}
