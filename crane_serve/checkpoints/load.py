@@ -15,6 +15,7 @@ from crane_serve.checkpoints.weights import stored_tensors, weight_files
 
 _NAMED = 4  # tensors that a message names
 _REASON_CHARACTERS = 400
+_OLD_CONSTANT = ".masked_bias"  # in early GPT-2 files; the rest of what it once saved transformers leaves out itself
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 Options = Mapping[str, Any]
@@ -196,7 +197,7 @@ def _shapes(file: Path) -> Iterable[tuple[str, Sequence[int]]]:
 def _require_all(checkpoint: Path, found: Mapping[str, Any]) -> None:
     """found: transformers' loading info: missing_keys, unexpected_keys, mismatched_keys (name, stored, expected)."""
     missing, other = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
-    unexpected = sorted(found["unexpected_keys"])
+    unexpected = sorted(name for name in found["unexpected_keys"] if not name.endswith(_OLD_CONSTANT))
     beside = f"; it has {_listed(unexpected)}, which the model has not" if unexpected else ""
     if missing:
         raise CheckpointError(f"{checkpoint} lacks {_count(missing)} that the model needs: {_listed(missing)}{beside}")

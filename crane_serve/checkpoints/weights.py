@@ -66,19 +66,23 @@ def _of_index(index: Path) -> tuple[Path, ...]:
 def stored_tensors(file: Path) -> list[StoredTensor]:
     """The tensors of a safetensors file, by its header alone. Raises CheckpointError for a damaged file."""
     try:
-        with file.open("rb") as content:
-            (header_bytes,) = struct.unpack("<Q", content.read(8))
-            size = file.stat().st_size
-            if 8 + header_bytes > size:
-                raise ValueError("its header is longer than the file")
-            header: dict[str, Any] = json.loads(content.read(header_bytes))
-            header.pop("__metadata__", None)
-            tensors = [_tensor(name, entry, 8 + header_bytes) for name, entry in header.items()]
-        end = max((tensor.end for tensor in tensors), default=8 + header_bytes)
-        if size != end:
-            raise ValueError(f"it has {size} bytes, and its header speaks of {end}")
+        return _tensors(file)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{file} is not a safetensors file: {error}") from error
+
+
+def _tensors(file: Path) -> list[StoredTensor]:
+    with file.open("rb") as content:
+        (header_bytes,) = struct.unpack("<Q", content.read(8))
+        size, start = file.stat().st_size, 8 + header_bytes
+        if start > size:
+            raise ValueError("its header is longer than the file")
+        header: dict[str, Any] = json.loads(content.read(header_bytes))
+    header.pop("__metadata__", None)
+    tensors = [_tensor(name, entry, start) for name, entry in header.items()]
+    end = max((tensor.end for tensor in tensors), default=start)
+    if size != end:
+        raise ValueError(f"it has {size} bytes, and its header speaks of {end}")
     return tensors
 
 

@@ -44,14 +44,10 @@ class Fingerprint(BaseModel):
     def of(cls, checkpoint: Path) -> "Fingerprint":
         """Fingerprint of a local Hugging Face checkpoint. Raises FingerprintError if it is not one."""
         try:
-            raw = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-            if not isinstance(raw, dict):
-                raise ValueError(f"config.json holds a {type(raw).__name__}; expected an object")
+            raw = _raw_config(checkpoint)
             whole = load_config(checkpoint)
             config = whole.get_text_config()
-            layers, hidden_size = int(config.num_hidden_layers), int(config.hidden_size)
-            if layers < 1:
-                raise ValueError(f"its config has {layers} layers; expected one at least")
+            layers, hidden_size = _positive(config, "num_hidden_layers"), _positive(config, "hidden_size")
             sizes, architecture = intermediate_sizes(config, layers), architecture_of(whole)
         except Exception as error:  # what a config class raises for a bad value has no common base
             raise FingerprintError(f"{checkpoint} is not a Hugging Face checkpoint: {reason(error)}") from error
@@ -114,6 +110,20 @@ def intermediate_sizes(config: Any, layers: int) -> tuple[int, ...]:
         if isinstance(size, list | tuple):
             return tuple(int(value) for value in size)
     return (4 * int(config.hidden_size),) * layers  # BLOOM and GPT-2 leave it implicit
+
+
+def _raw_config(checkpoint: Path) -> dict[str, Any]:
+    raw = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(raw, dict):
+        raise ValueError(f"config.json holds a {type(raw).__name__}; expected an object")
+    return raw
+
+
+def _positive(config: Any, key: str) -> int:
+    value = int(getattr(config, key))
+    if value < 1:
+        raise ValueError(f"{key} is {value}; expected 1 at least")
+    return value
 
 
 def _weights_digest(files: Iterable[Path]) -> str:

@@ -1,5 +1,6 @@
 """Fingerprint: the same model however it is stored, another model whatever its shape."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from crane_serve.masks import Fingerprint, FingerprintError
-from tests.tiny import HIDDEN, LAYERS, NEURONS
+from crane_serve.masks.canonical_config import file_digest
+from tests.damaged import pickled, sharded
+from tests.tiny import FAMILIES, HIDDEN, LAYERS, NEURONS, tiny_model
 
 
 @pytest.fixture
@@ -124,6 +127,184 @@ def test_long_lists_of_sizes_are_shortened_in_messages(checkpoint: Path) -> None
         mine.require(theirs, "the mask")
 
 
+# --- the files that count
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "adapter_model.safetensors", "model.fp16.safetensors"])
+@pytest.mark.parametrize("in_shards", [False, True], ids=["one file", "index"])
+def test_safetensors_beside_the_models_own_do_not_matter(copy: Path, name: str, *, in_shards: bool) -> None:
+    if in_shards:
+        sharded(copy)
+    before = Fingerprint.of(copy)
+    save_file({"other": torch.ones(3)}, copy / name)
+    assert Fingerprint.of(copy) == before
+    (copy / name).write_bytes(b"not even safetensors")
+    assert Fingerprint.of(copy) == before
+
+
+@pytest.mark.parametrize("name", ["training_args.bin", "optimizer.bin", "adapter_model.bin", "rng_state.bin"])
+@pytest.mark.parametrize("in_shards", [False, True], ids=["one file", "index"])
+def test_pickles_beside_the_models_own_do_not_matter(copy: Path, name: str, *, in_shards: bool) -> None:
+    if in_shards:
+        sharded(copy, suffix=".bin", stem="pytorch_model")
+    else:
+        pickled(copy)
+    before = Fingerprint.of(copy)
+    (copy / name).write_bytes(b"arguments")
+    assert Fingerprint.of(copy) == before
+
+
+def test_the_files_are_those_that_transformers_prefers(copy: Path) -> None:
+    whole = Fingerprint.of(copy)
+    shutil.copy(copy / "model.safetensors", copy / "kept")
+    shards = sharded(copy)
+    of_shards = Fingerprint.of(copy)
+    assert of_shards == whole
+    save_file({"other": torch.ones(3)}, copy / "model.safetensors")  # goes before the index
+    assert Fingerprint.of(copy).weights_digest != whole.weights_digest
+    (copy / "model.safetensors").unlink()
+    (copy / "pytorch_model.bin").write_bytes(b"older")  # comes after it
+    assert Fingerprint.of(copy) == of_shards
+    shards[0].unlink()
+    with pytest.raises(FingerprintError, match=f"index.json names {shards[0].name}"):
+        Fingerprint.of(copy)
+
+
+def test_masks_of_the_first_version_stay_valid_with_files_beside(copy: Path) -> None:
+    sharded(copy)
+    save_file({"other": torch.ones(3)}, copy / "consolidated.safetensors")
+    shutil.copytree(copy, both := copy.parent / "both")
+    (both / "model.safetensors.index.json").unlink()
+    everything = both / "model.safetensors"  # all tensors in the one file that counts, as the first version read them
+    tensors = {name: tensor for file in both.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    save_file(tensors, everything)
+    earlier = Fingerprint.of(copy).model_copy(update={"weights_digest": Fingerprint.of(both).weights_digest})
+    Fingerprint.of(copy).require(earlier, "the mask")
+    assert Fingerprint.of(copy) != earlier
+
+
+# --- configs of one model
+
+
+def old_style(checkpoint: Path, **changes: Any) -> None:
+    """The config as transformers 4 wrote it: `torch_dtype`, and rotary settings one by one."""
+    file = checkpoint / "config.json"
+    config = json.loads(file.read_text())
+    config["torch_dtype"] = config.pop("dtype")
+    config["transformers_version"] = "4.40.0"
+    rope = config.pop("rope_parameters", {})
+    if "full_attention" in rope:
+        config |= {
+            "rope_theta": int(rope["full_attention"]["rope_theta"]),
+            "rope_local_base_freq": rope["sliding_attention"]["rope_theta"],
+            "sliding_window_pattern": config.pop("_sliding_window_pattern"),
+            "cache_implementation": "hybrid",
+            "rope_scaling": None,
+        }
+    elif rope:
+        config |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+    for derived in ("layer_types", "use_bidirectional_attention"):
+        config.pop(derived, None)
+    file.write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_old_and_new_configs_are_one_model(family: str, tmp_path: Path) -> None:
+    new, old = tiny_model(family, tmp_path / "new"), tmp_path / "old"
+    shutil.copytree(new, old)
+    old_style(old)
+    assert Fingerprint.of(old) == Fingerprint.of(new)
+    AutoConfig.from_pretrained(old).save_pretrained(old)
+    assert Fingerprint.of(old) == Fingerprint.of(new)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"type": "linear", "factor": 2},
+        {"type": "linear", "rope_type": "linear", "factor": 2.0},
+    ],
+    ids=str,
+)
+def test_scaled_positions_are_one_model_however_written(copy: Path, tmp_path: Path, scaling: dict[str, Any]) -> None:
+    other = Path(shutil.copytree(copy, tmp_path / "other"))
+    old_style(copy, rope_scaling=scaling)
+    change_config(other, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
+    assert Fingerprint.of(copy) == Fingerprint.of(other)
+
+
+def test_defaults_may_be_left_out(checkpoint: Path, copy: Path) -> None:
+    file = copy / "config.json"
+    config = json.loads(file.read_text())
+    for key in (
+        "attention_bias",
+        "mlp_bias",
+        "hidden_act",
+        "rms_norm_eps",
+        "head_dim",
+        "rope_parameters",
+        "architectures",
+    ):
+        del config[key]
+    file.write_text(json.dumps(config))
+    assert Fingerprint.of(copy) == Fingerprint.of(checkpoint)
+
+
+def test_a_default_that_a_later_transformers_adds_changes_nothing(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Fingerprint.of(checkpoint)
+    plain = LlamaConfig.to_dict
+    monkeypatch.setattr(LlamaConfig, "to_dict", lambda self: {**plain(self), "later_option": False})
+    assert Fingerprint.of(checkpoint) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_theta": 20000.0, "rope_type": "default"}},
+        {"rope_theta": 20000.0},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rms_norm_eps": 1e-5},
+        {"hidden_act": "gelu"},
+        {"num_key_value_heads": 2},
+        {"head_dim": 16},
+        {"attention_bias": True},
+        {"tie_word_embeddings": True},
+        {"max_position_embeddings": 1024},
+        {"unknown_option": 1},
+    ],
+    ids=str,
+)
+def test_what_changes_the_function_is_another_model(checkpoint: Path, copy: Path, changes: dict[str, Any]) -> None:
+    old_style(copy, **changes)
+    assert Fingerprint.of(copy).config_digest != Fingerprint.of(checkpoint).config_digest
+
+
+@pytest.mark.parametrize("window", [16, None])
+def test_a_sliding_window_is_part_of_the_model(tmp_path: Path, window: int | None) -> None:
+    model = tiny_model("gemma3", tmp_path)
+    before = Fingerprint.of(model)
+    change_config(model, sliding_window=window)
+    assert Fingerprint.of(model) != before
+
+
+def test_masks_of_the_first_version_stay_valid(checkpoint: Path) -> None:
+    """It digested the file itself, without the keys that libraries rewrite."""
+    raw = json.loads((checkpoint / "config.json").read_text())
+    stable = {key: raw[key] for key in raw if key not in ("transformers_version", "dtype", "use_cache")}
+    digest = hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest()
+    assert file_digest(raw) == digest
+    now = Fingerprint.of(checkpoint)
+    earlier = Fingerprint.model_validate_json(now.model_copy(update={"config_digest": digest}).model_dump_json())
+    assert earlier != now
+    now.require(earlier, "the mask")
+    assert now.is_of(earlier)
+    with pytest.raises(FingerprintError, match="config_digest"):
+        now.require(now.model_copy(update={"config_digest": "f" * 64}), "the mask")
+
+
 def test_legacy_weights_count_by_name_and_size(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
     digests = []
@@ -151,6 +332,8 @@ def test_refuses_a_directory_without_weights(copy: Path) -> None:
         '{"model_type": "no-such-model"}',
         '{"model_type": "resnet"}',
         '{"model_type": "llama", "num_hidden_layers": "many"}',
+        '{"model_type": "llama", "num_hidden_layers": 0}',
+        '{"model_type": "llama", "num_hidden_layers": -1}',
     ],
 )
 def test_refuses_a_directory_without_a_usable_config(copy: Path, config: str | None) -> None:
@@ -179,6 +362,7 @@ def header(content: str) -> bytes:
         header('{"weight": {"dtype": "F32", "shape": [1], "data_offsets": 3}}'),
         header('{"weight": {"dtype": "F32", "shape": [1], "data_offsets": ["a", "b"]}}'),
         header('{"weight": {"dtype": "F32", "shape": [1], "data_offsets": [-9999, 4]}}'),
+        header('{"weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'),
     ],
 )
 def test_refuses_damaged_weights(copy: Path, content: bytes) -> None:

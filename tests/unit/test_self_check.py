@@ -66,6 +66,16 @@ async def test_a_deaf_layer_of_one_rank_is_found(fingerprint: Fingerprint, rank:
         await check_masks(FakeService(fingerprint, deaf=((rank, 1),)))  # type: ignore[arg-type]
 
 
+async def test_the_layer_that_may_drown_an_idle_one_is_named(fingerprint: Fingerprint) -> None:
+    with pytest.raises(SelfCheckFailed, match=r"layers \[1\] changes nothing; .*layer 0 changes most, by 6 nats"):
+        await check_masks(FakeService(fingerprint, deaf=((0, 1), (1, 1))))  # type: ignore[arg-type]
+
+
+async def test_a_model_in_which_no_layer_matters_is_told_from_one_with_an_idle_layer(fingerprint: Fingerprint) -> None:
+    with pytest.raises(SelfCheckFailed, match=r"layers \[0, 1\] changes nothing; .*behind the last one"):
+        await check_masks(FakeService(fingerprint, deaf=((0, 0), (0, 1))))  # type: ignore[arg-type]
+
+
 async def test_an_unmasked_request_that_masks_have_changed_is_found(fingerprint: Fingerprint) -> None:
     with pytest.raises(SelfCheckFailed, match=r"an unmasked request differs by \d+ nats from what it was before"):
         await check_masks(FakeService(fingerprint, leak=4.0))  # type: ignore[arg-type]

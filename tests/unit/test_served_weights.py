@@ -1,0 +1,72 @@
+"""What vLLM would load is what the fingerprint was taken of, and whole; no engine is started."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from crane_serve.checkpoints.errors import CheckpointError
+from crane_serve.engine.weights import require_same_weights
+from tests.damaged import DOWN, UP, copied, pickled, sharded, without
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    return copied(checkpoint, tmp_path / "copy")
+
+
+def require(checkpoint: Path, load_format: str = "auto") -> str:
+    """Check, and return the format that vLLM is to load."""
+    from vllm.config import LoadConfig
+
+    config = SimpleNamespace(load_config=LoadConfig(load_format=load_format))
+    require_same_weights(config, checkpoint)
+    return str(config.load_config.load_format)
+
+
+def test_plain_checkpoints_pass(copy: Path) -> None:
+    assert require(copy) == "hf"
+    assert require(copy, "safetensors") == "safetensors"
+    sharded(copy)
+    require(copy)
+
+
+def test_pickled_checkpoints_pass(copy: Path) -> None:
+    (pickled(copy) / "training_args.bin").write_bytes(b"arguments")
+    require(copy)
+
+
+def test_weights_of_another_form_beside_an_index_are_not_loaded_instead(copy: Path) -> None:
+    sharded(copy)
+    save_file({"other": torch.ones(3)}, copy / "consolidated.safetensors")
+    save_file({"other": torch.ones(3)}, copy / "adapter_model.safetensors")
+    assert require(copy) == "hf"  # "auto" would take the consolidated file
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "adapter_model.safetensors", "model-old.safetensors"])
+def test_a_second_file_without_an_index_is_refused(copy: Path, name: str) -> None:
+    save_file({UP: torch.ones(3)}, copy / name)
+    with pytest.raises(CheckpointError, match=f"would also read {name}, .*move it elsewhere"):
+        require(copy)
+
+
+def test_shards_that_an_index_prefers_to_the_one_file_are_refused(copy: Path) -> None:
+    single = (copy / "model.safetensors").read_bytes()
+    shards = sharded(copy)
+    (copy / "model.safetensors").write_bytes(single)  # transformers takes this one, vLLM what the index names
+    with pytest.raises(CheckpointError, match=f"would also read {shards[0].name}"):
+        require(copy)
+
+
+@pytest.mark.parametrize("name", [DOWN, UP, "lm_head.weight"])
+def test_a_missing_tensor_is_named_before_an_engine_starts(copy: Path, name: str) -> None:
+    without(copy, name)
+    with pytest.raises(CheckpointError, match=f"lacks 1 tensor .*: {name}$"):
+        require(copy)
+
+
+def test_other_formats_are_left_to_vllm(copy: Path) -> None:
+    without(copy, DOWN)
+    assert require(copy, "dummy") == "dummy"
