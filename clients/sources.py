@@ -35,8 +35,8 @@ class Source(BaseModel):
     needs the package `datasets`.
 
     config: of a dataset, `{lang}` allowed; of several ones the rows follow each other, with the name in a field
-    `config` and before their ids. revision: of a dataset's repository: a commit, branch or tag, such as
-    refs/convert/parquet, the Hub's own copy of data sets with a loading script, which `datasets` 4 and later refuse.
+    `config` and before their ids. revision: of a dataset's repository: a commit, branch or tag. `datasets` 4 and later
+    refuse data sets with a loading script; of some the Hub has a copy of its own, refs/convert/parquet.
     split: of a dataset or corpus, or of files whose rows have a field `split`;
     columns: field of the row -> column of the source that it comes from, `{lang}` allowed; codes: language -> what
     `{lang}` stands for, where that is not its name (vi: vie_Latn); id: the column that identifies a row, or several.
@@ -155,8 +155,11 @@ class Source(BaseModel):
             return _rows_of(load_dataset(name, placed, split=self.split, revision=self.revision))
         except (OSError, ValueError, RuntimeError) as error:  # what its own errors and those of networks derive from
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            advice = "check its name and the network"
+            if "scripts are no longer supported" in reason:
+                advice = "give a `revision` with data files (refs/convert/parquet, if the Hub has one)"
             raise EvaluationError(
-                f"{where} cannot be loaded: {reason}; check its name and the network, or download it and give `files`"
+                f"{where} cannot be loaded: {reason}; {advice}, or download it and give `files`"
             ) from error
 
     def _renamed(self, row: Row, language: str, where: str) -> Row:

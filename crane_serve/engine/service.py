@@ -17,6 +17,8 @@ from typing import Any
 from starlette.types import ASGIApp
 
 from crane_serve.atomic import written_aside
+from crane_serve.checkpoints.errors import CheckpointError
+from crane_serve.checkpoints.load import reason
 from crane_serve.checkpoints.prefix import StartTokens
 from crane_serve.engine.admission import mask_arguments, require_row
 from crane_serve.engine.changes import CHANGE_METHOD, FORGET_METHOD
@@ -33,6 +35,7 @@ from crane_serve.engine.metering import meter
 from crane_serve.engine.openai_app import build_openai_app
 from crane_serve.engine.self_check import check_masks
 from crane_serve.masks import (
+    Fingerprint,
     MaskError,
     MaskFileError,
     MaskLibrary,
@@ -123,8 +126,9 @@ def configure_engine(model: Path, masks: Path, default_method: str, rows: int, f
     """Check everything that can be checked before processes start.
 
     rows: how many different masks can be resident; flags: vLLM's own, of its engine and its OpenAI front end.
-    Raises ValueError (MaskFileError, FingerprintError, UnsupportedEngine, ...) naming what is wrong.
+    Raises ValueError (MaskFileError, FingerprintError, CheckpointError, UnsupportedEngine, ...) naming what is wrong.
     """
+    Fingerprint.of(model)  # before vLLM reads the config, whose errors are not one line
     os.environ[MASKS_VARIABLE] = str(masks)
     os.environ[DEFAULT_METHOD_VARIABLE] = default_method
     os.environ[ROWS_VARIABLE] = str(rows)
@@ -135,7 +139,12 @@ def configure_engine(model: Path, masks: Path, default_method: str, rows: int, f
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     arguments = serving_arguments(model, flags, program="crane serve")
-    vllm_config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+    try:
+        vllm_config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+    except Exception as error:  # vLLM's own and those of the libraries below it have no common base
+        if isinstance(error, ValueError | OSError) and "\n" not in str(error).strip():
+            raise
+        raise CheckpointError(f"{model}: vLLM cannot serve it so: {reason(error)}") from error
     if mask_config(vllm_config) is None:
         raise ValueError(f"masks are disabled ({DISABLE_VARIABLE} is set); the mask service cannot start")
     return EngineConfig(vllm_config, arguments)

@@ -194,6 +194,15 @@ def test_several_configurations(hub: Any) -> None:
         Source(dataset="exam", config=("law", "art"), split="val", revision="v1").rows("zh", Path())
 
 
+def test_a_dataset_with_a_loading_script(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported, but found mgsm.py")
+
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", refuse)
+    with pytest.raises(EvaluationError, match=r"found mgsm\.py; give a `revision` with data files .*, or download it"):
+        Source(dataset="x", split="test").rows("en", Path())
+
+
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(EvaluationError, match=r"hf:x .*'datasets' is not installed; pip install datasets, or give"):

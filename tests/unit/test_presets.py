@@ -227,6 +227,18 @@ def test_all_presets_parse_and_the_words_of_each_serve_its_languages() -> None:
         assert not task.source.codes or not task.words or set(task.source.codes) == set(task.words)
 
 
+@pytest.mark.parametrize("name", presets.names())
+def test_presets_read_data_files_of_commits_or_main(name: str) -> None:
+    """No branch that the Hub makes and drops by itself, and one state of the data for questions and examples."""
+    settings = presets.load(name)
+    sources = [settings[key] for key in ("source", "shots_source") if key in settings]
+    assert len({(source.get("dataset"), source.get("revision")) for source in sources}) <= 1
+    for source in sources:
+        assert re.fullmatch("[0-9a-f]{40}", source.get("revision", "0" * 40))
+    if name in ("c-eval", "mgsm"):  # their main branches have had loading scripts
+        assert all("revision" in source for source in sources)
+
+
 def test_presets_are_in_the_package_data() -> None:
     assert all((files(presets) / f"{name}.yaml").is_file() for name in presets.names())
     with pytest.raises(EvaluationError, match="unknown preset 'nope'; there are belebele, c-eval, "):
