@@ -1,9 +1,6 @@
 """Source: where a task's rows come from: files, a corpus directory or a data set of the Hugging Face Hub."""
 
-import csv
-import io
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -11,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import to_jsonable_python
 
 from clients.errors import EvaluationError
-from relevance.corpus import EMBEDDED_CORPUS, Corpus, CorpusError, read_lines
+from relevance.corpus import EMBEDDED_CORPUS, Corpus, CorpusError
+from relevance.records import format_of, read_records
 
 Row = dict[str, JsonValue]
 
@@ -19,7 +17,6 @@ EMBEDDED = "embedded"
 PLACES = ("files", "corpus", "dataset")
 _LANGUAGE = "{lang}"
 _ID_COLUMNS = ("id", "idx")
-_SQUAD_FORM = '{"data": [{"paragraphs": [{"context": text, "qas": [{"id", "question", "answers": [{"text"}]}]}]}]}'
 
 _Text = Annotated[str, Field(min_length=1)]
 
@@ -28,11 +25,10 @@ class Source(BaseModel):
     """Where rows come from: exactly one of files, corpus and dataset.
 
     files: a path with `{lang}` for the language, or language -> path; relative paths start from the plan's directory.
-    The suffix says the format: .jsonl (an object per line), .json (a list of objects, or SQuAD's form, of which every
-    question becomes a row of context, question, answers and title), .csv and .tsv (with a header line), .txt (a text
-    per line), .parquet. corpus: a directory as relevance.corpus.Corpus reads it, or the word `embedded` for the one
-    that comes with this package; rows of id and text. dataset: name on the Hugging Face Hub, `{lang}` allowed, which
-    needs the package `datasets`.
+    The suffix says the format, as relevance.records.read_records has it: .jsonl, .json (a list of objects, or SQuAD's
+    form), .csv, .tsv, .txt, each perhaps with .gz, and .parquet. corpus: a directory as relevance.corpus.Corpus reads
+    it, or the word `embedded` for the one that comes with this package; rows of id and text. dataset: name on the
+    Hugging Face Hub, `{lang}` allowed, which needs the package `datasets`.
 
     config: of a dataset, `{lang}` allowed; of several ones the rows follow each other, with the name in a field
     `config` and before their ids. revision: of a dataset's repository: a commit, branch or tag. `datasets` 4 and later
@@ -196,126 +192,6 @@ def _rows_of(records: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def _read_file(path: Path) -> list[Row]:
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise EvaluationError(f"{path}: unknown format {path.suffix!r}; expected one of {', '.join(_READERS)}")
-    if not path.is_file():
+    if format_of(path) is not None and not path.is_file():
         raise EvaluationError(f"there is no file {path}")
-    return reader(path)
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    return [
-        _object(_parsed(line, f"{path}:{number}"), f"{path}:{number}")
-        for number, line in enumerate(read_lines(path), start=1)
-        if line
-    ]
-
-
-def _read_json(path: Path) -> list[Row]:
-    lines = read_lines(path)
-    if not any(lines):
-        return []
-    content = _parsed("\n".join(lines), str(path))
-    if isinstance(content, dict) and isinstance(content.get("data"), list):
-        return list(_squad_rows(content["data"], path))
-    if not isinstance(content, list):
-        raise EvaluationError(f"{path}: expected a list of objects or {_SQUAD_FORM}; found {_kind_of(content)}")
-    return [_object(entry, f"{path}, row {number}") for number, entry in enumerate(content, start=1)]
-
-
-def _squad_rows(articles: Any, path: Path) -> Iterator[Row]:
-    try:
-        for article in articles:
-            for paragraph in article["paragraphs"]:
-                for question in paragraph["qas"]:
-                    yield {
-                        "id": question["id"],
-                        "context": paragraph["context"],
-                        "question": question["question"],
-                        "answers": list(dict.fromkeys(answer["text"] for answer in question["answers"])),
-                        "title": article.get("title", ""),
-                    }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise EvaluationError(
-            f"{path} is not of SQuAD's form {_SQUAD_FORM}: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _read_table(path: Path) -> list[Row]:
-    read_lines(path)  # names the line that is not UTF-8
-    text = path.read_bytes().decode("utf-8-sig")
-    table = csv.reader(
-        io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
-    )
-    rows: list[Row] = []
-    header: list[str] | None = None
-    try:
-        for cells in table:
-            if not cells:
-                continue
-            if header is None:
-                header = _header(cells, f"{path}:{table.line_num}")
-            elif len(cells) != len(header):
-                raise EvaluationError(
-                    f"{path}:{table.line_num}: {len(cells)} cells; expected {len(header)} as in line 1"
-                )
-            else:
-                rows.append(dict(zip(header, cells, strict=True)))
-    except csv.Error as error:
-        raise EvaluationError(f"{path}:{table.line_num}: {error}") from error
-    return rows
-
-
-def _header(cells: list[str], where: str) -> list[str]:
-    if len(set(cells)) < len(cells) or not all(cells):
-        raise EvaluationError(f"{where}: expected a header of different names; found {', '.join(map(repr, cells))}")
-    return cells
-
-
-def _read_text(path: Path) -> list[Row]:
-    return [{"id": f"line-{number}", "text": line} for number, line in enumerate(read_lines(path), start=1) if line]
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    from pyarrow import parquet
-
-    try:
-        return _rows_of(parquet.read_table(path).to_pylist())
-    except (OSError, ValueError, RuntimeError) as error:  # what its own errors derive from
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EvaluationError(f"{path} cannot be read as Parquet: {reason}") from error
-
-
-_READERS: Mapping[str, Callable[[Path], list[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_table,
-    ".tsv": _read_table,
-    ".txt": _read_text,
-    ".parquet": _read_parquet,
-}
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        value = json.loads(text)
-        if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise EvaluationError(f"{where}: not JSON: {error.msg} at {line}column {error.colno}") from error
-    except UnicodeEncodeError as error:
-        raise EvaluationError(f"{where}: a text holds a surrogate that is no character") from error
-    return value
-
-
-def _object(value: Any, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise EvaluationError(f"{where}: expected an object; found {_kind_of(value)}")
-    return value
-
-
-def _kind_of(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")
+    return _rows_of(record.fields for record in read_records(path).rows)

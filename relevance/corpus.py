@@ -1,27 +1,32 @@
-"""Corpus: documents per language, read from a directory of `{lang}.jsonl` or `{lang}.txt` files."""
+"""Corpus: documents per language, read from a directory with a file for each."""
 
-import codecs
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+
+from relevance.language_files import language_files
+from relevance.records import TEXT_FORMATS, Record, format_of, is_table, kind_of, listed, read_records
+from relevance.records import CorpusError as CorpusError
 
 EMBEDDED_CORPUS = Path(__file__).parent / "parallel_corpus"
 
-_LANGUAGE = re.compile(r"[a-z0-9_-]+")
-_SUFFIXES = (".jsonl", ".txt")
+_LANGUAGE_PLACE = "{lang}"
 
 # A word, or one character of a script that sets no spaces: Thai, Lao, Burmese, Khmer, kana, Han.
 _WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]|\w+")
 
 
-class CorpusError(ValueError):
-    """A corpus cannot be read or used; the message names the file, and the line where there is one."""
+class Form(StrEnum):
+    """A normal form of Unicode that texts can be brought into."""
+
+    NFC = "NFC"
 
 
 @dataclass(frozen=True)
@@ -37,42 +42,55 @@ class Corpus:
     """Documents per language, in file order, of one split.
 
     documents: language -> its documents; split: the split they belong to, or None for a whole corpus;
-    sources: language -> what messages call the place its texts came from, such as a file's name.
+    sources: language -> what messages call the place its texts came from, such as a file's name; others: language ->
+    split -> the documents of the file's other splits; joints: language -> lines that began with a byte order mark,
+    which was taken away; normalised: the form that the texts were brought into, None if they are as they came.
     """
 
     documents: Mapping[str, tuple[Document, ...]]
     split: str | None = None
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+    others: Mapping[str, Mapping[str, tuple[Document, ...]]] = field(default_factory=dict, compare=False, repr=False)
+    joints: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
+    normalised: Form | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "documents", MappingProxyType(dict(self.documents)))
-        object.__setattr__(self, "sources", MappingProxyType(dict(self.sources)))
+        for name in ("documents", "sources", "others", "joints"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     @classmethod
-    def load(cls, directory: Path, split: str | None = None, languages: Sequence[str] | None = None) -> "Corpus":
-        """Read a corpus directory.
+    def load(
+        cls,
+        directory: Path,
+        split: str | None = None,
+        languages: Sequence[str] | None = None,
+        text_column: str = "text",
+        normalise: Form | None = None,
+    ) -> "Corpus":
+        """Read a corpus directory, which has a file for each language in one of the formats of `read_records`.
 
-        Each language is `{lang}.jsonl` (a line is `{"id", "text"}`, optionally with `"split"`) or `{lang}.txt` (one
-        document a line, with ids `line-1`, `line-2`, ...); blank lines are skipped. `languages` picks and orders
-        them (default: all, by name). A corpus in which no document has a split is used whole, whatever `split` says.
+        A row has a text, in the field or column `text_column` (`{lang}` in it stands for the language), and maybe a
+        `split`. Its `id` is a string or a whole number; in a table (.csv, .tsv, .parquet) the column may be missing,
+        and ids are then `row-1`, `row-2`, ...; in a .txt a line is a document, with ids `line-1`, `line-2`, ...
+        `languages` picks and orders them (default: all, by name). A corpus in which no document has a split is used
+        whole, whatever `split` says. normalise: the form of Unicode that texts are brought into.
 
-        Raises CorpusError for a missing directory, language or split, for malformed, empty or ambiguous files, and for
-        a file that holds no more than one word.
+        Raises CorpusError for a missing directory, language or split, for malformed, empty or ambiguous files, for
+        what may be a language and is not read (see `language_files`), and for a file that holds no more than one word.
         """
-        files = _language_files(directory)
-        wanted = tuple(files) if languages is None else tuple(dict.fromkeys(languages))
-        if not wanted:
-            raise CorpusError(f"no language of {directory} was asked for; it holds {', '.join(files)}")
-        for language in wanted:
-            if language not in files:
-                raise CorpusError(f"{directory} holds no language {language!r}; it holds {', '.join(files)}")
-        lines = {language: _read(files[language]) for language in wanted}
-        sources = {language: files[language].name for language in wanted}
-        if split is None or not any(line.split is not None for of_language in lines.values() for line in of_language):
-            whole = {language: tuple(line.document for line in lines[language]) for language in wanted}
-            return cls(whole, sources=sources)
-        of_split = {language: _of_split(files[language], lines[language], split) for language in wanted}
-        return cls(of_split, split, sources)
+        files = language_files(directory, languages)
+        read = {
+            language: _LanguageFile.read(path, text_column.replace(_LANGUAGE_PLACE, language), normalise)
+            for language, path in files.items()
+        }
+        sources = {language: path.name for language, path in files.items()}
+        joints = {language: of.joints for language, of in read.items() if of.joints}
+        if split is None or all(found.split is None for of in read.values() for found in of.documents):
+            whole = {language: of.whole for language, of in read.items()}
+            return cls(whole, sources=sources, joints=joints, normalised=normalise)
+        by_split = {language: of.by_split(split) for language, of in read.items()}
+        of_split = {language: of.pop(split) for language, of in by_split.items()}
+        return cls(of_split, split, sources, by_split, joints, normalise)
 
     def spread(self, limit: int | None) -> "Corpus":
         """At most `limit` documents of each language, at even distances; all for None.
@@ -85,7 +103,7 @@ class Corpus:
             language: of if len(of) <= limit else tuple(of[index * len(of) // limit] for index in range(limit))
             for language, of in self.documents.items()
         }
-        return Corpus(documents, self.split, self.sources)
+        return replace(self, documents=documents)
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -102,37 +120,6 @@ class Corpus:
         return content.hexdigest()
 
 
-def check_language(name: str, where: str) -> str:
-    """Return `name` if it can name a language; raise CorpusError, which begins with `where`, otherwise."""
-    if not _LANGUAGE.fullmatch(name):
-        raise CorpusError(f"{where}: {name!r} cannot name a language; expected characters of a-z, 0-9, _ and -")
-    return name
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file, stripped, blank ones too. Only line feeds and carriage returns end a line.
-
-    Raises CorpusError, naming the line, for bytes that are not UTF-8 and for NUL characters, which betray UTF-16.
-    """
-    try:
-        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error.strerror or error}") from error
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        number = content.count(b"\n", 0, error.start) + 1
-        raise CorpusError(
-            f"{path} cannot be read as UTF-8 text: byte 0x{content[error.start]:02x} in line {number} is of another "
-            "encoding; convert the whole file to UTF-8"
-        ) from error
-    lines = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
-    for number, line in enumerate(lines, start=1):
-        if "\0" in line:
-            raise CorpusError(f"{path}:{number} holds a NUL character; expected UTF-8 text, not UTF-16 or binary data")
-    return lines
-
-
 def require_words(texts: Sequence[str], where: str) -> None:
     """Raise CorpusError, which begins with `where`, unless there are documents, with two words at least among them."""
     if not texts:
@@ -146,78 +133,87 @@ def require_words(texts: Sequence[str], where: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Line:
-    number: int
+class _Found:
+    """A document where it was found. where: the file and the place in it; split: what its row says, if anything."""
+
+    where: str
     document: Document
     split: str | None
 
 
-def _language_files(directory: Path) -> dict[str, Path]:
-    if not directory.is_dir():
-        raise CorpusError(f"{directory} is not a directory; expected one with {{lang}}.jsonl or {{lang}}.txt files")
-    files: dict[str, Path] = {}
-    for path in sorted(directory.iterdir()):
-        if path.suffix not in _SUFFIXES or path.name.startswith("."):
-            continue
-        language = check_language(path.stem, str(path))
-        if language in files:
-            raise CorpusError(f"{directory} holds both {files[language].name} and {path.name}; expected one of them")
-        files[language] = path
-    if not files:
-        raise CorpusError(f"{directory} holds no language; expected {{lang}}.jsonl or {{lang}}.txt files")
-    return files
+@dataclass(frozen=True)
+class _LanguageFile:
+    path: Path
+    documents: tuple[_Found, ...]
+    joints: tuple[int, ...]
+
+    @classmethod
+    def read(cls, path: Path, text_column: str, normalise: Form | None) -> "_LanguageFile":
+        """Raises CorpusError for rows that are no documents, and for an id that comes twice."""
+        records = read_records(path)
+        if format_of(path) in TEXT_FORMATS:
+            text_column = "text"
+        documents: list[_Found] = []
+        first: dict[str, Record] = {}
+        for record in records.rows:
+            where = record.where(path)
+            found = _Found(where, *_document(record, where, text_column, is_table(path), normalise))
+            before = first.setdefault(found.document.id, record)
+            if before is not record:
+                raise CorpusError(f"{where}: id {found.document.id!r} stands already in {before.place}")
+            documents.append(found)
+        require_words([found.document.text for found in documents], str(path))
+        return cls(path, tuple(documents), records.joints)
+
+    @property
+    def whole(self) -> tuple[Document, ...]:
+        return tuple(found.document for found in self.documents)
+
+    def by_split(self, wanted: str) -> dict[str, tuple[Document, ...]]:
+        """Split -> its documents. Raises CorpusError for a document without a split, and for none of `wanted`."""
+        splits: dict[str, list[Document]] = {}
+        for found in self.documents:
+            if found.split is None:
+                raise CorpusError(f"{found.where}: document {found.document.id!r} has no split, but others have")
+            splits.setdefault(found.split, []).append(found.document)
+        if wanted not in splits:
+            raise CorpusError(f"{self.path} has no documents of split {wanted!r}; it has {', '.join(splits)}")
+        return {split: tuple(documents) for split, documents in splits.items()}
 
 
-def _read(path: Path) -> list[_Line]:
-    parse = _from_json if path.suffix == ".jsonl" else _from_text
-    lines: list[_Line] = []
-    first_line: dict[str, int] = {}
-    for number, content in enumerate(read_lines(path), start=1):
-        if not content:
-            continue
-        try:
-            line = parse(number, content)
-            line.document.text.encode()
-        except UnicodeEncodeError as error:
-            raise CorpusError(f"{path}:{number}: the text holds a surrogate that is no character") from error
-        except ValueError as error:
-            raise CorpusError(f"{path}:{number}: {error}") from error
-        identifier = line.document.id
-        if identifier in first_line:
-            raise CorpusError(f"{path}:{number}: id {identifier!r} stands already in line {first_line[identifier]}")
-        first_line[identifier] = number
-        lines.append(line)
-    require_words([line.document.text for line in lines], str(path))
-    return lines
+def normalised(text: str, form: Form | None) -> str:
+    """`text` in a normal form of Unicode; as it is for None."""
+    return text if form is None else unicodedata.normalize("NFC", text)
 
 
-def _from_text(number: int, content: str) -> _Line:
-    return _Line(number, Document(f"line-{number}", content), None)
-
-
-def _from_json(number: int, content: str) -> _Line:
-    try:
-        fields: Any = json.loads(content)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f'expected an object {{"id", "text"}}, found {type(fields).__name__}')
-    for key in ("id", "text"):
-        value = fields.get(key)
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{key!r} is missing or empty; expected a string")
-    split = fields.get("split")
+def _document(
+    record: Record, where: str, text_column: str, table: bool, normalise: Form | None
+) -> tuple[Document, str | None]:
+    """The document of a row, and its split."""
+    fields = record.fields
+    text = fields.get(text_column)
+    if table and text_column not in fields:
+        raise CorpusError(
+            f"{where}: there is no column {text_column!r} for the text; there are {listed(fields)} "
+            "(--text-column names another)"
+        )
+    if text is None or (isinstance(text, str) and not text.strip()):
+        raise CorpusError(f"{where}: {text_column!r} is missing or empty; expected a string")
+    if not isinstance(text, str):
+        raise CorpusError(f"{where}: {text_column!r} is {kind_of(text)}; expected a string")
+    split = fields.get("split") or None
     if split is not None and not isinstance(split, str):
-        raise ValueError(f"'split' is {split!r}; expected a string")
-    return _Line(number, Document(fields["id"], fields["text"]), split)
+        raise CorpusError(f"{where}: 'split' is {split!r}; expected a string")
+    identifier = f"row-{record.number}" if table and "id" not in fields else document_id(fields.get("id"), where)
+    return Document(identifier, normalised(text, normalise)), split
 
 
-def _of_split(path: Path, lines: list[_Line], split: str) -> tuple[Document, ...]:
-    for line in lines:
-        if line.split is None:
-            raise CorpusError(f"{path}:{line.number}: document {line.document.id!r} has no split, but others have")
-    documents = tuple(line.document for line in lines if line.split == split)
-    if not documents:
-        existing = ", ".join(dict.fromkeys(line.split for line in lines if line.split is not None))
-        raise CorpusError(f"{path} has no documents of split {split!r}; it has {existing}")
-    return documents
+def document_id(value: object, where: str) -> str:
+    """An id that a row gives, a string or a whole number. Raises CorpusError, which begins with `where`, for others."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise CorpusError(f"{where}: 'id' is missing or empty; expected a string or a whole number")
+    if not isinstance(value, str):
+        raise CorpusError(f"{where}: 'id' is {kind_of(value)}, {value!r}; expected a string or a whole number")
+    return value

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from crane_serve.atomic import write_atomically
-from relevance.corpus import Corpus, CorpusError, Document, check_language, read_lines, require_words
+from relevance.corpus import Corpus, CorpusError, Document, Form, document_id, normalised, require_words
+from relevance.language_files import check_language
+from relevance.records import read_lines
 
 _HUB = "hf:"
 _PLACE = "{lang}"
@@ -17,7 +19,11 @@ _ROUNDING = 1e-6  # by which the fractions of splits may miss 1
 
 
 def load_corpus(
-    source: str | Path, split: str | None = None, languages: Sequence[str] | None = None, text_column: str = "text"
+    source: str | Path,
+    split: str | None = None,
+    languages: Sequence[str] | None = None,
+    text_column: str = "text",
+    normalise: Form | None = None,
 ) -> Corpus:
     """The corpus at `source`: a directory (see `Corpus.load`), or `hf:NAME[:CONFIG]` for a dataset of the Hub.
 
@@ -28,7 +34,7 @@ def load_corpus(
     Raises CorpusError, also when the package `datasets` is not installed or the dataset cannot be reached.
     """
     if not str(source).startswith(_HUB):
-        return Corpus.load(Path(source), split, languages)
+        return Corpus.load(Path(source), split, languages, text_column, normalise)
     name, _, configuration = str(source).removeprefix(_HUB).partition(":")
     if not name:
         raise CorpusError(f"{source}: expected hf:NAME or hf:NAME:CONFIG")
@@ -43,9 +49,9 @@ def load_corpus(
     for language, code in codes.items():
         placed = [part.replace(_PLACE, code) for part in (name, configuration, text_column)]
         dataset = _Dataset(placed[0], placed[1], placed[2], split)
-        documents[language] = tuple(dataset.documents())
+        documents[language] = tuple(dataset.documents(normalise))
         sources[language] = str(dataset)
-    return Corpus(documents, split, sources)
+    return Corpus(documents, split, sources, normalised=normalise)
 
 
 def _codes(languages: Sequence[str], where: str) -> dict[str, str]:
@@ -67,7 +73,7 @@ class _Dataset:
     def __str__(self) -> str:
         return f"{_HUB}{self.name}" + (f":{self.configuration}" if self.configuration else "")
 
-    def documents(self) -> list[Document]:
+    def documents(self, normalise: Form | None) -> list[Document]:
         documents: list[Document] = []
         seen: set[str] = set()
         for number, row in enumerate(self._rows(), start=1):
@@ -75,12 +81,12 @@ class _Dataset:
             if not isinstance(text, str):
                 columns = ", ".join(row)
                 raise CorpusError(f"{self}: no text in column {self.text_column!r}; there are the columns {columns}")
-            identifier = str(row.get("id", f"row-{number}"))
+            identifier = document_id(row["id"], f"{self}, row {number}") if "id" in row else f"row-{number}"
             if identifier in seen:
                 raise CorpusError(f"{self}: id {identifier!r} stands there more than once")
             seen.add(identifier)
             if text.strip():
-                documents.append(Document(identifier, text.strip()))
+                documents.append(Document(identifier, normalised(text.strip(), normalise)))
         require_words([document.text for document in documents], f"{self} (split {self.split})")
         return documents
 
