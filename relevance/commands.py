@@ -6,8 +6,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from relevance.corpus import EMBEDDED_CORPUS, CorpusError
+from crane_serve.bars import bar
+from relevance.corpus import EMBEDDED_CORPUS, Corpus, CorpusError
+from relevance.language_files import EXPECTED
 from relevance.sources import Unit, line_parts, load_corpus, parse_splits, squad_parts, write_corpus
+from relevance.text_options import Normalise, TextColumn
 
 
 def relevance(
@@ -15,7 +18,7 @@ def relevance(
     corpus: Annotated[
         str,
         typer.Option(
-            help="Directory of {lang}.jsonl or {lang}.txt, or hf:NAME[:CONFIG], a dataset of the Hub whose name or "
+            help=f"Directory of files {EXPECTED}; or hf:NAME[:CONFIG], a dataset of the Hub whose name or "
             "configuration may hold {lang}.",
             show_default="the packaged parallel corpus",
         ),
@@ -27,7 +30,8 @@ def relevance(
         str | None,
         typer.Option(help="Comma-separated languages; default: all. Of a dataset of the Hub also vi=vie_Latn."),
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column of a dataset of the Hub that holds the text.")] = "text",
+    text_column: TextColumn = "text",
+    normalise: Normalise = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Documents per language, at even distances; default: all.")
     ] = None,
@@ -68,13 +72,10 @@ def relevance(
 
     What is done is kept in OUT.progress: the same command goes on after the last batch.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    texts = load_corpus(corpus, split, _names(languages), text_column).spread(limit)
+    texts = load_corpus(corpus, split, _names(languages), text_column, normalise).spread(limit)
 
     from crane_serve.checkpoints.resolve import resolve_checkpoint
-    from relevance.language_id import misnamed
+    from relevance.doubts import doubts
     from relevance.methods import find_scored
     from relevance.model import pick_device, pick_dtype
     from relevance.scores import Scores
@@ -83,13 +84,10 @@ def relevance(
     chosen = find_scored(_names(methods))
     unfinished = out.with_name(f"{out.name}.progress")
     torch_device = pick_device(device)
-    console = Console(stderr=True)
-    for suspicion in misnamed(texts):
-        console.print(f"warning: {suspicion}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     of_halves: list[Scores] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("relevance", total=None)
+    with bar("relevance", "documents", f"{', '.join(method.name for method in chosen)} of {model}") as shown:
+        for doubt in doubts(texts):
+            shown.say(f"warning: {doubt}")
         scores = score(
             resolve_checkpoint(model),
             texts,
@@ -101,15 +99,15 @@ def relevance(
             output_dimensions=output_dimensions,
             execution=Execution(checkpointing, workers, ray_address, unfinished, restart),
             each_half=of_halves.append if halves else None,
-            start=lambda documents: progress.update(task, total=documents),
-            advance=lambda documents: progress.advance(task, documents),
+            start=lambda documents: shown.start(documents, what=f"in {', '.join(texts.languages)}"),
+            advance=shown.advance,
         )
-    info = scores.info
-    for language, truncated, skipped in zip(info.languages, info.truncated, info.skipped, strict=True):
-        if truncated:
-            console.print(f"[yellow]{language}: {truncated} document(s) cut to {info.max_tokens} tokens")
-        if skipped:
-            console.print(f"[yellow]{language}: {skipped} document(s) without a token to predict skipped")
+        info = scores.info
+        for language, truncated, skipped in zip(info.languages, info.truncated, info.skipped, strict=True):
+            if truncated:
+                shown.say(f"{language}: {truncated} document(s) cut to {info.max_tokens} tokens")
+            if skipped:
+                shown.say(f"{language}: {skipped} document(s) without a token to predict skipped")
     for name, half in zip(("first", "second"), of_halves, strict=False):
         half.save(out.with_stem(f"{out.stem}-{name}"))
     scores.save(out)
@@ -219,8 +217,12 @@ def import_corpus(
     splits: Annotated[
         str | None, typer.Option(help="As relevance=0.6,validation=0.2,test=0.2; a document lies in one split.")
     ] = None,
+    normalise: Normalise = None,
 ) -> None:
-    """Turn parallel texts of another form into a corpus directory."""
+    """Turn parallel texts of another form into a corpus directory.
+
+    A document that repeats one of an earlier split word for word is left out, in all languages.
+    """
     if (squad is None) == (lines is None):
         raise CorpusError("expected either --squad or --lines")
     shares = parse_splits(splits)
@@ -230,9 +232,22 @@ def import_corpus(
         parts = squad_parts(squad, _names(languages))
     else:
         assert lines is not None
-        parts = line_parts(lines, _names(languages), document_ids, by)
-    for path, of_language in zip(write_corpus(parts, shares, out), parts.values(), strict=True):
-        typer.echo(f"{path}: {len(of_language)} documents")
+        parts = line_parts(lines, _names(languages), document_ids, by, _warn)
+    paths = write_corpus(parts, shares, out, normalise, _warn)
+    from relevance.doubts import doubts
+
+    names = list(shares)
+    written = Corpus.load(out, languages=list(parts))
+    for number, split in enumerate(names or [None]):
+        corpus = Corpus.load(out, split, list(parts)) if split else written
+        for doubt in doubts(corpus, names[number + 1 :]):
+            _warn(doubt)
+    for path, language in zip(paths, parts, strict=True):
+        typer.echo(f"{path}: {len(written.documents[language])} documents")
+
+
+def _warn(line: str) -> None:
+    typer.echo(f"warning: {line}", err=True)
 
 
 def _names(listed: str | None) -> list[str] | None:

@@ -118,11 +118,13 @@ def compare(
     batch_tokens: int,
     dtype: torch.dtype,
     device: torch.device,
+    start: Callable[[int], None] = lambda masks: None,
     advance: Callable[[str], None] = lambda done: None,
 ) -> Pair:
     """Measure every mask of the directory `masks` (or those of `names`) on both models; the result is saved.
 
-    A journal per model in `directory` lets the same run go on after it was killed. Raises MaskFileError for no masks,
+    start: hears how many masks are to be measured, counted on each model; advance: hears of each that is. A journal per
+    model in `directory` lets the same run go on after it was killed. Raises MaskFileError for no masks,
     FingerprintError for masks of another model than `base`, TransferError when `chat` has another shape.
     """
     checkpoints = [resolve_checkpoint(base), resolve_checkpoint(chat)]
@@ -132,6 +134,7 @@ def compare(
         prints[0].require(mask.info.fingerprint, f"mask {mask.name!r}")
         transferred(mask, prints[1])
     directory.mkdir(parents=True, exist_ok=True)
+    start(2 * len(stored))
     sides: list[Side] = []
     changes: list[list[dict[str, Estimate]]] = []
     for name, checkpoint, fingerprint in zip(("base", "chat"), checkpoints, prints, strict=True):

@@ -16,6 +16,7 @@ from torch import Tensor
 import crane_serve
 from crane_serve.atomic import write_atomically
 from crane_serve.masks import Fingerprint, FingerprintError
+from relevance.corpus import Form
 from relevance.method import Shape
 
 FORMAT_VERSION = 1
@@ -28,17 +29,20 @@ class ScoresError(ValueError):
 
 
 class Texts(BaseModel):
-    """The texts that scores come from: the digest of a corpus, and the split of it."""
+    """The texts that scores come from: the digest of a corpus, its split and its normal form if it was put in one."""
 
     model_config = ConfigDict(frozen=True)
 
     corpus_digest: str
     split: str | None
+    normalised: Form | None = None
 
 
 class ScoresInfo(BaseModel):
     """Which model and texts the scores come from. The counts are per language, in the order of `languages`.
 
+    normalised: the form of Unicode that the texts were brought into. text_keys: language -> the sorted `text_key` of
+    its documents, one behind the other, of 20,000 documents at most, those with the smallest; empty in older files.
     other_texts: the texts of those methods that come from others than `corpus_digest` and `split` say.
     """
 
@@ -54,12 +58,19 @@ class ScoresInfo(BaseModel):
     skipped: tuple[int, ...]  # documents without a token to predict
     max_tokens: int
     dtype: str
+    normalised: Form | None = None
+    text_keys: dict[str, str] = Field(default_factory=dict)
     other_texts: dict[str, Texts] = Field(default_factory=dict)
     created_by: str = f"crane-serve {crane_serve.__version__}"
 
     def texts(self, method: str) -> Texts:
         """The texts that the scores of `method` come from."""
-        return self.other_texts.get(method, Texts(corpus_digest=self.corpus_digest, split=self.split))
+        return self.other_texts.get(method, self.own_texts)
+
+    @property
+    def own_texts(self) -> Texts:
+        """The texts that the scores come from of methods that `other_texts` does not list."""
+        return Texts(corpus_digest=self.corpus_digest, split=self.split, normalised=self.normalised)
 
 
 class _Metadata(ScoresInfo):
@@ -132,7 +143,7 @@ class Scores:
         common = self.by_method.keys() & other.by_method.keys()
         if common:
             raise ScoresError(f"both hold scores of {', '.join(sorted(common))}; expected each method once")
-        mine = Texts(corpus_digest=self.info.corpus_digest, split=self.info.split)
+        mine = self.info.own_texts
         joined = {method: texts for method in other.by_method if (texts := other.info.texts(method)) != mine}
         return Scores(
             {**self.by_method, **other.by_method},

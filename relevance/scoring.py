@@ -17,6 +17,7 @@ from relevance.measurement import units_of
 from relevance.method import Measured, MethodError, ScoredMethod, Shape, require_documents, require_languages
 from relevance.model import load_skeleton
 from relevance.progress import Plan, Progress
+from relevance.repeats import text_keys
 from relevance.scores import Scores, ScoresInfo
 from relevance.shards import Job, Shard, deal, measure_shard, measure_with_ray, merged
 
@@ -106,6 +107,8 @@ def score(
         skipped=tuple(len(of_language.skipped) for of_language in encoded.values()),
         max_tokens=max_tokens,
         dtype=plan.dtype,
+        normalised=corpus.normalised,
+        text_keys=text_keys(corpus),
     )
     start(sum(counts.values()))
     if not measured:

@@ -1,16 +1,14 @@
 """`crane refine`, `learn` and `validate`: the commands that switch neurons off to see what happens."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from crane_serve.bars import bar
 from relevance.corpus import EMBEDDED_CORPUS
-
-if TYPE_CHECKING:
-    pass
+from relevance.sources import TextSource, load_corpus
+from relevance.text_options import Normalise, ScoresForm, TextColumn
 
 _Model = Annotated[str, typer.Argument(help="Checkpoint directory or hub id.")]
 _Scores = Annotated[Path, typer.Argument(help="File written by `crane relevance`; the new scores are added to it.")]
@@ -31,6 +29,8 @@ def refine(
     scores: _Scores,
     corpus: _Corpus = str(EMBEDDED_CORPUS),
     split: _Split = "relevance",
+    text_column: TextColumn = "text",
+    normalise: ScoresForm = None,
     limit: _Limit = None,
     start: Annotated[str, typer.Option("--from", help="Method whose ranking proposes the neurons.")] = "attnlrp",
     candidates: Annotated[int, typer.Option(min=1, help="How many of the best ranked neurons are tried.")] = 512,
@@ -50,13 +50,18 @@ def refine(
     from relevance.selection import order
     from relevance.workbench import Workbench
 
-    bench = Workbench.open(model, scores, dtype, device)
-    bench.require_absent("ablation-refined", replace=replace)
-    options = Refinement(candidates=candidates, group=group, price=price, documents=documents, seed=seed)
-    proposed = order(bench.scores, start)
-    texts = bench.search_texts(corpus, split, limit, max_tokens)
-    with _progress("refine", len(bench.languages) * 2 * -(-candidates // group)) as advance:
-        found, kept = refine_scores(bench.decoder, texts.documents, proposed, options, lambda _: advance(1, ""))
+    with bar("refine", "groups", f"{scores} of {model}") as shown:
+        bench = Workbench.open(model, scores, dtype, device)
+        bench.require_absent("ablation-refined", replace=replace)
+        options = Refinement(candidates=candidates, group=group, price=price, documents=documents, seed=seed)
+        proposed = order(bench.scores, start)
+        source = TextSource(corpus, text_column, normalise, lambda doubt: shown.say(f"warning: {doubt}"))
+        texts = bench.search_texts(source, split, limit, max_tokens)
+        shown.start(
+            len(bench.languages) * 2 * -(-candidates // group),
+            what=f"of {group} neurons for {', '.join(bench.languages)}, each group alone and then together",
+        )
+        found, kept = refine_scores(bench.decoder, texts.documents, proposed, options, lambda _: shown.advance())
     bench.add_scores(scores, "ablation-refined", found, replace=replace)
     for language, count in kept.items():
         typer.echo(f"{scores}: ablation-refined for {language} keeps {count} of {candidates} neurons of {start}")
@@ -67,6 +72,8 @@ def learn(
     scores: _Scores,
     corpus: _Corpus = str(EMBEDDED_CORPUS),
     split: _Split = "relevance",
+    text_column: TextColumn = "text",
+    normalise: ScoresForm = None,
     limit: _Limit = None,
     budget: Annotated[float, typer.Option(help="Fraction of all neurons that the learned mask switches off.")] = 0.005,
     steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent for each language.")] = 60,
@@ -84,19 +91,21 @@ def learn(
     from relevance.search.learning import Learning, learn_scores
     from relevance.workbench import Workbench
 
-    bench = Workbench.open(model, scores, dtype, device)
-    bench.require_absent("learned", replace=replace)
-    options = Learning(
-        neurons=neurons_of_budget(budget, bench.scores.shape.neurons),
-        steps=steps,
-        effect=effect,
-        hold=hold,
-        documents=documents,
-        seed=seed,
-    )
-    texts = bench.search_texts(corpus, split, limit, max_tokens)
-    with _progress("learn", len(bench.languages) * steps) as advance:
-        found = learn_scores(bench.decoder, texts.documents, options, lambda step: advance(1, str(step)))
+    with bar("learn", "steps", f"{scores} of {model}") as shown:
+        bench = Workbench.open(model, scores, dtype, device)
+        bench.require_absent("learned", replace=replace)
+        options = Learning(
+            neurons=neurons_of_budget(budget, bench.scores.shape.neurons),
+            steps=steps,
+            effect=effect,
+            hold=hold,
+            documents=documents,
+            seed=seed,
+        )
+        source = TextSource(corpus, text_column, normalise, lambda doubt: shown.say(f"warning: {doubt}"))
+        texts = bench.search_texts(source, split, limit, max_tokens)
+        shown.start(len(bench.languages) * steps, what=f"for {', '.join(bench.languages)}")
+        found = learn_scores(bench.decoder, texts.documents, options, lambda step: shown.advance(note=str(step)))
     bench.add_scores(scores, "learned", found, replace=replace)
     typer.echo(f"{scores}: learned {options.neurons} neurons for {', '.join(bench.languages)}")
 
@@ -109,6 +118,8 @@ def validate(
     ] = str(EMBEDDED_CORPUS),
     choice_split: Annotated[str, typer.Option(help="Split on which matched effects are searched.")] = "validation",
     report_split: Annotated[str, typer.Option(help="Split on which everything is reported.")] = "test",
+    text_column: TextColumn = "text",
+    normalise: ScoresForm = None,
     methods: Annotated[str | None, typer.Option(help="Comma-separated methods; default: all in SCORES.")] = None,
     budgets: Annotated[str, typer.Option(help="Comma-separated fractions of all neurons.")] = "0.005,0.01,0.02,0.05",
     effect: Annotated[float, typer.Option(help="Nats per token the target loses at matched effect; 0: leave out.")] = 1,
@@ -138,20 +149,30 @@ def validate(
     from relevance.validation.validator import run
     from relevance.workbench import Workbench
 
-    bench = Workbench.open(model, scores, dtype, device)
-    chosen = tuple(name.strip() for name in methods.split(",")) if methods else tuple(bench.scores.by_method)
-    plan = Plan(
-        methods=chosen,
-        budgets=_numbers(budgets),
-        effect=effect or None,
-        seeds=tuple(range(seeds)),
-        matched_to=like,
-        published=published,
-    )
-    texts = bench.validation_texts(corpus, choice_split, report_split, limit, max_tokens)
-    stability = bench.halves(halves)
-    with _progress("validate", None) as advance:
-        result = run(bench, texts, plan, out, batch_tokens, stability, lambda done: advance(1, done))
+    with bar("validate", "masks", f"{scores} of {model}") as shown:
+        bench = Workbench.open(model, scores, dtype, device)
+        chosen = tuple(name.strip() for name in methods.split(",")) if methods else tuple(bench.scores.by_method)
+        plan = Plan(
+            methods=chosen,
+            budgets=_numbers(budgets),
+            effect=effect or None,
+            seeds=tuple(range(seeds)),
+            matched_to=like,
+            published=published,
+        )
+        source = TextSource(corpus, text_column, normalise, lambda doubt: shown.say(f"warning: {doubt}"))
+        texts = bench.validation_texts(source, choice_split, report_split, limit, max_tokens)
+        stability = bench.halves(halves)
+        result = run(
+            bench,
+            texts,
+            plan,
+            out,
+            batch_tokens,
+            stability,
+            lambda done: shown.advance(note=done),
+            lambda masks: shown.start(masks, what=f"of {', '.join(chosen)} in {', '.join(bench.languages)}"),
+        )
     for path in write_all(result, out):
         typer.echo(path)
 
@@ -166,6 +187,8 @@ def compare_pair(
     ] = str(EMBEDDED_CORPUS),
     split: Annotated[str, typer.Option(help="Split of the corpus.")] = "test",
     languages: Annotated[str | None, typer.Option(help="Comma-separated languages; default: all.")] = None,
+    text_column: TextColumn = "text",
+    normalise: Normalise = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents per language; default: all.")] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Documents are cut to so many tokens.")] = 256,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in a batch, with padding.")] = 1024,
@@ -174,14 +197,16 @@ def compare_pair(
     device: _Device = None,
 ) -> None:
     """Compare what masks of BASE cost BASE and, transferred, CHAT. The two fingerprints stand in the result."""
+    from relevance.doubts import doubts
     from relevance.model import pick_device, pick_dtype
     from relevance.pair import compare
-    from relevance.sources import load_corpus
 
     where = pick_device(device)
     listed = [name.strip() for name in languages.split(",")] if languages else None
-    texts = load_corpus(corpus, split, listed).spread(limit)
-    with _progress("compare", None) as advance:
+    texts = load_corpus(corpus, split, listed, text_column, normalise).spread(limit)
+    with bar("transfer", "masks", f"{masks} on {base} and {chat}") as shown:
+        for doubt in doubts(texts):
+            shown.say(f"warning: {doubt}")
         result = compare(
             base,
             chat,
@@ -193,7 +218,8 @@ def compare_pair(
             batch_tokens=batch_tokens,
             dtype=pick_dtype(dtype or "bfloat16", where),
             device=where,
-            advance=lambda done: advance(1, done),
+            start=lambda count: shown.start(count, what=f"in {', '.join(texts.languages)}"),
+            advance=lambda done: shown.advance(note=done),
         )
     for path in result.save(out):
         typer.echo(path)
@@ -204,14 +230,3 @@ def _numbers(listed: str) -> tuple[float, ...]:
         return tuple(float(number) for number in listed.split(","))
     except ValueError as error:
         raise ValueError(f"{listed!r} is no list of numbers; expected fractions joined with commas") from error
-
-
-@contextmanager
-def _progress(name: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(name, total=total)
-        yield lambda done, what: progress.update(task, advance=done, description=f"{name} {what}".strip())

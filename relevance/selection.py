@@ -70,6 +70,7 @@ class Selection:
                 "output_dimensions": of.output_dimensions,
                 "seed": of.seed,
                 "split": texts.split,
+                **({} if texts.normalised is None else {"normalised": str(texts.normalised)}),
                 "languages": list(scores.info.languages),
             },
         )

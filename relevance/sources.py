@@ -2,20 +2,32 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from crane_serve.atomic import write_atomically
+from relevance.characters import joints_remark
 from relevance.corpus import Corpus, CorpusError, Document, Form, document_id, normalised, require_words
 from relevance.language_files import check_language
-from relevance.records import read_lines
+from relevance.records import read_lines, read_text
+from relevance.repeats import text_key
 
 _HUB = "hf:"
 _PLACE = "{lang}"
 _ROUNDING = 1e-6  # by which the fractions of splits may miss 1
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A place that `load_corpus` reads, and how. notice: hears what is doubtful about the texts, a line each."""
+
+    place: str
+    text_column: str = "text"
+    normalise: Form | None = None
+    notice: Callable[[str], None] = lambda line: None
 
 
 def load_corpus(
@@ -26,6 +38,8 @@ def load_corpus(
     normalise: Form | None = None,
 ) -> Corpus:
     """The corpus at `source`: a directory (see `Corpus.load`), or `hf:NAME[:CONFIG]` for a dataset of the Hub.
+
+    normalise: the form of Unicode that texts are brought into.
 
     In the name, configuration and `text_column` of a dataset, `{lang}` stands for the language; `languages` then names
     them, or says how the dataset writes them: `vi=vie_Latn`. A column `id`, where there is one, gives the documents'
@@ -155,19 +169,24 @@ def _squad_parts(path: Path) -> list[Part]:
 
 
 def line_parts(
-    pattern: str, languages: Sequence[str] | None = None, document_ids: Path | None = None, unit: Unit | None = None
+    pattern: str,
+    languages: Sequence[str] | None = None,
+    document_ids: Path | None = None,
+    unit: Unit | None = None,
+    notice: Callable[[str], None] = lambda line: None,
 ) -> Parts:
     """Documents of line-aligned text files, `{lang}` in `pattern` standing for the language.
 
     document_ids: a file that gives the document of each line; its consecutive lines are a group, and, by
     `Unit.DOCUMENT`, one document, joined with line feeds. By `Unit.LINE` each line is a document. None: by document
-    where there are ids. A line that is blank in some language is left out in all.
+    where there are ids. A line that is blank in some language is left out in all. notice: hears of byte order marks at
+    the start of lines, which are taken away.
 
     Raises CorpusError for missing files, files of different lengths, and ids that return after others.
     """
     files = _files(pattern, languages)
-    lines = {language: _aligned_lines(path) for language, path in files.items()}
-    ids = None if document_ids is None else _aligned_lines(document_ids)
+    lines = {language: _aligned_lines(path, notice) for language, path in files.items()}
+    ids = None if document_ids is None else _aligned_lines(document_ids, notice)
     if unit is Unit.DOCUMENT and ids is None:
         raise CorpusError("documents of several lines need a file of document ids")
     _require_equal_lengths({str(files[language]): len(of_language) for language, of_language in lines.items()})
@@ -185,9 +204,12 @@ def line_parts(
     return {language: _grouped(of_language, groups, set(kept), by_line) for language, of_language in lines.items()}
 
 
-def _aligned_lines(path: Path) -> list[str]:
+def _aligned_lines(path: Path, notice: Callable[[str], None]) -> list[str]:
     """All lines of a file, the last of which may or may not end in a line feed."""
-    lines = read_lines(path)
+    text = read_text(path)
+    if text.joints:
+        notice(joints_remark(str(path), text.joints))
+    lines = text.lines
     return lines if lines[-1] else lines[:-1]
 
 
@@ -215,27 +237,63 @@ def _groups(ids: Sequence[str], where: str) -> dict[str, range]:
     return groups
 
 
-def write_corpus(parts: Parts, splits: Mapping[str, float], directory: Path) -> list[Path]:
+def write_corpus(
+    parts: Parts,
+    splits: Mapping[str, float],
+    directory: Path,
+    normalise: Form | None = None,
+    notice: Callable[[str], None] = lambda line: None,
+) -> list[Path]:
     """Write `{lang}.jsonl` for every language of parallel `parts` into `directory`; returns the paths.
 
     splits: name -> fraction of the groups, which are cut in their order and so always in the same way; empty for
-    documents without a split. Raises CorpusError for impossible splits, and for languages without text.
+    documents without a split. A part that repeats one of an earlier split word for word in some language is left out in
+    all, so that they stay parallel; notice: hears of that. normalise: the form of Unicode that texts are brought into.
+
+    Raises CorpusError for impossible splits, for languages without text, and for splits of which nothing is left.
     """
     for language, of_language in parts.items():
         check_language(language, str(directory))
         require_words([part.text for part in of_language], language)
     groups = list(dict.fromkeys(part.group for part in next(iter(parts.values()))))
     split_of = _assigned(groups, splits)
+    repeating = _repeating(parts, split_of, list(splits))
+    if repeating:
+        identifier, (repeated, language) = next(iter(repeating.items()))
+        notice(
+            f"{len(repeating)} documents are left out in all languages, since they repeat one of an earlier split word "
+            f"for word, such as {identifier!r}, which repeats {repeated!r} in {language}"
+        )
+    kept = {language: [part for part in of if part.id not in repeating] for language, of in parts.items()}
+    for split in splits:
+        if not any(split_of[part.group] == split for part in next(iter(kept.values()))):
+            raise CorpusError(f"all documents of split {split!r} repeat one of an earlier split word for word")
     paths = []
-    for language, of_language in parts.items():
+    for language, of_language in kept.items():
         rows = (
-            {"id": part.id, **({"split": split_of[part.group]} if splits else {}), "text": part.text}
+            {
+                "id": part.id,
+                **({"split": split_of[part.group]} if splits else {}),
+                "text": normalised(part.text, normalise),
+            }
             for part in of_language
         )
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         paths.append(directory / f"{language}.jsonl")
         write_atomically(paths[-1], content.encode())
     return paths
+
+
+def _repeating(parts: Parts, split_of: Mapping[str, str], order: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Id of a part that repeats one of an earlier split -> the id of that one, and the language in which it does."""
+    repeating: dict[str, tuple[str, str]] = {}
+    for language, of_language in parts.items() if order else ():
+        first: dict[str, Part] = {}
+        for part in sorted(of_language, key=lambda part: order.index(split_of[part.group])):
+            before = first.setdefault(text_key(part.text), part)
+            if split_of[before.group] != split_of[part.group]:
+                repeating.setdefault(part.id, (before.id, language))
+    return repeating
 
 
 def parse_splits(listed: str | None) -> dict[str, float]:

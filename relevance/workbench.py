@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,11 +13,13 @@ from crane_serve.checkpoints.load import load_tokenizer
 from crane_serve.checkpoints.resolve import resolve_checkpoint
 from crane_serve.masks import Fingerprint
 from relevance.corpus import Corpus
+from relevance.doubts import doubts
 from relevance.encoding import encode
 from relevance.families import Decoder, take_apart
 from relevance.model import load_model, pick_device, pick_dtype
+from relevance.repeats import repeated_keys
 from relevance.scores import Scores, ScoresError
-from relevance.sources import load_corpus
+from relevance.sources import TextSource, load_corpus
 
 
 @dataclass(frozen=True)
@@ -59,18 +61,21 @@ class Workbench:
         """The languages of the scores."""
         return self.scores.info.languages
 
-    def search_texts(self, corpus: str, split: str, limit: int | None, max_tokens: int) -> EncodedTexts:
+    def search_texts(self, texts: TextSource, split: str, limit: int | None, max_tokens: int) -> EncodedTexts:
         """The texts that the scores come from: a search must see no others. Raises ScoresError for other texts."""
-        texts = self._texts(load_corpus(corpus, split, list(self.languages), "text").spread(limit), max_tokens)
-        if texts.corpus_digest != self.scores.info.corpus_digest:
+        corpus = self._load(texts, split).spread(limit)
+        if corpus.digest != self.scores.info.corpus_digest:
+            forms = f"form {corpus.normalised}, of the scores {self.scores.info.normalised}"
             raise ScoresError(
-                f"{corpus} (split {texts.split!r}, limit {limit}) is not the corpus that the scores come from; "
-                "a search has to keep to it, so that texts for validation and report stay unseen"
+                f"{texts.place} (split {corpus.split!r}, limit {limit}, {forms}) is not the corpus that the scores come "
+                "from; a search has to keep to it, so that texts for validation and report stay unseen"
             )
-        return texts
+        for doubt in doubts(corpus):
+            texts.notice(doubt)
+        return self._texts(corpus, max_tokens)
 
     def validation_texts(
-        self, corpus: str, choice: str, report: str, limit: int | None, max_tokens: int
+        self, texts: TextSource, choice: str, report: str, limit: int | None, max_tokens: int
     ) -> dict[str, EncodedTexts]:
         """Texts for choices ("validation") and for reporting ("test"), `limit` documents of each language of a split.
 
@@ -80,16 +85,20 @@ class Workbench:
         # Scores may come from as many documents of a split, at even distances, and none of the others.
         limit_of_scores = max(used + skipped for used, skipped in zip(info.documents, info.skipped, strict=True))
         found: dict[str, EncodedTexts] = {}
+        corpora: list[Corpus] = []
         for part, split in (("validation", choice), ("test", report)):
-            texts = load_corpus(corpus, split, list(self.languages), "text")
-            if texts.split is None:
-                raise ScoresError(f"{corpus} has no splits; expected splits {choice!r} and {report!r}")
-            of_scores = info.corpus_digest in (texts.digest, texts.spread(limit_of_scores).digest)
-            if of_scores or texts.digest in {other.corpus_digest for other in found.values()}:
+            corpus = self._load(texts, split)
+            if corpus.split is None:
+                raise ScoresError(f"{texts.place} has no splits; expected splits {choice!r} and {report!r}")
+            of_scores = info.corpus_digest in (corpus.digest, corpus.spread(limit_of_scores).digest)
+            if of_scores or corpus.digest in {other.digest for other in corpora}:
                 raise ScoresError(
-                    f"split {split!r} of {corpus} is used twice; scores, choices and report need their own"
+                    f"split {split!r} of {texts.place} is used twice; scores, choices and report need their own"
                 )
-            found[part] = self._texts(texts.spread(limit), max_tokens)
+            corpora.append(corpus)
+            found[part] = self._texts(corpus.spread(limit), max_tokens)
+        for doubt in self._doubts(corpora[0], corpora[1], limit_of_scores):
+            texts.notice(doubt)
         return found
 
     def require_absent(self, method: str, *, replace: bool) -> None:
@@ -140,3 +149,23 @@ class Workbench:
             for language, of_language in corpus.documents.items()
         }
         return EncodedTexts(documents, corpus.digest, corpus.split)
+
+    def _load(self, texts: TextSource, split: str) -> Corpus:
+        """A split in the scores' languages, in the normal form of the scores' texts unless `texts` names one."""
+        form = texts.normalise or self.scores.info.normalised
+        return load_corpus(texts.place, split, list(self.languages), texts.text_column, form)
+
+    def _doubts(self, choice: Corpus, report: Corpus, limit_of_scores: int) -> list[str]:
+        """Doubts about both splits, and what they repeat of each other and of the texts that the scores come from.
+
+        The latter are in the same files, or only the keys are there that the scores keep.
+        """
+        info, split = self.scores.info, self.scores.info.split or ""
+        others = choice.others or {of: {report.split or "": texts} for of, texts in report.documents.items()}
+        scored = Corpus({language: of.get(split, ()) for language, of in others.items()}).spread(limit_of_scores)
+        in_files = scored.digest == info.corpus_digest
+        own = [split] if in_files else []
+        lines = doubts(replace(choice, others=others), [report.split or "", *own]) + doubts(report, own)
+        if not in_files:
+            lines += [line for corpus in (choice, report) for line in repeated_keys(corpus, info.text_keys)]
+        return list(dict.fromkeys(lines))

@@ -62,6 +62,16 @@ class Validator:
             if missing := set(self.languages) - set(ablations.texts[part]):
                 raise ValidationError(f"the texts of {part} lack {', '.join(sorted(missing))}")
 
+    @property
+    def masks(self) -> int:
+        """How many masks the plan has; `advance` hears as often, also where there is no such mask."""
+        draws = sum(len(self._seeds(method)) for method in self.plan.methods)
+        random = sum(len(self.plan.seeds) for method in self.plan.methods if self._draws(method))
+        of_language = draws * (len(self.plan.budgets) + (self.plan.effect is not None))
+        of_language += random * len(self.plan.budgets) * (self.plan.matched_to is not None)
+        of_language += len(self.plan.methods) * self.plan.published
+        return of_language * len(self.languages)
+
     def effects(self) -> Iterator[MaskEffect]:
         """Effects at every budget, of the published rules and of the controls."""
         for method in self.plan.methods:
@@ -90,6 +100,7 @@ class Validator:
                     count = self._count_for(self.plan.effect, orders[language], language)
                     if count is None:
                         unreached.append((method, language))
+                        self.advance(f"{method} {language} {MATCHED}")
                         continue
                     mask = self._mask(orders[language], count)
                     found.append(self._effect(method, language, MATCHED, self._shown(method, seed), mask))
@@ -120,11 +131,14 @@ class Validator:
         shape = self.scores.shape
         try:
             chosen = find(method).published(self.scores.of(method).double(), shape)
-        except MethodError:
-            return  # published without a rule
+        except MethodError:  # published without a rule
+            for language in self.languages:
+                self.advance(f"{method} {language} published")
+            return
         for language, off in zip(self.languages, chosen, strict=True):
             if not bool(off.any()):
                 self.empty.append((method, language))
+                self.advance(f"{method} {language} published")
                 continue
             mask = NeuronMask((~off).float(), shape.sizes)
             yield self._effect(method, language, "published", None, mask)
@@ -180,10 +194,12 @@ def run(
     batch_tokens: int,
     halves: Sequence[Scores] = (),
     advance: Callable[[str], None] = lambda done: None,
+    start: Callable[[int], None] = lambda masks: None,
 ) -> Validation:
     """Run `plan` and save the result in `directory`, where a journal lets the same run go on after it was killed.
 
     texts: of the parts "validation" and "test"; halves: scores from two halves of a corpus, or none.
+    start: hears how many masks there are at most; advance: hears of each that is measured, or that there is not.
     Raises ValidationError, JournalError, and whatever the selection of a plan's neurons raises.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -195,6 +211,7 @@ def run(
         bench.identity(texts, batch_tokens),
     )
     validator = Validator(ablations, bench.scores, plan, advance)
+    start(validator.masks)
     matched, unreached = validator.matched()
     effects = [*validator.effects(), *matched]
     methods = [method for method in plan.methods if not find(method).matched_to]

@@ -1,0 +1,186 @@
+"""Bars: how far a long job is, on stderr: a bar on a terminal, and lines at sensible times in a log."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_TICK_S = 5.0
+_SOONEST_S = 30.0  # between two lines of a log
+_SHARE = 0.1  # of the work, after which a line is due
+_LATEST_S = 180.0  # by when a line is due, however little was done
+_SLOWING = 15  # so much of the time passed may pass until the next: a week gives about 100 lines
+
+
+class Bar(Protocol):
+    """How far a job is."""
+
+    def start(self, total: int, done: int = 0, what: str = "") -> None:
+        """The work begins: `total` units, `done` of them by an earlier run. what: said in a log, such as for whom."""
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        """So many more units are done. note: stands beside the figures."""
+
+    def say(self, line: str) -> None:
+        """A warning or notice in between."""
+
+
+@contextmanager
+def bar(name: str, unit: str, what: str = "", *, on_terminal: bool = True) -> Iterator[Bar]:
+    """Show how far the job `name` is while the context lasts, in `unit` (a plural, such as documents).
+
+    what: the first line of a log, about what is to come. on_terminal: whether there is a bar on a terminal; else
+    notices only.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        with _log(name, unit, what) as lines:
+            yield lines
+    elif on_terminal:
+        with _rich(name, console) as shown:
+            yield shown
+    else:
+        yield _Notices()
+
+
+class LogLines:
+    """A bar as lines of a log: when at least 30 s have passed and a tenth of the work is done, or after 3 minutes.
+
+    These grow with the time passed, so that a week takes about 100 lines.
+    """
+
+    def __init__(
+        self, name: str, unit: str, write: Callable[[str], None], now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._name, self._unit, self._write, self._now = name, unit, write, now
+        self._began = self._asked = self._written = now()
+        self._total: int | None = None
+        self._done = self._before = self._at_line = 0
+        self._note = ""
+        self._lock = threading.RLock()
+
+    def start(self, total: int, done: int = 0, what: str = "") -> None:
+        """See Bar."""
+        with self._lock:
+            self._total, self._done, self._before, self._at_line = total, done, done, done
+            self._asked = self._written = self._now()
+            resumed = f", {done} of them done before" if done else ""
+            self._write(f"{self._name}: {total} {self._unit}{f' {what}' if what else ''}{resumed}")
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        """See Bar."""
+        with self._lock:
+            self._done += units
+            self._note = note
+            self.tick()
+
+    def tick(self) -> None:
+        """Write a line if one is due."""
+        with self._lock:
+            silent, passed = self._now() - self._written, self._now() - self._began
+            is_step = (
+                silent >= _SOONEST_S and bool(self._total) and self._done - self._at_line >= _SHARE * (self._total or 0)
+            )
+            if (is_step and self._done != self._total) or silent >= max(_LATEST_S, passed / _SLOWING):
+                self._line(passed)
+
+    def say(self, line: str) -> None:
+        """See Bar."""
+        with self._lock:
+            self._write(line)
+
+    def end(self) -> None:
+        """The last line, of a job that was not cut short."""
+        count = f"{self._done} {self._unit}" if self._total is None else f"{self._done} of {self._total} {self._unit}"
+        done = f"{count}, " if self._done or self._total is not None else ""
+        self._write(f"{self._name}: done, {done}{duration(self._now() - self._began)}")
+
+    def _line(self, passed: float) -> None:
+        parts = [f"{self._name}: {self._done} {self._unit}"] if self._done else [f"{self._name}: under way"]
+        if self._total:
+            parts = [f"{self._name}: {self._done} of {self._total} {self._unit} ({self._done / self._total:.0%})"]
+        parts.append(duration(passed))
+        if self._total and self._done > self._before:
+            rate = (self._now() - self._asked) / (self._done - self._before)
+            parts.append(f"about {duration((self._total - self._done) * rate)} left")
+        self._write(", ".join([*parts, self._note] if self._note else parts))
+        self._written, self._at_line = self._now(), self._done
+
+
+def duration(seconds: float) -> str:
+    """`9 s`, `2 min 5 s`, `3 h 20 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    hours, left = divmod(minutes, 60)
+    return f"{minutes} min {rest} s" if hours == 0 else f"{hours} h {left} min"
+
+
+@contextmanager
+def _log(name: str, unit: str, what: str) -> Iterator[LogLines]:
+    def write(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    lines = LogLines(name, unit, write)
+    if what:
+        write(f"{name}: {what}")
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_TICK_S):
+            lines.tick()
+
+    watcher = threading.Thread(target=watch, name="bar", daemon=True)
+    watcher.start()
+    try:
+        yield lines
+    finally:
+        over.set()
+        watcher.join()
+    lines.end()
+
+
+class _Notices:
+    def start(self, total: int, done: int = 0, what: str = "") -> None:
+        pass
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _rich(name: str, console: "Console") -> Iterator[Bar]:
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[note]}", markup=False),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console) as shown:
+        task = shown.add_task(name, total=None, note="")
+
+        class Shown:
+            def start(self, total: int, done: int = 0, what: str = "") -> None:
+                shown.reset(task, total=total, completed=done)
+
+            def advance(self, units: int = 1, note: str = "") -> None:
+                shown.update(task, advance=units, note=note)
+
+            def say(self, line: str) -> None:
+                console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+        yield Shown()

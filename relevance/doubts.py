@@ -1,0 +1,16 @@
+"""Doubts: what makes a corpus look as if it could not be trusted, said in warnings before it is used."""
+
+from collections.abc import Sequence
+
+from relevance.characters import remarks
+from relevance.corpus import Corpus
+from relevance.language_id import misnamed
+from relevance.repeats import repeats
+
+
+def doubts(corpus: Corpus, among: Sequence[str] | None = None) -> list[str]:
+    """A line for each: languages that look like others, odd characters, and documents that other splits repeat.
+
+    among: the other splits that matter; all for None.
+    """
+    return [*map(str, misnamed(corpus)), *remarks(corpus), *map(str, repeats(corpus, among))]

@@ -1,0 +1,19 @@
+"""Options that all commands have which read texts."""
+
+from typing import Annotated
+
+import typer
+
+from relevance.corpus import Form
+
+TextColumn = Annotated[
+    str, typer.Option(help="Field or column that holds the text, in which {lang} stands for the language.")
+]
+Normalise = Annotated[
+    Form | None,
+    typer.Option(help="Bring all texts into this normal form of Unicode.", show_default="as they are"),
+]
+ScoresForm = Annotated[
+    Form | None,
+    typer.Option(help="Bring all texts into this normal form of Unicode.", show_default="that of the scores' texts"),
+]
