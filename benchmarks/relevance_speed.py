@@ -140,9 +140,10 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, list[list[int]]]:
     """The model and the documents' token ids."""
     checkpoint = resolve_checkpoint(options.model)
     texts = Corpus.load(EMBEDDED_CORPUS, "relevance", ["en"]).documents["en"]
-    token_ids = encode(load_tokenizer(checkpoint), "en", texts, max_tokens=2048).token_ids
-    documents = [token_ids[index % len(token_ids)] for index in range(options.documents)]
-    return load_model(checkpoint, DTYPES[options.dtype], options.device), documents
+    model = load_model(checkpoint, DTYPES[options.dtype], options.device)
+    vocabulary = take_apart(model).vocabulary
+    token_ids = encode(load_tokenizer(checkpoint), "en", texts, max_tokens=2048, vocabulary=vocabulary).token_ids
+    return model, [token_ids[index % len(token_ids)] for index in range(options.documents)]
 
 
 def summarised(seconds: dict[str, list[float]], tokens: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`crane eval`, `crane report` and `crane compare`: evaluations at the terminal."""
 
 import asyncio
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clients.client import DEFAULT_SERVER
+from crane_serve.bars import bar
+from relevance.corpus import Form
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress as Bar
 
     from clients.evaluation import Evaluation
     from clients.plan import Plan
@@ -50,13 +52,17 @@ def evaluate(
     corpus: Annotated[
         str | None,
         typer.Option(
-            help="Without a plan: perplexity on this directory of {lang}.jsonl or {lang}.txt files; 'embedded' for the "
-            "packaged one.",
+            help="Without a plan: perplexity on this directory of {lang}.jsonl, {lang}.txt or other files, as `crane "
+            "relevance` reads them; 'embedded' for the packaged one.",
             show_default="embedded",
         ),
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="Split of the corpus; one without splits is used whole.", show_default="test")
+    ] = None,
+    normalise: Annotated[
+        Form | None,
+        typer.Option(help="Bring the corpus into this normal form of Unicode.", show_default="as it is"),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Without a plan: items per language, the first of a corpus; default: all.")
@@ -96,7 +102,8 @@ def evaluate(
     if plan is not None and replay is not None:
         raise EvaluationError("a plan and --replay do not go together")
     instead = {
-        "task": task, "shots": shots, "languages": languages, "corpus": corpus, "split": split, "limit": limit
+        "task": task, "shots": shots, "languages": languages, "corpus": corpus, "split": split,
+        "normalise": normalise, "limit": limit,
     }  # fmt: skip
     given = [f"--{option}" for option, value in instead.items() if value is not None]
     if given and (plan or replay):
@@ -118,19 +125,20 @@ def evaluate(
 
     async def measure() -> Evaluation:
         async with AsyncCraneClient(server, concurrency=concurrency) as client:
-            with _bar(console) as bar:
-                task = bar.add_task("waiting for the server", total=None, rate="")
+            with bar("eval", "answers", f"waiting for {server}") as shown:
+                began: float | None = None
+                reached = 0
 
                 def advance(progress: run.Progress) -> None:
-                    if bar.tasks[task].total is None:  # the asking starts here, and so do the clocks
-                        bar.reset(task, total=progress.total, description="asking")
-                    seconds = bar.tasks[task].elapsed
+                    nonlocal began, reached
+                    if began is None:  # the asking starts here, and so do the clocks
+                        began, reached = time.monotonic(), progress.done
+                        shown.start(progress.total, reached, f"to get from {server}")
+                    seconds = time.monotonic() - began
                     rate = f"{progress.tokens / seconds:,.0f} tokens/s" if seconds and progress.tokens else ""
                     failed = f", {progress.failed} failed" if progress.failed else ""
-                    bar.update(task, completed=progress.done, rate=rate + failed)
-
-                def say(notice: str) -> None:
-                    bar.console.print(notice, style="yellow", markup=False, highlight=False)
+                    shown.advance(progress.done - reached, rate + failed)
+                    reached = progress.done
 
                 return await run.evaluate(
                     client,
@@ -140,7 +148,7 @@ def evaluate(
                     wait_s=wait,
                     expect=None if repeated is None else repeated.expect,
                     on_progress=advance,
-                    on_notice=say,
+                    on_notice=shown.say,
                 )
 
     evaluation = asyncio.run(measure())
@@ -211,29 +219,18 @@ def _plan_of(flags: Mapping[str, Any]) -> "Plan":
             raise EvaluationError("--shots belongs to --task")
         corpus = flags["corpus"] or EMBEDDED
         source = {"corpus": corpus, "split": flags["split"] or "test"}
+        if flags["normalise"] is not None:
+            source["normalise"] = str(flags["normalise"])
         tasks = [{"kind": "perplexity", "source": source, "pick": "first", **common}]
         place = EMBEDDED_CORPUS if corpus == EMBEDDED else Path(corpus)
         languages = languages or list(Corpus.load(place).languages)
     else:
-        if flags["corpus"] is not None or flags["split"] is not None:
-            raise EvaluationError("--corpus and --split do not go with --task")
+        if any(flags[name] is not None for name in ("corpus", "split", "normalise")):
+            raise EvaluationError("--corpus, --split and --normalise do not go with --task")
         if languages is None:
             raise EvaluationError("--task needs --languages, such as en,zh,vi")
         tasks = [{"preset": preset, **common} for preset in flags["task"]]
     return Plan.parse({"languages": languages, "tasks": tasks}, "the flags")
-
-
-def _bar(console: "Console") -> "Bar":
-    from rich import progress
-
-    return progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[rate]}"),
-        progress.TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def _show(evaluation: "Evaluation", directory: Path, console: "Console") -> None:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import to_jsonable_python
 
 from clients.errors import EvaluationError
-from relevance.corpus import EMBEDDED_CORPUS, Corpus, CorpusError
+from relevance.corpus import EMBEDDED_CORPUS, Corpus, CorpusError, Form, normalised
 from relevance.records import format_of, read_records
 
 Row = dict[str, JsonValue]
@@ -35,7 +35,8 @@ class Source(BaseModel):
     refuse data sets with a loading script; of some the Hub has a copy of its own, refs/convert/parquet.
     split: of a dataset or corpus, or of files whose rows have a field `split`;
     columns: field of the row -> column of the source that it comes from, `{lang}` allowed; codes: language -> what
-    `{lang}` stands for, where that is not its name (vi: vie_Latn); id: the column that identifies a row, or several.
+    `{lang}` stands for, where that is not its name (vi: vie_Latn); id: the column that identifies a row, or several;
+    normalise: NFC, the normal form of Unicode that all texts but ids are brought into.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +49,7 @@ class Source(BaseModel):
     split: _Text | None = None
     columns: dict[str, _Text] = {}
     codes: dict[str, _Text] = {}
+    normalise: Form | None = None
     id: _Text | Annotated[tuple[_Text, ...], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
@@ -96,7 +98,7 @@ class Source(BaseModel):
                     f"{where}, row {number}: id {identifier!r} stands there already; expected different ones, "
                     "for which `id` may name other columns"
                 )
-            identified[identifier] = {**renamed, "id": identifier}
+            identified[identifier] = {**_normalised(renamed, self.normalise), "id": identifier}
         return list(identified.values())
 
     def _code(self, language: str) -> str:
@@ -178,6 +180,18 @@ class Source(BaseModel):
         if isinstance(self.config, tuple) and identifier:
             return f"{row['config']}/{identifier}"
         return identifier or f"row-{number}"
+
+
+def _normalised(row: Row, form: Form | None) -> Row:
+    return row if form is None else {name: _normal(value, form) for name, value in row.items()}
+
+
+def _normal(value: JsonValue, form: Form) -> JsonValue:
+    if isinstance(value, str):
+        return normalised(value, form)
+    if isinstance(value, list):
+        return [_normal(entry, form) for entry in value]
+    return {name: _normal(entry, form) for name, entry in value.items()} if isinstance(value, dict) else value
 
 
 def _require(row: Row, column: str, where: str) -> JsonValue:

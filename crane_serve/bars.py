@@ -40,7 +40,7 @@ def bar(name: str, unit: str, what: str = "", *, on_terminal: bool = True) -> It
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or console.is_dumb_terminal:
         with _log(name, unit, what) as lines:
             yield lines
     elif on_terminal:

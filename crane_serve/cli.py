@@ -16,6 +16,7 @@ import crane_serve
 from clients import CraneError
 from clients import commands as client_commands
 from crane_serve import sizing
+from crane_serve.bars import bar
 from crane_serve.checkpoints.fetch import SOURCES, FetchError
 from crane_serve.checkpoints.fetch import fetch as fetch_model
 from crane_serve.demo import DemoError, run_demo
@@ -72,7 +73,8 @@ def fetch(
     to: Annotated[Path, typer.Option("--to", help="Directory to make")],
 ) -> None:
     """Fetch a small demonstration model and make it a Hugging Face checkpoint."""
-    fetch_model(name, to, report=typer.echo)
+    with bar("fetch", "steps", f"{name} to {to}", on_terminal=False):
+        fetch_model(name, to, report=typer.echo)
 
 
 @masks_app.command("list")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import httpx
 
+from crane_serve.bars import bar
+
 MODEL = "gemma-3-270m"
 BUDGET = 0.01
 METHODS = ("attnlrp", "lape", "random")
@@ -44,7 +46,8 @@ def run_demo(model: Path, out: Path, *, documents: int, keep: bool, report: Call
     server = _serve(model, masks, port, server_log, began, report)
     try:
         url = f"http://127.0.0.1:{port}"
-        _wait_until_ready(url, server, server_log)
+        with bar("demo", "steps", f"waiting for the server; its log is {server_log}", on_terminal=False):
+            _wait_until_ready(url, server, server_log)
         step("eval", "--server", url, "--split", "test", "--limit", documents, "--out", out)
     except BaseException:
         _stop(server)

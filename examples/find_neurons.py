@@ -79,7 +79,9 @@ for language in scores.shape.languages:
 decoder = take_apart(load_model(checkpoint, dtype, device))
 tokenizer = load_tokenizer(checkpoint)
 test = load_corpus(CORPUS, "test", list(scores.shape.languages), "text").spread(DOCUMENTS)
-documents = {name: encode(tokenizer, name, texts, 2048).token_ids for name, texts in test.documents.items()}
+documents = {
+    name: encode(tokenizer, name, texts, 2048, decoder.vocabulary).token_ids for name, texts in test.documents.items()
+}
 
 
 def nats(mask_name: str | None) -> dict[str, float]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from crane_serve.checkpoints.prefix import encode_from_start
+from crane_serve.checkpoints.vocabulary import require_known
 from relevance.corpus import CorpusError, Document
 
 
@@ -30,10 +31,13 @@ class EncodedDocuments:
         return sum(len(ids) - 1 for ids in self.token_ids)
 
 
-def encode(tokenizer: Any, language: str, documents: Sequence[Document], max_tokens: int) -> EncodedDocuments:
+def encode(
+    tokenizer: Any, language: str, documents: Sequence[Document], max_tokens: int, vocabulary: int
+) -> EncodedDocuments:
     """Encode `documents`, cut to `max_tokens` with the start token; those without a target token are skipped.
 
-    Raises CorpusError when nothing is left.
+    vocabulary: how many tokens the model has. Raises UnknownTokenError for a document with another token, and
+    CorpusError when nothing is left.
     """
     kept: list[list[int]] = []
     skipped: list[str] = []
@@ -46,6 +50,7 @@ def encode(tokenizer: Any, language: str, documents: Sequence[Document], max_tok
         if len(token_ids) > max_tokens:
             truncated.append(document.id)
         kept.append(token_ids[:max_tokens])
+        require_known(tokenizer, kept[-1], vocabulary, f"{language}: document {document.id!r}")
     if not kept:
         raise CorpusError(f"no document of {language} has a token to predict")
     return EncodedDocuments(tuple(kept), tuple(skipped), tuple(truncated))

@@ -142,7 +142,8 @@ def compare(
         tokenizer = load_tokenizer(checkpoint)
         limit = min(max_tokens, decoder.positions or max_tokens)
         documents = {
-            language: encode(tokenizer, language, of, limit).token_ids for language, of in texts.documents.items()
+            language: encode(tokenizer, language, of, limit, decoder.vocabulary).token_ids
+            for language, of in texts.documents.items()
         }
         identity = f"{fingerprint.model_dump_json()} {texts.digest} {limit} {batch_tokens} {dtype}"
         ablations = Ablations(

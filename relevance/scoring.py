@@ -75,7 +75,8 @@ def score(
     max_tokens = min(max_tokens, decoder.positions or max_tokens)
     tokenizer = load_tokenizer(checkpoint)
     encoded: dict[str, EncodedDocuments] = {
-        language: encode(tokenizer, language, documents, max_tokens) for language, documents in corpus.documents.items()
+        language: encode(tokenizer, language, documents, max_tokens, decoder.vocabulary)
+        for language, documents in corpus.documents.items()
     }
     counts = {language: len(of_language.token_ids) for language, of_language in encoded.items()}
     shards = deal(encoded, 2 if each_half else execution.workers)

@@ -67,8 +67,8 @@ class Workbench:
         if corpus.digest != self.scores.info.corpus_digest:
             forms = f"form {corpus.normalised}, of the scores {self.scores.info.normalised}"
             raise ScoresError(
-                f"{texts.place} (split {corpus.split!r}, limit {limit}, {forms}) is not the corpus that the scores come "
-                "from; a search has to keep to it, so that texts for validation and report stay unseen"
+                f"{texts.place} (split {corpus.split!r}, limit {limit}, {forms}) is not the corpus that the scores "
+                "come from; a search has to keep to it, so that texts for validation and report stay unseen"
             )
         for doubt in doubts(corpus):
             texts.notice(doubt)
@@ -145,7 +145,7 @@ class Workbench:
         tokenizer = load_tokenizer(self.checkpoint)
         limit = min(max_tokens, self.decoder.positions or max_tokens)
         documents = {
-            language: encode(tokenizer, language, of_language, limit).token_ids
+            language: encode(tokenizer, language, of_language, limit, self.decoder.vocabulary).token_ids
             for language, of_language in corpus.documents.items()
         }
         return EncodedTexts(documents, corpus.digest, corpus.split)

@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from crane_serve.atomic import write_atomically
+from crane_serve.bars import bar
 from crane_serve.checkpoints.load import load_config, require_weights_of
 from crane_serve.checkpoints.resolve import resolve_checkpoint
 from crane_serve.masks import Fingerprint
@@ -57,7 +58,8 @@ def verify(
     The exit code is 1 if any check fails.
     """
     wishes = Wishes(model, masks, not no_reference, not no_throughput, tuple(context.args))
-    result = run(wishes, lambda line: typer.echo(line, err=True))
+    with bar("verify", "steps", f"{model} by transformers, by vLLM and with masks", on_terminal=False) as shown:
+        result = run(wishes, shown.say)
     for line in result.lines():
         typer.echo(line)
     if report is not None:

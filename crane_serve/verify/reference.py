@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from crane_serve.checkpoints.load import load_causal_lm, load_tokenizer
+from crane_serve.checkpoints.vocabulary import require_known
 from crane_serve.masks import Fingerprint, MaskLibrary, NeuronMask
 from crane_serve.verify import probes
 from crane_serve.verify.plan import Outcome, Plan, Reference, describe
@@ -41,6 +42,8 @@ def measure_reference(plan: Plan) -> Reference:
     model.to("cuda" if gpu else "cpu")
     projections = find_projections(model, plan.fingerprint.layers)
     texts = tuple(tuple(tokenizer.encode(text)) for text in probes.TEXTS)
+    for number, text in enumerate(texts, start=1):
+        require_known(tokenizer, text, len(model.get_input_embeddings().weight), f"text {number} of the check")
     masks: list[str | None] = [None, *plan.masks.random, *plan.masks.given[:_GIVEN]]
 
     def scores() -> tuple[tuple[tuple[float, ...], ...], ...]:

@@ -75,7 +75,7 @@ class Decoder:
     """
 
     trunk: nn.Module
-    embedding: nn.Module
+    embedding: nn.Embedding
     unembedding: nn.Linear
     layers: tuple[Layer, ...]
     norms: tuple[Norm, ...]
@@ -87,6 +87,11 @@ class Decoder:
     def sizes(self) -> tuple[int, ...]:
         """Number of neurons of each layer."""
         return tuple(layer.neurons for layer in self.layers)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it can read and predict."""
+        return min(self.embedding.num_embeddings, self.unembedding.out_features)
 
 
 @cache

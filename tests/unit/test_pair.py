@@ -56,7 +56,7 @@ def test_effects_on_both_models(place: Path, tmp_path: Path) -> None:
         decoder = take_apart(load_model(place / side, torch.float32, torch.device("cpu")))
         tokenizer = load_tokenizer(place / side)
         for language in ("en", "vi"):
-            ids = encode(tokenizer, language, texts.documents[language], 256).token_ids
+            ids = encode(tokenizer, language, texts.documents[language], 256, decoder.vocabulary).token_ids
             whole = losses(decoder, ids, 512).per_token
             assert getattr(pair, side).nats_per_token[language] == pytest.approx(whole, rel=1e-5)
             with masked(decoder, NeuronMask(scales, (160,) * 3)):

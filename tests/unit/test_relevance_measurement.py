@@ -114,12 +114,12 @@ def small_corpus() -> Corpus:
 
 def test_encoding_begins_with_bos_cuts_and_skips() -> None:
     documents = [Document("a", "abcdef"), Document("b", ""), Document("c", "ab")]
-    encoded = encode(byte_tokenizer(), "en", documents, max_tokens=4)
+    encoded = encode(byte_tokenizer(), "en", documents, max_tokens=4, vocabulary=512)
     assert [len(ids) for ids in encoded.token_ids] == [4, 3]
     assert all(ids[0] == 0 for ids in encoded.token_ids)
     assert (encoded.skipped, encoded.truncated, encoded.tokens) == (("b",), ("a",), 5)
     with pytest.raises(CorpusError, match="no document of en has a token to predict"):
-        encode(byte_tokenizer(), "en", documents[1:2], max_tokens=4)
+        encode(byte_tokenizer(), "en", documents[1:2], max_tokens=4, vocabulary=512)
 
 
 def test_batches_keep_to_their_budget_and_lose_nothing() -> None:
