@@ -68,6 +68,35 @@ def test_reads_other_ways_to_save_the_same(
     assert [mask.neuron_sets() for mask in masks] == [[[0, 5], []], [[3], [0, 4]]]
 
 
+PAIRS = [[[0, 0], [0, 5], [0, 0]], [[0, 3], [1, 4], [1, 0]]]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(PAIRS, id="lists of pairs"),
+        pytest.param([[tuple(pair) for pair in pairs] for pairs in PAIRS], id="tuples"),
+        pytest.param([torch.tensor(pairs) for pairs in PAIRS], id="tensors of pairs"),
+        pytest.param({"zh": torch.tensor(PAIRS[1]), "en": PAIRS[0]}, id="pairs by language"),
+        pytest.param([[[0, 5], []], [[3], [0, 4]]], id="lists of numbers"),
+        pytest.param([[row.int() for row in layers] for layers in neurons()], id="int32"),
+        pytest.param({"zh": neurons()[1], "en": neurons()[0]}, id="by language"),
+        pytest.param({"zh": dict(enumerate(neurons()[1])), "en": {"0": [0, 5]}}, id="by language and layer"),
+    ],
+)
+def test_reads_other_forms(file: Path, out: Path, fingerprint: Fingerprint, content: Any) -> None:
+    torch.save(content, file)
+    masks = [read_mask(path).mask for path in import_lape(file, ["en", "zh"], fingerprint, out)]
+    assert [mask.neuron_sets() for mask in masks] == [[[0, 5], []], [[3], [0, 4]]]
+
+
+@pytest.mark.parametrize("content", [[[0, 5], [1, 3], [1, 4]], torch.tensor([[1, 4], [0, 5], [1, 3]])])
+def test_pairs_alone_are_one_language(file: Path, out: Path, fingerprint: Fingerprint, content: Any) -> None:
+    torch.save(content, file)
+    (path,) = import_lape(file, ["en"], fingerprint, out)
+    assert read_mask(path).mask.neuron_sets() == [[5], [3, 4]]
+
+
 def _last(value: Any) -> list[list[Any]]:
     content: list[list[Any]] = neurons()
     content[1][1] = value
@@ -80,25 +109,35 @@ def _last(value: Any) -> list[list[Any]]:
         (_last(torch.tensor([5])), "zh: layer 1: neuron 5 is out of range, expected 0 to 4"),
         (_last(torch.tensor([-1])), "zh: layer 1: neuron -1 is out of range"),
         (_last(torch.tensor([2**62])), "neuron 4611686018427387904 is out of range"),
-        (_last(torch.tensor([1.0])), "zh, layer 1: expected a one-dimensional LongTensor"),
-        (_last(torch.tensor([1], dtype=torch.int32)), "zh, layer 1: expected a one-dimensional LongTensor"),
-        (_last(torch.tensor([True])), "one-dimensional LongTensor"),
-        (_last(torch.tensor([[1]])), "one-dimensional LongTensor"),
-        (_last(torch.tensor(1)), "one-dimensional LongTensor"),
-        (_last(torch.tensor([0, 1]).to_sparse()), "one-dimensional LongTensor"),
-        (_last(torch.zeros(3, dtype=torch.int64, device="meta")), "one-dimensional LongTensor"),
-        (_last([1, 2]), "one-dimensional LongTensor"),
-        (_last(None), "one-dimensional LongTensor"),
+        (_last(torch.tensor([1.0])), r"zh, layer 1: expected a one-dimensional .* found a tensor of float32 \[1\]"),
+        (_last(torch.tensor([True])), r"one-dimensional .* a tensor of bool \[1\]"),
+        (_last(torch.tensor([[1]])), r"one-dimensional .* a tensor of int64 \[1, 1\]"),
+        (_last(torch.tensor(1)), r"one-dimensional .* a tensor of int64 \[\]"),
+        (_last(torch.tensor([0, 1]).to_sparse()), "one-dimensional"),
+        (_last(torch.zeros(3, dtype=torch.int64, device="meta")), "one-dimensional"),
+        (_last([1, True]), "one-dimensional .* found list of 2"),
+        (_last([1, 2.0]), "one-dimensional .* found list of 2"),
+        (_last(None), "one-dimensional .* found NoneType"),
         ([layers[:1] for layers in neurons()], "en: neuron sets for 1 layers, expected 2"),
         ([[*layers, layers[0]] for layers in neurons()], "en: neuron sets for 3 layers, expected 2"),
         (neurons()[:1], "holds 1 languages, but 2 labels were given"),
         ([*neurons(), neurons()[0]], "holds 3 languages, but 2 labels were given"),
         ([], "holds 0 languages"),
-        ({"en": neurons()[0]}, r"expected list\[language\]\[layer\] of tensors, found dict"),
-        (torch.tensor([[1], [2]]), "found Tensor"),
-        ([neurons()[0], torch.tensor([1, 2])], "expected list"),
-        ([neurons()[0], None], "expected list"),
+        ({"en": neurons()[0]}, "holds the languages en; expected the labels en, zh"),
+        ({"en": neurons()[0], "zh": {2: [1]}}, "zh: there is no layer '2' of 2"),
+        ({"en": neurons()[0], "zh": {"up": [1]}}, "zh: there is no layer 'up' of 2"),
+        ({"en": neurons()[0], "zh": 7}, "zh: expected .* found int"),
+        (torch.tensor([[1], [2]]), r"expected list.* found a tensor of int64 \[2, 1\]"),
+        ([neurons()[0], torch.tensor([1, 2])], r"expected list.* found a tensor of int64 \[2\] in a list"),
+        ([neurons()[0], torch.zeros(2, 6, dtype=torch.bool)], r"found a tensor of bool \[2, 6\] in a list"),
+        ([neurons()[0], None], "expected list.* found NoneType in a list"),
         ("text", "found str"),
+        (torch.tensor([[0, 5]]), r"found a tensor of int64 \[1, 2\]"),
+        ([[0, 5], [1, 3], [1, 4]], r"holds 3 languages, but 2 labels were given \(pairs"),
+        ([neurons()[0], torch.tensor([[2, 3]])], r"zh: pair \[2, 3\]: there is no layer 2 of 2"),
+        ([neurons()[0], torch.tensor([[-1, 3]])], r"zh: pair \[-1, 3\]: there is no layer -1 of 2"),
+        ([neurons()[0], torch.tensor([[1, 5]])], "zh: layer 1: neuron 5 is out of range, expected 0 to 4"),
+        ([neurons()[0], [[0, 3], [1, 4]]], "zh: 2 lists of two numbers may be pairs"),
     ],
 )
 def test_refuses_other_content(file: Path, out: Path, fingerprint: Fingerprint, content: Any, message: str) -> None:
