@@ -175,7 +175,9 @@ class Source(BaseModel):
         for column in columns:
             value = _require(row, column, f"{where}, row {number}")
             if isinstance(value, bool | dict | list) or value is None or not str(value).strip():
-                raise EvaluationError(f"{where}, row {number}: id column {column!r} holds {value!r}; expected text")
+                raise EvaluationError(
+                    f"{where}, row {number}: id column {column!r} holds {value!r}; expected text or a number"
+                )
         identifier = "/".join(str(row[column]) for column in columns)
         if isinstance(self.config, tuple) and identifier:
             return f"{row['config']}/{identifier}"

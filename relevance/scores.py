@@ -16,11 +16,11 @@ from torch import Tensor
 import crane_serve
 from crane_serve.atomic import write_atomically
 from crane_serve.masks import Fingerprint, FingerprintError
+from crane_serve.masks.files import METADATA_KEY, SCORES_KEY
 from relevance.corpus import Form
 from relevance.method import Shape
 
 FORMAT_VERSION = 1
-_METADATA_KEY = "crane-scores"
 _OUTPUTS = "outputs/"  # in the file, a tensor with this prefix belongs to `outputs`
 
 
@@ -156,7 +156,7 @@ class Scores:
         tensors = {method: scores.contiguous() for method, scores in self.by_method.items()}
         tensors |= {f"{_OUTPUTS}{method}": scores.contiguous() for method, scores in self.outputs.items()}
         metadata = _Metadata(**dict(self.info), format_version=FORMAT_VERSION, digest=_digest(tensors))
-        content = save(tensors, metadata={_METADATA_KEY: metadata.model_dump_json()})
+        content = save(tensors, metadata={SCORES_KEY: metadata.model_dump_json()})
         write_atomically(path, content)
 
     @classmethod
@@ -164,9 +164,11 @@ class Scores:
         """Read and verify a scores file. Raises ScoresError for anything else."""
         try:
             with safe_open(path, framework="pt") as file:
-                raw = (file.metadata() or {}).get(_METADATA_KEY)
+                keys = file.metadata() or {}
+                raw = keys.get(SCORES_KEY)
                 if raw is None:
-                    raise ScoresError(f"{path}: no {_METADATA_KEY!r} metadata; this is not a scores file")
+                    what = " but a mask file" if METADATA_KEY in keys else ""
+                    raise ScoresError(f"{path}: no {SCORES_KEY!r} metadata; this is not a scores file{what}")
                 metadata = _Metadata.model_validate_json(raw)
                 if metadata.format_version != FORMAT_VERSION:
                     raise ScoresError(
@@ -176,7 +178,8 @@ class Scores:
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"]))
-            raise ScoresError(f"{path}: metadata field {where!r}: {problem['msg']}") from error
+            place = f"metadata field {where!r}" if where else f"metadata {SCORES_KEY!r}"
+            raise ScoresError(f"{path}: {place}: {problem['msg']}") from error
         except (OSError, SafetensorError) as error:
             raise ScoresError(f"{path}: not a readable scores file: {error}") from error
         if _digest(tensors) != metadata.digest:

@@ -17,7 +17,7 @@ from crane_serve.masks.mask import NeuronMask
 
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
-METADATA_KEY = "crane"
+METADATA_KEY, SCORES_KEY = "crane", "crane-scores"  # of mask files and of scores files
 NAME = r"[a-z0-9_-]+"
 MAX_NAME = 128
 _RESERVED = "none"
@@ -121,9 +121,11 @@ def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
     try:
         tensors = load(content)  # checks the header, too
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        raw = (header.get("__metadata__") or {}).get(METADATA_KEY)
+        keys = header.get("__metadata__") or {}
+        raw = keys.get(METADATA_KEY)
         if raw is None:
-            raise MaskFileError(f"{source}: no {METADATA_KEY!r} metadata; this is not a mask file")
+            what = " but scores, of which `crane select` makes masks" if SCORES_KEY in keys else ""
+            raise MaskFileError(f"{source}: no {METADATA_KEY!r} metadata; this is not a mask file{what}")
         metadata = _Metadata.model_validate_json(raw)
         if metadata.format_version != FORMAT_VERSION:
             raise MaskFileError(
@@ -142,7 +144,8 @@ def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        raise MaskFileError(f"{source}: metadata field {where!r}: {problem['msg']}") from error
+        field = f"metadata field {where!r}" if where else f"metadata {METADATA_KEY!r}"
+        raise MaskFileError(f"{source}: {field}: {problem['msg']}") from error
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # RuntimeError, KeyError: unknown formats
         raise MaskFileError(f"{source}: not a readable mask file: {error}") from error
     _check_output(source, mask, metadata.fingerprint)

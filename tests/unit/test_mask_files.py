@@ -152,8 +152,8 @@ def test_refuses_a_path_that_is_no_file(tmp_path: Path, name: str) -> None:
     [
         (None, "no 'crane' metadata; this is not a mask file"),
         ({"format": "pt"}, "no 'crane' metadata"),
-        ({"crane": "{"}, "metadata field ''.*[Ii]nvalid JSON"),
-        ({"crane": "[]"}, "metadata field ''"),
+        ({"crane": "{"}, "metadata 'crane'.*[Ii]nvalid JSON"),
+        ({"crane": "[]"}, "metadata 'crane'"),
         ({"crane": "{}"}, "metadata field 'language': Field required"),
     ],
 )
