@@ -8,8 +8,9 @@ import typer
 
 from crane_serve.bars import bar
 from relevance.corpus import EMBEDDED_CORPUS, Corpus, CorpusError
+from relevance.corpus_import import Unit, line_parts, parse_splits, squad_parts, write_corpus
 from relevance.language_files import EXPECTED
-from relevance.sources import Unit, line_parts, load_corpus, parse_splits, squad_parts, write_corpus
+from relevance.sources import load_corpus
 from relevance.text_options import Normalise, TextColumn
 
 

@@ -9,7 +9,7 @@ import pytest
 from clients.sources import Source
 from relevance.characters import chinese_script, remarks
 from relevance.corpus import EMBEDDED_CORPUS, Corpus, Document, Form
-from relevance.sources import line_parts, write_corpus
+from relevance.corpus_import import line_parts, write_corpus
 
 VIETNAMESE = ("Tuyết phủ trắng đồi.", "Bến cảng đóng băng.", "Chuông reo đến trưa.", "Tàu đến muộn.")
 SIMPLIFIED = "这个国家的经济发展很快，人们说应该让学生读书。"

@@ -10,8 +10,8 @@ from typer.testing import CliRunner, Result
 
 from crane_serve.cli import app
 from relevance.corpus import EMBEDDED_CORPUS, Corpus, CorpusError, Document
+from relevance.corpus_import import line_parts, write_corpus
 from relevance.repeats import repeated_keys, repeats, text_key, text_keys
-from relevance.sources import line_parts, write_corpus
 
 EN = "The harbour froze in the night, and the ferries to the islands stayed away until the ice broke in March."
 VI = "Bến cảng đóng băng trong đêm, và các chuyến phà ra đảo nghỉ chạy cho đến khi băng tan vào tháng ba."

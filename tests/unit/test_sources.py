@@ -11,7 +11,8 @@ from typer.testing import CliRunner, Result
 
 from crane_serve.cli import app
 from relevance.corpus import Corpus, CorpusError, Document
-from relevance.sources import Unit, line_parts, load_corpus, parse_splits, squad_parts, write_corpus
+from relevance.corpus_import import Unit, line_parts, parse_splits, squad_parts, write_corpus
+from relevance.sources import load_corpus
 
 
 @pytest.fixture

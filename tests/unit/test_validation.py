@@ -252,7 +252,9 @@ def test_refine_learn_and_validate(files: dict[str, Path]) -> None:
     common = ("--corpus", corpus, "--dtype", "float32")
     said = _run("refine", model, scores, *common, "--from", "magnitude", "--candidates", 16, "--group", 4)
     assert "ablation-refined for vi keeps" in said
-    _run("learn", model, scores, *common, "--steps", 4, "--documents", 2, "--budget", 0.05)
+    said = _run("learn", model, scores, *common, "--steps", 4, "--documents", 2, "--budget", 0.05)
+    assert "learn: 12 steps for en, vi, zh" in said
+    assert "learn: done, 12 of 12 steps" in said
     held = Scores.load(scores)
     assert set(held.by_method) == {"magnitude", "lape", "random", "ablation-refined", "learned"}
     assert bool((held.of("learned") != 0).any())
@@ -262,7 +264,10 @@ def test_refine_learn_and_validate(files: dict[str, Path]) -> None:
 
     out = files["directory"] / "out"
     plan = ("--budgets", "0.05,0.2", "--seeds", 2, "--like", "learned", "--limit", 3, "--effect", 0.05, "--out", out)
-    _run("validate", model, scores, *common, *plan)
+    said = _run("validate", model, scores, *common, *plan)
+    masks = 3 * (5 + 1) * (2 + 1) + 3 * 2 * 2 + 3 * 5  # by budget and at matched effect, controls, published rules
+    assert f"validate: {masks} masks of" in said
+    assert f"validate: done, {masks} of {masks} masks" in said
     result = Validation.load(out)
     assert result.texts["test"].documents == dict.fromkeys(("en", "vi", "zh"), 3)
     assert {effect.method for effect in result.effects} == set(held.by_method)
