@@ -76,13 +76,13 @@ def _normal_forms(corpus: Corpus) -> Iterator[str]:
         others = [other for other in corpus.languages if composed[other] and other != language]
         inside = sum(not unicodedata.is_normalized("NFD", document.text) for document in found)
         if composed[language] or inside:
-            what = f"MIXES Unicode's normal forms: {len(found)} of {len(corpus.documents[language])} documents are not"
+            what = f"{source} MIXES Unicode's normal forms: {len(found)} of {len(corpus.documents[language])} documents are not"
             what += f" in NFC, such as {found[0].id!r}, {composed[language]} of the file's are"
         else:
-            what = f"has {len(found)} of {len(corpus.documents[language])} documents that are not in Unicode's normal "
+            what = f"{source} has {len(found)} of {len(corpus.documents[language])} documents that are not in Unicode's normal "
             what += "form NFC" + (f", which {', '.join(others)} is in" if others else "")
         yield (
-            f"{source} {what}. The same letters are other tokens then, and what is found may be neurons of the "
+            f"{what}. The same letters are other tokens then, and what is found may be neurons of the "
             "encoding; --normalise NFC brings all texts into one form"
         )
 
