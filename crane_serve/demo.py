@@ -46,7 +46,7 @@ def run_demo(model: Path, out: Path, *, documents: int, keep: bool, report: Call
     server = _serve(model, masks, port, server_log, began, report)
     try:
         url = f"http://127.0.0.1:{port}"
-        with bar("demo", "steps", f"waiting for the server; its log is {server_log}", on_terminal=False):
+        with bar("start of the server", "steps", f"its log is {server_log}", on_terminal=False):
             _wait_until_ready(url, server, server_log)
         step("eval", "--server", url, "--split", "test", "--limit", documents, "--out", out)
     except BaseException:

@@ -74,12 +74,13 @@ def _normal_forms(corpus: Corpus) -> Iterator[str]:
             continue
         source = corpus.sources.get(language, language)
         others = [other for other in corpus.languages if composed[other] and other != language]
+        count = f"{len(found)} of {len(corpus.documents[language])} documents"
         inside = sum(not unicodedata.is_normalized("NFD", document.text) for document in found)
         if composed[language] or inside:
-            what = f"{source} MIXES Unicode's normal forms: {len(found)} of {len(corpus.documents[language])} documents are not"
+            what = f"{source} MIXES Unicode's normal forms: {count} are not"
             what += f" in NFC, such as {found[0].id!r}, {composed[language]} of the file's are"
         else:
-            what = f"{source} has {len(found)} of {len(corpus.documents[language])} documents that are not in Unicode's normal "
+            what = f"{source} has {count} that are not in Unicode's normal "
             what += "form NFC" + (f", which {', '.join(others)} is in" if others else "")
         yield (
             f"{what}. The same letters are other tokens then, and what is found may be neurons of the "

@@ -5,11 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from clients.sources import Source
+from crane_serve.cli import app
+from crane_serve.masks import read_mask
 from relevance.characters import chinese_script, remarks
 from relevance.corpus import EMBEDDED_CORPUS, Corpus, Document, Form
 from relevance.corpus_import import line_parts, write_corpus
+from relevance.scores import Scores
 
 VIETNAMESE = ("Tuyết phủ trắng đồi.", "Bến cảng đóng băng.", "Chuông reo đến trưa.", "Tàu đến muộn.")
 SIMPLIFIED = "这个国家的经济发展很快，人们说应该让学生读书。"
@@ -171,3 +175,46 @@ def test_import_brings_texts_into_a_form(tmp_path: Path) -> None:
     (tmp_path / "vi.txt").write_text("\n".join(nfd(VIETNAMESE)), "utf-8")
     write_corpus(line_parts(str(tmp_path / "{lang}.txt")), {}, tmp_path / "out", Form.NFC)
     assert [document.text for document in Corpus.load(tmp_path / "out").documents["vi"]] == list(VIETNAMESE)
+
+
+def test_commands_agree_on_column_and_form(checkpoint: Path, tmp_path: Path) -> None:
+    for language, texts in {
+        "vi": VIETNAMESE,
+        "fr": ("L'été fut très sec.", "Où êtes-vous né ?", "Ça va.", "À bientôt."),
+    }.items():
+        splits = ("relevance", "relevance", "validation", "test")
+        rows = [f"{split},{unicodedata.normalize('NFD', text)}\n" for split, text in zip(splits, texts, strict=True)]
+        (tmp_path / f"{language}.csv").write_text("split,body\n" + "".join(rows), "utf-8")
+    scores, options = (
+        tmp_path / "scores.safetensors",
+        ("--corpus", tmp_path, "--text-column", "body", "--device", "cpu"),
+    )
+
+    def run(*arguments: object, code: int = 0) -> str:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == code, result.output
+        return " ".join(result.output.split())
+
+    said = run("relevance", checkpoint, *options, "--methods", "magnitude", "--out", tmp_path / "raw.safetensors")
+    assert "vi.csv has 2 of 2 documents that are not in Unicode's normal form NFC" in said
+    said = run("relevance", checkpoint, *options, "--normalise", "NFC", "--methods", "magnitude", "--out", scores)
+    assert "normal form" not in said
+    assert Scores.load(scores).info.normalised is Form.NFC
+    assert Scores.load(tmp_path / "raw.safetensors").info.normalised is None
+
+    run("learn", checkpoint, scores, *options, "--steps", 1, "--documents", 1, "--budget", 0.01)
+    run("learn", checkpoint, tmp_path / "raw.safetensors", *options, "--steps", 1, "--documents", 1, "--budget", 0.01)
+    other = ("--normalise", "NFC", "--steps", 1, "--replace")
+    assert "is not the corpus" in run("learn", checkpoint, tmp_path / "raw.safetensors", *options, *other, code=1)
+    run("select", scores, "--method", "magnitude", "--out", tmp_path / "masks")
+    mask = read_mask(tmp_path / "masks" / "magnitude-vi.safetensors")
+    assert mask.info.parameters["normalised"] == "NFC"
+    short = ("--effect", 0, "--budgets", 0.01, "--no-published", "--methods", "magnitude")
+    said = run("validate", checkpoint, scores, *options, *short, "--out", tmp_path / "validation")
+    assert "normal form" not in said
+    masks = ("--masks", tmp_path / "masks", "--out", tmp_path / "pair")
+    assert "normal form" in run("transfer", checkpoint, checkpoint, *masks, *options)
+    assert "normal form" not in run(
+        "transfer", checkpoint, checkpoint, *masks[:2], "--out", tmp_path / "nfc", *options, "--normalise", "NFC"
+    )
+    assert "'NFKD' is not" in run("relevance", checkpoint, *options, "--normalise", "NFKD", code=2)
