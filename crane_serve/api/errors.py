@@ -144,6 +144,15 @@ def error_event(error: BaseException, path: str) -> bytes:
     return b"data: %b\n\n" % ErrorAnswer(error=body).model_dump_json().encode()
 
 
+def lone_surrogate(text: str) -> str | None:
+    """What is wrong with a text that holds half of a UTF-16 pair, which no encoding can; None for any other."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"the text holds a lone surrogate, U+{ord(text[error.start]):04X}, at character {error.start + 1}"
+    return None
+
+
 def _malformed(error: RequestValidationError) -> tuple[str | None, str]:
     """The parameter that is malformed, None for the whole body, and what is wrong with it."""
     problem = _closest(error.errors())
@@ -155,6 +164,10 @@ def _malformed(error: RequestValidationError) -> tuple[str | None, str]:
     # Behind the field's name only list positions are the caller's words; names there are alternatives of its type.
     param = ".".join(str(part) for part in (*field[:1], *(part for part in field[1:] if isinstance(part, int)))) or None
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "string_unicode":
+        # In a name, that of a field: what pydantic gives is the body, not the name.
+        value = problem["input"]
+        message = (lone_surrogate(value) if isinstance(value, str) else None) or "a name holds a lone surrogate"
     return param, f"{param or 'body'}: {message}"
 
 

@@ -5,7 +5,7 @@ vLLM's own server takes it (`vllm_xargs.crane_mask`); all that are given must me
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 from urllib.parse import parse_qsl, urlencode
@@ -15,29 +15,29 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from crane_serve.api import openai_body
 from crane_serve.api.body import replayed
 from crane_serve.api.context import context_of
 from crane_serve.api.dependencies import asked_masks, choose_mask
 from crane_serve.api.errors import ApiError, BadRequest, error_event, error_response
 from crane_serve.api.gate import Gate
+from crane_serve.api.openai_body import MASK, POSITIONS, Body
 from crane_serve.engine.admission import MASK_ARGUMENT, POSITIONS_ARGUMENT, mask_arguments
-from crane_serve.engine.openai_app import answering_as
+from crane_serve.engine.openai_app import answering_as, public_name, split_model
 from crane_serve.engine.service import EngineDead, EngineService
 from crane_serve.engine.vllm_routes import CARRYING
-from crane_serve.masks import MaskLibrary, Positions, ResolvedMask
+from crane_serve.masks import MaskError, MaskLibrary, Positions, ResolvedMask
 
-_MASK, _POSITIONS = "mask", "positions"
+_MODELS, MODEL = "/v1/models/", "/v1/models/{model}"
 _WITHOUT_MODEL = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 ROUTES: Mapping[str, str] = {
     **dict.fromkeys((*CARRYING, *_WITHOUT_MODEL), "POST"),
-    **dict.fromkeys(("/v1/models", "/version"), "GET"),
+    **dict.fromkeys(("/v1/models", MODEL, "/tokenizer_info", "/version"), "GET"),
 }
 """The paths of vLLM's that are answered, and the one method of each."""
 
 # Sent by clients' libraries, and ignored by vLLM.
 _HARMLESS_PARAMETERS = frozenset({"api-version", "beta"})
-
-_Body = dict[str, Any]
 
 
 class OpenAIRoutes:
@@ -55,19 +55,26 @@ class OpenAIRoutes:
             await send({"type": "websocket.close", "code": 1000, "reason": "no such websocket"})
             return
         path = str(scope["path"])
-        method = ROUTES.get(path)
+        route = MODEL if path.startswith(_MODELS) else path
+        method = ROUTES.get(route)
         if method is None:
+            if path == "/":
+                _check_page_query(scope["query_string"].decode("latin-1"))
             await self._otherwise(scope, receive, send)
             return
-        scope["crane_route"] = path
+        scope["crane_route"] = route
         if scope["method"] != method:
             raise HTTPException(405, headers={"Allow": method})
         app = cast(FastAPI, scope["app"])
         engine, gate = cast(EngineService, app.state.engine), cast(Gate, app.state.gate)
+        if method == "POST" and path not in engine.openai_fields:
+            raise HTTPException(404)  # vLLM has it only with --enable-scale-out
+        if route == MODEL:
+            _check_model(path.removeprefix(_MODELS), engine)
         content = b"" if method == "GET" else await _read(receive)
         if content is None:
             return
-        asked = _Asked(path, scope["query_string"].decode("latin-1"), content, engine)
+        asked = _Asked(route, scope["query_string"].decode("latin-1"), content, engine)
         context = context_of(scope)
         context.mask = asked.mask
         if method == "POST":
@@ -157,11 +164,14 @@ class _Asked:
     def __init__(self, path: str, query: str, content: bytes, engine: EngineService) -> None:
         self._path = path
         parameters = _parameters(query)
-        self.query = urlencode([pair for pair in parameters if pair[0] not in (_MASK, _POSITIONS)])
-        self.body = _parse(content) if ROUTES[path] == "POST" else {}
+        self.query = urlencode([pair for pair in parameters if pair[0] not in (MASK, POSITIONS)])
+        self.body: Body = {}
+        if ROUTES[path] == "POST":
+            self.body = openai_body.parse(content)
+            openai_body.check(self.body, engine.openai_fields[path], CARRYING.get(path, ()))
         self._arguments = self._carried()
         masks, positions = self._named(parameters)
-        base, expression = _split_model(self.body.get("model"), engine.model_names)
+        base, expression = split_model(self.body.get("model"), engine.model_names)
         if expression is not None:
             masks.append(("the model's name", expression))
         mask = _choose(engine.library, masks, positions)
@@ -172,25 +182,22 @@ class _Asked:
         changed = self._translate(None if expression is None else base)
         self.content = json.dumps(self.body).encode() if changed else content
 
-    def _carried(self) -> _Body | None:
+    def _carried(self) -> Body | None:
         """The object whose keys vLLM hands to the engine, None if there is none."""
         parent: Any = self.body
         for name in CARRYING.get(self._path, ("",)):
             parent = parent.get(name)
             if not isinstance(parent, dict):
                 return None
-        return cast(_Body, parent)
+        return cast(Body, parent)
 
     def _named(self, parameters: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
         """Where the request names masks, and positions, apart from its model's name: pairs of a place and a value."""
-        for name in self.body:
-            if name.lower() in (_MASK, _POSITIONS) and name not in (_MASK, _POSITIONS):
-                raise ApiError(422, "malformed_body", f"{name}: expected {name.lower()!r}", name)
         found = []
-        for name, argument in ((_MASK, MASK_ARGUMENT), (_POSITIONS, POSITIONS_ARGUMENT)):
+        for name, argument in ((MASK, MASK_ARGUMENT), (POSITIONS, POSITIONS_ARGUMENT)):
             in_query = [value for key, value in parameters if key == name]
-            if name == _POSITIONS and len(in_query) > 1:
-                raise BadRequest("mask_conflict", "'positions' is given twice in the query", _POSITIONS)
+            if name == POSITIONS and len(in_query) > 1:
+                raise BadRequest("mask_conflict", "'positions' is given twice in the query", POSITIONS)
             named = asked_masks(in_query, _text(self.body, name))
             carried = None if self._arguments is None else _text(self._arguments, argument)
             found.append(named if carried is None else [*named, (argument, carried)])
@@ -201,19 +208,19 @@ class _Asked:
 
     def _translate(self, base: str | None) -> bool:
         """Put the mask where vLLM takes it, and the name of the base model; say whether that changed the body."""
-        names = [name for name in (_MASK, _POSITIONS) if name in self.body]
+        names = [name for name in (MASK, POSITIONS) if name in self.body]
         carried = [name for name in (MASK_ARGUMENT, POSITIONS_ARGUMENT) if name in (self._arguments or ())]
         for name in names:
             del self.body[name]
         for name in carried:
-            del cast(_Body, self._arguments)[name]
+            del cast(Body, self._arguments)[name]
         if base is not None:
             self.body["model"] = base
         if self.mask is not None:
             self._place().update(mask_arguments(self.mask))
         return bool(names or carried or base is not None or self.mask is not None)
 
-    def _place(self) -> _Body:
+    def _place(self) -> Body:
         """The object whose keys vLLM hands to the engine, made if there is none."""
         parent = self.body
         for name in CARRYING[self._path]:
@@ -228,55 +235,41 @@ class _Asked:
 def _parameters(query: str) -> list[tuple[str, str]]:
     parameters = parse_qsl(query, keep_blank_values=True)
     for name, _ in parameters:
-        if name not in (_MASK, _POSITIONS) and name not in _HARMLESS_PARAMETERS:
+        if name not in (MASK, POSITIONS) and name not in _HARMLESS_PARAMETERS:
             raise ApiError(
                 422, "malformed_query", f"unknown query parameter {name!r}; expected mask or positions", name
             )
     return parameters
 
 
-def _parse(content: bytes) -> _Body:
-    """The JSON object in a body, read as vLLM will read it."""
+def _check_page_query(query: str) -> None:
+    """The page takes no mask. Who puts a path behind an address that ends in `?mask=` must not get the page for it."""
+    if any(name == MASK for name, _ in parse_qsl(query, keep_blank_values=True)):
+        message = "the page takes no mask; where a path follows the address, name the mask in the model: MODEL:MASK"
+        raise ApiError(422, "malformed_query", message, MASK)
+
+
+def _check_model(model: str, engine: EngineService) -> None:
+    """Raises ApiError, as OpenAI has it, if a request could not name this model."""
+    base, expression = split_model(model, engine.model_names)
+    reason = None
     try:
-        body = json.loads(content, object_pairs_hook=_unique, parse_int=_integer)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest("malformed_body", f"the body cannot be read as JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise BadRequest("malformed_body", "the body is not a JSON object")
-    return body
+        if expression is not None:
+            engine.library.resolve(expression)
+    except MaskError as error:
+        reason = str(error)
+    if reason is not None or (base is None and model not in engine.model_names):
+        masks = (f"{engine.model_name}:{public_name(engine.library, name)}" for name in engine.library.masks)
+        known = ", ".join((*engine.model_names, *masks))
+        message = f"the model {model!r} does not exist; this server has {known}"
+        raise ApiError(404, "model_not_found", message if reason is None else f"{message} ({reason})", "model")
 
 
-def _integer(text: str) -> int:
-    """vLLM fails where a larger one does not fit into its own numbers."""
-    value = int(text)
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"the integer {text[:30]} does not fit into 64 bits")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> _Body:
-    """Of a name that is given twice vLLM would see one value, and a mask in the other would be lost."""
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
-    return content
-
-
-def _text(content: _Body, name: str) -> str | None:
+def _text(content: Body, name: str) -> str | None:
     value = content.get(name)
     if value is not None and not isinstance(value, str):
         raise ApiError(422, "malformed_body", f"{name}: expected a string, got {type(value).__name__}", name)
     return value
-
-
-def _split_model(model: Any, names: Iterable[str]) -> tuple[str | None, str | None]:
-    """The base model, and the mask expression, that a model's name stands for; None and None for another's name."""
-    if not isinstance(model, str) or model in names:
-        return None, None
-    # The longest name first: one may begin with another and a colon.
-    base = next((name for name in sorted(names, key=len, reverse=True) if model.startswith(f"{name}:")), None)
-    return (None, None) if base is None else (base, model[len(base) + 1 :])
 
 
 def _choose(
@@ -287,20 +280,20 @@ def _choose(
         if asked not in set(Positions):
             expected = ", ".join(Positions)
             raise ApiError(
-                422, "malformed_body", f"positions={asked} in {place}: expected one of {expected}", _POSITIONS
+                422, "malformed_body", f"positions={asked} in {place}: expected one of {expected}", POSITIONS
             )
         if asked != positions[0][1]:
             first_place, first = positions[0]
             message = f"{first_place} says positions={first}, {place} {asked}"
-            raise BadRequest("mask_conflict", message, _POSITIONS)
+            raise BadRequest("mask_conflict", message, POSITIONS)
     if not positions:
         return choose_mask(library, masks)
     if not masks:
-        raise BadRequest("mask_conflict", f"positions={positions[0][1]} without a mask", _POSITIONS)
+        raise BadRequest("mask_conflict", f"positions={positions[0][1]} without a mask", POSITIONS)
     return choose_mask(library, masks, Positions(positions[0][1]))
 
 
-def _sequences(path: str, body: _Body) -> int:
+def _sequences(path: str, body: Body) -> int:
     """How many sequences the engine will run for a request, as far as its body can be understood."""
     if path not in CARRYING or path.endswith("/render"):
         return 0

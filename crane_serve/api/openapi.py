@@ -8,7 +8,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.routing import Route
 
 from crane_serve.api.errors import ANY_ROUTE, responses
-from crane_serve.api.openai import ROUTES
+from crane_serve.api.openai import MODEL, ROUTES
 from crane_serve.engine.vllm_routes import CARRYING
 from crane_serve.masks import Positions
 
@@ -70,7 +70,7 @@ def describe_engine(app: FastAPI) -> None:
 
 def _description(engine_app: FastAPI) -> _Document:
     """What vLLM says of those of its routes that are answered."""
-    routes = [route for route in engine_app.routes if isinstance(route, Route) and route.path in ROUTES]
+    routes = [route for route in engine_app.routes if isinstance(route, Route) and route.path_format in ROUTES]
     return get_openapi(title=engine_app.title, version=engine_app.version, routes=routes)
 
 
@@ -83,7 +83,8 @@ def _merge(document: _Document, theirs: _Document) -> None:
     schemas.update({new: _rename(found[name], renamed) for name, new in names.items()})
     for path, item in theirs["paths"].items():
         operation = _rename(item[ROUTES[path].lower()], renamed)
-        _add_answers(operation, ANY_ROUTE if ROUTES[path] == "GET" else (400, 404, 409, *ANY_ROUTE))
+        statuses = {"GET": (400,), "POST": (400, 404, 409)}[ROUTES[path]] if path != MODEL else (400, 404)
+        _add_answers(operation, (*statuses, *ANY_ROUTE))
         if path in CARRYING:
             operation["parameters"] = [*operation.get("parameters", ()), *_IN_QUERY]
             content = operation["requestBody"]["content"][_JSON]

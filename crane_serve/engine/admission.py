@@ -9,6 +9,8 @@ from crane_serve.masks import MaskError, MaskTableFull, Positions, ResolvedMask
 MASK_ARGUMENT = "crane_mask"
 POSITIONS_ARGUMENT = "crane_positions"
 _ARGUMENTS = (MASK_ARGUMENT, POSITIONS_ARGUMENT)
+OUR_WORDS = ("crane", "mask", "maks", "msak", "amsk")
+"""What a name that asks for a mask holds, rightly spelt or with two letters exchanged."""
 
 
 class Asked(NamedTuple):
@@ -20,7 +22,8 @@ class Asked(NamedTuple):
 
 def looks_like_ours(argument: str) -> bool:
     """Whether an argument asks for a mask, rightly spelt or not."""
-    return argument.lower().startswith("crane")
+    lower = argument.lower()
+    return any(word in lower for word in OUR_WORDS) or lower.startswith("position")
 
 
 def asked_mask(sampling_params: Any) -> Asked | None:

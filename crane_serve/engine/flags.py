@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 # Of routes that are not served, and of adapters, whose place in a model's name is that of a mask.
-_NOT_SERVED = {"lora_modules", "tokens_only", "enable_tokenizer_info_endpoint", "enable_server_load_tracking"}
+_NOT_SERVED = {"lora_modules", "tokens_only", "enable_server_load_tracking"}
+# /tokenizer_info, for clients without a tokenizer of their own. vLLM does not serve it by default, since it shows the
+# chat template; here it is behind the same keys as all else.
+_SERVED = "enable_tokenizer_info_endpoint"
 
 
 def engine_arguments(kind: Any, model: Path, flags: Sequence[str], *, program: str) -> Any:
@@ -36,6 +39,7 @@ def serving_arguments(model: Path, flags: Sequence[str], *, program: str) -> Any
     parser = FlexibleArgumentParser(prog=program, exit_on_error=False, allow_abbrev=False)
     parser = AsyncEngineArgs.add_cli_args(FrontendArgs.add_cli_args(parser))
     refused = {field.name for field in fields(FrontendArgs)} - {field.name for field in fields(BaseFrontendArgs)}
+    parser.set_defaults(**{_SERVED: True})
     defaults = {name: parser.get_default(name) for name in refused | _NOT_SERVED}
     parser.set_defaults(**dict.fromkeys(defaults))  # what is None after parsing has not been given
     arguments = _parse(parser, model, flags, f"an option of {program}, or a flag of vLLM's engine or OpenAI front end")

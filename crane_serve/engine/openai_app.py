@@ -4,21 +4,36 @@ It is put together of vLLM's own routes and handlers, without what vLLM's server
 the environment, answers origins, loads adapters and handlers of others, and registers metrics of its own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from crane_serve.engine.detokenizing import mend_detokenizer
+from crane_serve.engine.limits import explain_limits
 from crane_serve.engine.vllm_routes import guard
 from crane_serve.masks import MaskError, MaskLibrary
 from crane_serve.masks.library import UNMASKED
 
 _TASKS = ("generate",)
+_CHAT, _CHAT_BATCH = "/v1/chat/completions", "/v1/chat/completions/batch"
+_TOKENS = "/inference/v1/generate"
 _answering_as: ContextVar[str | None] = ContextVar("answering_as", default=None)
+
+
+RequestFields = Mapping[str, Mapping[str, frozenset[str]]]
+"""Per route, and per object of its body whose names are known: the names that vLLM has. "" is the body itself."""
+
+
+class OpenAIApp(NamedTuple):
+    """vLLM's application, and the fields that it knows."""
+
+    app: ASGIApp
+    fields: RequestFields
 
 
 @contextmanager
@@ -40,22 +55,28 @@ def public_name(library: MaskLibrary, name: str) -> str:
         return name
 
 
-async def build_openai_app(engine: Any, arguments: Any, model_names: Sequence[str], library: MaskLibrary) -> ASGIApp:
+def split_model(model: Any, names: Sequence[str]) -> tuple[str | None, str | None]:
+    """The base model, and the mask expression, that a model's name stands for; None and None for another's name.
+
+    names: of the base model.
+    """
+    if not isinstance(model, str) or model in names:
+        return None, None
+    # The longest name first: one may begin with another and a colon.
+    base = next((name for name in sorted(names, key=len, reverse=True) if model.startswith(f"{name}:")), None)
+    return (None, None) if base is None else (base, model[len(base) + 1 :])
+
+
+async def build_openai_app(engine: Any, arguments: Any, model_names: Sequence[str], library: MaskLibrary) -> OpenAIApp:
     """vLLM's application over `engine`, an AsyncLLM, with the flags in the namespace `arguments`.
 
     model_names: of the base model, the first of which stands in answers; the list of models has a model NAME:MASK for
-    each mask that `library` has at that time. The application's lifespan need not run: it only logs statistics.
+    each mask that `library` has at that time, and `/v1/models/{model}` answers for every name that a request may have.
+    The application's lifespan need not run: it only logs statistics. Of this process, vLLM's detokenizer and its
+    messages about prompts that are too long are mended.
     Raises ValueError, TypeError or KeyError for flags that the model cannot be served with.
     """
-    from fastapi import FastAPI
-    from vllm.entrypoints.generate.api_router import register_generate_api_routers
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-    from vllm.entrypoints.openai.models.api_router import attach_router as attach_models
-    from vllm.entrypoints.scale_out.factories import register_scale_out_api_routers
-    from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
-    from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
-    from vllm.entrypoints.serve.instrumentator.basic import router as basic_router
-    from vllm.entrypoints.serve.tokenize.api_router import attach_router as attach_tokenize
     from vllm.reasoning import ReasoningParserManager
     from vllm.tool_parsers import ToolParserManager
 
@@ -64,6 +85,26 @@ async def build_openai_app(engine: Any, arguments: Any, model_names: Sequence[st
     if arguments.reasoning_parser_plugin:
         ReasoningParserManager.import_reasoning_parser(arguments.reasoning_parser_plugin)
     arguments.served_model_name = list(model_names)
+    app = assemble(arguments)
+    guard(app)
+    await init_app_state(engine, app.state, arguments, _TASKS)
+    _name_masks(app, model_names, library)
+    mend_detokenizer()
+    explain_limits()
+    return OpenAIApp(app, request_fields(app))
+
+
+def assemble(arguments: Any) -> Any:
+    """vLLM's routes in an application that has no engine yet."""
+    from fastapi import FastAPI
+    from vllm.entrypoints.generate.api_router import register_generate_api_routers
+    from vllm.entrypoints.openai.models.api_router import attach_router as attach_models
+    from vllm.entrypoints.scale_out.factories import register_scale_out_api_routers
+    from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
+    from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+    from vllm.entrypoints.serve.instrumentator.basic import router as basic_router
+    from vllm.entrypoints.serve.tokenize.api_router import attach_router as attach_tokenize
+
     app = FastAPI(openapi_url=None)
     app.state.args = arguments
     app.state.server = SimpleNamespace()  # a dead engine's server is told to exit by its attribute; the service sees it
@@ -74,16 +115,38 @@ async def build_openai_app(engine: Any, arguments: Any, model_names: Sequence[st
     register_scale_out_api_routers(app, _TASKS)
     init_exception_handler(app)
     app.add_exception_handler(HTTPException, http_exception_handler)  # vLLM's own covers only a subclass of it
-    guard(app)
-    await init_app_state(engine, app.state, arguments, _TASKS)
-    _name_masks(app.state.openai_serving_models, library)
     return app
 
 
-def _name_masks(models: Any, library: MaskLibrary) -> None:
+def request_fields(app: Any) -> RequestFields:
+    """The fields that vLLM's request models declare. vLLM drops others, most of them without a word."""
+    from vllm.sampling_params import SamplingParams
+
+    fields: dict[str, dict[str, frozenset[str]]] = {}
+    for route in app.routes:
+        body = getattr(route, "body_field", None)
+        if body is not None:
+            fields[route.path] = {"": frozenset(_declared(body.field_info.annotation))}
+    if _CHAT_BATCH in fields:  # it makes a request of the other kind for each conversation, of all that it got
+        fields[_CHAT_BATCH][""] |= fields[_CHAT][""]
+    if _TOKENS in fields:
+        fields[_TOKENS]["sampling_params"] = frozenset(SamplingParams.__struct_fields__)
+    return fields
+
+
+def _declared(annotation: Any) -> Iterator[str]:
+    """The names, and other names, of the fields of a pydantic model, or of any in a union."""
+    for kind in get_args(annotation) or (annotation,):
+        for name, field in getattr(kind, "model_fields", {}).items():
+            yield from (str(known) for known in (name, field.alias, field.validation_alias) if known is not None)
+
+
+def _name_masks(app: Any, base_names: Sequence[str], library: MaskLibrary) -> None:
     """Have vLLM's OpenAIServingModels list the masks, and answer under the names that were asked for."""
+    from fastapi.responses import JSONResponse
     from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 
+    models = app.state.openai_serving_models
     base_name, base_models = models.model_name, models.show_available_models
 
     def model_name(lora_request: Any = None) -> str:
@@ -92,15 +155,22 @@ def _name_masks(models: Any, library: MaskLibrary) -> None:
     async def show_available_models() -> Any:
         listing = await base_models()
         base = listing.data[0]
-        for name in library.masks:
-            card = ModelCard(
-                id=f"{base.id}:{public_name(library, name)}",
-                root=name,
-                parent=base.id,
-                max_model_len=base.max_model_len,
-                permission=[ModelPermission()],
-            )
-            listing.data.append(card)
+        listing.data.extend(masked(base, f"{base.id}:{public_name(library, name)}", name) for name in library.masks)
         return listing
 
+    def masked(base: Any, model: str, root: str) -> Any:
+        length = base.max_model_len
+        return ModelCard(id=model, root=root, parent=base.id, max_model_len=length, permission=[ModelPermission()])
+
+    async def retrieve_model(model: str) -> JSONResponse:
+        """One model: the base model, or it under a mask. That there is such a one is the caller's to see."""
+        name, expression = split_model(model, base_names)
+        cards = {card.id: card for card in (await base_models()).data}
+        card = cards[model if name is None else name]
+        if expression is not None:
+            mask = library.resolve(expression)
+            card = masked(card, model, card.root if mask is None else mask.name)
+        return JSONResponse(card.model_dump())
+
     models.model_name, models.show_available_models = model_name, show_available_models
+    app.add_api_route("/v1/models/{model:path}", retrieve_model, methods=["GET"])

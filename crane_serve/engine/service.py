@@ -32,7 +32,7 @@ from crane_serve.engine.config import (
 )
 from crane_serve.engine.flags import serving_arguments
 from crane_serve.engine.metering import meter
-from crane_serve.engine.openai_app import build_openai_app
+from crane_serve.engine.openai_app import RequestFields, build_openai_app
 from crane_serve.engine.self_check import check_masks
 from crane_serve.masks import (
     Fingerprint,
@@ -156,9 +156,11 @@ class EngineService:
     Made by `start`; then any number of concurrent `generate`, `score`, `put_mask` and `remove_mask`; `stop`.
     model_names: all names that the model is served under; answers name the first, `model_name`.
     openai: vLLM's own OpenAI application, which runs under the masks that vllm_xargs name, and checks no keys.
+    openai_fields: what the bodies of its requests may have; it drops anything else.
     """
 
     openai: ASGIApp
+    openai_fields: RequestFields
 
     def __init__(self, engine: Any, config: MaskConfig, model_names: Sequence[str]) -> None:
         self._engine = engine
@@ -202,7 +204,9 @@ class EngineService:
         began = time.monotonic()
         try:
             await check_masks(service)
-            service.openai = await build_openai_app(engine, arguments, service.model_names, service.library)
+            service.openai, service.openai_fields = await build_openai_app(
+                engine, arguments, service.model_names, service.library
+            )
         except BaseException:
             service.stop()
             raise

@@ -18,14 +18,17 @@ so that a mask would be dropped in silence. Of vLLM 0.32, with the first three r
 | embeddings, score, rerank, classify, pooling          | nowhere: they have none                  |
 | all others: tokenize, count_tokens, derender, ...     | nowhere: they run no model               |
 
-A route that is not in `CARRYING` is refused a mask whatever it is, also one of an endpoint plugin.
+A route that is not in `CARRYING` is refused a mask whatever it is, also one of an endpoint plugin. A name counts that
+begins with "crane", wherever it stands; in the query, at the top of a body and in objects that hold parameters also one
+that could be a misspelt mask, as `masks`, `neuron_mask` or `maks`.
 """
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from email.message import Message as Header
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from starlette.applications import Starlette
@@ -33,7 +36,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from crane_serve.engine.admission import MASK_ARGUMENT, looks_like_ours
+from crane_serve.engine.admission import MASK_ARGUMENT, OUR_WORDS, looks_like_ours
 from crane_serve.engine.wrapping import wrap
 from crane_serve.masks import MaskError
 
@@ -49,11 +52,13 @@ CARRYING: Mapping[str, tuple[str, ...]] = {
 }
 """Per route that carries a mask: the object of the body whose keys reach the engine."""
 
-_PREFIX, _MASK = "crane", "mask"
-# Objects that hold parameters. `mask` is crane serve's own name for a mask; elsewhere in a body it is somebody's data.
-_PARAMETERS = frozenset({"vllm_xargs", "extra_args", "extra_body", "sampling_params"})
+_PREFIX = "crane"
+# Objects that hold parameters, or what a client takes for such. Elsewhere in a body "mask" is somebody's data.
+_PARAMETERS = frozenset({"vllm_xargs", "extra_args", "extra_body", "sampling_params", "metadata"})
 # A schema's names are somebody's data too, also if they begin with "crane".
 _SCHEMA_NAMES = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+# \u004X to \u007X are letters; no common encoder writes them so.
+_SIGNS = (*(word.encode() for word in OUR_WORDS), b'"position', b"\\u004", b"\\u005", b"\\u006", b"\\u007")
 _TWICE = " (given twice)"
 _OVERLAP_BYTES = 32  # the longest text that `_may_ask` looks for, in UTF-32
 
@@ -65,7 +70,7 @@ def refusal(path: str, query: str, body: bytes, content_type: str = "application
     says so. Whether the mask exists is for admission to say.
     """
     for name, _ in parse_qsl(query, keep_blank_values=True):
-        if looks_like_ours(name) or name.lower() == _MASK:
+        if looks_like_ours(name):
             return _reason(path, f"query parameter {name!r}")
     if not _may_ask(body):
         return None
@@ -81,7 +86,7 @@ def refusal(path: str, query: str, body: bytes, content_type: str = "application
 def _misplaced(path: str, content: Any) -> str | None:
     place = CARRYING.get(path.rstrip("/"))
     carried = False
-    for *parents, name in _asked(content):
+    for *parents, name in asking_names(content):
         if place is None or tuple(parents) != place or not name.startswith(_PREFIX) or name.endswith(_TWICE):
             return _reason(path, repr(".".join((*parents, name))))
         carried = True
@@ -100,8 +105,7 @@ def _reason(path: str, asked: str) -> str:
 def _may_ask(body: bytes) -> bool:
     """A test without parsing: false for almost every body that asks for no mask, true for every one that does."""
     text = body.replace(b"\0", b"").lower()  # JSON may be UTF-16 or UTF-32
-    # \u006X and \u007X are lower-case letters; no common encoder writes them so.
-    return b"crane" in text or b'"mask"' in text or b"\\u006" in text or b"\\u007" in text
+    return any(sign in text for sign in _SIGNS)
 
 
 class _Object(list[tuple[str, Any]]):
@@ -135,22 +139,47 @@ def _form(body: bytes, content_type: str) -> _Object:
     return fields
 
 
-def _asked(content: Any) -> Iterator[tuple[str, ...]]:
-    """The paths of all names that ask for a mask. What is given twice says so in its path."""
-    pending: list[tuple[tuple[str, ...], Any]] = [((), content)]
+class Place(NamedTuple):
+    """Where something stands in a JSON document: a name, or an index, in the object or list that stands at `parent`."""
+
+    parent: "Place | None"
+    name: str
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """All names from the outermost on."""
+        names = []
+        place: Place | None = self
+        while place is not None:
+            names.append(place.name)
+            place = place.parent
+        return tuple(reversed(names))
+
+
+def asking_names(content: Any) -> Iterator[tuple[str, ...]]:
+    """The paths of all names in a JSON document that ask for a mask, rightly or not.
+
+    Objects are dictionaries, or lists of pairs in which a name that is given twice says so in its path.
+    """
+    pending: list[tuple[Place | None, Any, bool]] = [(None, content, True)]
     while pending:
-        path, value = pending.pop()
-        if isinstance(value, _Object):
-            names = [name for name, _ in value]
-            is_tool_call = ("type", "tool_use") in value
-            for name, child in value:
-                place = (*path, name + _TWICE if names.count(name) > 1 else name)
-                if looks_like_ours(name) or (name.lower() == _MASK and _PARAMETERS.issuperset(path)):
-                    yield place
+        place, value, are_parameters = pending.pop()
+        if isinstance(value, dict | _Object):
+            pairs = value.items() if isinstance(value, dict) else value
+            given = Counter(name for name, _ in pairs)
+            is_tool_call = ("type", "tool_use") in pairs
+            for name, child in pairs:
+                inner = Place(place, name + _TWICE if given[name] > 1 else name)
+                if name.lower().startswith(_PREFIX) or (are_parameters and looks_like_ours(name)):
+                    yield inner.path
                 elif name not in _SCHEMA_NAMES and not (is_tool_call and name == "input"):
-                    pending.append((place, child))
+                    pending.append((inner, child, are_parameters and name in _PARAMETERS))
         elif isinstance(value, list):
-            pending.extend(((*path, str(index)), child) for index, child in enumerate(value))
+            pending.extend(
+                (Place(place, str(index)), child, False)
+                for index, child in enumerate(value)
+                if isinstance(child, list | dict)
+            )
 
 
 class MaskGuard:

@@ -10,6 +10,7 @@ from pathlib import Path
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
+from crane_serve.api.openai import ROUTES
 from crane_serve.atomic import write_atomically
 from crane_serve.checkpoints.prefix import StartTokens
 from crane_serve.engine.service import EngineDead, PromptLogprobs, SampledToken, Sampling, Step, TokenLogprob
@@ -52,6 +53,31 @@ def library() -> MaskLibrary:
     return MaskLibrary(FINGERPRINT, masks, {"broken": BROKEN}, default_method="attnlrp")
 
 
+# Of each of vLLM's request models, what the tests send.
+FIELDS = {
+    "/v1/completions": "prompt prompt_embeds suffix echo",
+    "/v1/chat/completions": "messages tools response_format max_completion_tokens",
+    "/v1/chat/completions/batch": "messages best_of",
+    "/v1/responses": "input metadata",
+    "/v1/messages": "messages system metadata",
+    "/inference/v1/generate": "token_ids sampling_params",
+    "/tokenize": "prompt messages add_special_tokens",
+    "/detokenize": "tokens",
+    "/v1/messages/count_tokens": "messages",
+}
+SAMPLING = "n max_tokens temperature top_p top_k seed stop logprobs stream use_beam_search vllm_xargs model user"
+
+
+def openai_fields() -> dict[str, dict[str, frozenset[str]]]:
+    fields = {
+        path: {"": frozenset(f"{FIELDS[path.removesuffix('/render')]} {SAMPLING}".split())}
+        for path, method in ROUTES.items()
+        if method == "POST"
+    }
+    fields["/inference/v1/generate"]["sampling_params"] = frozenset(["n", "max_tokens", "extra_args"])
+    return fields
+
+
 @dataclass(frozen=True)
 class Call:
     """One request that reached the engine."""
@@ -91,6 +117,7 @@ class FakeEngine:
         self.not_greedy: set[int] = set()
         self.answers: Mapping[str | None, Sequence[str]] = {}
         self.token_s = 0.0
+        self.openai_fields = openai_fields()
         self.openai: ASGIApp = JSONResponse({"answered": "by vLLM"})
 
     def stop(self) -> None:

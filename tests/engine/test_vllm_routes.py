@@ -44,7 +44,7 @@ def form(**fields: str) -> tuple[bytes, str]:
     ],
 )
 def test_what_vllm_carries_and_what_asks_for_no_mask_passes(path: str, body: object) -> None:
-    assert refusal(path, "timeout=3&masked=1", json.dumps(body).encode()) is None
+    assert refusal(path, "timeout=3&user=mask", json.dumps(body).encode()) is None
 
 
 @pytest.mark.parametrize(
