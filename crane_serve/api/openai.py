@@ -167,8 +167,7 @@ class _Asked:
         self.query = urlencode([pair for pair in parameters if pair[0] not in (MASK, POSITIONS)])
         self.body: Body = {}
         if ROUTES[path] == "POST":
-            self.body = openai_body.parse(content)
-            openai_body.check(self.body, engine.openai_fields[path], CARRYING.get(path, ()))
+            self.body = openai_body.read(content, engine.openai_fields[path], CARRYING.get(path, ()))
         self._arguments = self._carried()
         masks, positions = self._named(parameters)
         base, expression = split_model(self.body.get("model"), engine.model_names)

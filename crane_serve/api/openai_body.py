@@ -5,6 +5,7 @@ for would not be done. Here a field that neither vLLM nor the service has is ref
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -12,12 +13,13 @@ from typing import Any
 
 from crane_serve.api.errors import ApiError, BadRequest, lone_surrogate
 from crane_serve.engine.admission import MASK_ARGUMENT, POSITIONS_ARGUMENT, looks_like_ours
-from crane_serve.engine.vllm_routes import Place, asking_names
+from crane_serve.engine.vllm_routes import Place, asking_names, may_ask
 
 MASK, POSITIONS = _OURS = ("mask", "positions")
 Body = dict[str, Any]
 
 _LONGEST_NAME = 64
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 # Parameters of OpenAI's and Anthropic's own services, which their packages send, and which vLLM takes and ignores.
 _OF_OPENAI = """
@@ -37,8 +39,26 @@ IGNORED = frozenset((_OF_OPENAI + _OF_ANTHROPIC + _OF_THE_HARNESS).split())
 _ONE = ("best_of", "num_beams")  # vLLM has neither any more; some clients say that they want one
 
 
-def parse(content: bytes) -> Body:
-    """The JSON object in a body. Raises BadRequest if there is none, or if a name in it is given twice."""
+def read(content: bytes, fields: Mapping[str, frozenset[str]], place: Sequence[str]) -> Body:
+    """The JSON object in a body.
+
+    fields: the names that vLLM has, by the object of the body that they stand in, "" for the body itself; place: the
+    object whose keys vLLM hands to the engine, where it names a mask. Raises BadRequest if there is no object, or if a
+    name in it is given twice, and ApiError, naming the field, for text that is none and for what vLLM would drop.
+    """
+    body = _parse(content)
+    if _may_hold_surrogates(content):
+        _check_texts(body)
+    _check_names(body, fields)
+    if may_ask(content):
+        ours = {*((name,) for name in _OURS), *((*place, argument) for argument in (MASK_ARGUMENT, POSITIONS_ARGUMENT))}
+        for path in asking_names(body):
+            if path not in ours:
+                raise _unknown(path, ())
+    return body
+
+
+def _parse(content: bytes) -> Body:
     try:
         body = json.loads(content, object_pairs_hook=_unique, parse_int=_integer)
     except (ValueError, RecursionError) as error:
@@ -48,13 +68,7 @@ def parse(content: bytes) -> Body:
     return body
 
 
-def check(body: Body, fields: Mapping[str, frozenset[str]], place: Sequence[str]) -> None:
-    """Refuse what vLLM would drop, and text that is none.
-
-    fields: the names that vLLM has, by the object of the body that they stand in, "" for the body itself; place: the
-    object whose keys vLLM hands to the engine, where it names a mask. Raises ApiError, naming the field.
-    """
-    _check_texts(body)
+def _check_names(body: Body, fields: Mapping[str, frozenset[str]]) -> None:
     for name in _ONE:
         if body.get(name) not in (None, 1):
             raise ApiError(422, "malformed_body", f"{name}: vLLM would ignore it; expected 1", name)
@@ -64,10 +78,6 @@ def check(body: Body, fields: Mapping[str, frozenset[str]], place: Sequence[str]
         for name in content if isinstance(content, dict) else ():
             if name not in others:
                 raise _unknown((outer, name) if outer else (name,), known if outer else known.union(_OURS))
-    ours = {*((name,) for name in _OURS), *((*place, argument) for argument in (MASK_ARGUMENT, POSITIONS_ARGUMENT))}
-    for path in asking_names(body):
-        if path not in ours:
-            raise _unknown(path, ())
 
 
 def _unknown(path: Sequence[str], known: Iterable[str]) -> ApiError:
@@ -81,6 +91,11 @@ def _unknown(path: Sequence[str], known: Iterable[str]) -> ApiError:
     else:
         hint = "vLLM would ignore it"
     return ApiError(422, "malformed_body", f"{param}: no parameter of this route; {hint}", param)
+
+
+def _may_hold_surrogates(content: bytes) -> bool:
+    """A test without parsing: false for almost every body that holds none, true for every one that does."""
+    return _ESCAPED_SURROGATE.search(content) is not None or b"\xed" in content or b"\0" in content
 
 
 def _check_texts(body: Body) -> None:

@@ -60,7 +60,7 @@ _SCHEMA_NAMES = frozenset({"properties", "patternProperties", "$defs", "definiti
 # \u004X to \u007X are letters; no common encoder writes them so.
 _SIGNS = (*(word.encode() for word in OUR_WORDS), b'"position', b"\\u004", b"\\u005", b"\\u006", b"\\u007")
 _TWICE = " (given twice)"
-_OVERLAP_BYTES = 32  # the longest text that `_may_ask` looks for, in UTF-32
+_OVERLAP_BYTES = 32  # the longest text that `may_ask` looks for, in UTF-32
 
 
 def refusal(path: str, query: str, body: bytes, content_type: str = "application/json") -> str | None:
@@ -72,7 +72,7 @@ def refusal(path: str, query: str, body: bytes, content_type: str = "application
     for name, _ in parse_qsl(query, keep_blank_values=True):
         if looks_like_ours(name):
             return _reason(path, f"query parameter {name!r}")
-    if not _may_ask(body):
+    if not may_ask(body):
         return None
     try:
         is_form = content_type.lower().startswith("multipart/")
@@ -102,7 +102,7 @@ def _reason(path: str, asked: str) -> str:
     return f"{asked} would be ignored; the place for a mask in {path} is {'.'.join((*place, MASK_ARGUMENT))}"
 
 
-def _may_ask(body: bytes) -> bool:
+def may_ask(body: bytes) -> bool:
     """A test without parsing: false for almost every body that asks for no mask, true for every one that does."""
     text = body.replace(b"\0", b"").lower()  # JSON may be UTF-16 or UTF-32
     return any(sign in text for sign in _SIGNS)
@@ -204,8 +204,8 @@ class MaskGuard:
         messages: list[Message] = []
         body = b""
         if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            messages, may_ask = await _read(receive)
-            if may_ask:
+            messages, asks = await _read(receive)
+            if asks:
                 body = b"".join(message.get("body", b"") for message in messages)
         content_type = dict(scope["headers"]).get(b"content-type", b"").decode("latin-1")
         reason = refusal(_route(scope), self._query(scope), body, content_type)
@@ -250,12 +250,12 @@ class MaskGuard:
 
 async def _read(receive: Receive) -> tuple[list[Message], bool]:
     """All messages of a request's body, and whether it may ask for a mask."""
-    messages, may_ask, text = [await receive()], False, b""
+    messages, asks, text = [await receive()], False, b""
     while True:
         text = text[-_OVERLAP_BYTES:] + messages[-1].get("body", b"")
-        may_ask = may_ask or _may_ask(text)
+        asks = asks or may_ask(text)
         if not messages[-1].get("more_body"):
-            return messages, may_ask
+            return messages, asks
         messages.append(await receive())
 
 
@@ -303,7 +303,7 @@ def _init_entrypoints_middleware(original: Callable[..., Any], args: Any, app: S
 async def _read_file(original: Callable[..., Any], path_or_url: str) -> str:
     text: str = await original(path_or_url)
     for number, line in enumerate(text.split("\n"), 1):
-        if not _may_ask(line.encode()):
+        if not may_ask(line.encode()):
             continue
         try:
             request = dict(_json(line))

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -16,9 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from crane_serve.api.context import RequestContext, context_of
 from crane_serve.api.errors import install_error_handlers
 from crane_serve.api.gate import Gate
-from crane_serve.api.openai import OpenAIRoutes
+from crane_serve.api.openai import ROUTES, OpenAIRoutes
 from crane_serve.engine.openai_app import answering_as, public_name
-from crane_serve.masks import MaskTableFull, Positions, ResolvedMask
+from crane_serve.masks import MaskTableFull, Positions, ResolvedMask, StoredMask
 from tests.api.fake_engine import FakeEngine, library
 
 COMPLETION = {"model": "tiny", "prompt": "Hi", "max_tokens": 3}
@@ -163,7 +165,7 @@ async def test_expressions_travel_by_content(http: httpx.AsyncClient, vllm: Reco
 
 
 async def test_other_arguments_are_kept(http: httpx.AsyncClient, vllm: Recorder) -> None:
-    body = {**COMPLETION, "prompt": "Hi \ud800 港", "top_p": 0.1, "vllm_xargs": {"session_id": "s"}, "mask": "zh"}
+    body = {**COMPLETION, "prompt": "Hi 港", "top_p": 0.1, "vllm_xargs": {"session_id": "s"}, "mask": "zh"}
     await http.post("/v1/completions?api-version=1", content=json.dumps(body))
     del body["mask"]
     assert vllm.body == {**body, "vllm_xargs": {"session_id": "s", **carried("zh")}}
@@ -221,7 +223,7 @@ async def test_asking_for_no_mask_runs_unmasked(
 
 
 async def test_what_names_no_mask_reaches_vllm_byte_for_byte(http: httpx.AsyncClient, vllm: Recorder) -> None:
-    content = b'{ "model":"tiny",\n "prompt": "\\u6e2f", "temperature": 1e-1, "x": NaN }'
+    content = b'{ "model":"tiny",\n "prompt": "\\u6e2f", "temperature": 1e-1, "user": NaN }'
     assert (await http.post("/v1/completions?beta=true", content=content)).status_code == 200
     assert vllm.contents == [content]
     assert vllm.scopes[0]["query_string"] == b"beta=true"
@@ -292,6 +294,7 @@ async def test_two_positions_or_positions_alone_are_refused(
         ("?Mask=zh", {}, (422, "malformed_query", "Mask")),
         ("?crane_mask=zh", {}, (422, "malformed_query", "crane_mask")),
         ("", {"Mask": "zh"}, (422, "malformed_body", "Mask")),
+        ("", {"crane_mask": "zh"}, (422, "malformed_body", "crane_mask")),
         ("", {"mask": "zh", "POSITIONS": "all"}, (422, "malformed_body", "POSITIONS")),
         ("", {"mask": 5}, (422, "malformed_body", "mask")),
         ("", {"mask": ["zh"]}, (422, "malformed_body", "mask")),
@@ -316,6 +319,182 @@ async def test_what_cannot_be_meant_never_reaches_vllm(
     answer = await http.post(f"/v1/completions{query}", json={**COMPLETION, **body})
     assert code_of(answer) == refused
     assert (vllm.contents, gate.sequences) == ([], 0)
+
+
+MISSPELT = (
+    "masks",
+    "maks",
+    "Mask",
+    "mask_name",
+    "neuron_mask",
+    "language_mask",
+    "position",
+    "crane",
+    "neurons",
+    "language",
+)
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": COMPLETION,
+    "/v1/chat/completions": CHAT,
+    "/v1/chat/completions/batch": {"model": "tiny", "messages": [CHAT["messages"]]},
+    "/v1/responses": {"model": "tiny", "input": "Hi"},
+    "/v1/messages": {**CHAT, "max_tokens": 3},
+    "/inference/v1/generate": TOKENS,
+    "/tokenize": {"prompt": "Hi"},
+    "/detokenize": {"tokens": [5]},
+    "/v1/messages/count_tokens": {"messages": CHAT["messages"]},
+}
+BODIES |= {
+    f"{path}/render": BODIES[path]
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+}
+
+
+def test_every_route_with_a_body_has_a_case() -> None:
+    assert set(BODIES) == {path for path, method in ROUTES.items() if method == "POST"}
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_a_misspelt_mask_in_the_body_never_runs_unmasked(
+    http: httpx.AsyncClient, vllm: Recorder, gate: Gate, path: str
+) -> None:
+    for name in MISSPELT:
+        answer = await http.post(path, json={**BODIES[path], name: "zh"})
+        assert code_of(answer) == (422, "malformed_body", name)
+        assert name in answer.json()["error"]["message"]
+    assert (vllm.contents, gate.sequences) == ([], 0)
+    assert (await http.post(path, json=BODIES[path])).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"vllm_xargs": {"mask": "zh"}}, "vllm_xargs.mask"),
+        ("/v1/completions", {"vllm_xargs": {"crane_masks": "zh"}}, "vllm_xargs.crane_masks"),
+        ("/v1/completions", {"vllm_xargs": {"Crane_Mask": "zh"}}, "vllm_xargs.Crane_Mask"),
+        ("/v1/completions", {"vllm_xargs": {"crane_mask": "zh", "positions": "all"}}, "vllm_xargs.positions"),
+        ("/v1/completions", {"vllm_xargs": {"x": [{"crane_mask": "zh"}]}}, "vllm_xargs.x.0.crane_mask"),
+        ("/v1/completions", {"metadata": {"mask": "zh"}}, "metadata.mask"),
+        ("/v1/responses", {"metadata": {"language_mask": "zh"}}, "metadata.language_mask"),
+        ("/v1/messages", {"metadata": {"MAKS": "zh"}}, "metadata.MAKS"),
+        ("/v1/completions", {"extra_body": {"mask": "zh"}}, "extra_body"),
+        ("/v1/completions", {"extra_args": {"crane_mask": "zh"}}, "extra_args"),
+        ("/v1/completions", {"sampling_params": {"extra_args": {"crane_mask": "zh"}}}, "sampling_params"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "crane_mask": "zh"}]}, "messages.0.crane_mask"),
+        ("/inference/v1/generate", {"vllm_xargs": {"crane_mask": "zh"}}, "vllm_xargs.crane_mask"),
+        ("/inference/v1/generate", {"sampling_params": {"mask": "zh"}}, "sampling_params.mask"),
+        ("/inference/v1/generate", {"sampling_params": {"language": "zh"}}, "sampling_params.language"),
+        (
+            "/inference/v1/generate",
+            {"sampling_params": {"extra_args": {"masks": "zh"}}},
+            "sampling_params.extra_args.masks",
+        ),
+    ],
+)
+async def test_a_mask_in_a_wrong_place_of_the_body_never_runs_unmasked(
+    http: httpx.AsyncClient, vllm: Recorder, path: str, body: dict, param: str
+) -> None:
+    assert code_of(await http.post(path, json={**BODIES[path], **body})) == (422, "malformed_body", param)
+    assert vllm.contents == []
+
+
+@pytest.mark.parametrize(
+    ("body", "hint"),
+    [
+        ({"masks": "zh"}, "'mask'"),
+        ({"position": "all"}, "'positions'"),
+        ({"max_token": 3}, "'max_tokens'"),
+        ({"neuron_mask": "zh"}, "'mask'"),
+        ({"vllm_xargs": {"maks": "zh"}}, "'mask'"),
+    ],
+)
+async def test_a_field_that_nobody_has_is_answered_with_the_nearest_one(
+    http: httpx.AsyncClient, body: dict, hint: str
+) -> None:
+    message = (await http.post("/v1/completions", json={**COMPLETION, **body})).json()["error"]["message"]
+    assert message.endswith(hint) or f"{hint}?" in message or f"{hint}," in message
+
+
+@pytest.mark.parametrize(
+    ("body", "refused"),
+    [
+        ({"best_of": 3}, "best_of"),
+        ({"num_beams": 10}, "num_beams"),
+        ({"logits_processors": ["x"]}, "logits_processors"),
+        ({"guided_json": {}}, "guided_json"),
+        ({"best_of": 1, "num_beams": None}, None),
+        ({"metadata": {"run": "7"}, "store": False, "service_tier": "auto", "max_new_tokens": 5}, None),
+        ({"vllm_xargs": {"session_id": "s", "window": 3}}, None),
+    ],
+)
+async def test_what_vllm_drops_is_refused_where_it_matters(
+    http: httpx.AsyncClient, vllm: Recorder, body: dict, refused: str | None
+) -> None:
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        answer = await http.post(path, json={**BODIES[path], **body})
+        if refused is None:
+            assert answer.status_code == 200
+        else:
+            assert code_of(answer) == (422, "malformed_body", refused)
+
+
+async def test_data_is_no_parameter(http: httpx.AsyncClient, vllm: Recorder) -> None:
+    schema = {"type": "object", "properties": {"mask": {"type": "string"}, "crane_height": {"type": "number"}}}
+    tools = [{"type": "function", "function": {"name": "put_on", "parameters": schema}}]
+    answer = await http.post("/v1/chat/completions", json={**CHAT, "tools": tools, "user": "mask"})
+    assert answer.status_code == 200
+
+
+async def test_a_route_that_vllm_was_started_without_is_not_found(
+    http: httpx.AsyncClient, vllm: Recorder, engine: FakeEngine
+) -> None:
+    del engine.openai_fields["/inference/v1/generate"]
+    assert code_of(await http.post("/inference/v1/generate", json=TOKENS)) == (404, "not_found", None)
+    assert vllm.contents == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "position"),
+    [
+        ("/v1/completions", {"prompt": "Hi \ud800"}, "prompt", 4),
+        ("/v1/completions", {"prompt": ["a", "\udfffb"]}, "prompt.1", 1),
+        ("/v1/completions", {"stop": ["a", "ab\udc00"]}, "stop.1", 3),
+        ("/v1/completions", {"model": "tiny:zh\ud800"}, "model", 8),
+        ("/v1/completions", {"vllm_xargs": {"x\ud800": 1}}, "vllm_xargs", 2),
+        ("/v1/completions", {"\ud800": 1}, None, 1),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content", 1),
+        ("/v1/messages", {"system": "\ud800"}, "system", 1),
+        ("/v1/responses", {"input": "\ud800"}, "input", 1),
+        ("/tokenize", {"prompt": "\ud800"}, "prompt", 1),
+    ],
+)
+async def test_a_lone_surrogate_is_said_with_its_place(
+    http: httpx.AsyncClient, vllm: Recorder, path: str, body: dict, param: str | None, position: int
+) -> None:
+    answer = await http.post(path, content=json.dumps({**BODIES[path], **body}))
+    assert code_of(answer) == (422, "malformed_body", param)
+    message = answer.json()["error"]["message"]
+    assert "lone surrogate" in message
+    assert message.endswith(f"at character {position}")
+    assert vllm.contents == []
+
+
+@pytest.mark.parametrize("depth", [1, 400])
+async def test_checking_a_body_takes_time_in_proportion_to_its_size(http: httpx.AsyncClient, depth: int) -> None:
+    async def seconds(parts: int) -> float:
+        items = ",".join(['"\\ud83d\\ude00 mask",{"a":[]},5'] * parts)  # so that it is examined as a whole
+        content = f'{{"model": "tiny", "prompt": {"[" * depth}{items}{"]" * depth}}}'
+        start = time.perf_counter()
+        assert (await http.post("/v1/completions", content=content)).status_code == 200
+        return time.perf_counter() - start
+
+    await seconds(10)
+    assert await seconds(20_000) < 20 * await seconds(5_000)
+    names = ",".join(f'"mask{number}": 1' for number in range(50_000))
+    start = time.perf_counter()
+    assert (await http.post("/v1/completions", content=f"{{{names}}}")).status_code == 422
+    assert (await http.post("/v1/completions", content=f'{{{names}, "mask5": 1}}')).status_code == 400
+    assert time.perf_counter() - start < 10
 
 
 async def test_an_unknown_mask_is_answered_with_what_there_is(http: httpx.AsyncClient) -> None:
@@ -362,7 +541,47 @@ async def test_routes_that_run_no_model_take_a_mask_only_in_its_name(
     assert len(vllm.contents) == 1
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/version"])
+@pytest.mark.parametrize(
+    "model", ["tiny", "org/tiny", "tiny:zh", "tiny:attnlrp-zh", "tiny:none", "tiny:vi,zh@0.5", "org/tiny:lape-zh"]
+)
+async def test_each_name_that_a_request_may_have_is_a_model(
+    http: httpx.AsyncClient, vllm: Recorder, engine: FakeEngine, front: Front, model: str
+) -> None:
+    engine.model_names = ("tiny", "org/tiny")
+    for written in (model, quote(model, safe="")):
+        assert (await http.get(f"/v1/models/{written}")).status_code == 200
+    assert [scope["path"] for scope in vllm.scopes] == [f"/v1/models/{model}"] * 2
+    assert front.scope["crane_route"] == "/v1/models/{model}"
+    assert code_of(await http.get(f"/v1/models/{quote(model)}?mask=zh")) == (400, "mask_conflict", "mask")
+    answer = await http.delete(f"/v1/models/{quote(model)}")
+    assert (answer.headers["allow"], code_of(answer)) == ("GET", (405, "method_not_allowed", None))
+
+
+@pytest.mark.parametrize(
+    "model", ["other", "tiny:fr", "tiny:broken", "tiny:zh@x", "tiny:", "other:zh", "TINY", "", "ế"]
+)
+async def test_no_other_is(http: httpx.AsyncClient, vllm: Recorder, model: str) -> None:
+    answer = await http.get(f"/v1/models/{quote(model, safe='')}")
+    assert code_of(answer) == (404, "model_not_found", "model")
+    assert "tiny, tiny:en, tiny:vi, tiny:zh, tiny:lape-zh" in answer.json()["error"]["message"]
+    assert vllm.scopes == []
+
+
+async def test_models_come_and_go_with_their_masks(http: httpx.AsyncClient, vllm: Recorder, engine: FakeEngine) -> None:
+    stored = engine.library.get("zh")
+    await engine.put_mask(StoredMask("attnlrp-fr", stored.mask, stored.info))
+    assert (await http.get("/v1/models/tiny:fr")).status_code == 200
+    await engine.remove_mask("attnlrp-fr")
+    assert (await http.get("/v1/models/tiny:fr")).status_code == 404
+
+
+async def test_a_path_behind_a_mask_in_the_address_is_not_the_page(http: httpx.AsyncClient) -> None:
+    answer = await http.get("/?mask=vi/tokenizer_info")
+    assert code_of(answer) == (422, "malformed_query", "mask")
+    assert "MODEL:MASK" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/tokenizer_info", "/version"])
 async def test_what_is_only_read(http: httpx.AsyncClient, vllm: Recorder, front: Front, gate: Gate, path: str) -> None:
     gate.closed = True
     assert (await http.get(path)).status_code == 200
@@ -377,7 +596,7 @@ async def test_what_is_only_read(http: httpx.AsyncClient, vllm: Recorder, front:
     "path",
     [
         *("/", "/invocations", "/ping", "/load", "/scale_elastic_ep", "/v1/load_lora_adapter", "/sleep", "/pooling"),
-        *("/v1/models/tiny", "/v1/completions/", "/V1/completions", "/v1//completions", "/v1/embeddings"),
+        *("/v1/completions/", "/V1/completions", "/v1//completions", "/v1/embeddings"),
         *("/v1/responses/resp_1", "/generative_scoring", "/openapi.json/x", "/start_profile", "/collective_rpc"),
     ],
 )

@@ -33,6 +33,11 @@ def test_what_is_not_given_has_vllms_defaults() -> None:
     assert (arguments.lora_modules, arguments.tokens_only, arguments.served_model_name) == (None, False, None)
 
 
+def test_what_the_tokenizer_is_can_be_asked_unless_a_flag_says_no() -> None:
+    assert parse().enable_tokenizer_info_endpoint
+    assert not parse("--no-enable-tokenizer-info-endpoint").enable_tokenizer_info_endpoint
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -52,7 +57,6 @@ def test_what_is_not_given_has_vllms_defaults() -> None:
         ("--grpc-port", "1"),
         ("--lora-modules", "a=b"),
         ("--tokens-only",),
-        ("--enable-tokenizer-info-endpoint",),
         ("--headless",),
         ("--api-server-count", "2"),
         ("--config", "file"),
