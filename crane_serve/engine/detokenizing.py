@@ -12,17 +12,9 @@ from typing import Any
 from crane_serve.engine.wrapping import wrap
 
 _REPLACEMENT = "\ufffd"  # for bytes that are no character, or not yet
-_LAST_TOKENS = 8  # a character has at most four bytes, and a token at least one
+_UNFINISHED_TOKENS = 3  # a character has at most four bytes, and a token at least one
+_LAST_TOKENS = 8
 _PROMPT = "_crane_prompt"
-
-
-def without_prompt(text: str, prompt: str) -> str:
-    """What is new in `text`, decoded from the tokens of a prompt and those behind it. prompt: decoded alone.
-
-    A character that was cut at the end of the prompt is new.
-    """
-    shared = next((index for index, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), len(prompt))
-    return text[shared:]
 
 
 def mend_detokenizer() -> None:
@@ -35,26 +27,34 @@ def mend_detokenizer() -> None:
 
 def _init(original: Callable[..., Any], self: Any, tokenizer: Any, request: Any) -> None:
     original(self, tokenizer, request)
-    setattr(self, _PROMPT, _unfinished(self, request.prompt_token_ids or []))
+    prompt_ids = request.prompt_token_ids or []
+    # The end alone tells, but for one of special tokens, which have no text.
+    end = _decode(self, prompt_ids[-_LAST_TOKENS:]) or _decode(self, prompt_ids)
+    setattr(self, _PROMPT, prompt_ids if end.endswith(_REPLACEMENT) else None)
 
 
-def _unfinished(detokenizer: Any, prompt_ids: list[int]) -> str:
-    """The text of a prompt that looks unfinished, "" for any other."""
-
-    def decode(token_ids: list[int]) -> str:
-        return str(detokenizer.tokenizer.decode(token_ids, skip_special_tokens=detokenizer.skip_special_tokens))
-
-    end = decode(prompt_ids[-_LAST_TOKENS:])
-    if end and not end.endswith(_REPLACEMENT):
-        return ""
-    text = decode(prompt_ids)
-    return text if text.endswith(_REPLACEMENT) else ""
+def _decode(detokenizer: Any, token_ids: list[int]) -> str:
+    return str(detokenizer.tokenizer.decode(token_ids, skip_special_tokens=detokenizer.skip_special_tokens))
 
 
 def _decode_next(original: Callable[..., Any], self: Any, next_token_id: int) -> str:
     text: str = original(self, next_token_id)
-    prompt: str = getattr(self, _PROMPT)
-    if not text or not prompt:
+    prompt_ids: list[int] | None = getattr(self, _PROMPT)
+    if not text or prompt_ids is None:
         return text
-    setattr(self, _PROMPT, "")
-    return without_prompt(text, prompt)
+    setattr(self, _PROMPT, None)
+    return _without_prompt(self, text, prompt_ids)
+
+
+def _without_prompt(detokenizer: Any, text: str, prompt_ids: list[int]) -> str:
+    """What is new in `text`, decoded from a prompt's tokens and those behind it.
+
+    If these have finished a character, it is new, and the text of the prompt is that of its tokens before.
+    """
+    for unfinished in range(min(_UNFINISHED_TOKENS, len(prompt_ids)) + 1):
+        prompt = _decode(detokenizer, prompt_ids[: len(prompt_ids) - unfinished])
+        if text.startswith(prompt):
+            return text[len(prompt) :]
+    prompt = _decode(detokenizer, prompt_ids)
+    shared = next((index for index, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), len(prompt))
+    return text[shared:]
