@@ -5,9 +5,10 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.types import Scope
 
 from crane_serve.api.context import RequestContext, context_of
-from crane_serve.api.errors import BadRequest
+from crane_serve.api.errors import ApiError, BadRequest
 from crane_serve.api.gate import Gate
 from crane_serve.engine.service import EngineService
 from crane_serve.masks import MaskLibrary, Positions, ResolvedMask
@@ -24,8 +25,18 @@ async def get_gate(request: Request) -> Gate:
 
 
 async def get_context(request: Request) -> RequestContext:
-    """What is known of the request at hand, as a dependency of routes."""
+    """What is known of the request at hand, as a dependency of routes. Raises ApiError for a mask in its headers."""
+    check_headers(request.scope)
     return context_of(request.scope)
+
+
+def check_headers(scope: Scope) -> None:
+    """Raises ApiError for a header that asks for a mask: answers name theirs in one, but requests have other places."""
+    for name, _ in scope["headers"]:
+        header = name.decode("latin-1")
+        if "crane" in header or "mask" in header:
+            message = f"the header {header!r} would be ignored; a mask is named in the query, ?mask=, or in the body"
+            raise ApiError(422, "malformed_header", message, header)
 
 
 class _Query(BaseModel):

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from crane_serve.api import openai_body
 from crane_serve.api.body import replayed
 from crane_serve.api.context import context_of
-from crane_serve.api.dependencies import asked_masks, choose_mask
+from crane_serve.api.dependencies import asked_masks, check_headers, choose_mask
 from crane_serve.api.errors import ApiError, BadRequest, error_event, error_response
 from crane_serve.api.gate import Gate
 from crane_serve.api.openai_body import MASK, POSITIONS, Body
@@ -65,6 +65,7 @@ class OpenAIRoutes:
         scope["crane_route"] = route
         if scope["method"] != method:
             raise HTTPException(405, headers={"Allow": method})
+        check_headers(scope)
         app = cast(FastAPI, scope["app"])
         engine, gate = cast(EngineService, app.state.engine), cast(Gate, app.state.gate)
         if method == "POST" and path not in engine.openai_fields:

@@ -438,6 +438,20 @@ async def test_what_vllm_drops_is_refused_where_it_matters(
             assert code_of(answer) == (422, "malformed_body", refused)
 
 
+@pytest.mark.parametrize("name", ["x-mask", "X-Crane-Mask", "mask", "crane-positions"])
+async def test_a_mask_in_a_header_never_runs_unmasked(
+    http: httpx.AsyncClient, vllm: Recorder, client: httpx.AsyncClient, name: str
+) -> None:
+    for caller, path, body in [
+        (http, "/v1/completions", COMPLETION),
+        (client, "/generate", {"prompt": "Hi"}),
+        (client, "/score", {"text": ["Hi"]}),
+    ]:
+        answer = await caller.post(path, json=body, headers={name: "zh"})
+        assert code_of(answer) == (422, "malformed_header", name.lower())
+    assert vllm.contents == []
+
+
 async def test_data_is_no_parameter(http: httpx.AsyncClient, vllm: Recorder) -> None:
     schema = {"type": "object", "properties": {"mask": {"type": "string"}, "crane_height": {"type": "number"}}}
     tools = [{"type": "function", "function": {"name": "put_on", "parameters": schema}}]

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from clients import CraneClient, Plan, run_evaluation
 from tests.conftest import Tiny
-from tests.engines import Server
+from tests.engines import Oracle, Server
 
 pytestmark = pytest.mark.engine
 
@@ -50,6 +51,9 @@ JOBS = {
     "model tiny:zh": Job("zh", "", "tiny:zh", "num_concurrent=1,batch_size=2"),
     "as text": Job("vi", "", "tiny:vi", "tokenized_requests=False"),
 }
+# The server's own tokenizer, without a start token: the harness never asks for one.
+REMOTE = "model tiny:vi, the server's tokenizer"
+JOBS_AND_REMOTE = {**JOBS, REMOTE: Job("vi", "", "tiny:vi", "tokenizer_backend=remote,batch_size=2")}
 _CHOOSING = """
 task: crane_choices
 dataset_path: json
@@ -104,7 +108,7 @@ def samples(
     writing = _WRITING.replace("TEXTS", str(directory / "texts.jsonl")).replace("STOPS", json.dumps(STOPS))
     (directory / "choices.yaml").write_text(choosing)
     (directory / "texts.yaml").write_text(writing.replace("TOKENS", str(NEW_TOKENS)))
-    jobs = [[model_arguments(openai_server, tiny, job), tasks_of(job)] for job in JOBS.values()]
+    jobs = [[model_arguments(openai_server, tiny, job), tasks_of(job)] for job in JOBS_AND_REMOTE.values()]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(directory / "hub")}
     out = directory / "out.json"
     run = subprocess.run(
@@ -116,15 +120,17 @@ def samples(
         check=False,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    return dict(zip(JOBS, json.loads(out.read_text()), strict=True))
+    return dict(zip(JOBS_AND_REMOTE, json.loads(out.read_text()), strict=True))
 
 
 def model_arguments(server: Server, tiny: Tiny, job: Job) -> str:
     url = f"{server.url}/v1/completions{job.query}"
     # Tokens are sent with the start token that the model was trained with; texts get it from the server.
     start = "" if "tokenized_requests=False" in job.options else ",add_bos_token=True"
-    tokenizer = f"tokenizer={tiny.checkpoint},tokenizer_backend=huggingface"
-    return f"model={job.model},base_url={url},{tokenizer}{start},max_length=512,max_retries=1,{job.options}"
+    tokenizer = f"tokenizer={tiny.checkpoint},tokenizer_backend=huggingface{start},"
+    if "tokenizer_backend=remote" in job.options:
+        tokenizer = ""
+    return f"model={job.model},base_url={url},{tokenizer}max_length=512,max_retries=1,{job.options}"
 
 
 def tasks_of(job: Job) -> list[str]:
@@ -196,6 +202,39 @@ def test_whole_texts_equal_our_own_clients(tiny: Tiny, openai_server: Server) ->
     with CraneClient(openai_server.url) as client:
         own = [score.logprob for score in client.score_text(PROMPTS, mask="zh").scores]
     assert harness.loglikelihood_rolling(asked, disable_tqdm=True) == pytest.approx(own, abs=1e-3)
+
+
+def test_the_servers_tokenizer_serves_the_harness(
+    samples: dict, tiny: Tiny, tiny_oracle: Oracle, openai_server: Server
+) -> None:
+    mask = tiny.library.resolve("vi")
+    assert mask is not None
+
+    def encoded(text: str) -> list[int]:
+        return tiny_oracle.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    for sample in samples[REMOTE]["crane_choices"]:
+        for number, (response,) in enumerate(sample["resps"]):
+            context, continuation = sample["arguments"][number]
+            # White space at the end of a context belongs to what follows; before an empty one stands the end token,
+            # since the harness takes the start token, 0, for none.
+            start = encoded(context.rstrip()) or [tiny_oracle.tokenizer.eos_token_id]
+            whole = (start if not context else []) + encoded(context + continuation)
+            expected = tiny_oracle.logprobs(whole, mask.mask)[len(start) - 1 :]
+            assert float(response[0]) == pytest.approx(sum(expected), abs=1e-3)
+    texts = {sample["doc"]["question"]: sample["resps"][0][0] for sample in samples[REMOTE]["crane_texts"]}
+    body = {"model": "tiny:vi", "temperature": 0, "max_tokens": NEW_TOKENS, "stop": [*STOPS, "</s>"]}
+    for prompt in PROMPTS:
+        answer = httpx.post(f"{openai_server.url}/v1/completions", json={**body, "prompt": encoded(prompt)}, timeout=60)
+        assert texts[prompt] == answer.json()["choices"][0]["text"]
+
+
+def test_the_harness_sees_where_the_servers_tokenizer_can_be_asked(openai_server: Server) -> None:
+    from lm_eval.utils import check_remote_tokenizer_support
+
+    assert check_remote_tokenizer_support(f"{openai_server.url}/v1/completions", max_retries=1)
+    # It puts /tokenizer_info behind the query.
+    assert not check_remote_tokenizer_support(f"{openai_server.url}/v1/completions?mask=vi", max_retries=1)
 
 
 def test_masks_differ_and_both_ways_to_name_one_agree(samples: dict) -> None:

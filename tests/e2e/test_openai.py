@@ -229,6 +229,52 @@ def test_masks_are_listed_as_models(client: openai.OpenAI) -> None:
     assert {models[f"tiny:{language}"].parent for language in ("en", "vi", "zh")} == {"tiny"}
 
 
+def test_each_listed_model_and_each_that_a_request_may_name_is_retrieved(client: openai.OpenAI) -> None:
+    def described(model: Any) -> tuple[str, str, str | None]:
+        return model.id, model.root, model.parent
+
+    for model in client.models.list():
+        assert described(client.models.retrieve(model.id)) == described(model)
+    assert described(client.models.retrieve("tiny:vi,zh@0.5")) == (
+        "tiny:vi,zh@0.5",
+        "attnlrp-vi,attnlrp-zh@0.5",
+        "tiny",
+    )
+    with pytest.raises(openai.NotFoundError) as raised:
+        client.models.retrieve("tiny:fr")
+    assert raised.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny:zh"])
+def test_a_prompt_that_ends_inside_a_character_does_not_come_back(
+    tiny_oracle: Oracle, client: openai.OpenAI, openai_server: Server, model: str
+) -> None:
+    token_ids = tiny_oracle.tokenizer("Secret ế")["input_ids"][:-1]
+    answer = client.completions.create(model=model, prompt=token_ids, logprobs=0, **GREEDY).choices[0]
+    generated, _ = tokens_of(answer.logprobs)
+    whole = tiny_oracle.tokenizer.decode([*token_ids, *generated], skip_special_tokens=True)
+    assert whole.startswith(f"Secret {answer.text}")
+    assert "Secret" not in answer.text
+    chunks = client.completions.create(model=model, prompt=token_ids, stream=True, **GREEDY)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == answer.text
+    with CraneClient(openai_server.url) as own:  # a text cannot end so, but it can look so
+        assert (
+            "Secret" not in own.generate("Secret \ufffd", mask="zh", temperature=0, max_tokens=TOKENS).outputs[0].text
+        )
+
+
+@pytest.mark.parametrize("length", [512, 513])
+def test_a_prompt_without_room_is_named(client: openai.OpenAI, openai_server: Server, length: int) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.completions.create(model="tiny:zh", prompt=[5] * length)
+    assert str(length) in str(raised.value.body)
+    assert "prompt" in raised.value.body["message"]
+    for path, body in [("/generate", {"prompt": "x" * (length - 1)}), ("/score", {"text": ["x" * (length - 1)]})]:
+        answer = httpx.post(f"{openai_server.url}{path}", json=body, timeout=DEADLINE_S)
+        assert answer.status_code == 400
+        assert f"the prompt has {length} tokens" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("error", "model", "arguments", "code"),
     [
@@ -240,12 +286,20 @@ def test_masks_are_listed_as_models(client: openai.OpenAI) -> None:
         (openai.BadRequestError, "tiny:zh", {"extra_body": {"mask": "vi"}}, "mask_conflict"),
         (openai.BadRequestError, "tiny:zh,none", {}, "malformed_mask"),
         (openai.BadRequestError, "tiny:zh", {"extra_body": {"use_beam_search": True}, "n": 2}, "beam_search"),
-        (openai.BadRequestError, "tiny", {"extra_body": {"vllm_xargs": {"crane_masks": "zh"}}}, "400"),
         (openai.BadRequestError, "tiny:zh", {"max_tokens": -1}, "400"),
         (openai.BadRequestError, "tiny:zh", {"stop": ""}, "400"),
         (openai.BadRequestError, "tiny:zh", {"prompt": "x" * 600}, "400"),
         (openai.UnprocessableEntityError, "tiny", {"extra_query": {"masks": "zh"}}, "malformed_query"),
         (openai.UnprocessableEntityError, "tiny", {"extra_body": {"Mask": "zh"}}, "malformed_body"),
+        (openai.UnprocessableEntityError, "tiny", {"extra_body": {"maks": "zh"}}, "malformed_body"),
+        (openai.UnprocessableEntityError, "tiny", {"extra_body": {"metadata": {"mask": "zh"}}}, "malformed_body"),
+        (
+            openai.UnprocessableEntityError,
+            "tiny",
+            {"extra_body": {"vllm_xargs": {"crane_masks": "zh"}}},
+            "malformed_body",
+        ),
+        (openai.UnprocessableEntityError, "tiny", {"best_of": 3}, "malformed_body"),
     ],
 )
 def test_each_refusal_is_the_clients_exception_for_it(

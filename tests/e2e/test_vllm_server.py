@@ -198,6 +198,11 @@ TOKEN_IDS = {"token_ids": [0, 5, 6], "sampling_params": {"max_tokens": 1}}
     [
         ("/v1/completions", {**COMPLETION, **ZH}, "'crane_mask' would be ignored"),
         ("/v1/completions", {**COMPLETION, "mask": "zh"}, "'mask' would be ignored"),
+        ("/v1/completions", {**COMPLETION, "neuron_mask": "zh"}, "'neuron_mask' would be ignored"),
+        ("/v1/completions", {**COMPLETION, "metadata": {"maks": "zh"}}, "'metadata.maks' would be ignored"),
+        ("/v1/completions", xargs(COMPLETION, {"masks": "zh"}), "'vllm_xargs.masks' would be ignored"),
+        ("/v1/completions", xargs({**COMPLETION, "positions": "prompt"}, ZH), "'positions' would be ignored"),
+        ("/v1/completions?masks=zh", COMPLETION, "query parameter 'masks'"),
         ("/v1/completions?mask=zh", COMPLETION, "query parameter 'mask'"),
         ("/v1/completions", xargs(COMPLETION, {"crane_mask": "fr"}), "unknown mask 'fr'"),
         ("/v1/completions", xargs(COMPLETION, {"crane_masks": "zh"}), "crane_masks"),

@@ -171,10 +171,12 @@ def test_an_engine_without_masks_refuses_masked_requests(monkeypatch: pytest.Mon
         admit(plain_config(), parameters(crane_mask="zh"), resumable=False)
 
 
-def test_a_misspelt_argument_is_refused(configured: tuple[MaskConfig, MaskLibrary]) -> None:
+@pytest.mark.parametrize("name", ["crane_masks", "mask", "masks", "Neuron_Mask", "maks", "positions", "position"])
+def test_a_misspelt_argument_is_refused(configured: tuple[MaskConfig, MaskLibrary], name: str) -> None:
     engine = plain_config(additional_config={"crane": configured[0]})
-    with pytest.raises(MaskError, match="unknown argument 'crane_masks'; expected 'crane_mask' or 'crane_positions'"):
-        admit(engine, parameters(crane_masks="zh"), resumable=False)
+    with pytest.raises(MaskError, match=f"unknown argument '{name}'; expected 'crane_mask' or 'crane_positions'"):
+        admit(engine, parameters(**{name: "zh"}), resumable=False)
+    assert admit(engine, parameters(window_size=3, session_id="s"), resumable=False) is None
 
 
 def test_no_sampling_parameters_ask_for_no_mask() -> None:

@@ -53,6 +53,13 @@ def test_what_vllm_carries_and_what_asks_for_no_mask_passes(path: str, body: obj
         ("/v1/completions", {"crane_mask": "zh"}, "'crane_mask'"),
         ("/v1/completions", {"mask": "zh"}, "'mask'"),
         ("/v1/completions", {"vllm_xargs": {"mask": "zh"}}, "'vllm_xargs.mask'"),
+        ("/v1/completions", {"masks": "zh"}, "'masks'"),
+        ("/v1/completions", {"maks": "zh"}, "'maks'"),
+        ("/v1/completions", {"Neuron_Mask": "zh"}, "'Neuron_Mask'"),
+        ("/v1/completions", {**XARGS, "positions": "all"}, "'positions'"),
+        ("/v1/completions", {"position": "all"}, "'position'"),
+        ("/v1/completions", {"metadata": {"language_mask": "zh"}}, "'metadata.language_mask'"),
+        ("/v1/embeddings", {"masks": "zh"}, "/v1/embeddings cannot"),
         ("/v1/completions", {"vllm_xargs": {"Crane_Mask": "zh"}}, "'vllm_xargs.Crane_Mask'"),
         ("/v1/completions", {"vllm_xargs": {"x": [{"crane_mask": "zh"}]}}, "'vllm_xargs.x.0.crane_mask'"),
         ("/v1/completions", {"extra_body": XARGS}, "'extra_body.vllm_xargs.crane_"),
@@ -78,6 +85,8 @@ def test_a_mask_that_would_be_ignored_is_refused_by_name(path: str, body: object
         b'{"vllm_xargs": {"crane_mask": "zh"}, "vllm_xargs": {}}',
         b'{"vllm_xargs": {"crane_mask": "zh", "crane_mask": "vi"}}',
         b'{"\\u0063rane_mask": "zh"}',
+        b'{"M\\u0041SK": "zh"}',
+        b'{"\\u0070ositions": "all"}',
         b'{"cr\\u0061ne_mask": "zh"}',
         '{"crane_mask": "zh"}'.encode("utf-16"),
         '{"crane_mask": "zh"}'.encode("utf-32-be"),
@@ -89,7 +98,9 @@ def test_a_mask_in_an_odd_encoding_is_still_seen(body: bytes) -> None:
     assert refusal("/v1/completions", "", body) is not None
 
 
-@pytest.mark.parametrize("query", ["mask=zh", "a=b&MASK", "crane_mask=zh", "crane%5Fpositions=all"])
+@pytest.mark.parametrize(
+    "query", ["mask=zh", "masks=zh", "masked=1", "positions=all", "a=b&MASK", "crane_mask=zh", "crane%5Fpositions=all"]
+)
 def test_query_parameters_that_ask_for_a_mask_are_refused(query: str) -> None:
     reason = refusal("/v1/completions", query, b"")
     assert reason is not None
