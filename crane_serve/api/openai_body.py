@@ -18,7 +18,7 @@ from crane_serve.engine.vllm_routes import Place, asking_names, may_ask
 MASK, POSITIONS = _OURS = ("mask", "positions")
 Body = dict[str, Any]
 
-_LONGEST_NAME = 64
+_LONGEST = 100  # characters of a name that is quoted
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 # Parameters of OpenAI's and Anthropic's own services, which their packages send, and which vLLM takes and ignores.
@@ -81,8 +81,7 @@ def _check_names(body: Body, fields: Mapping[str, frozenset[str]]) -> None:
 
 
 def _unknown(path: Sequence[str], known: Iterable[str]) -> ApiError:
-    name = path[-1][:_LONGEST_NAME]
-    param = ".".join((*path[:-1], name))
+    name, param = path[-1][:_LONGEST], _written(path)
     nearest = get_close_matches(name.lower(), known, n=1)
     if nearest:
         hint = f"did you mean {nearest[0]!r}?"
@@ -91,6 +90,11 @@ def _unknown(path: Sequence[str], known: Iterable[str]) -> ApiError:
     else:
         hint = "vLLM would ignore it"
     return ApiError(422, "malformed_body", f"{param}: no parameter of this route; {hint}", param)
+
+
+def _written(path: Iterable[str]) -> str:
+    written = ".".join(path)
+    return written if len(written) <= _LONGEST else f"{written[:_LONGEST]}..."
 
 
 def _may_hold_surrogates(content: bytes) -> bool:
@@ -118,7 +122,7 @@ def _check_texts(body: Body) -> None:
 
 def _check_text(text: str, place: Place | None) -> None:
     if problem := lone_surrogate(text):
-        param = None if place is None else ".".join(place.path)
+        param = None if place is None else _written(place.path)
         raise ApiError(422, "malformed_body", f"{param or 'body'}: {problem}", param)
 
 

@@ -452,6 +452,12 @@ async def test_a_mask_in_a_header_never_runs_unmasked(
     assert vllm.contents == []
 
 
+async def test_a_long_name_is_not_sent_back_whole(http: httpx.AsyncClient, vllm: Recorder) -> None:
+    for body in ({"x" * 100_000: 1}, {"vllm_xargs": {"x" * 100_000: {"crane": 1}}}, {"x" * 100_000: "\ud800"}):
+        answer = await http.post("/v1/completions", content=json.dumps({**COMPLETION, **body}))
+        assert (answer.status_code, len(answer.content) < 1000) == (422, True)
+
+
 async def test_data_is_no_parameter(http: httpx.AsyncClient, vllm: Recorder) -> None:
     schema = {"type": "object", "properties": {"mask": {"type": "string"}, "crane_height": {"type": "number"}}}
     tools = [{"type": "function", "function": {"name": "put_on", "parameters": schema}}]
