@@ -19,7 +19,7 @@ def require_embeddings(vllm_config: Any, request: Any, tokenizer: Any = None) ->
     vocabulary = _vocabulary(vllm_config.model_config)
     if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocabulary):
         return
-    embedded = set()
+    embedded: set[int] = set()
     for feature in request.mm_features or ():
         start = feature.mm_position.offset
         embedded.update(range(start, start + feature.mm_position.length))
@@ -73,7 +73,8 @@ def _unknown_token(token_id: int, position: int, vocabulary: int, tokenizer: Any
     if tokenizer is not None and token_id >= 0:
         token = next(iter(tokenizer.convert_ids_to_tokens([token_id])), None)
     named = f"token {token_id}" if token is None else f"token {token_id} ({token!r})"
-    return VLLMValidationError(
+    error: Exception = VLLMValidationError(
         f"{named} at position {position} of the prompt is not in the model's vocabulary of {vocabulary} tokens "
         f"(0 to {vocabulary - 1})"
     )
+    return error
