@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl, urlencode
 from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from crane_serve.api import openai_body
@@ -116,11 +117,16 @@ async def _read(receive: Receive) -> bytes | None:
 
 
 class _Answer:
-    """`send` for an answer of vLLM: what fails because the engine has died says so, also in the middle of a stream."""
+    """`send` for an answer of vLLM.
+
+    What fails because the engine has died says so, also in the middle of a stream. A stream whose first event is a
+    refusal becomes an error with its status: vLLM looks at some requests only after it has begun to answer.
+    """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, engine: EngineService) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self._engine = engine
+        self._head: Message | None = None  # of a stream of events, until the first has come
         self._has_begun = False
         self._is_of_events = False
         self._is_over = False
@@ -132,11 +138,24 @@ class _Answer:
             await self.end()
             return
         if message["type"] == "http.response.start":
-            self._has_begun = True
             kind = Headers(raw=message["headers"]).get("content-type", "")
             self._is_of_events = kind.startswith("text/event-stream")
+            if self._is_of_events:
+                self._head = message
+                return
         else:
             self._is_over = not message.get("more_body", False)
+        if self._head is not None:
+            refusal = _refusal(message.get("body", b""))
+            if refusal is not None:
+                self._is_over = True
+                answer = JSONResponse({"error": refusal}, status_code=refusal["code"])
+                await answer(self._scope, self._receive, self._send)
+                return
+            head, self._head = self._head, None
+            self._has_begun = True
+            await self._send(head)
+        self._has_begun = True
         await self._send(message)
 
     async def end(self) -> None:
@@ -152,6 +171,19 @@ class _Answer:
             await self._send({"type": "http.response.body", "body": last, "more_body": False})
         else:
             raise error
+
+
+def _refusal(event: bytes) -> dict[str, Any] | None:
+    """The error in a server-sent event, if it is one that a client has caused."""
+    _, is_data, data = event.partition(b"data: ")
+    if not is_data or b'"error"' not in data:
+        return None
+    try:
+        error = json.loads(data.partition(b"\n")[0])["error"]
+        is_refusal = 400 <= error["code"] < 500
+    except (ValueError, KeyError, TypeError):
+        return None
+    return cast(dict[str, Any], error) if is_refusal else None
 
 
 class _Asked:

@@ -736,6 +736,22 @@ async def test_stream_events_are_passed_on_as_they_come(front: Front, vllm: Reco
     assert parts == [b"data: first\n\n", b"data: second\n\n"]
 
 
+async def test_a_stream_that_begins_with_a_refusal_is_an_error(http: httpx.AsyncClient, vllm: Recorder) -> None:
+    error = {"message": "no such token", "type": "BadRequestError", "param": None, "code": 400}
+
+    async def events(*contents: object) -> AsyncIterator[str]:
+        for content in contents:
+            yield f"data: {json.dumps(content)}\n\n"
+
+    vllm.answer = StreamingResponse(events({"error": error}), media_type="text/event-stream")
+    answer = await http.post("/v1/completions", json={**COMPLETION, "stream": True})
+    assert (answer.status_code, answer.json()) == (400, {"error": error})
+    for contents in ([{"text": "a"}, {"error": error}], [{"error": {**error, "code": "later"}}], [{"error": None}], []):
+        vllm.answer = StreamingResponse(events(*contents), media_type="text/event-stream")
+        answer = await http.post("/v1/completions", json={**COMPLETION, "stream": True})
+        assert (answer.status_code, answer.text.count("data: ")) == (200, len(contents))
+
+
 def http_scope(path: str = "/v1/completions") -> Scope:
     headers = [(b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}

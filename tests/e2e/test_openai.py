@@ -342,7 +342,7 @@ def test_a_token_beyond_the_vocabulary_is_named_on_every_route_and_ends_nothing(
         ("/inference/v1/generate", {"token_ids": ids, "sampling_params": {"max_tokens": 4}}),
     ]
     for path, body in requests:
-        model = {} if path in ("/generate", "/score") else {"model": "tiny"}
+        model: dict[str, Any] = {} if path in ("/generate", "/score") else {"model": "tiny"}
         answer = httpx.post(f"{openai_server.url}{path}?mask={mask}", json={**model, **body}, timeout=DEADLINE_S)
         assert answer.status_code == 400, (path, body, answer.text)
         message = answer.json()["error"]["message"]
