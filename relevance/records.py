@@ -220,6 +220,9 @@ def _text_rows(text: Text, path: Path) -> Iterator[Record]:
     for place, line in enumerate(text.lines, start=1):
         if line:
             number += 1
+            if number == 1 and _is_object(line):
+                expected = "a file with an object per line is named .jsonl"
+                raise CorpusError(f"{path}:{place} is a JSON object, not a text; {expected}")
             yield Record(number, {"id": f"line-{place}", "text": line}, place)
 
 
@@ -257,6 +260,13 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorpusError(f"{where}: expected an object; found {kind_of(value)}")
     return value
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return line.startswith("{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def kind_of(value: Any) -> str:

@@ -156,6 +156,14 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
         Corpus.load(tmp_path)
 
 
+def test_lines_of_json_that_are_called_text(tmp_path: Path) -> None:
+    (tmp_path / "en.txt").write_text('\n{"text": "One thing here"}\n{"text": "Another thing there"}\n')
+    with pytest.raises(CorpusError, match=r"en\.txt:2 .*\.jsonl"):
+        Corpus.load(tmp_path)
+    (tmp_path / "en.txt").write_text("{a set} of braces\n{}x is a text too\n")
+    assert len(Corpus.load(tmp_path).documents["en"]) == 2
+
+
 def test_a_line_of_another_encoding_is_named(tmp_path: Path) -> None:
     (tmp_path / "fr.txt").write_bytes("un café noir\nun thé vert\n".encode() + "encore un café\n".encode("latin-1"))
     with pytest.raises(CorpusError, match=r"fr\.txt cannot be read as UTF-8 text: byte 0xe9 in line 3 is of another"):
