@@ -197,7 +197,8 @@ def test_whole_texts_equal_our_own_clients(tiny: Tiny, openai_server: Server) ->
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     url = f"{openai_server.url}/v1/completions?mask=zh"
-    harness = LocalCompletionsAPI(base_url=url, model="tiny", tokenizer=str(tiny.checkpoint), max_length=512)
+    tokenizer = {"tokenizer": str(tiny.checkpoint), "tokenizer_backend": "huggingface"}
+    harness = LocalCompletionsAPI(base_url=url, model="tiny", max_length=512, **tokenizer)
     asked = [Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0) for text in PROMPTS]
     with CraneClient(openai_server.url) as client:
         own = [score.logprob for score in client.score_text(PROMPTS, mask="zh").scores]
