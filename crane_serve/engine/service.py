@@ -18,8 +18,8 @@ from starlette.types import ASGIApp
 
 from crane_serve.atomic import written_aside
 from crane_serve.checkpoints.errors import CheckpointError
-from crane_serve.checkpoints.load import reason
 from crane_serve.checkpoints.prefix import StartTokens
+from crane_serve.checkpoints.load import load_tokenizer, reason
 from crane_serve.engine.admission import mask_arguments, require_row
 from crane_serve.engine.changes import CHANGE_METHOD, FORGET_METHOD
 from crane_serve.engine.config import (
@@ -128,7 +128,6 @@ def configure_engine(model: Path, masks: Path, default_method: str, rows: int, f
     rows: how many different masks can be resident; flags: vLLM's own, of its engine and its OpenAI front end.
     Raises ValueError (MaskFileError, FingerprintError, CheckpointError, UnsupportedEngine, ...) naming what is wrong.
     """
-    Fingerprint.of(model)  # before vLLM reads the config, whose errors are not one line
     os.environ[MASKS_VARIABLE] = str(masks)
     os.environ[DEFAULT_METHOD_VARIABLE] = default_method
     os.environ[ROWS_VARIABLE] = str(rows)
@@ -139,6 +138,7 @@ def configure_engine(model: Path, masks: Path, default_method: str, rows: int, f
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     arguments = serving_arguments(model, flags, program="crane serve")
+    _require_readable(model, arguments)
     try:
         vllm_config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
     except Exception as error:  # vLLM's own and those of the libraries below it have no common base
@@ -148,6 +148,13 @@ def configure_engine(model: Path, masks: Path, default_method: str, rows: int, f
     if mask_config(vllm_config) is None:
         raise ValueError(f"masks are disabled ({DISABLE_VARIABLE} is set); the mask service cannot start")
     return EngineConfig(vllm_config, arguments)
+
+
+def _require_readable(model: Path, arguments: Any) -> None:
+    """Read config and tokenizer before vLLM does: its errors are not one line, or come when the engine has started."""
+    Fingerprint.of(model)
+    if not arguments.tokenizer and arguments.tokenizer_mode == "auto" and not arguments.skip_tokenizer_init:
+        load_tokenizer(model, trust_remote_code=arguments.trust_remote_code)
 
 
 class EngineService:

@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from crane_serve.checkpoints.errors import CheckpointError
+from crane_serve.engine.service import configure_engine
 from crane_serve.engine.weights import require_same_weights
 from tests.damaged import DOWN, UP, copied, pickled, sharded, without
+from tests.unit.test_engine_environment import BOUNDS, VARIABLES
 
 
 @pytest.fixture
@@ -65,6 +67,25 @@ def test_a_missing_tensor_is_named_before_an_engine_starts(copy: Path, name: str
     without(copy, name)
     with pytest.raises(CheckpointError, match=f"lacks 1 tensor .*: {name}$"):
         require(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("config.json", "is not a Hugging Face checkpoint: "),
+        ("tokenizer.json", "has no tokenizer that can be loaded"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_before_an_engine_starts(
+    copy: Path, tmp_path: Path, file: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in (*VARIABLES, *BOUNDS):
+        monkeypatch.setenv(variable, "")  # so that what the call sets is undone
+        monkeypatch.delenv(variable)
+    (copy / file).write_text("{")
+    with pytest.raises(ValueError, match=message) as caught:
+        configure_engine(copy, tmp_path, "attnlrp", 4, ())
+    assert "\n" not in str(caught.value)
 
 
 def test_other_formats_are_left_to_vllm(copy: Path) -> None:
