@@ -18,8 +18,8 @@ from starlette.types import ASGIApp
 
 from crane_serve.atomic import written_aside
 from crane_serve.checkpoints.errors import CheckpointError
-from crane_serve.checkpoints.prefix import StartTokens
 from crane_serve.checkpoints.load import load_tokenizer, reason
+from crane_serve.checkpoints.prefix import StartTokens
 from crane_serve.engine.admission import mask_arguments, require_row
 from crane_serve.engine.changes import CHANGE_METHOD, FORGET_METHOD
 from crane_serve.engine.config import (
