@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 
-from crane_serve.api.app import create_app
-from crane_serve.checkpoints.resolve import resolve_checkpoint
+from crane_serve.common.models.resolve import resolve_checkpoint
 from crane_serve.engine.service import EngineService, configure_engine
-from crane_serve.lifecycle import run
-from crane_serve.logs import configure_logging
-from crane_serve.settings import ServeSettings
+from crane_serve.service.api.app import create_app
+from crane_serve.service.lifecycle import run
+from crane_serve.service.logs import configure_logging
+from crane_serve.service.settings import ServeSettings
 
 
 def serve(settings: ServeSettings) -> int:

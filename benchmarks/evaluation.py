@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
 
 def write_questions(xquad: Path, corpus: Path, paragraphs: int, out: Path) -> None:
     """XQuAD files with the paragraphs that the scores do not come from."""
-    from relevance.corpus import Corpus
+    from crane_serve.common.text.corpus import Corpus
 
     used = Corpus.load(corpus, "relevance", LANGUAGES).spread(paragraphs).documents
     out.mkdir(parents=True, exist_ok=True)

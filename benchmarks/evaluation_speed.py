@@ -78,7 +78,7 @@ def one_at_a_time(address: str, plan: Plan, base: Path, out: Path) -> float:
 
 def write_masked(model: Path, mask: Path, out: Path) -> float:
     """A copy of a checkpoint without a mask's neurons; the seconds that it took."""
-    from crane_serve.masks import read_mask
+    from crane_serve.common.masks import read_mask
 
     began = time.perf_counter()
     shutil.copytree(model, out)

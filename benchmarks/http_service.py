@@ -63,7 +63,7 @@ Prompt = tuple[str, str | None]  # text and mask
 
 def text_pieces(count: int) -> list[str]:
     """Distinct pieces of the project's parallel corpus, all languages in turn."""
-    corpus = Path(__file__).resolve().parent.parent / "relevance" / "parallel_corpus"
+    corpus = Path(__file__).resolve().parent.parent / "crane_serve" / "common" / "text" / "parallel_corpus"
     by_language = []
     for path in sorted(corpus.glob("*.jsonl")):
         texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]

@@ -25,7 +25,7 @@ LOADS = {"decode": Load(prompt_tokens=32, output_tokens=64), "prefill": Load(pro
 
 def write_masks(model: Path, directory: Path, count: int) -> None:
     """Masks m0, m1, ... that switch off random neurons, as many in every layer."""
-    from crane_serve.masks import Fingerprint, MaskInfo, NeuronMask, write_mask
+    from crane_serve.common.masks import Fingerprint, MaskInfo, NeuronMask, write_mask
 
     fingerprint = Fingerprint.of(model)
     for seed in range(count):
@@ -49,10 +49,10 @@ def random_prompts(model: Path, load: Load, count: int) -> list[list[int]]:
 
 def text_prompts(model: Path, count: int, max_tokens: int) -> dict[str, list[list[int]]]:
     """Per language the beginnings of `count` documents of the project's parallel corpus."""
-    from crane_serve.checkpoints.load import load_tokenizer
+    from crane_serve.common.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    corpus = Path(__file__).resolve().parent.parent / "relevance" / "parallel_corpus"
+    corpus = Path(__file__).resolve().parent.parent / "crane_serve" / "common" / "text" / "parallel_corpus"
     prompts = {}
     for language in LANGUAGES:
         lines = (corpus / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()

@@ -30,11 +30,11 @@ import torch
 from summary import machine, speed_ratio, spread, table
 from torch import Tensor, nn
 
-from crane_serve.checkpoints.load import load_tokenizer
-from crane_serve.checkpoints.resolve import resolve_checkpoint
-from relevance.corpus import EMBEDDED_CORPUS, Corpus
+from crane_serve.common.models.families import take_apart
+from crane_serve.common.models.load import load_tokenizer
+from crane_serve.common.models.resolve import resolve_checkpoint
+from crane_serve.common.text.corpus import EMBEDDED_CORPUS, Corpus
 from relevance.encoding import Batch, batches, encode
-from relevance.families import take_apart
 from relevance.measurement import Measurement, last_hidden, units_of
 from relevance.method import Measured
 from relevance.methods import find_scored

@@ -138,7 +138,7 @@ class TransformersEngine:
     """`generate` of transformers on batches padded on the left, and a hook before every `down_proj`."""
 
     def __init__(self, model: str, masks: Path, *, concurrency: int) -> None:
-        from crane_serve.checkpoints.load import load_causal_lm, load_tokenizer
+        from crane_serve.common.models.load import load_causal_lm, load_tokenizer
 
         self.model: Any = load_causal_lm(Path(model), torch.bfloat16)
         self.tokenizer = load_tokenizer(Path(model))
@@ -202,7 +202,7 @@ class TransformersEngine:
 @functools.lru_cache(maxsize=512)
 def _neurons(masks: Path, name: str) -> list[Tensor]:
     """Per layer the indices of the neurons that a mask switches off."""
-    from crane_serve.masks import read_mask
+    from crane_serve.common.masks import read_mask
 
     mask = read_mask(masks / f"{name}.safetensors").mask
     return [torch.tensor(neurons, dtype=torch.int64) for neurons in mask.neuron_sets()]

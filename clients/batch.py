@@ -10,7 +10,7 @@ from clients.answers import GenerationResult, ScoresResult
 from clients.calls import Call, Sampling
 from clients.errors import TRANSIENT_STATUS, CraneError
 from clients.retries import RetryPolicy
-from crane_serve.checkpoints.prefix import AddBos, Join
+from crane_serve.common.models.prefix import AddBos, Join
 
 MOST_LINES, MOST_BYTES = 2000, 8 * 2**20  # of one call; a server buffers more, so it takes all before it is read
 ResultType = TypeVar("ResultType", GenerationResult, ScoresResult)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from clients.answers import Generation, Health, MaskListing, MaskNeurons, MaskSummary, Readiness, Scores
 from clients.errors import CraneError
-from crane_serve.checkpoints.prefix import AddBos, Join
+from crane_serve.common.models.prefix import AddBos, Join
 
 AnswerType = TypeVar("AnswerType")
 _DEFAULTS = {"add_bos": "auto", "join": "shared"}  # the server's

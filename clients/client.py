@@ -31,7 +31,7 @@ from clients.calls import AnswerType, Call, Sampling
 from clients.errors import CraneError
 from clients.retries import Patience, RetryPolicy
 from clients.stream import AsyncGenerationStream, GenerationStream
-from crane_serve.checkpoints.prefix import AddBos, Join
+from crane_serve.common.models.prefix import AddBos, Join
 
 DEFAULT_SERVER = "http://127.0.0.1:8000"
 KEY_VARIABLE = "CRANE_API_KEY"

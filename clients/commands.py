@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clients.client import DEFAULT_SERVER
-from crane_serve.bars import bar
-from relevance.corpus import Form
+from crane_serve.common.bars import bar
+from crane_serve.common.text.corpus import Form
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -209,7 +209,7 @@ def _plan_of(flags: Mapping[str, Any]) -> "Plan":
     from clients.errors import EvaluationError
     from clients.plan import Plan
     from clients.sources import EMBEDDED
-    from relevance.corpus import EMBEDDED_CORPUS, Corpus
+    from crane_serve.common.text.corpus import EMBEDDED_CORPUS, Corpus
 
     names = flags["languages"]
     languages = None if names is None else [name.strip() for name in names.split(",") if name.strip()]

@@ -14,8 +14,8 @@ from clients.errors import EvaluationError
 from clients.evaluation import UNMASKED, Cell, Evaluation, TaskInfo
 from clients.reporting.settings import brief, flat
 from clients.task import Answers, Metric
-from crane_serve.atomic import write_atomically
-from crane_serve.statistics import Estimate, Values, estimate, resampled_sums
+from crane_serve.common.atomic import write_atomically
+from crane_serve.common.numbers.bootstrap import Estimate, Values, estimate, resampled_sums
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,7 +70,7 @@ class Comparison:
         """Write compare.html (which stands alone), compare.md and compare.csv; returns their paths."""
         from clients.reporting.comparison import comparison_rows, comparison_sections
         from clients.reporting.files import csv_content
-        from crane_serve.pages.render import html_page, markdown_page
+        from crane_serve.common.reports.render import html_page, markdown_page
 
         title = f"{self.second} against {self.first}"
         sections = comparison_sections(self)

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 import crane_serve
 from clients.errors import EvaluationError
 from clients.task import Metric
-from crane_serve.atomic import write_atomically
-from crane_serve.langspec import Form
-from crane_serve.statistics import CONFIDENCE, RESAMPLES, Estimate
+from crane_serve.common.atomic import write_atomically
+from crane_serve.common.numbers.bootstrap import CONFIDENCE, RESAMPLES, Estimate
+from crane_serve.common.numbers.langspec import Form
 
 EVALUATION_FILE = "results.json"
 UNMASKED = "none"

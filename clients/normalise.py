@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal
 
-from crane_serve.languages import code_of
+from crane_serve.common.text.languages import code_of
 
 # A character of a script that sets no spaces (Thai, Lao, Burmese, Khmer, kana, Han), or a run of others.
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"

@@ -15,7 +15,7 @@ import crane_serve
 from clients.errors import EvaluationError
 from clients.evaluation import PlannedMask
 from clients.task import Answer, Generate, Item, Question, Request, ScoreContinuations, ScoreText
-from crane_serve.atomic import write_atomically
+from crane_serve.common.atomic import write_atomically
 
 RUN_FILE = "run.json"
 RESULTS_FILE = "results.jsonl"

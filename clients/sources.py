@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import to_jsonable_python
 
 from clients.errors import EvaluationError
-from relevance.corpus import EMBEDDED_CORPUS, Corpus, CorpusError, Form, normalised
-from relevance.records import format_of, read_records
+from crane_serve.common.text.corpus import EMBEDDED_CORPUS, Corpus, CorpusError, Form, normalised
+from crane_serve.common.text.records import format_of, read_records
 
 Row = dict[str, JsonValue]
 
@@ -25,10 +25,10 @@ class Source(BaseModel):
     """Where rows come from: exactly one of files, corpus and dataset.
 
     files: a path with `{lang}` for the language, or language -> path; relative paths start from the plan's directory.
-    The suffix says the format, as relevance.records.read_records has it: .jsonl, .json (a list of objects, or SQuAD's
-    form), .csv, .tsv, .txt, each perhaps with .gz, and .parquet. corpus: a directory as relevance.corpus.Corpus reads
-    it, or the word `embedded` for the one that comes with this package; rows of id and text. dataset: name on the
-    Hugging Face Hub, `{lang}` allowed, which needs the package `datasets`.
+    The suffix says the format, as `read_records` has it: .jsonl, .json (a list of objects, or SQuAD's form), .csv,
+    .tsv, .txt, each perhaps with .gz, and .parquet. corpus: a directory as `Corpus` reads it, or the word `embedded`
+    for the one that comes with this package; rows of id and text. dataset: name on the Hugging Face Hub, `{lang}`
+    allowed, which needs the package `datasets`.
 
     config: of a dataset, `{lang}` allowed; of several ones the rows follow each other, with the name in a field
     `config` and before their ids. revision: of a dataset's repository: a commit, branch or tag. `datasets` 4 and later

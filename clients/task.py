@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from clients.answers import Score
 from clients.calls import chosen
-from crane_serve.checkpoints.prefix import AddBos, Join
+from crane_serve.common.models.prefix import AddBos, Join
 
 
 @dataclass(frozen=True)

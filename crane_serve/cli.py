@@ -16,12 +16,12 @@ import crane_serve
 from clients import CraneError
 from clients import commands as client_commands
 from crane_serve import sizing
-from crane_serve.bars import bar
-from crane_serve.checkpoints.fetch import SOURCES, FetchError
-from crane_serve.checkpoints.fetch import fetch as fetch_model
+from crane_serve.common.bars import bar
+from crane_serve.common.models.fetch import SOURCES, FetchError
+from crane_serve.common.models.fetch import fetch as fetch_model
 from crane_serve.demo import DemoError, run_demo
-from crane_serve.options import option_name, with_options
-from crane_serve.settings import SECRETS, ServeSettings, SettingError, Source, load_settings
+from crane_serve.service.options import option_name, with_options
+from crane_serve.service.settings import SECRETS, ServeSettings, SettingError, Source, load_settings
 from crane_serve.verify.command import verify
 from relevance import commands as relevance_commands
 from relevance import search_commands
@@ -81,7 +81,7 @@ def fetch(
 @one_line_errors
 def list_masks(directory: Annotated[Path, typer.Argument(help="Directory of mask files")]) -> None:
     """List the mask files of a directory."""
-    from crane_serve.masks.files import SUFFIX, MaskFileError, read_mask
+    from crane_serve.common.masks.files import SUFFIX, MaskFileError, read_mask
 
     if not directory.is_dir():
         raise MaskFileError(f"{directory} is not a directory of mask files")
@@ -110,7 +110,7 @@ def show_masks(
     names: Annotated[list[str] | None, typer.Argument(help="Names in that directory; default all")] = None,
 ) -> None:
     """Show masks in full, as JSON: provenance, digest and the neurons of each layer."""
-    from crane_serve.masks.files import SUFFIX, MaskFileError, check_name, read_mask
+    from crane_serve.common.masks.files import SUFFIX, MaskFileError, check_name, read_mask
 
     if path.is_dir():
         files = [path / f"{check_name(name)}{SUFFIX}" for name in names or []] or sorted(path.glob(f"[!.]*{SUFFIX}"))
@@ -133,9 +133,9 @@ def transfer(
     names: Annotated[list[str] | None, typer.Argument(help="Names of masks; default all")] = None,
 ) -> None:
     """Make masks usable on another checkpoint of the same shape; the new files name both models."""
-    from crane_serve.checkpoints.resolve import resolve_checkpoint
-    from crane_serve.masks.fingerprint import Fingerprint
-    from crane_serve.masks.transfer import transfer_masks
+    from crane_serve.common.masks.fingerprint import Fingerprint
+    from crane_serve.common.masks.transfer import transfer_masks
+    from crane_serve.common.models.resolve import resolve_checkpoint
 
     for path in transfer_masks(masks, Fingerprint.of(resolve_checkpoint(to)), out, names or ()):
         typer.echo(path)
@@ -150,9 +150,9 @@ def import_lape_file(
     out: Annotated[Path, typer.Option(help="Directory for the mask files")],
 ) -> None:
     """Turn a published LAPE neuron file into mask files `lape-{label}`."""
-    from crane_serve.checkpoints.resolve import resolve_checkpoint
-    from crane_serve.masks.fingerprint import Fingerprint
-    from crane_serve.masks.lape import import_lape
+    from crane_serve.common.masks.fingerprint import Fingerprint
+    from crane_serve.common.masks.lape import import_lape
+    from crane_serve.common.models.resolve import resolve_checkpoint
 
     labels = [label.strip() for label in languages.split(",")]
     for path in import_lape(file, labels, Fingerprint.of(resolve_checkpoint(model)), out):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from crane_serve.bars import bar
+from crane_serve.common.bars import bar
 
 MODEL = "gemma-3-270m"
 BUDGET = 0.01

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from crane_serve.checkpoints.load import load_tokenizer
-from crane_serve.checkpoints.resolve import resolve_checkpoint
+from crane_serve.common.models.families import take_apart
+from crane_serve.common.models.load import load_tokenizer
+from crane_serve.common.models.resolve import resolve_checkpoint
+from crane_serve.common.text.corpus import EMBEDDED_CORPUS
 from relevance.causal import losses, masked
-from relevance.corpus import EMBEDDED_CORPUS
 from relevance.criteria import Criteria
 from relevance.encoding import encode
-from relevance.families import take_apart
 from relevance.methods import find_scored
 from relevance.model import load_model, pick_device, pick_dtype
 from relevance.scoring import score

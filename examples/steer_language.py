@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from clients import CraneClient
 from clients.batch import GenerateItem
-from crane_serve.languages import identify
+from crane_serve.common.text.languages import identify
 
 SERVER = os.environ.get("EXAMPLE_SERVER", "http://127.0.0.1:8000")
 TOKENS = int(os.environ.get("EXAMPLE_TOKENS", "48"))

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from crane_serve.masks import NeuronMask
+from crane_serve.common.masks import NeuronMask
+from crane_serve.common.models.families import Decoder
+from relevance.accumulators import NonFiniteError
 from relevance.encoding import Batch, batches
-from relevance.families import Decoder
 from relevance.measurement import last_hidden
 from relevance.objective import log_probabilities
-from relevance.statistics import NonFiniteError
 
 Values = NDArray[np.float64]
 

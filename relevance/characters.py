@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-from relevance.corpus import Corpus, Document
+from crane_serve.common.text.corpus import Corpus, Document
 
 _LINES_SHOWN = 5
 _NOTICEABLE = 0.1  # the share of a language's documents from which on those in the other Chinese script are said

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from crane_serve.bars import bar
-from relevance.corpus import EMBEDDED_CORPUS, Corpus, CorpusError
+from crane_serve.common.bars import bar
+from crane_serve.common.text.corpus import EMBEDDED_CORPUS, Corpus, CorpusError
+from crane_serve.common.text.language_files import EXPECTED
 from relevance.corpus_import import Unit, line_parts, parse_splits, squad_parts, write_corpus
-from relevance.language_files import EXPECTED
 from relevance.sources import load_corpus
 from relevance.text_options import Normalise, TextColumn
 
@@ -75,7 +75,7 @@ def relevance(
     """
     texts = load_corpus(corpus, split, _names(languages), text_column, normalise).spread(limit)
 
-    from crane_serve.checkpoints.resolve import resolve_checkpoint
+    from crane_serve.common.models.resolve import resolve_checkpoint
     from relevance.doubts import doubts
     from relevance.methods import find_scored
     from relevance.model import pick_device, pick_dtype

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from crane_serve.atomic import write_atomically
+from crane_serve.common.atomic import write_atomically
+from crane_serve.common.text.corpus import CorpusError, Form, normalised, require_words
+from crane_serve.common.text.language_files import check_language
+from crane_serve.common.text.records import read_lines, read_text
 from relevance.characters import joints_remark
-from relevance.corpus import CorpusError, Form, normalised, require_words
-from relevance.language_files import check_language
-from relevance.records import read_lines, read_text
 from relevance.repeats import text_key
 
 _PLACE = "{lang}"

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from crane_serve.common.text.corpus import Corpus
+from crane_serve.common.text.language_id import misnamed
 from relevance.characters import remarks
-from relevance.corpus import Corpus
-from relevance.language_id import misnamed
 from relevance.repeats import repeats
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crane_serve.checkpoints.prefix import encode_from_start
-from crane_serve.checkpoints.vocabulary import require_known
-from relevance.corpus import CorpusError, Document
+from crane_serve.common.models.prefix import encode_from_start
+from crane_serve.common.models.vocabulary import require_known
+from crane_serve.common.text.corpus import CorpusError, Document
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from crane_serve.common.models.families import Decoder, Layer, UnsupportedModelError, take_apart
+from relevance.accumulators import FiniteCheck
 from relevance.encoding import Batch
-from relevance.families import Decoder, Layer, UnsupportedModelError, take_apart
 from relevance.method import (
     Activations,
     Gradients,
@@ -23,7 +24,6 @@ from relevance.method import (
 )
 from relevance.objective import log_probabilities, per_document, target_logits
 from relevance.rules import PLAIN, Rules, propagation
-from relevance.statistics import FiniteCheck
 
 _OBJECTIVES = {Objective.TARGET_LOGIT: target_logits, Objective.LOG_PROBABILITY: log_probabilities}
 _Deliver = Callable[[Tensor, Tensor | None, Tensor], None]

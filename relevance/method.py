@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from relevance.accumulators import Statistic
 from relevance.contrast import find_contrast
 from relevance.encoding import Batch
 from relevance.rules import Rules
-from relevance.statistics import Statistic
 
 
 class MethodError(ValueError):

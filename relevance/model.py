@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from crane_serve.checkpoints.load import (
+from crane_serve.common.models.families import require_family
+from crane_serve.common.models.load import (
     architecture_of,
     empty_causal_lm,
     load_causal_lm,
@@ -14,7 +15,6 @@ from crane_serve.checkpoints.load import (
     require_plain,
     require_weights,
 )
-from relevance.families import require_family
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crane_serve.common.models.families import Decoder
 from relevance.encoding import Batch
-from relevance.families import Decoder
 from relevance.rules import PLAIN, Rules, soft_cap
 
 VOCABULARY_BLOCK = 4096

@@ -9,15 +9,15 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 import crane_serve
-from crane_serve.atomic import write_atomically
-from crane_serve.checkpoints.load import load_tokenizer
-from crane_serve.checkpoints.resolve import resolve_checkpoint
-from crane_serve.masks import Fingerprint
-from crane_serve.masks.transfer import read_masks, transferred
-from crane_serve.statistics import Estimate, change_per_token
-from relevance.corpus import Corpus
+from crane_serve.common.atomic import write_atomically
+from crane_serve.common.masks import Fingerprint
+from crane_serve.common.masks.transfer import read_masks, transferred
+from crane_serve.common.models.families import take_apart
+from crane_serve.common.models.load import load_tokenizer
+from crane_serve.common.models.resolve import resolve_checkpoint
+from crane_serve.common.numbers.bootstrap import Estimate, change_per_token
+from crane_serve.common.text.corpus import Corpus
 from relevance.encoding import encode
-from relevance.families import take_apart
 from relevance.model import load_model
 from relevance.validation.ablations import Ablations
 

@@ -12,10 +12,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 import crane_serve
-from crane_serve.atomic import write_atomically
-from crane_serve.masks import Fingerprint
+from crane_serve.common.atomic import write_atomically
+from crane_serve.common.masks import Fingerprint
+from relevance.accumulators import GrowingStatistic, StatisticError
 from relevance.method import Measured
-from relevance.statistics import GrowingStatistic, StatisticError
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "crane-progress"

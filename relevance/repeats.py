@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from relevance.corpus import Corpus, Document
+from crane_serve.common.text.corpus import Corpus, Document
 
 NEAR = 0.8  # Jaccard similarity of two texts' n-grams of characters, from which on one nearly repeats the other
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relevance.families import Layer, Norm, Projection, UnsupportedModelError, take_apart
+from crane_serve.common.models.families import Layer, Norm, Projection, UnsupportedModelError, take_apart
 
 _Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 

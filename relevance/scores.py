@@ -14,10 +14,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 import crane_serve
-from crane_serve.atomic import write_atomically
-from crane_serve.masks import Fingerprint, FingerprintError
-from crane_serve.masks.files import METADATA_KEY, SCORES_KEY
-from relevance.corpus import Form
+from crane_serve.common.atomic import write_atomically
+from crane_serve.common.masks import Fingerprint, FingerprintError
+from crane_serve.common.masks.files import METADATA_KEY, SCORES_KEY
+from crane_serve.common.text.corpus import Form
 from relevance.method import Shape
 
 FORMAT_VERSION = 1

@@ -8,11 +8,11 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from crane_serve.checkpoints.load import load_tokenizer
-from crane_serve.masks import Fingerprint
-from relevance.corpus import Corpus
+from crane_serve.common.masks import Fingerprint
+from crane_serve.common.models.families import UnsupportedModelError, take_apart
+from crane_serve.common.models.load import load_tokenizer
+from crane_serve.common.text.corpus import Corpus
 from relevance.encoding import EncodedDocuments, encode
-from relevance.families import UnsupportedModelError, take_apart
 from relevance.measurement import units_of
 from relevance.method import Measured, MethodError, ScoredMethod, Shape, require_documents, require_languages
 from relevance.model import load_skeleton

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from crane_serve.bars import bar
-from relevance.corpus import EMBEDDED_CORPUS
+from crane_serve.common.bars import bar
+from crane_serve.common.text.corpus import EMBEDDED_CORPUS
 from relevance.sources import TextSource, load_corpus
 from relevance.text_options import Normalise, ScoresForm, TextColumn
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crane_serve.masks import MaskInfo, NeuronMask, write_mask
+from crane_serve.common.masks import MaskInfo, NeuronMask, write_mask
 from relevance.contrast import find_contrast
 from relevance.criteria import GLOBAL, UNIFORM, Criteria, Overlap, Rule, SelectionError
 from relevance.method import Method, Shape, require_languages

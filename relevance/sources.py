@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relevance.corpus import Corpus, CorpusError, Document, Form, document_id, normalised, require_words
-from relevance.language_files import check_language
+from crane_serve.common.text.corpus import Corpus, CorpusError, Document, Form, document_id, normalised, require_words
+from crane_serve.common.text.language_files import check_language
 
 _HUB = "hf:"
 _PLACE = "{lang}"

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from relevance.corpus import Form
+from crane_serve.common.text.corpus import Form
 
 TextColumn = Annotated[
     str, typer.Option(help="Field or column that holds the text, in which {lang} stands for the language.")

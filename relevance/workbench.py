@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from crane_serve.checkpoints.load import load_tokenizer
-from crane_serve.checkpoints.resolve import resolve_checkpoint
-from crane_serve.masks import Fingerprint
-from relevance.corpus import Corpus
+from crane_serve.common.masks import Fingerprint
+from crane_serve.common.models.families import Decoder, take_apart
+from crane_serve.common.models.load import load_tokenizer
+from crane_serve.common.models.resolve import resolve_checkpoint
+from crane_serve.common.text.corpus import Corpus
 from relevance.doubts import doubts
 from relevance.encoding import encode
-from relevance.families import Decoder, take_apart
 from relevance.model import load_model, pick_device, pick_dtype
 from relevance.repeats import repeated_keys
 from relevance.scores import Scores, ScoresError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from crane_serve.masks import MaskLibrary
+from crane_serve.common.masks import MaskLibrary
 from tests.engines import Oracle, Server, add_output_mask, random_masks
 from tests.jobs import Jobs
 from tests.tiny import FAMILIES, add_token_beyond, tiny_model
@@ -139,7 +139,7 @@ def gemma_server(engines: Engines) -> Server:
 
 @pytest.fixture(scope="session")
 def gemma_library(engines: Engines, gemma_server: Server) -> MaskLibrary:
-    from crane_serve.masks import Fingerprint
+    from crane_serve.common.masks import Fingerprint
 
     return MaskLibrary.load(engines.directory / "gemma-masks", Fingerprint.of(GEMMA), "attnlrp")
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from relevance.families import require_family, take_apart
+from crane_serve.common.models.families import require_family, take_apart
 from tests.tiny import FAMILIES
 
 NAMES = tuple(FAMILIES)

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from crane_serve.engine import config as engine_config
-from crane_serve.settings import ENVIRONMENT_PREFIX, SECRETS, ServeSettings
+from crane_serve.service.settings import ENVIRONMENT_PREFIX, SECRETS, ServeSettings
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"

@@ -15,7 +15,7 @@ import httpx
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from crane_serve.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, write_mask
+from crane_serve.common.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, write_mask
 from tests.tiny import mlp_projections
 
 START_TIMEOUT_S = 420

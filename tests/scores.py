@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from crane_serve.masks import Fingerprint
+from crane_serve.common.masks import Fingerprint
 from relevance.method import Shape
 from relevance.scores import Scores, ScoresInfo
 

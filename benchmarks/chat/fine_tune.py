@@ -185,7 +185,7 @@ def train(model: Any, examples: Sequence[Example], settings: Settings) -> list[f
 
 def fine_tune(base: Path, out: Path, settings: Settings) -> dict[str, Any]:
     """Write the fine-tuned checkpoint to the new directory `out`; return what `fine-tuning.json` says."""
-    from crane_serve.checkpoints.load import load_causal_lm, load_config, load_tokenizer
+    from crane_serve.common.models.load import load_causal_lm, load_config, load_tokenizer
 
     began = time.monotonic()
     torch.manual_seed(settings.seed)

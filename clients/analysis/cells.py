@@ -7,7 +7,7 @@ import numpy as np
 from clients.analysis.levels import Levels
 from clients.analysis.permutations import p_values
 from clients.evaluation import RANDOM, UNMASKED, Band, Cell, PlannedMask
-from crane_serve.statistics import estimate
+from crane_serve.common.numbers.bootstrap import estimate
 
 _BAND_TOLERANCE = 0.1  # of a mask's number of neurons
 

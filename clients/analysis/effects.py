@@ -8,8 +8,8 @@ import numpy as np
 from clients.analysis.levels import Pair
 from clients.evaluation import Effect, PlannedMask
 from clients.task import Metric, ScoreOf
-from crane_serve.langspec import Form, langspec_f1_of_arrays
-from crane_serve.statistics import CONFIDENCE, Estimate, Values, estimate
+from crane_serve.common.numbers.bootstrap import CONFIDENCE, Estimate, Values, estimate
+from crane_serve.common.numbers.langspec import Form, langspec_f1_of_arrays
 
 _SCORES = {ScoreOf.LEVEL: lambda level: level, ScoreOf.EXP_NEGATIVE: lambda level: np.exp(-level)}
 _RATIO_NEEDS = (1 + CONFIDENCE) / 2

@@ -8,7 +8,7 @@ import numpy as np
 
 from clients.analysis.samples import Flags, Sample
 from clients.evaluation import UNMASKED
-from crane_serve.statistics import Values, resampled_sums
+from crane_serve.common.numbers.bootstrap import Values, resampled_sums
 
 
 class Pair(NamedTuple):

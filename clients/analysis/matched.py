@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from clients.analysis.effects import Damage
 from clients.evaluation import MatchedEffect
-from crane_serve.statistics import Values, estimate
+from crane_serve.common.numbers.bootstrap import Values, estimate
 
 
 def matched_of(damages: Iterable[Damage], effect: float) -> list[MatchedEffect]:

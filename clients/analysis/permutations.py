@@ -6,7 +6,7 @@ import numpy as np
 
 from clients.analysis.samples import Sample
 from clients.evaluation import UNMASKED
-from crane_serve.statistics import Values
+from crane_serve.common.numbers.bootstrap import Values
 
 PERMUTATIONS = 9_999  # so that no p-value of more than 13 items is below 2 / 10,000
 _BATCH_VALUES = 1 << 22

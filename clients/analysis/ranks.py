@@ -7,7 +7,7 @@ import numpy as np
 
 from clients.analysis.effects import Damage, estimate_collateral
 from clients.evaluation import MethodRank
-from crane_serve.statistics import Values, estimate
+from crane_serve.common.numbers.bootstrap import Values, estimate
 
 COLLATERAL = "collateral"  # the measure of which less is better
 ByMethod = dict[str, list[Damage]]

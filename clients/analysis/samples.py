@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from clients.errors import EvaluationError
 from clients.task import Answers, Generated, Item, Scored, Task
-from crane_serve.statistics import Values
+from crane_serve.common.numbers.bootstrap import Values
 
 Flags = NDArray[np.bool_]
 ByMask = Mapping[str, Mapping[str, Scored | Generated]]  # mask -> item -> answer

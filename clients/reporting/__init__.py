@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from clients.evaluation import Evaluation
 from clients.task import Answers
-from crane_serve.atomic import write_atomically
+from crane_serve.common.atomic import write_atomically
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +33,7 @@ def write_all(evaluation: Evaluation, answers: Answers, directory: Path) -> list
     from clients.reporting.files import write_cells_csv, write_cells_parquet, write_items
     from clients.reporting.pictures import draw
     from clients.reporting.sections import report_sections
-    from crane_serve.pages.render import html_page, markdown_page
+    from crane_serve.common.reports.render import html_page, markdown_page
 
     drawn = draw(evaluation)
     title = f"What each mask takes from each language: {evaluation.name}"

@@ -6,10 +6,10 @@ from clients.evaluation import UNMASKED, Evaluation, TaskInfo
 from clients.reporting.figures import NOTHING, SHORT, SIGNIFICANT, budget_text, estimate_cell, metric_title
 from clients.reporting.settings import brief, flat
 from clients.task import Metric
-from crane_serve.pages.content import Cell, Section, Table
-from crane_serve.pages.numbers import number_text
-from crane_serve.pages.render import cut
-from crane_serve.statistics import Estimate
+from crane_serve.common.numbers.bootstrap import Estimate
+from crane_serve.common.reports.content import Cell, Section, Table
+from crane_serve.common.reports.numbers import number_text
+from crane_serve.common.reports.render import cut
 
 _FAILURES_SHOWN = 200
 

@@ -15,7 +15,7 @@ from clients.reporting.figures import (
     percent_cell,
 )
 from clients.task import Metric
-from crane_serve.pages.content import Cell, Picture, Section, Table
+from crane_serve.common.reports.content import Cell, Picture, Section, Table
 
 _ABOUT = (
     "Changes are signed: masked minus unmasked, over the items answered both ways. Colour shows damage whatever the "

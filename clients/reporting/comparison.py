@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from clients.reporting.figures import NOTHING, Scale, estimate_cell, metric_title
 from clients.reporting.files import columns_of
 from clients.task import Metric
-from crane_serve.pages.content import Cell, Section, Table
+from crane_serve.common.reports.content import Cell, Section, Table
 
 if TYPE_CHECKING:
     from clients.compare import ComparedCell, Comparison

@@ -2,8 +2,8 @@
 
 from clients.evaluation import Evaluation, MatchedEffect
 from clients.reporting.figures import NOTHING, estimate_cell
-from crane_serve.pages.content import Cell, Picture, Section, Table
-from crane_serve.pages.numbers import interval_text
+from crane_serve.common.reports.content import Cell, Picture, Section, Table
+from crane_serve.common.reports.numbers import interval_text
 
 
 def doses_section(evaluation: Evaluation, pictures: tuple[Picture, ...]) -> Section | None:

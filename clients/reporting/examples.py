@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from clients.evaluation import UNMASKED, Evaluation, TaskInfo
 from clients.reporting.figures import NOTHING, masks_by_method, metric_title
 from clients.task import Answers, Generated, Item, Question, Scored, Task
-from crane_serve.pages.content import Cell, Section, Table
-from crane_serve.pages.render import cut
+from crane_serve.common.reports.content import Cell, Section, Table
+from crane_serve.common.reports.render import cut
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from clients.evaluation import UNMASKED, Cell, Evaluation
 from clients.task import Metric
-from crane_serve.pages import content
-from crane_serve.pages.numbers import interval_text, number_text
-from crane_serve.statistics import Estimate
+from crane_serve.common.numbers.bootstrap import Estimate
+from crane_serve.common.reports import content
+from crane_serve.common.reports.numbers import interval_text, number_text
 
 NOTHING = "-"
 SIGNIFICANT = 0.05  # q-values below are marked

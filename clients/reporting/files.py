@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from clients.evaluation import Cell, Evaluation, TaskInfo
 from clients.task import Answers, Question
-from crane_serve.atomic import write_atomically
-from crane_serve.statistics import Estimate
+from crane_serve.common.atomic import write_atomically
+from crane_serve.common.numbers.bootstrap import Estimate
 
 if TYPE_CHECKING:
     import pyarrow as pa

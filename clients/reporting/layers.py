@@ -2,7 +2,7 @@
 
 from clients.evaluation import Evaluation, PlannedMask
 from clients.reporting.figures import NOTHING, masks_by_method
-from crane_serve.pages.content import Cell, Picture, Section, Table
+from crane_serve.common.reports.content import Cell, Picture, Section, Table
 
 
 def masks_with_layers(evaluation: Evaluation) -> list[PlannedMask]:

@@ -16,8 +16,8 @@ from clients.evaluation import RANDOM, UNMASKED, Cell, Effect, Evaluation, TaskI
 from clients.reporting.figures import Scale, mark, masks_by_method
 from clients.reporting.layers import masks_with_layers
 from clients.task import Metric
-from crane_serve.pages.content import Picture
-from crane_serve.pages.drawing import (
+from crane_serve.common.reports.content import Picture
+from crane_serve.common.reports.drawing import (
     DAMAGE,
     LABEL,
     SHADES,
@@ -36,7 +36,7 @@ from crane_serve.pages.drawing import (
     show_changes,
     symlog,
 )
-from crane_serve.pages.numbers import interval_text, number_text
+from crane_serve.common.reports.numbers import interval_text, number_text
 
 MATRIX, LAYERS, DOSES = "matrix", "layers", "dose-response"
 _DETAILED_ROWS = 60  # with more masks, rows are low and have no intervals

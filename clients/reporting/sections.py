@@ -11,7 +11,7 @@ from clients.reporting.layers import layers_section
 from clients.reporting.pictures import DOSES, LAYERS, MATRIX
 from clients.reporting.selectivity import selectivity_section
 from clients.task import Answers
-from crane_serve.pages.content import Picture, Section
+from crane_serve.common.reports.content import Picture, Section
 
 
 def report_sections(

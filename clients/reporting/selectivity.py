@@ -3,9 +3,9 @@
 from clients.evaluation import Effect, Evaluation, MethodRank, TaskInfo
 from clients.reporting.figures import NOTHING, Scale, budget_text, estimate_cell, metric_title
 from clients.task import Metric
-from crane_serve.langspec import Form
-from crane_serve.pages.content import Cell, Section, Table
-from crane_serve.pages.numbers import interval_text, number_text
+from crane_serve.common.numbers.langspec import Form
+from crane_serve.common.reports.content import Cell, Section, Table
+from crane_serve.common.reports.numbers import interval_text, number_text
 
 _ABOUT = (
     "Above 0 is damage, whatever the metric. own: to the language the mask was made for; others: mean over the others; "

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 
 from clients.reporting.figures import SHORT
-from crane_serve.pages.render import cut
+from crane_serve.common.reports.render import cut
 
 _LONGEST = 300
 _HEX_DIGEST = 64

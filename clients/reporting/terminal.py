@@ -8,8 +8,8 @@ from rich.text import Text
 from clients.evaluation import Evaluation, TaskInfo
 from clients.reporting.changes import change_table
 from clients.reporting.figures import BEYOND, SIGNIFICANT, WITHIN, masks_by_method, metric_title
-from crane_serve.pages import content
-from crane_serve.pages.render import visible
+from crane_serve.common.reports import content
+from crane_serve.common.reports.render import visible
 
 
 def summary_tables(evaluation: Evaluation) -> list[Table]:

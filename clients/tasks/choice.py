@@ -11,7 +11,7 @@ from clients.row_task import RowTask, scores_of
 from clients.sources import Row
 from clients.task import Generated, Item, Metric, ScoreContinuations, Scored, ScoreOf, Value
 from clients.templates import Template
-from crane_serve.checkpoints.prefix import Join
+from crane_serve.common.models.prefix import Join
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

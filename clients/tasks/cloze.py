@@ -14,7 +14,7 @@ from clients.row_task import RowTask, at_row, scores_of
 from clients.sources import Row
 from clients.task import Generated, Item, Metric, ScoreContinuations, Scored, ScoreOf, Value
 from clients.templates import Template
-from crane_serve.checkpoints.prefix import Join
+from crane_serve.common.models.prefix import Join
 
 MAX_CANDIDATES = 1024  # what /score takes in one request
 ALL_ANSWERS = "answers"

@@ -11,7 +11,7 @@ from clients.normalise import words
 from clients.sources import Row
 from clients.task import Generated, Item, Metric, Scored, ScoreOf, Value
 from clients.templates import Template
-from crane_serve.languages import code_of, identify, known_languages, same_language
+from crane_serve.common.text.languages import code_of, identify, known_languages, same_language
 
 _RUN = 4  # words
 

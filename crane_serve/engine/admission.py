@@ -3,8 +3,8 @@
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+from crane_serve.common.masks import MaskError, MaskTableFull, Positions, ResolvedMask
 from crane_serve.engine.config import DISABLE_VARIABLE, MASKS_VARIABLE, mask_config, masks_disabled
-from crane_serve.masks import MaskError, MaskTableFull, Positions, ResolvedMask
 
 MASK_ARGUMENT = "crane_mask"
 POSITIONS_ARGUMENT = "crane_positions"

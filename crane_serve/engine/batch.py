@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from crane_serve.common.masks import MaskLibrary, Positions
 from crane_serve.engine.admission import Asked
 from crane_serve.engine.config import mask_config
 from crane_serve.engine.masked_mlp import install_masks
 from crane_serve.engine.routing import Ints, fill_slots, row_per_token
 from crane_serve.engine.table import UNMASKED_ROW, MaskTable
-from crane_serve.masks import MaskLibrary, Positions
 
 
 class BatchMasks:

@@ -10,8 +10,8 @@ none can overtake the mask it needs.
 from collections.abc import Sequence
 from typing import Any
 
+from crane_serve.common.masks import MaskLibrary, decode_mask
 from crane_serve.engine.config import mask_config
-from crane_serve.masks import MaskLibrary, decode_mask
 
 CHANGE_METHOD = "crane_change_mask"
 FORGET_METHOD = "crane_forget_masks"

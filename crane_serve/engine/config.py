@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import crane_serve
-from crane_serve.checkpoints.resolve import resolve_checkpoint
+from crane_serve.common.masks import Fingerprint, MaskFileError, MaskLibrary
+from crane_serve.common.models.resolve import resolve_checkpoint
 from crane_serve.engine.weights import require_same_weights
-from crane_serve.masks import Fingerprint, MaskFileError, MaskLibrary
 
 CONFIG_KEY = "crane"
 MASKS_VARIABLE = "CRANE_MASKS"

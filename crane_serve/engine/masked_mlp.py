@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crane_serve.common.models.families import available, layer_lists
+from crane_serve.common.models.family import ServedMlp
 from crane_serve.engine.table import MaskTable, new_table
-from relevance.families import available, layer_lists
-from relevance.family import ServedMlp
 
 # Decoder layers are numbered children of one list: "model.layers.3.mlp", "transformer.h.3.mlp".
 _LAYER = re.compile(rf"(?:^|\.)(?:{layer_lists()})\.(\d+)(?:\.|$)")

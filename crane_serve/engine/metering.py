@@ -4,9 +4,9 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
+from crane_serve.common.masks import MaskError, MaskLibrary
 from crane_serve.engine.admission import asked_mask
 from crane_serve.engine.wrapping import wrap
-from crane_serve.masks import MaskError, MaskLibrary
 
 
 def meter(engine: Any, library: MaskLibrary, on_tokens: Callable[[str | None, int, int], object]) -> None:

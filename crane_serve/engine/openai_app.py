@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, get_args
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from crane_serve.common.masks import MaskError, MaskLibrary
+from crane_serve.common.masks.library import UNMASKED
 from crane_serve.engine.detokenizing import mend_detokenizer
 from crane_serve.engine.limits import explain_limits
 from crane_serve.engine.vllm_routes import guard
-from crane_serve.masks import MaskError, MaskLibrary
-from crane_serve.masks.library import UNMASKED
 
 _TASKS = ("generate",)
 _CHAT, _CHAT_BATCH = "/v1/chat/completions", "/v1/chat/completions/batch"

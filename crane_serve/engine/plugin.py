@@ -20,6 +20,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from crane_serve.common.masks import MaskError, MaskTableFull, ResolvedMask
 from crane_serve.engine import changes, vllm_routes
 from crane_serve.engine.admission import MASK_ARGUMENT, admit, asked_mask, looks_like_ours, require_row
 from crane_serve.engine.config import MASKS_VARIABLE, add_mask_config, mask_config, masks_disabled
@@ -27,7 +28,6 @@ from crane_serve.engine.prefix_cache import check_salt, generated_salt, salted, 
 from crane_serve.engine.support import UnsupportedEngine, check_engine, check_version
 from crane_serve.engine.vocabulary import drop_impossible, require_embeddings, validate_token_ids
 from crane_serve.engine.wrapping import wrap
-from crane_serve.masks import MaskError, MaskTableFull, ResolvedMask
 
 _LEASE = "_crane_mask"
 

@@ -3,7 +3,7 @@
 import hashlib
 from typing import Any
 
-from crane_serve.masks import MaskError, Positions, ResolvedMask
+from crane_serve.common.masks import MaskError, Positions, ResolvedMask
 
 _PREFIX = "crane-mask-"
 

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, from_numpy
 
+from crane_serve.common.masks import Positions
 from crane_serve.engine.table import UNMASKED_ROW
-from crane_serve.masks import Positions
 
 Ints = Sequence[int] | NDArray[np.integer]
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from crane_serve.masks import MaskInfo, NeuronMask, StoredMask
+from crane_serve.common.masks import MaskInfo, NeuronMask, StoredMask
 
 if TYPE_CHECKING:
     from crane_serve.engine.service import EngineService

@@ -16,10 +16,22 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
-from crane_serve.atomic import written_aside
-from crane_serve.checkpoints.errors import CheckpointError
-from crane_serve.checkpoints.load import load_tokenizer, reason
-from crane_serve.checkpoints.prefix import StartTokens
+from crane_serve.common.atomic import written_aside
+from crane_serve.common.masks import (
+    Fingerprint,
+    MaskError,
+    MaskFileError,
+    MaskLibrary,
+    MaskTableFull,
+    ResolvedMask,
+    StoredMask,
+    UnknownMask,
+    encode_mask,
+    mask_path,
+)
+from crane_serve.common.models.errors import CheckpointError
+from crane_serve.common.models.load import load_tokenizer, reason
+from crane_serve.common.models.prefix import StartTokens
 from crane_serve.engine.admission import mask_arguments, require_row
 from crane_serve.engine.changes import CHANGE_METHOD, FORGET_METHOD
 from crane_serve.engine.config import (
@@ -34,18 +46,6 @@ from crane_serve.engine.flags import serving_arguments
 from crane_serve.engine.metering import meter
 from crane_serve.engine.openai_app import RequestFields, build_openai_app
 from crane_serve.engine.self_check import check_masks
-from crane_serve.masks import (
-    Fingerprint,
-    MaskError,
-    MaskFileError,
-    MaskLibrary,
-    MaskTableFull,
-    ResolvedMask,
-    StoredMask,
-    UnknownMask,
-    encode_mask,
-    mask_path,
-)
 
 _CPU_KV_CACHE_GIB = "2"
 _CPU_PRIMITIVES = "64"

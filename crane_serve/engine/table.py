@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from crane_serve.masks import NeuronMask
+from crane_serve.common.masks import NeuronMask
 
 UNMASKED_ROW = 0
 

@@ -36,9 +36,9 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from crane_serve.common.masks import MaskError
 from crane_serve.engine.admission import MASK_ARGUMENT, OUR_WORDS, looks_like_ours
 from crane_serve.engine.wrapping import wrap
-from crane_serve.masks import MaskError
 
 _XARGS = ("vllm_xargs",)
 CARRYING: Mapping[str, tuple[str, ...]] = {

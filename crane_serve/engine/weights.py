@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from crane_serve.checkpoints.errors import CheckpointError
-from crane_serve.checkpoints.load import require_weights_of
-from crane_serve.checkpoints.weights import weight_files
+from crane_serve.common.models.errors import CheckpointError
+from crane_serve.common.models.load import require_weights_of
+from crane_serve.common.models.weights import weight_files
 
 _FORMATS = ("auto", "hf", "safetensors")
 

@@ -16,11 +16,11 @@ from typing import Annotated
 
 import typer
 
-from crane_serve.atomic import write_atomically
-from crane_serve.bars import bar
-from crane_serve.checkpoints.load import load_config, require_weights_of
-from crane_serve.checkpoints.resolve import resolve_checkpoint
-from crane_serve.masks import Fingerprint
+from crane_serve.common.atomic import write_atomically
+from crane_serve.common.bars import bar
+from crane_serve.common.masks import Fingerprint
+from crane_serve.common.models.load import load_config, require_weights_of
+from crane_serve.common.models.resolve import resolve_checkpoint
 from crane_serve.verify import checks
 from crane_serve.verify.checks import Check
 from crane_serve.verify.generated import write_trial_masks

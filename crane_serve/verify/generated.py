@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from crane_serve.masks import Fingerprint, MaskFileError, MaskInfo, MaskLibrary, NeuronMask, write_mask
+from crane_serve.common.masks import Fingerprint, MaskFileError, MaskInfo, MaskLibrary, NeuronMask, write_mask
 
 _PREFIX = "crane-verify-"
 _SLICES = 8

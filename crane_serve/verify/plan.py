@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
+from crane_serve.common.masks import Fingerprint
 from crane_serve.engine.offline import Answer, EngineFacts
-from crane_serve.masks import Fingerprint
 from crane_serve.verify.checks import Check
 from crane_serve.verify.generated import TrialMasks
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crane_serve.checkpoints.load import load_causal_lm, load_tokenizer
-from crane_serve.checkpoints.vocabulary import require_known
-from crane_serve.masks import Fingerprint, MaskLibrary, NeuronMask
+from crane_serve.common.masks import Fingerprint, MaskLibrary, NeuronMask
+from crane_serve.common.models.families import available, layer_lists
+from crane_serve.common.models.load import load_causal_lm, load_tokenizer
+from crane_serve.common.models.vocabulary import require_known
 from crane_serve.verify import probes
 from crane_serve.verify.plan import Outcome, Plan, Reference, describe
-from relevance.families import available, layer_lists
 
 _FLOAT32_PARAMETERS = 1_000_000_000
 _GIVEN = 3  # of the user's masks

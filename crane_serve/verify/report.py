@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import crane_serve
+from crane_serve.common.masks import Fingerprint
 from crane_serve.engine.offline import EngineFacts
-from crane_serve.masks import Fingerprint
 from crane_serve.verify.checks import Check, Status
 
 

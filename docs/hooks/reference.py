@@ -92,8 +92,8 @@ def schemas() -> str:
 
 def engine_routes() -> str:
     """vLLM's routes that the service answers."""
-    from crane_serve.api.openai import ROUTES
     from crane_serve.engine.vllm_routes import CARRYING
+    from crane_serve.service.api.openai import ROUTES
 
     rows = [
         f"| `{method} {path}` | {'yes' if path in CARRYING else 'runs no model'} |" for path, method in ROUTES.items()
@@ -102,7 +102,7 @@ def engine_routes() -> str:
 
 
 def _document() -> dict[str, Any]:
-    from crane_serve.api.app import create_app
+    from crane_serve.service.api.app import create_app
 
     async def nothing() -> Any:
         raise RuntimeError("the reference needs no engine")

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clients import Evaluation
-from crane_serve.langspec import Form, langspec_f1
+from crane_serve.common.numbers.langspec import Form, langspec_f1
 
 COLUMNS = {"en": "mmlu", "zh": "c-eval", "vi": "belebele-vi"}
 

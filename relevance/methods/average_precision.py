@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from relevance.accumulators import DocumentSample
 from relevance.method import Activations, OfActivations, Shape, Units
-from relevance.statistics import DocumentSample
 
 DOCUMENTS = 512
 SELECTED = 1000

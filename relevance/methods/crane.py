@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from relevance.accumulators import Moments
 from relevance.method import Gradients, Objective, OfGradients, Pass, Shape, Site, Units
 from relevance.rules import ATTNLRP
-from relevance.statistics import Moments
 
 THRESHOLD = 1.0
 

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from relevance.accumulators import RunningMean
 from relevance.contrast import find_contrast
 from relevance.method import Activations, OfActivations, Shape, Units
-from relevance.statistics import RunningMean
 
 PERCENTILE = 0.95
 SELECTED = 0.01

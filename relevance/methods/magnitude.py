@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from relevance.accumulators import RunningMean
 from relevance.method import Activations, OfActivations, Units
-from relevance.statistics import RunningMean
 
 
 class Magnitude(OfActivations):

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from relevance.accumulators import RunningMean
 from relevance.contrast import find_contrast
 from relevance.method import Activations, OfActivations, Shape, Units
-from relevance.statistics import RunningMean
 
 TOP_SHARE = 0.1
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from crane_serve.common.models.families import Decoder
 from relevance.encoding import Batch
-from relevance.families import Decoder
 from relevance.method import Shape
 from relevance.search.words import Effect, Words, effect, unmasked
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from crane_serve.common.models.families import Decoder
 from relevance.encoding import Batch
-from relevance.families import Decoder
 from relevance.search.words import Words, effect, unmasked
 
 # Factors [layers, widest] of the neurons -> nats per token lost, by language.

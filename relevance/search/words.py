@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from crane_serve.common.models.families import Decoder
+from relevance.accumulators import NonFiniteError
 from relevance.causal import NON_FINITE_HINT, hidden_states, scaled
 from relevance.encoding import Batch
-from relevance.families import Decoder
 from relevance.rules import PLAIN, soft_cap
-from relevance.statistics import NonFiniteError
 
 EXTRA_WORDS = 2000
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from crane_serve.atomic import write_atomically
-from crane_serve.masks import NeuronMask
+from crane_serve.common.atomic import write_atomically
+from crane_serve.common.masks import NeuronMask
+from crane_serve.common.models.families import Decoder
 from relevance.causal import Losses, losses, masked
-from relevance.families import Decoder
 
 _UNMASKED = "none"
 

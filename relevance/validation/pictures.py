@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from crane_serve.pages.content import Picture
-from crane_serve.pages.drawing import (
+from crane_serve.common.reports.content import Picture
+from crane_serve.common.reports.drawing import (
     LABEL,
     LINEAR,
     PALETTE,

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from crane_serve.atomic import write_atomically
-from crane_serve.pages.content import Picture, Section, Table
-from crane_serve.pages.numbers import percent_text
-from crane_serve.pages.render import html_page, markdown_page
+from crane_serve.common.atomic import write_atomically
+from crane_serve.common.reports.content import Picture, Section, Table
+from crane_serve.common.reports.numbers import percent_text
+from crane_serve.common.reports.render import html_page, markdown_page
 from relevance.validation.result import Validation
 from relevance.validation.tables import (
     Draws,

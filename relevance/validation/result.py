@@ -5,10 +5,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 import crane_serve
-from crane_serve.atomic import write_atomically
-from crane_serve.langspec import Form
-from crane_serve.masks import Fingerprint
-from crane_serve.statistics import CONFIDENCE, RESAMPLES, Estimate
+from crane_serve.common.atomic import write_atomically
+from crane_serve.common.masks import Fingerprint
+from crane_serve.common.numbers.bootstrap import CONFIDENCE, RESAMPLES, Estimate
+from crane_serve.common.numbers.langspec import Form
 
 CHOICE, REPORT = "validation", "test"
 MATCHED = "matched effect"

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from crane_serve.langspec import Form
-from crane_serve.pages.content import Cell, Table
-from crane_serve.pages.numbers import interval_text, number_text, percent_text
-from crane_serve.statistics import Estimate
+from crane_serve.common.numbers.bootstrap import Estimate
+from crane_serve.common.numbers.langspec import Form
+from crane_serve.common.reports.content import Cell, Table
+from crane_serve.common.reports.numbers import interval_text, number_text, percent_text
 from relevance.criteria import LIKE, neurons_of_budget
 from relevance.validation.result import CHOICE, MATCHED, REPORT, MaskEffect, Validation
 

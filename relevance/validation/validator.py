@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from crane_serve.langspec import Form, langspec_f1
-from crane_serve.masks import NeuronMask
-from crane_serve.statistics import CONFIDENCE, RESAMPLES, Estimate, change_per_token
+from crane_serve.common.masks import NeuronMask
+from crane_serve.common.numbers.bootstrap import CONFIDENCE, RESAMPLES, Estimate, change_per_token
+from crane_serve.common.numbers.langspec import Form, langspec_f1
 from relevance.criteria import LIKE, Criteria, neurons_of_budget
 from relevance.method import MethodError
 from relevance.methods import find

@@ -7,7 +7,7 @@ import pytest
 import pytest_asyncio
 from fastapi import FastAPI
 
-from crane_serve.api.app import create_app
+from crane_serve.service.api.app import create_app
 from tests.api.fake_engine import FakeEngine
 
 

@@ -10,11 +10,8 @@ from pathlib import Path
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
-from crane_serve.api.openai import ROUTES
-from crane_serve.atomic import write_atomically
-from crane_serve.checkpoints.prefix import StartTokens
-from crane_serve.engine.service import EngineDead, PromptLogprobs, SampledToken, Sampling, Step, TokenLogprob
-from crane_serve.masks import (
+from crane_serve.common.atomic import write_atomically
+from crane_serve.common.masks import (
     Fingerprint,
     MaskInfo,
     MaskLibrary,
@@ -25,6 +22,9 @@ from crane_serve.masks import (
     encode_mask,
     mask_path,
 )
+from crane_serve.common.models.prefix import StartTokens
+from crane_serve.engine.service import EngineDead, PromptLogprobs, SampledToken, Sampling, Step, TokenLogprob
+from crane_serve.service.api.openai import ROUTES
 from tests.tiny import byte_tokenizer
 
 FINGERPRINT = Fingerprint(

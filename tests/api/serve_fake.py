@@ -18,12 +18,12 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from crane_serve.api.app import create_app
+from crane_serve.common.masks import ResolvedMask
 from crane_serve.engine.service import EngineDead, Sampling, Step
-from crane_serve.lifecycle import run
-from crane_serve.logs import configure_logging
-from crane_serve.masks import ResolvedMask
-from crane_serve.settings import ServeSettings
+from crane_serve.service.api.app import create_app
+from crane_serve.service.lifecycle import run
+from crane_serve.service.logs import configure_logging
+from crane_serve.service.settings import ServeSettings
 from tests.api.fake_engine import FakeEngine
 
 _SENTENCES = {

@@ -8,11 +8,11 @@ import pytest
 from pydantic import SecretStr
 from starlette.types import Message, Receive, Scope, Send
 
-from crane_serve.api.app import create_app
-from crane_serve.api.authentication import Authentication
-from crane_serve.api.context import context_of
-from crane_serve.api.keys import Key, KeyRing, Role
-from crane_serve.settings import ApiSettings
+from crane_serve.service.api.app import create_app
+from crane_serve.service.api.authentication import Authentication
+from crane_serve.service.api.context import context_of
+from crane_serve.service.api.keys import Key, KeyRing, Role
+from crane_serve.service.settings import ApiSettings
 from tests.api.exchange import Exchange
 from tests.api.fake_engine import FakeEngine
 

@@ -12,13 +12,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from clients import AsyncCraneClient, CraneClient, GenerateItem
-from crane_serve.api import batch
-from crane_serve.api.app import create_app
-from crane_serve.api.context import RequestContext
-from crane_serve.api.errors import ApiError
+from crane_serve.common.masks import ResolvedMask
 from crane_serve.engine.service import RejectedRequest, Sampling, Step
-from crane_serve.masks import ResolvedMask
-from crane_serve.settings import ApiSettings
+from crane_serve.service.api import batch
+from crane_serve.service.api.app import create_app
+from crane_serve.service.api.context import RequestContext
+from crane_serve.service.api.errors import ApiError
+from crane_serve.service.settings import ApiSettings
 from tests.api.fake_engine import NEURONS, FakeEngine
 
 NDJSON = {"content-type": "application/x-ndjson"}

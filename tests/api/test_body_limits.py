@@ -11,11 +11,11 @@ import uvicorn
 from fastapi import FastAPI, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from crane_serve.api import body
-from crane_serve.api.app import create_app
-from crane_serve.api.body import BoundedBody
-from crane_serve.api.errors import ApiError, install_error_handlers
-from crane_serve.settings import ApiSettings
+from crane_serve.service.api import body
+from crane_serve.service.api.app import create_app
+from crane_serve.service.api.body import BoundedBody
+from crane_serve.service.api.errors import ApiError, install_error_handlers
+from crane_serve.service.settings import ApiSettings
 from tests.api.exchange import Exchange
 from tests.api.fake_engine import FakeEngine
 

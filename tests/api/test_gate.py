@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 
-from crane_serve.api.context import RequestContext
-from crane_serve.api.errors import ApiError, TooBusy, describe
-from crane_serve.api.gate import Gate
-from crane_serve.api.keys import Key, Role
+from crane_serve.service.api.context import RequestContext
+from crane_serve.service.api.errors import ApiError, TooBusy, describe
+from crane_serve.service.api.gate import Gate
+from crane_serve.service.api.keys import Key, Role
 
 
 def request(name: str | None = None) -> RequestContext:

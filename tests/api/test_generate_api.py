@@ -9,8 +9,8 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from crane_serve.common.masks import MaskTableFull
 from crane_serve.engine.service import EngineDead, EngineService, RejectedRequest, Sampling
-from crane_serve.masks import MaskTableFull
 from tests.api.fake_engine import FakeEngine
 from tests.tokenizer_kinds import ENDING, KINDS, Kind
 

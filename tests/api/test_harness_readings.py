@@ -12,10 +12,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from crane_serve.api.app import create_app
+from crane_serve.common.masks import ResolvedMask
 from crane_serve.engine.service import PromptLogprobs
-from crane_serve.masks import ResolvedMask
-from crane_serve.settings import ApiSettings
+from crane_serve.service.api.app import create_app
+from crane_serve.service.settings import ApiSettings
 from tests.api.fake_engine import FakeEngine
 from tests.tokenizer_kinds import ENDING, KINDS, VOCABULARY, Kind
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from crane_serve.api import keys
-from crane_serve.api.keys import Key, KeyRing, Role
+from crane_serve.service.api import keys
+from crane_serve.service.api.keys import Key, KeyRing, Role
 
 ALICE, BOB, CAROL = "alice-" + "k" * 20, "bob#" + "~" * 20, "carol-" + "!" * 20
 

@@ -17,16 +17,16 @@ from starlette.background import BackgroundTask
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from crane_serve.api import lifeline
-from crane_serve.api.app import create_app
-from crane_serve.api.authentication import Authentication
-from crane_serve.api.body import BoundedBody
-from crane_serve.api.context import context_of
-from crane_serve.api.errors import ApiError
-from crane_serve.api.gate import Gate
-from crane_serve.api.keys import KeyRing
-from crane_serve.api.lifeline import Lifeline, Lifelines
 from crane_serve.engine.service import EngineDead
+from crane_serve.service.api import lifeline
+from crane_serve.service.api.app import create_app
+from crane_serve.service.api.authentication import Authentication
+from crane_serve.service.api.body import BoundedBody
+from crane_serve.service.api.context import context_of
+from crane_serve.service.api.errors import ApiError
+from crane_serve.service.api.gate import Gate
+from crane_serve.service.api.keys import KeyRing
+from crane_serve.service.api.lifeline import Lifeline, Lifelines
 from tests.api.exchange import Exchange
 from tests.api.fake_engine import FakeEngine
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from fastapi import FastAPI
 
-from crane_serve.api.body import DRAINED_BYTES
-from crane_serve.masks import MaskInfo, MaskLibrary, NeuronMask, StoredMask, decode_mask, encode_mask
-from crane_serve.masks.incoming import IncomingMask
+from crane_serve.common.masks import MaskInfo, MaskLibrary, NeuronMask, StoredMask, decode_mask, encode_mask
+from crane_serve.common.masks.incoming import IncomingMask
+from crane_serve.service.api.body import DRAINED_BYTES
 from tests.api.fake_engine import BROKEN, FINGERPRINT, NEURONS, FakeEngine
 
 SIZES = FINGERPRINT.intermediate_sizes
@@ -350,7 +350,7 @@ async def test_a_caller_that_leaves_does_not_break_the_next_ones_condition(direc
 
 
 async def client_of(engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
-    from crane_serve.api.app import create_app
+    from crane_serve.service.api.app import create_app
 
     async def start() -> FakeEngine:
         return engine

@@ -12,13 +12,13 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from crane_serve.api.app import create_app
-from crane_serve.api.context import context_of
-from crane_serve.api.errors import ApiError
-from crane_serve.api.gate import Gate
-from crane_serve.api.keys import Key, Role
-from crane_serve.api.metrics import MAX_MASKS, Metrics
-from crane_serve.api.observation import Observation
+from crane_serve.service.api.app import create_app
+from crane_serve.service.api.context import context_of
+from crane_serve.service.api.errors import ApiError
+from crane_serve.service.api.gate import Gate
+from crane_serve.service.api.keys import Key, Role
+from crane_serve.service.api.metrics import MAX_MASKS, Metrics
+from crane_serve.service.api.observation import Observation
 from tests.api.fake_engine import FakeEngine
 
 SECRETS = ("sk-a-secret-key", "a secret prompt", "hidden-in-the-query")

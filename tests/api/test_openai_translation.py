@@ -15,12 +15,12 @@ from fastapi import FastAPI
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from crane_serve.api.context import RequestContext, context_of
-from crane_serve.api.errors import install_error_handlers
-from crane_serve.api.gate import Gate
-from crane_serve.api.openai import ROUTES, OpenAIRoutes
+from crane_serve.common.masks import MaskTableFull, Positions, ResolvedMask, StoredMask
 from crane_serve.engine.openai_app import answering_as, public_name
-from crane_serve.masks import MaskTableFull, Positions, ResolvedMask, StoredMask
+from crane_serve.service.api.context import RequestContext, context_of
+from crane_serve.service.api.errors import install_error_handlers
+from crane_serve.service.api.gate import Gate
+from crane_serve.service.api.openai import ROUTES, OpenAIRoutes
 from tests.api.fake_engine import FakeEngine, library
 
 COMPLETION = {"model": "tiny", "prompt": "Hi", "max_tokens": 3}
@@ -909,7 +909,7 @@ async def test_answers_name_the_model_that_was_asked_for(
         asked.append(model)
         return answering_as(model)
 
-    monkeypatch.setattr("crane_serve.api.openai.answering_as", spy)
+    monkeypatch.setattr("crane_serve.service.api.openai.answering_as", spy)
     for model in ("tiny", "tiny:zh", "tiny:none", "other:zh"):
         await http.post("/v1/completions", json={**COMPLETION, "model": model})
     await http.post("/v1/completions?mask=zh", json=COMPLETION)

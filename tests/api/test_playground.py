@@ -17,10 +17,10 @@ from pydantic import SecretStr
 from starlette.types import Receive, Scope, Send
 
 from clients import AsyncCraneClient
-from crane_serve.api.app import create_app
-from crane_serve.page.paths import JOIN, STREAM, is_of_page
-from crane_serve.page.transport import InProcessTransport
-from crane_serve.settings import ApiSettings
+from crane_serve.service.api.app import create_app
+from crane_serve.service.playground.paths import JOIN, STREAM, is_of_page
+from crane_serve.service.playground.transport import InProcessTransport
+from crane_serve.service.settings import ApiSettings
 from tests.api.exchange import Exchange
 from tests.api.fake_engine import NEURONS, FakeEngine
 
@@ -285,7 +285,7 @@ class TestRefusals:
     async def test_events_that_nobody_comes_for_are_forgotten(
         self, client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("crane_serve.page.playground._MAX_WAITING", 3)
+        monkeypatch.setattr("crane_serve.service.playground.playground._MAX_WAITING", 3)
         body = await event(client, "score", "", "abc", ["none"])
         for number in range(8):
             response = await client.post(JOIN, json={**body, "session_hash": f"s{number}"})
@@ -562,8 +562,8 @@ def refuse(*arguments, **options):
     raise OSError("no network here")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 import asyncio, httpx, server
-from crane_serve.api.app import create_app
-from crane_serve.settings import ApiSettings
+from crane_serve.service.api.app import create_app
+from crane_serve.service.settings import ApiSettings
 from tests.api.fake_engine import FakeEngine
 
 async def start():

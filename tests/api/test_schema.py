@@ -8,10 +8,10 @@ from typing import Any
 import schemathesis
 from hypothesis import HealthCheck, settings
 
-from crane_serve.api.app import create_app
+from crane_serve.common.masks import ResolvedMask
 from crane_serve.engine.service import RejectedRequest, Sampling, Step
-from crane_serve.masks import ResolvedMask
-from crane_serve.settings import ApiSettings
+from crane_serve.service.api.app import create_app
+from crane_serve.service.settings import ApiSettings
 from tests.api.fake_engine import FakeEngine
 
 KEY = "an-administrators-key"

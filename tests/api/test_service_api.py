@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI
 
 import crane_serve
-from crane_serve.api.app import create_app
+from crane_serve.service.api.app import create_app
 from tests.api.fake_engine import BROKEN, FINGERPRINT, NEURONS, FakeEngine
 
 KNOWN = ", ".join(sorted(NEURONS))

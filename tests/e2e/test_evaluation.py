@@ -18,7 +18,7 @@ import yaml
 
 from clients import AsyncCraneClient, Evaluation, Plan, RetryPolicy, Run
 from clients.results import RESULTS_FILE
-from crane_serve.masks import NeuronMask
+from crane_serve.common.masks import NeuronMask
 from tests.conftest import TINY_FLAGS, Tiny
 from tests.engines import Oracle, Server
 

@@ -26,8 +26,8 @@ import openai
 import psutil
 import pytest
 
-from crane_serve.masks import MaskInfo, NeuronMask, encode_mask
-from crane_serve.masks.files import SUFFIX, read_mask
+from crane_serve.common.masks import MaskInfo, NeuronMask, encode_mask
+from crane_serve.common.masks.files import SUFFIX, read_mask
 from tests.conftest import TINY_FLAGS, Tiny
 from tests.engines import Oracle, Server
 

@@ -5,8 +5,8 @@ from statistics import mean
 import pytest
 
 from clients import CraneClient
-from crane_serve.masks import MaskLibrary
-from relevance.corpus import EMBEDDED_CORPUS, Corpus
+from crane_serve.common.masks import MaskLibrary
+from crane_serve.common.text.corpus import EMBEDDED_CORPUS, Corpus
 from tests.conftest import GEMMA
 from tests.engines import Oracle, Server
 

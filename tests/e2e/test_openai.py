@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from clients import CraneClient
-from crane_serve.masks import NeuronMask
+from crane_serve.common.masks import NeuronMask
 from tests.conftest import Tiny
 from tests.engines import Oracle, Server
 from tests.tiny import BEYOND

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import checks
 from schemathesis.specs.openapi import checks as openapi_checks
 
-from crane_serve.api.openai import ROUTES
+from crane_serve.service.api.openai import ROUTES
 from tests.engines import Server
 
 pytestmark = pytest.mark.engine

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from clients import AsyncCraneClient, CraneClient, CraneError
-from crane_serve.masks import NeuronMask, write_mask
+from crane_serve.common.masks import NeuronMask, write_mask
 from tests.conftest import RANKS, TINY_FLAGS, Engines, Tiny
 from tests.engines import Oracle, Server
 

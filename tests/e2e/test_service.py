@@ -11,7 +11,7 @@ import pytest
 
 from clients import AsyncCraneClient, CraneClient, Evaluation
 from crane_serve.cli import app
-from crane_serve.masks import NeuronMask
+from crane_serve.common.masks import NeuronMask
 from tests.conftest import TINY_CHUNK_TOKENS, Tiny
 from tests.engines import Oracle, Server
 

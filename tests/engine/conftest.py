@@ -3,7 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from crane_serve.masks import MaskLibrary
+from crane_serve.common.masks import MaskLibrary
 from tests.conftest import Engines
 from tests.engine.offline import start
 

@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+from crane_serve.common.masks import MaskError, MaskFileError, NeuronMask, Positions, StoredMask
 from crane_serve.engine.service import EngineConfig, EngineService, Sampling, configure_engine
-from crane_serve.masks import MaskError, MaskFileError, NeuronMask, Positions, StoredMask
 
 MASKS = [None, "en", "zh", "vi", "zh,vi", "en@0.5"]
 PROMPTS = [
@@ -152,7 +152,7 @@ async def run(config: EngineConfig, foreign: StoredMask) -> dict:
 
 
 def main() -> None:
-    from crane_serve.masks import read_mask
+    from crane_serve.common.masks import read_mask
 
     checkpoint, masks, out, foreign, *flags = sys.argv[1:]
     config = configure_engine(Path(checkpoint), Path(masks), "attnlrp", ROWS, flags)

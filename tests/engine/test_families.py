@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from crane_serve.masks import Fingerprint, MaskLibrary
+from crane_serve.common.masks import Fingerprint, MaskLibrary
 from tests.conftest import Engines
 from tests.engines import Oracle
 from tests.tiny import FAMILIES

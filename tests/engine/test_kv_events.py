@@ -16,9 +16,9 @@ from vllm.v1.core.kv_cache_utils import (
 )
 from vllm.v1.request import Request
 
+from crane_serve.common.masks import NeuronMask, Positions, ResolvedMask
 from crane_serve.engine import plugin
 from crane_serve.engine.prefix_cache import salted
-from crane_serve.masks import NeuronMask, Positions, ResolvedMask
 
 BLOCK_TOKENS, PROMPT_TOKENS, GENERATED_TOKENS = 4, 6, 7
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from crane_serve.common.masks import NeuronMask
 from crane_serve.engine.masked_mlp import UnsupportedModel, install_masks
-from crane_serve.masks import NeuronMask
 from tests.engine.stand_in import Layer, Mlp, Model
 from tests.tiny import HIDDEN, LAYERS, NEURONS
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from crane_serve.masks import Positions
+from crane_serve.common.masks import Positions
 from tests.conftest import RANKS, Engines, Tiny
 from tests.engines import Oracle
 

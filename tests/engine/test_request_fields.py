@@ -9,10 +9,10 @@ from openai.types import completion_create_params as completion
 from openai.types.chat import completion_create_params as chat
 from openai.types.responses import response_create_params as responses
 
-from crane_serve.api.openai import ROUTES
-from crane_serve.api.openai_body import IGNORED
 from crane_serve.engine.admission import looks_like_ours
 from crane_serve.engine.openai_app import assemble, request_fields
+from crane_serve.service.api.openai import ROUTES
+from crane_serve.service.api.openai_body import IGNORED
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from crane_serve.common.masks import MaskError, MaskLibrary
 from crane_serve.engine.config import MaskConfig
 from crane_serve.engine.runner_v2 import masked
-from crane_serve.masks import MaskError, MaskLibrary
 from tests.engine.stand_in import Model
 from tests.engines import random_masks
 from tests.tiny import LAYERS, NEURONS, tiny_model

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crane_serve.masks import MaskLibrary, Positions
+from crane_serve.common.masks import MaskLibrary, Positions
 from tests.engine.offline import BLOCK_TOKENS, KV_BLOCKS
 from tests.engines import Oracle
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from crane_serve.common.masks import MaskError, MaskFileError, MaskLibrary
 from crane_serve.engine.admission import admit, asked_mask
 from crane_serve.engine.config import MaskConfig, mask_config
 from crane_serve.engine.support import UnsupportedEngine, check_engine, check_version
-from crane_serve.masks import MaskError, MaskFileError, MaskLibrary
 from tests.engines import random_masks
 from tests.tiny import tiny_model
 

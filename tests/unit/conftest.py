@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from crane_serve.masks import Fingerprint
+from crane_serve.common.masks import Fingerprint
 from tests.tiny import tiny_model
 
 

@@ -7,7 +7,7 @@ from clients.analysis import Findings, analyse
 from clients.analysis.matched import crossing
 from clients.evaluation import Effect, MethodRank, PlannedMask
 from clients.task import Metric
-from crane_serve.langspec import Form, langspec_f1, langspec_f1_of_arrays
+from crane_serve.common.numbers.langspec import Form, langspec_f1, langspec_f1_of_arrays
 from tests.fed import ACCURACY, NATS, Fed, fed_answers
 from tests.unit.test_analysis_cells import finite, masks
 

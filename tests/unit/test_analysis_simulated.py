@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from clients.analysis import analyse
 from clients.evaluation import Cell, PlannedMask
 from clients.task import Metric
-from crane_serve.statistics import Estimate
+from crane_serve.common.numbers.bootstrap import Estimate
 from tests.fed import ACCURACY, NATS, Fed, fed_answers
 
 ITEMS = 60
@@ -17,13 +17,13 @@ Values = NDArray[np.float64]
 @pytest.fixture
 def only_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer resamples and next to no permutations: quicker, and a little less exact."""
-    monkeypatch.setattr("crane_serve.statistics.RESAMPLES", 1000)
+    monkeypatch.setattr("crane_serve.common.numbers.bootstrap.RESAMPLES", 1000)
     monkeypatch.setattr("clients.analysis.permutations.PERMUTATIONS", 1)
 
 
 @pytest.fixture
 def only_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crane_serve.statistics.RESAMPLES", 10)
+    monkeypatch.setattr("crane_serve.common.numbers.bootstrap.RESAMPLES", 10)
     monkeypatch.setattr("clients.analysis.permutations.PERMUTATIONS", 999)
 
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from crane_serve.bars import LogLines, bar, duration
+from crane_serve.common.bars import LogLines, bar, duration
 
 DAY_S = 86_400.0
 

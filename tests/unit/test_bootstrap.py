@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from crane_serve.statistics import RESAMPLES, Estimate, change_per_token, estimate, resampled_sums
+from crane_serve.common.numbers.bootstrap import RESAMPLES, Estimate, change_per_token, estimate, resampled_sums
 
 
 def test_sums_are_those_of_the_items_and_then_of_draws_of_as_many() -> None:
@@ -27,7 +27,7 @@ def test_columns_and_calls_share_draws() -> None:
 def test_batches_do_not_change_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.arange(20.0)[:, None]
     whole = resampled_sums(values)
-    monkeypatch.setattr("crane_serve.statistics._BATCH_VALUES", 20 * 7)
+    monkeypatch.setattr("crane_serve.common.numbers.bootstrap._BATCH_VALUES", 20 * 7)
     np.testing.assert_array_equal(resampled_sums(values), whole)
 
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from crane_serve.masks import NeuronMask
+from crane_serve.common.masks import NeuronMask
+from crane_serve.common.models.families import Decoder, take_apart
+from relevance.accumulators import NonFiniteError
 from relevance.causal import losses, masked, scaled
 from relevance.encoding import Batch
-from relevance.families import Decoder, take_apart
 from relevance.model import load_model
 from relevance.search.learning import Learning, closed, learn
 from relevance.search.refinement import Refinement, by_rank, refine, refine_scores
 from relevance.search.words import EXTRA_WORDS, Words, effect, unmasked
-from relevance.statistics import NonFiniteError
 from relevance.validation.ablations import Ablations, JournalError
 from tests.tiny import FAMILIES, tiny_model
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from crane_serve.statistics import change_per_token
+from crane_serve.common.numbers.bootstrap import change_per_token
 
 
 def test_change_is_the_ratio_of_sums_and_pairs_documents() -> None:

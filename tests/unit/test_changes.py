@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from crane_serve.engine import changes
-from crane_serve.engine.admission import require_row
-from crane_serve.masks import (
+from crane_serve.common.masks import (
     Fingerprint,
     FingerprintError,
     MaskInfo,
@@ -21,6 +19,8 @@ from crane_serve.masks import (
     UnknownMask,
     encode_mask,
 )
+from crane_serve.engine import changes
+from crane_serve.engine.admission import require_row
 
 
 def stored(name: str, neuron: int, fingerprint: Fingerprint) -> StoredMask:

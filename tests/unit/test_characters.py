@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from clients.sources import Source
 from crane_serve.cli import app
-from crane_serve.masks import read_mask
+from crane_serve.common.masks import read_mask
+from crane_serve.common.text.corpus import EMBEDDED_CORPUS, Corpus, Document, Form
 from relevance.characters import chinese_script, remarks
-from relevance.corpus import EMBEDDED_CORPUS, Corpus, Document, Form
 from relevance.corpus_import import line_parts, write_corpus
 from relevance.scores import Scores
 

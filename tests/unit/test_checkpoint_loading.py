@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from crane_serve.checkpoints import load
-from crane_serve.checkpoints.errors import CheckpointError
-from crane_serve.checkpoints.load import load_causal_lm, load_config, load_tokenizer, require_weights_of
 from crane_serve.cli import app
-from crane_serve.masks import Fingerprint, MaskInfo, NeuronMask, write_mask
+from crane_serve.common.masks import Fingerprint, MaskInfo, NeuronMask, write_mask
+from crane_serve.common.models import load
+from crane_serve.common.models.errors import CheckpointError
+from crane_serve.common.models.load import load_causal_lm, load_config, load_tokenizer, require_weights_of
 from relevance.model import load_model, load_skeleton
 from tests.damaged import DOWN, UP, change_config, change_tensors, copied, pickled, sharded, without
 from tests.scores import scores_info

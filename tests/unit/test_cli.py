@@ -10,10 +10,10 @@ from typer.testing import CliRunner, Result
 
 import crane_serve
 import server
-from crane_serve.checkpoints import fetch as fetching
 from crane_serve.cli import app
-from crane_serve.masks import Fingerprint, MaskInfo, NeuronMask, read_mask, write_mask
-from crane_serve.settings import ServeSettings
+from crane_serve.common.masks import Fingerprint, MaskInfo, NeuronMask, read_mask, write_mask
+from crane_serve.common.models import fetch as fetching
+from crane_serve.service.settings import ServeSettings
 from tests.tiny import LAYERS
 
 

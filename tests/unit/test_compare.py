@@ -14,7 +14,7 @@ from clients.compare import FILES, Comparison, compare, independent_difference
 from clients.errors import EvaluationError
 from clients.evaluation import UNMASKED, Evaluation, PlannedMask
 from clients.task import Answers, Item, Question, Scored, ScoreText
-from crane_serve.statistics import Estimate
+from crane_serve.common.numbers.bootstrap import Estimate
 from tests.evaluations import Texts, evaluation_of
 
 ITEMS = 40

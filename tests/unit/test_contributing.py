@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Exaone4Config
 
-from crane_serve.masks import read_mask
+from crane_serve.common.masks import read_mask
 from tests.tiny import HIDDEN, NEURONS, byte_tokenizer
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,8 @@ LAYERS = 2
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packages with the files of the page."""
-    assert {str(Path(name).parent) for name in FILES} == {"relevance/methods", "relevance/families", "clients/tasks"}
+    places = {"relevance/methods", "crane_serve/common/models/families", "clients/tasks"}
+    assert {str(Path(name).parent) for name in FILES} == places
     tree = tmp_path_factory.mktemp("tree")
     for package in ("crane_serve", "relevance", "clients"):
         shutil.copytree(CHECKOUT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))

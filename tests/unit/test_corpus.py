@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from relevance.corpus import EMBEDDED_CORPUS, Corpus, CorpusError, Document
+from crane_serve.common.text.corpus import EMBEDDED_CORPUS, Corpus, CorpusError, Document
 
 
 def write_jsonl(path: Path, *rows: object) -> None:
@@ -210,7 +210,7 @@ def test_a_corpus_knows_its_files(directory: Path) -> None:
 
 
 def test_the_module_imports_no_torch() -> None:
-    program = "import sys, relevance.corpus, relevance.sources, relevance.commands; sys.exit('torch' in sys.modules)"
+    program = "import sys, relevance.sources, relevance.commands; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 import crane_serve
-from crane_serve.api.app import create_app
 from crane_serve.engine.support import TESTED_VERSIONS
+from crane_serve.service.api.app import create_app
 from deploy.rehearse import CONTEXT, in_context
 from tests import deployment
 from tests.deployment import DEPLOY, MANIFESTS, NO_SCHEMA, ROOT, UID
@@ -301,7 +301,7 @@ def test_manifests_agree_with_each_other() -> None:
 
 
 def test_settings_of_the_pods_are_settings(settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from crane_serve.settings import load_settings
+    from crane_serve.service.settings import load_settings
 
     for name, value in settings.items():
         monkeypatch.setenv(name, value)

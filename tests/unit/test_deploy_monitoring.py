@@ -17,8 +17,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from crane_serve.api.app import create_app
-from crane_serve.settings import ApiSettings
+from crane_serve.service.api.app import create_app
+from crane_serve.service.settings import ApiSettings
 from tests.api.fake_engine import FakeEngine
 from tests.deployment import DEPLOY, ROOT
 

@@ -21,9 +21,9 @@ from clients.reporting.examples import FEW, FULL, Extent, changed, examples_sect
 from clients.reporting.files import cell_rows, write_items
 from clients.reporting.pictures import draw
 from clients.task import Answers, Generate, Generated, Item, Metric, Question
-from crane_serve.pages.content import Section
-from crane_serve.pages.render import cut, html_page, visible
-from crane_serve.statistics import Estimate
+from crane_serve.common.numbers.bootstrap import Estimate
+from crane_serve.common.reports.content import Section
+from crane_serve.common.reports.render import cut, html_page, visible
 from tests.evaluations import LANGUAGES, Written, evaluation_of, made_answers, planned_masks
 
 VOID = {"meta", "img", "input"}

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from clients.errors import EvaluationError
 from clients.sources import Source
-from relevance.corpus import EMBEDDED_CORPUS, Corpus
+from crane_serve.common.text.corpus import EMBEDDED_CORPUS, Corpus
 
 
 def write(path: Path, content: str | bytes) -> Path:

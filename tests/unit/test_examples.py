@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from clients.blocking import run_evaluation
 from clients.plan import Plan
 from crane_serve.cli import app
-from crane_serve.masks import read_mask
+from crane_serve.common.masks import read_mask
 from tests.api.serve_fake import FakeServer as TalkingServer
 from tests.fake_server import FakeServer, serving
 from tests.tiny import LAYERS, NEURONS, tiny_model

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig
 
-from relevance.families import take_apart
+from crane_serve.common.models.families import take_apart
 from relevance.rules import ATTNLRP, propagation
 from tests.decoders import exact, randomised
 

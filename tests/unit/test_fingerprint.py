@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from crane_serve.masks import Fingerprint, FingerprintError
-from crane_serve.masks.canonical_config import file_digest
+from crane_serve.common.masks import Fingerprint, FingerprintError
+from crane_serve.common.masks.canonical_config import file_digest
 from tests.damaged import pickled, sharded
 from tests.tiny import FAMILIES, HIDDEN, LAYERS, NEURONS, tiny_model
 

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from crane_serve.masks import Fingerprint, FingerprintError, MaskFileError, MaskInfo, NeuronMask, StoredMask
-from crane_serve.masks.files import decode_mask, encode_mask
-from crane_serve.masks.incoming import IncomingMask, MaskTooLarge
+from crane_serve.common.masks import Fingerprint, FingerprintError, MaskFileError, MaskInfo, NeuronMask, StoredMask
+from crane_serve.common.masks.files import decode_mask, encode_mask
+from crane_serve.common.masks.incoming import IncomingMask, MaskTooLarge
 
 MIB = 2**20
 FINGERPRINT = Fingerprint(

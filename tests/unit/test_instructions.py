@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from crane_serve.masks import Fingerprint
+from crane_serve.common.masks import Fingerprint
 from tests.tiny import BOS, EOS, tiny_model
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "chat"))

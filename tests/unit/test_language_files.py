@@ -14,8 +14,8 @@ from pyarrow import parquet
 
 from clients.errors import EvaluationError
 from clients.sources import Source
-from relevance.corpus import Corpus, CorpusError, Document
-from relevance.language_files import language_files
+from crane_serve.common.text.corpus import Corpus, CorpusError, Document
+from crane_serve.common.text.language_files import language_files
 from relevance.sources import load_corpus
 
 ROWS = [

@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from crane_serve.cli import app
-from relevance.corpus import EMBEDDED_CORPUS, Corpus, Document
-from relevance.language_id import Suspicion, misnamed
+from crane_serve.common.text.corpus import EMBEDDED_CORPUS, Corpus, Document
+from crane_serve.common.text.language_id import Suspicion, misnamed
 from relevance.sources import load_corpus
 
 EMBEDDED = Corpus.load(EMBEDDED_CORPUS, "relevance")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from crane_serve.masks import Fingerprint, MaskFileError, read_mask
-from crane_serve.masks.lape import import_lape
+from crane_serve.common.masks import Fingerprint, MaskFileError, read_mask
+from crane_serve.common.masks.lape import import_lape
 
 Neurons = list[list[Tensor]]
 

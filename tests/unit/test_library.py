@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crane_serve.masks import (
+from crane_serve.common.masks import (
     Fingerprint,
     InvalidMask,
     MaskError,
@@ -196,7 +196,7 @@ def test_unions_are_computed_once(library: MaskLibrary) -> None:
 
 
 def test_many_unions_stay_right(directory: Path, fingerprint: Fingerprint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crane_serve.masks.library._CACHED", 2)
+    monkeypatch.setattr("crane_serve.common.masks.library._CACHED", 2)
     library = MaskLibrary.load(directory, fingerprint, "attnlrp")
     pairs = [("en", "zh"), ("en", "vi"), ("zh", "vi"), ("lape-zh", "en")]
     for pair in [*pairs, *pairs]:

@@ -6,7 +6,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crane_serve.api.line_buffer import LineBuffer
+from crane_serve.service.api.line_buffer import LineBuffer
 
 BYTES = st.text(alphabet="ab \n\r", max_size=60).map(str.encode)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from crane_serve.logs import LOGGERS, configure_logging
-from crane_serve.settings import LogFormat, LogLevel
+from crane_serve.service.logs import LOGGERS, configure_logging
+from crane_serve.service.settings import LogFormat, LogLevel
 
 NASTY = 'a\r\nb\x1b[31m\u2028c\u202ed\x00"e=f\\'
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crane_serve.masks import NeuronMask
+from crane_serve.common.masks import NeuronMask
 
 SIZES = (6, 4)
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crane_serve.masks import Fingerprint, MaskFileError, MaskInfo, NeuronMask, read_mask, write_mask
+from crane_serve.common.masks import Fingerprint, MaskFileError, MaskInfo, NeuronMask, read_mask, write_mask
 
 Change = Callable[[dict[str, Tensor], dict[str, Any]], None]
 

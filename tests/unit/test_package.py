@@ -15,7 +15,7 @@ import pytest
 
 import crane_serve
 from clients import presets
-from relevance.corpus import EMBEDDED_CORPUS, Corpus
+from crane_serve.common.text.corpus import EMBEDDED_CORPUS, Corpus
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PACKAGES = ("crane_serve", "relevance", "clients")
@@ -116,8 +116,8 @@ from importlib.resources import files
 
 import clients, crane_serve, relevance, server
 from clients import presets
-from crane_serve.pages.render import html_page
-from relevance.corpus import EMBEDDED_CORPUS, Corpus
+from crane_serve.common.reports.render import html_page
+from crane_serve.common.text.corpus import EMBEDDED_CORPUS, Corpus
 
 (plugin,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="crane")
 print(json.dumps({

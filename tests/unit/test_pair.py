@@ -7,12 +7,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from crane_serve.checkpoints.load import load_tokenizer
 from crane_serve.cli import app
-from crane_serve.masks import Fingerprint, MaskInfo, NeuronMask, write_mask
+from crane_serve.common.masks import Fingerprint, MaskInfo, NeuronMask, write_mask
+from crane_serve.common.models.families import take_apart
+from crane_serve.common.models.load import load_tokenizer
 from relevance.causal import losses, masked
 from relevance.encoding import encode
-from relevance.families import take_apart
 from relevance.model import load_model
 from relevance.pair import Pair
 from relevance.sources import load_corpus

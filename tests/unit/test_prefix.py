@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from crane_serve.checkpoints.prefix import (
+from crane_serve.common.models.prefix import (
     AddBos,
     NoStartToken,
     StartTokens,

@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 import torch
 
+from crane_serve.common.masks import MaskError, NeuronMask, Positions, ResolvedMask
 from crane_serve.engine.prefix_cache import check_salt, generated_salt, salted, with_generated_salt
-from crane_serve.masks import MaskError, NeuronMask, Positions, ResolvedMask
 
 
 def resolved(neuron: int, positions: Positions = Positions.ALL) -> ResolvedMask:

@@ -17,11 +17,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from crane_serve.checkpoints.errors import CheckpointError
+from crane_serve.common.models.errors import CheckpointError
+from crane_serve.common.models.families import UnsupportedModelError, take_apart
+from crane_serve.common.text.corpus import Corpus, CorpusError, Document
+from relevance.accumulators import NonFiniteError
 from relevance.commands import relevance, select
-from relevance.corpus import Corpus, CorpusError, Document
 from relevance.encoding import Batch, EncodedDocuments, batches, encode
-from relevance.families import UnsupportedModelError, take_apart
 from relevance.measurement import Measurement, by_pass, last_hidden, units_of
 from relevance.method import (
     Activations,
@@ -44,7 +45,6 @@ from relevance.objective import log_probabilities, per_document, target_logits
 from relevance.rules import ATTNLRP, PLAIN, RELP, Rules, propagation, soft_cap
 from relevance.scores import Scores
 from relevance.scoring import score
-from relevance.statistics import NonFiniteError
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from relevance.corpus import Corpus, Document
+from crane_serve.common.text.corpus import Corpus, Document
 from relevance.measurement import Measurement
 from relevance.methods import find_scored
 from relevance.methods.lape import Lape

@@ -8,13 +8,13 @@ import psutil
 import pytest
 import torch
 
-from relevance.corpus import Corpus, Document
+from crane_serve.common.text.corpus import Corpus, Document
+from relevance.accumulators import NonFiniteError
 from relevance.encoding import EncodedDocuments
 from relevance.methods import find_scored
 from relevance.scores import Scores
 from relevance.scoring import Execution, score
 from relevance.shards import WorkerError, deal
-from relevance.statistics import NonFiniteError
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")

@@ -6,8 +6,7 @@ import torch
 from scipy.stats import kurtosis
 from torch import Tensor
 
-from relevance.methods.crane import z_scores
-from relevance.statistics import (
+from relevance.accumulators import (
     DocumentSample,
     FiniteCheck,
     Moments,
@@ -15,6 +14,7 @@ from relevance.statistics import (
     RunningMean,
     StatisticError,
 )
+from relevance.methods.crane import z_scores
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from crane_serve.cli import app
-from relevance.corpus import EMBEDDED_CORPUS, Corpus, CorpusError, Document
+from crane_serve.common.text.corpus import EMBEDDED_CORPUS, Corpus, CorpusError, Document
 from relevance.corpus_import import line_parts, write_corpus
 from relevance.repeats import repeated_keys, repeats, text_key, text_keys
 

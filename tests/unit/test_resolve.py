@@ -9,9 +9,9 @@ import pytest
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
-from crane_serve.checkpoints.errors import CheckpointError
-from crane_serve.checkpoints.resolve import resolve_checkpoint
-from crane_serve.checkpoints.weights import weight_files
+from crane_serve.common.models.errors import CheckpointError
+from crane_serve.common.models.resolve import resolve_checkpoint
+from crane_serve.common.models.weights import weight_files
 
 
 @pytest.fixture

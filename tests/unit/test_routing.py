@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from crane_serve.common.masks import NeuronMask, Positions
 from crane_serve.engine.routing import fill_slots, row_per_token
 from crane_serve.engine.table import UNMASKED_ROW, MaskTable, new_table
-from crane_serve.masks import NeuronMask, Positions
 
 LAYERS, NEURONS = 3, 8
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from relevance.families import UnsupportedModelError, take_apart
+from crane_serve.common.models.families import UnsupportedModelError, take_apart
 from relevance.rules import (
     ATTNLRP,
     CP_LRP,

@@ -12,9 +12,7 @@ import pytest
 import torch
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from crane_serve.engine.changes import CHANGE_METHOD, FORGET_METHOD
-from crane_serve.engine.service import EngineDead, EngineService
-from crane_serve.masks import (
+from crane_serve.common.masks import (
     Fingerprint,
     FingerprintError,
     MaskFileError,
@@ -26,6 +24,8 @@ from crane_serve.masks import (
     encode_mask,
     write_mask,
 )
+from crane_serve.engine.changes import CHANGE_METHOD, FORGET_METHOD
+from crane_serve.engine.service import EngineDead, EngineService
 from tests.tiny import byte_tokenizer
 
 FULL = OSError("disk full")

@@ -10,7 +10,7 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from crane_serve.cli import app
-from crane_serve.masks import MaskFileError, read_mask
+from crane_serve.common.masks import MaskFileError, read_mask
 from relevance.contrast import CONTRASTS, ContrastError
 from relevance.criteria import Criteria, Overlap, Rule, SelectionError, neurons_of_budget
 from relevance.method import MethodError

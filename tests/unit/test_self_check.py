@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from crane_serve.common.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, ResolvedMask, StoredMask
 from crane_serve.engine.self_check import SelfCheckFailed, check_masks
 from crane_serve.engine.service import PromptLogprobs
-from crane_serve.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, ResolvedMask, StoredMask
 from tests.tiny import byte_tokenizer
 
 RANKS = 2

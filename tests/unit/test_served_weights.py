@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from crane_serve.checkpoints.errors import CheckpointError
+from crane_serve.common.models.errors import CheckpointError
 from crane_serve.engine.service import configure_engine
 from crane_serve.engine.weights import require_same_weights
 from tests.damaged import DOWN, UP, copied, pickled, sharded, without

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 import server
 from crane_serve.cli import app
-from crane_serve.settings import SECRETS, LogFormat, ServeSettings, SettingError, Source, load_settings
+from crane_serve.service.settings import SECRETS, LogFormat, ServeSettings, SettingError, Source, load_settings
 
 KEY = "an-admin-key-of-some-length"
 FILES = {

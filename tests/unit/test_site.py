@@ -13,8 +13,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import typer
 
-from crane_serve.api.openai import ROUTES
 from crane_serve.cli import app
+from crane_serve.service.api.openai import ROUTES
 from crane_serve.verify import checks
 
 ROOT = Path(__file__).parents[2]

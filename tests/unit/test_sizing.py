@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from crane_serve.cli import app
+from crane_serve.common.masks import Fingerprint, MaskInfo, NeuronMask, write_mask
 from crane_serve.engine.masked_mlp import install_masks
-from crane_serve.masks import Fingerprint, MaskInfo, NeuronMask, write_mask
 from crane_serve.sizing import DTYPE_BYTES, ModelSizes, SizeError, written
 from tests.engine.stand_in import Model
 from tests.tiny import FAMILIES, HIDDEN, LAYERS, NEURONS, tiny_model

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from crane_serve.cli import app
-from relevance.corpus import Corpus, CorpusError, Document
+from crane_serve.common.text.corpus import Corpus, CorpusError, Document
 from relevance.corpus_import import Unit, line_parts, parse_splits, squad_parts, write_corpus
 from relevance.sources import load_corpus
 

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from crane_serve.cli import app
-from crane_serve.masks import (
+from crane_serve.common.masks import (
     Fingerprint,
     InvalidMask,
     MaskFileError,
@@ -18,7 +18,7 @@ from crane_serve.masks import (
     read_mask,
     write_mask,
 )
-from crane_serve.masks.transfer import TransferError, transfer_masks
+from crane_serve.common.masks.transfer import TransferError, transfer_masks
 from tests.tiny import HIDDEN, LAYERS, NEURONS, tiny_model
 
 SIZES = (NEURONS,) * LAYERS

@@ -10,8 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from crane_serve.cli import app
-from crane_serve.langspec import Form, langspec_f1
-from crane_serve.masks import NeuronMask
+from crane_serve.common.masks import NeuronMask
+from crane_serve.common.numbers.langspec import Form, langspec_f1
 from relevance.causal import Losses
 from relevance.scores import Scores
 from relevance.validation.overlap import jaccard, neurons_per_layer, overlaps, stability

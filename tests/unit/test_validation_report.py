@@ -10,9 +10,9 @@ import matplotlib as mpl
 import matplotlib.image
 import pytest
 
-from crane_serve.langspec import Form
-from crane_serve.masks import Fingerprint
-from crane_serve.statistics import Estimate
+from crane_serve.common.masks import Fingerprint
+from crane_serve.common.numbers.bootstrap import Estimate
+from crane_serve.common.numbers.langspec import Form
 from relevance.validation.pictures import draw
 from relevance.validation.report import report_sections, write_all
 from relevance.validation.result import CHOICE, MATCHED, REPORT, MaskEffect, Overlap, Plan, Texts, Validation

@@ -13,8 +13,8 @@ import typer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from crane_serve.common.masks import Fingerprint, MaskFileError, MaskInfo, NeuronMask, write_mask
 from crane_serve.engine.offline import Answer, EngineFacts, Request
-from crane_serve.masks import Fingerprint, MaskFileError, MaskInfo, NeuronMask, write_mask
 from crane_serve.verify import checks, command, probes
 from crane_serve.verify.checks import Check, Status
 from crane_serve.verify.generated import TrialMasks, write_trial_masks

@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from crane_serve.checkpoints.vocabulary import UnknownTokenError, require_known
 from crane_serve.cli import app
-from relevance.corpus import Document
+from crane_serve.common.models.vocabulary import UnknownTokenError, require_known
+from crane_serve.common.text.corpus import Document
 from relevance.encoding import encode
 from tests.tiny import byte_tokenizer, tiny_model
 

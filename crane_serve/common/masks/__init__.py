@@ -1,0 +1,44 @@
+"""Neuron masks: what they say, how they are stored, which model they belong to. Imports no vLLM."""
+
+from crane_serve.common.masks.files import (
+    MaskFileError,
+    MaskInfo,
+    StoredMask,
+    decode_mask,
+    encode_mask,
+    mask_path,
+    read_mask,
+    write_mask,
+)
+from crane_serve.common.masks.fingerprint import Fingerprint, FingerprintError
+from crane_serve.common.masks.library import (
+    InvalidMask,
+    MaskError,
+    MaskLibrary,
+    MaskTableFull,
+    ResolvedMask,
+    UnknownMask,
+)
+from crane_serve.common.masks.mask import NeuronMask
+from crane_serve.common.masks.positions import Positions
+
+__all__ = [
+    "Fingerprint",
+    "FingerprintError",
+    "InvalidMask",
+    "MaskError",
+    "MaskFileError",
+    "MaskInfo",
+    "MaskLibrary",
+    "MaskTableFull",
+    "NeuronMask",
+    "Positions",
+    "ResolvedMask",
+    "StoredMask",
+    "UnknownMask",
+    "decode_mask",
+    "encode_mask",
+    "mask_path",
+    "read_mask",
+    "write_mask",
+]

@@ -1,0 +1,166 @@
+"""Mask files: one safetensors file per mask, with JSON metadata that is checked against the tensors."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+import crane_serve
+from crane_serve.common.atomic import write_atomically
+from crane_serve.common.masks.fingerprint import Fingerprint
+from crane_serve.common.masks.mask import NeuronMask
+
+FORMAT_VERSION = 1
+SUFFIX = ".safetensors"
+METADATA_KEY, SCORES_KEY = "crane", "crane-scores"  # of mask files and of scores files
+NAME = r"[a-z0-9_-]+"
+MAX_NAME = 128
+_RESERVED = "none"
+
+
+class MaskFileError(ValueError):
+    """A mask file cannot be read or written; the message names the file and what was expected."""
+
+
+class MaskInfo(BaseModel):
+    """Where a mask comes from. None of it is part of the mask's identity.
+
+    fingerprint: the model that it may be used on; transferred_from: the model that its neurons were found in, where
+    that is another (see `crane_serve.common.masks.transfer`).
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    language: str
+    method: str
+    fingerprint: Fingerprint
+    transferred_from: Fingerprint | None = None
+    budget: float | None = None  # fraction of all neurons
+    corpus_digest: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)  # of the method: seed, contrast, ...
+    created_by: str = f"crane-serve {crane_serve.__version__}"
+
+
+class _Metadata(MaskInfo):
+    """What stands in the file: the provenance plus what lets a reader check the tensors."""
+
+    format_version: int
+    digest: str
+    neurons: list[list[int]]  # per layer, indices whose scale is not 1
+
+
+@dataclass(frozen=True)
+class StoredMask:
+    """A mask with its name (the file's stem) and its provenance."""
+
+    name: str
+    mask: NeuronMask
+    info: MaskInfo
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it can name a mask; raise MaskFileError otherwise."""
+    if not re.fullmatch(NAME, name) or len(name) > MAX_NAME:
+        raise MaskFileError(
+            f"mask name {name!r} is not allowed; expected 1 to {MAX_NAME} characters of a-z, 0-9, _ and -"
+        )
+    if name == _RESERVED:
+        raise MaskFileError(f"mask name {name!r} is reserved for unmasked requests")
+    return name
+
+
+def mask_path(directory: Path, name: str) -> Path:
+    """Where the mask of a name is kept. Raises MaskFileError for a name that is none, so for every path."""
+    return directory / f"{check_name(name)}{SUFFIX}"
+
+
+def encode_mask(name: str, mask: NeuronMask, info: MaskInfo) -> bytes:
+    """The content of a mask file. Raises MaskFileError for a bad name, or other sizes than the fingerprint says."""
+    check_name(name)
+    if mask.intermediate_sizes != info.fingerprint.intermediate_sizes:
+        raise MaskFileError(f"mask {name!r}: its intermediate sizes differ from those of the model it was made for")
+    _check_output(f"mask {name!r}", mask, info.fingerprint)
+    metadata = _Metadata(**dict(info), format_version=FORMAT_VERSION, digest=mask.digest, neurons=mask.neuron_sets())
+    tensors = {"intermediate": mask.intermediate}
+    if mask.output is not None:
+        tensors["output"] = mask.output
+    return save(tensors, metadata={METADATA_KEY: metadata.model_dump_json()})
+
+
+def write_mask(directory: Path, name: str, mask: NeuronMask, info: MaskInfo) -> Path:
+    """Write `{name}.safetensors` atomically into `directory` (made if missing) and return its path.
+
+    Raises MaskFileError, before anything is written, for what `encode_mask` refuses.
+    """
+    path = mask_path(directory, name)
+    write_atomically(path, encode_mask(name, mask, info))
+    return path
+
+
+def read_mask(path: Path) -> StoredMask:
+    """Read and verify a mask file. Raises MaskFileError for anything that is not a whole, consistent mask."""
+    name = check_name(path.stem)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise MaskFileError(f"{path}: not a readable mask file: {error}") from error
+    return decode_mask(name, content, source=str(path))
+
+
+def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
+    """Verify the content of a mask file. `source` names it in errors.
+
+    Raises MaskFileError for anything that is not a whole, consistent mask.
+    """
+    check_name(name)
+    try:
+        tensors = load(content)  # checks the header, too
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        keys = header.get("__metadata__") or {}
+        raw = keys.get(METADATA_KEY)
+        if raw is None:
+            what = " but scores, of which `crane select` makes masks" if SCORES_KEY in keys else ""
+            raise MaskFileError(f"{source}: no {METADATA_KEY!r} metadata; this is not a mask file{what}")
+        metadata = _Metadata.model_validate_json(raw)
+        if metadata.format_version != FORMAT_VERSION:
+            raise MaskFileError(
+                f"{source}: format version {metadata.format_version}, this program reads {FORMAT_VERSION}"
+            )
+        names = set(tensors)
+        if "intermediate" not in names or names - {"intermediate", "output"}:
+            raise MaskFileError(f"{source}: tensors {sorted(names)}, expected 'intermediate' and maybe 'output'")
+        mask = NeuronMask(
+            intermediate=tensors["intermediate"],
+            intermediate_sizes=metadata.fingerprint.intermediate_sizes,
+            output=tensors.get("output"),
+        )
+    except MaskFileError:
+        raise
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        field = f"metadata field {where!r}" if where else f"metadata {METADATA_KEY!r}"
+        raise MaskFileError(f"{source}: {field}: {problem['msg']}") from error
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # RuntimeError, KeyError: unknown formats
+        raise MaskFileError(f"{source}: not a readable mask file: {error}") from error
+    _check_output(source, mask, metadata.fingerprint)
+    if mask.digest != metadata.digest:
+        raise MaskFileError(
+            f"{source}: content digest is {mask.digest[:16]}..., metadata says {metadata.digest[:16]}..."
+        )
+    if mask.neuron_sets() != metadata.neurons:
+        raise MaskFileError(f"{source}: the neuron sets in the metadata differ from those in the tensor")
+    info = MaskInfo(**{field: getattr(metadata, field) for field in MaskInfo.model_fields})
+    return StoredMask(name, mask, info)
+
+
+def _check_output(source: str, mask: NeuronMask, fingerprint: Fingerprint) -> None:
+    if mask.output is not None and mask.output.shape[1] != fingerprint.hidden_size:
+        raise MaskFileError(
+            f"{source}: 'output' has {mask.output.shape[1]} columns, expected {fingerprint.hidden_size}"
+        )

@@ -1,0 +1,159 @@
+"""Fingerprint: which model a mask was made for."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, PrivateAttr
+
+from crane_serve.common.masks.canonical_config import config_digest, file_digest
+from crane_serve.common.models.errors import CheckpointError
+from crane_serve.common.models.load import architecture_of, load_config, reason
+from crane_serve.common.models.weights import stored_tensors, weight_files
+
+_SAMPLE_BYTES = 4096
+
+
+class FingerprintError(ValueError):
+    """A directory is not a checkpoint whose fingerprint can be taken, or two fingerprints differ."""
+
+
+class Fingerprint(BaseModel):
+    """Identity of a checkpoint: architecture, sizes, and digests of its config and weights.
+
+    The config counts as transformers reads it, without what it sets to its default. The weights digest covers every
+    tensor's name, dtype and shape and a 4 KiB sample from its middle, so that a fine-tuned checkpoint of the same shape
+    is told apart without reading all weights; files that transformers does not load do not count.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: str
+    layers: int
+    hidden_size: int
+    intermediate_sizes: tuple[int, ...]
+    config_digest: str
+    weights_digest: str
+
+    # field -> what version 0.1.0 said of the same checkpoint; its masks stay valid.
+    _earlier: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> "Fingerprint":
+        """Fingerprint of a local Hugging Face checkpoint. Raises FingerprintError if it is not one."""
+        try:
+            raw = _raw_config(checkpoint)
+            whole = load_config(checkpoint)
+            config = whole.get_text_config()
+            layers, hidden_size = _positive(config, "num_hidden_layers"), _positive(config, "hidden_size")
+            sizes, architecture = intermediate_sizes(config, layers), architecture_of(whole)
+        except Exception as error:  # what a config class raises for a bad value has no common base
+            raise FingerprintError(f"{checkpoint} is not a Hugging Face checkpoint: {reason(error)}") from error
+        try:
+            files = weight_files(checkpoint)
+            weights = _weights_digest(files)
+        except CheckpointError as error:
+            raise FingerprintError(str(error)) from error
+        fingerprint = cls(
+            architecture=architecture,
+            layers=layers,
+            hidden_size=hidden_size,
+            intermediate_sizes=sizes,
+            config_digest=config_digest(whole),
+            weights_digest=weights,
+        )
+        earlier = {
+            "architecture": str((raw.get("architectures") or [raw.get("model_type", "unknown")])[0]),
+            "config_digest": file_digest(raw),
+            "weights_digest": _earlier_weights_digest(checkpoint, files) or weights,
+        }
+        fingerprint._earlier.update(earlier)
+        return fingerprint
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fingerprint) and self.model_dump() == other.model_dump()
+
+    def is_of(self, other: "Fingerprint") -> bool:
+        """Whether `other`, such as that of a mask, was taken of this checkpoint, be it by an earlier version."""
+        return self._difference(other) is None
+
+    def require(self, other: "Fingerprint", what: str) -> None:
+        """Raise FingerprintError naming the first difference, unless `other` (of `what`) is the same model."""
+        name = self._difference(other)
+        if name is not None:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            raise FingerprintError(
+                f"{what} was made for another model: its {name} is {_short(theirs)}, this model has {_short(mine)}"
+            )
+
+    def _difference(self, other: "Fingerprint") -> str | None:
+        for name in type(self).model_fields:
+            mine = getattr(self, name)
+            if getattr(other, name) not in (mine, self._earlier.get(name, mine)):
+                return name
+        return None
+
+
+def _short(value: object) -> str:
+    text = f"{value[:3]}... ({len(value)} layers)" if isinstance(value, tuple) and len(value) > 4 else str(value)
+    return text[:16] + "..." if len(text) == 64 else text
+
+
+def intermediate_sizes(config: Any, layers: int) -> tuple[int, ...]:
+    """The number of MLP neurons of each layer, from a transformers config of the language model."""
+    for key in ("intermediate_size", "ffn_dim", "n_inner"):
+        size = getattr(config, key, None)
+        if isinstance(size, int):
+            return (size,) * layers
+        if isinstance(size, list | tuple):
+            return tuple(int(value) for value in size)
+    return (4 * int(config.hidden_size),) * layers  # BLOOM and GPT-2 leave it implicit
+
+
+def _raw_config(checkpoint: Path) -> dict[str, Any]:
+    raw = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(raw, dict):
+        raise ValueError(f"config.json holds a {type(raw).__name__}; expected an object")
+    return raw
+
+
+def _positive(config: Any, key: str) -> int:
+    value = int(getattr(config, key))
+    if value < 1:
+        raise ValueError(f"{key} is {value}; expected 1 at least")
+    return value
+
+
+def _weights_digest(files: Iterable[Path]) -> str:
+    entries = [entry for file in files for entry in _entries(file)]
+    digest = hashlib.sha256()
+    for entry in sorted(entries):  # by tensor name: how a checkpoint is cut into shards does not matter
+        digest.update(entry)
+    return digest.hexdigest()
+
+
+def _entries(file: Path) -> list[bytes]:
+    if file.suffix != ".safetensors":  # names and sizes are all that can be read without unpickling
+        return [f"{file.name}:{file.stat().st_size}".encode()]
+    entries = []
+    tensors = stored_tensors(file)
+    with file.open("rb") as content:
+        for tensor in tensors:
+            middle = max(tensor.start, (tensor.start + tensor.end - _SAMPLE_BYTES) // 2)
+            content.seek(middle)
+            sample = content.read(min(_SAMPLE_BYTES, tensor.end - middle))
+            entries.append(f"{tensor.name}|{tensor.dtype}|{list(tensor.shape)}|".encode() + sample)
+    return entries
+
+
+def _earlier_weights_digest(checkpoint: Path, files: Sequence[Path]) -> str | None:
+    """By all files of the kind, as version 0.1.0 had it; None where these are the model's files."""
+    beside = set(checkpoint.glob("*.safetensors")) or set(checkpoint.glob("*.bin"))
+    if beside == set(files):
+        return None
+    try:
+        return _weights_digest(beside)
+    except CheckpointError:  # something else, which 0.1.0 could not read either
+        return None

@@ -1,0 +1,265 @@
+"""MaskLibrary: the masks of one directory, and the one place that says which mask a request means."""
+
+import hashlib
+import math
+import threading
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from crane_serve.common.masks.files import SUFFIX, MaskFileError, StoredMask, read_mask
+from crane_serve.common.masks.fingerprint import Fingerprint, FingerprintError
+from crane_serve.common.masks.mask import NeuronMask
+from crane_serve.common.masks.positions import Positions
+
+UNMASKED = "none"
+_MAX_UNION = 16
+_CACHED = 256
+_MEMO = 4096
+MAX_FACTOR = 100.0
+
+
+class MaskError(ValueError):
+    """A request names a mask that cannot be used."""
+
+
+class UnknownMask(MaskError):
+    """No mask of this name or digest exists."""
+
+
+class InvalidMask(MaskError):
+    """The mask's file exists but is corrupt or belongs to another model."""
+
+
+class MaskTableFull(MaskError):
+    """As many different masks are in use as the engine has rows for; it will pass."""
+
+
+@dataclass(frozen=True)
+class ResolvedMask:
+    """What a request's mask expression means.
+
+    name: canonical names joined with commas; wire: the same by content digest, which is what travels to the engine.
+    positions: which of the request's tokens are masked.
+    While this object lives, the library keeps the content that it refers to, even if the mask is replaced or removed.
+    """
+
+    name: str
+    wire: str
+    mask: NeuronMask
+    positions: Positions = Positions.ALL
+
+
+class MaskLibrary:
+    """The masks of one directory for one model.
+
+    Files that cannot be used stay listed with the reason, so that asking for one is an error that says why. Masks may
+    come and go while the library is in use, also from other threads: a mask that was replaced or removed is retired,
+    which means that its content stays until nobody needs it.
+    """
+
+    def __init__(
+        self,
+        fingerprint: Fingerprint,
+        masks: Mapping[str, StoredMask],
+        invalid: Mapping[str, str] | None = None,
+        default_method: str | None = None,
+    ) -> None:
+        self.fingerprint = fingerprint
+        self.masks = dict(sorted(masks.items()))
+        self.invalid = dict(sorted((invalid or {}).items()))
+        self.default_method = default_method
+        self.on_unused: Callable[[], object] | None = None  # called when retired content has lost its last user
+        self._by_digest = {stored.mask.digest: stored for stored in self.masks.values()}  # retired ones too
+        self._retired: frozenset[str] = frozenset()
+        self._composed: OrderedDict[str, NeuronMask] = OrderedDict()
+        self._memo: dict[str, NeuronMask] = {}
+        self._lock = threading.RLock()  # re-entrant: a garbage collection under the lock may end a lease
+        self._held: Counter[str] = Counter()  # by digest of a stored mask: living ResolvedMasks that refer to it
+
+    @classmethod
+    def load(cls, directory: Path, fingerprint: Fingerprint, default_method: str | None = None) -> "MaskLibrary":
+        """Read every mask file of `directory`. Raises MaskFileError if it is not a directory."""
+        if not directory.is_dir():
+            raise MaskFileError(f"{directory} is not a directory of mask files")
+        masks: dict[str, StoredMask] = {}
+        invalid: dict[str, str] = {}
+        for path in sorted(directory.glob(f"[!.]*{SUFFIX}")):
+            try:
+                stored = read_mask(path)
+                fingerprint.require(stored.info.fingerprint, f"mask {stored.name!r}")
+                masks[stored.name] = stored
+            except (MaskFileError, FingerprintError) as error:
+                invalid[path.stem] = str(error).replace(str(path), path.name)  # callers need not know where files are
+        return cls(fingerprint, masks, invalid, default_method)
+
+    def __contains__(self, digest: str) -> bool:
+        """Whether the content with this digest is here, live or retired."""
+        return digest in self._by_digest
+
+    @property
+    def manifest(self) -> str:
+        """Digest of all names and contents: processes that agree on it hold the same masks."""
+        listing = "\n".join(f"{name} {stored.mask.digest}" for name, stored in self.masks.items())
+        return hashlib.sha256(listing.encode()).hexdigest()
+
+    def put(self, stored: StoredMask) -> None:
+        """Add a mask, or replace the one of its name, which is retired. Raises FingerprintError for another model's."""
+        self.fingerprint.require(stored.info.fingerprint, f"mask {stored.name!r}")
+        with self._lock:
+            self.invalid = {name: reason for name, reason in self.invalid.items() if name != stored.name}
+            self._set_masks({**self.masks, stored.name: stored})
+
+    def discard(self, name: str) -> None:
+        """Retire the mask of exactly this name, if there is one; a file that holds none is no longer listed."""
+        with self._lock:
+            self.invalid = {known: reason for known, reason in self.invalid.items() if known != name}
+            self._set_masks({known: stored for known, stored in self.masks.items() if known != name})
+
+    def _set_masks(self, masks: Mapping[str, StoredMask]) -> None:
+        self.masks = dict(sorted(masks.items()))
+        live = {stored.mask.digest: stored for stored in self.masks.values()}
+        self._by_digest |= live
+        self._retired = frozenset(self._by_digest) - frozenset(live)
+
+    @property
+    def retired(self) -> frozenset[str]:
+        """Digests of content that no name means any more."""
+        return self._retired
+
+    def forget(self, digests: Iterable[str]) -> list[str]:
+        """Drop those of the retired `digests` that no living ResolvedMask refers to; return them."""
+        with self._lock:
+            dropped = [digest for digest in digests if digest in self._retired and digest not in self._held]
+            for digest in dropped:
+                del self._by_digest[digest]
+            if dropped:
+                self._retired -= frozenset(dropped)
+                self._memo.clear()
+                for wire in [wire for wire in self._composed if any(digest in wire for digest in dropped)]:
+                    del self._composed[wire]
+            return dropped
+
+    def mask_of(self, wire: str) -> NeuronMask:
+        """The scales that a wire means; what `resolve` says, without a lease and fast when asked again.
+
+        Raises MaskError.
+        """
+        mask = self._memo.get(wire)
+        if mask is None:
+            resolved = self.resolve(wire, retired=True)
+            if resolved is None:
+                raise MaskError(f"{wire!r} stands for no mask")
+            mask = resolved.mask
+            with self._lock:
+                if len(self._memo) >= _MEMO:
+                    self._memo.clear()
+                self._memo[wire] = mask
+        return mask
+
+    def get(self, name: str, *, retired: bool = False) -> StoredMask:
+        """The mask a single content digest or name means; a bare language means the default method's mask.
+
+        A digest always means its content, even if a file is named like it; only with `retired` also content that was
+        replaced or removed. Raises UnknownMask or InvalidMask.
+        """
+        with self._lock:
+            return self._get(name, retired)
+
+    def _get(self, name: str, retired: bool) -> StoredMask:
+        if name in self._by_digest and (retired or name not in self._retired):
+            return self._by_digest[name]
+        for candidate in self._candidates(name):
+            if candidate in self.masks:
+                return self.masks[candidate]
+            if candidate in self.invalid:
+                raise InvalidMask(f"mask {candidate!r} cannot be used: {self.invalid[candidate]}")
+        known = ", ".join(self.masks) or "no masks"
+        raise UnknownMask(f"unknown mask {name!r}; this server has {known}")
+
+    def _candidates(self, name: str) -> list[str]:
+        return [name] if self.default_method is None else [name, f"{self.default_method}-{name}"]
+
+    def resolve(
+        self, expression: str | None, positions: Positions = Positions.ALL, *, retired: bool = False
+    ) -> ResolvedMask | None:
+        """The mask that `expression` means: a name or a digest, or several joined with commas (their union).
+
+        `zh@0.5` damps the neurons of `zh` to half instead of switching them off; a factor above 1 amplifies them.
+        None, and the word "none", mean unmasked. With `retired`, digests of retired content are understood too: a
+        request that was admitted before a change goes on with what it was admitted for. Raises UnknownMask,
+        InvalidMask, or MaskError for a malformed expression.
+        """
+        if expression is None or expression == UNMASKED:
+            return None
+        parts = [part.strip() for part in expression.split(",")]
+        if not all(parts):
+            raise MaskError(f"mask {expression!r} is malformed; expected a name, or names joined with commas")
+        if UNMASKED in parts:
+            raise MaskError(f"mask {expression!r} joins {UNMASKED!r} with other masks")
+        if len(parts) > _MAX_UNION:
+            raise MaskError(f"mask {expression[:40]!r}... joins {len(parts)} masks; at most {_MAX_UNION} are allowed")
+        with self._lock:
+            members = {member.wire: member for member in (self._member(part, retired) for part in parts)}
+            name = ",".join(sorted(member.name for member in members.values()))
+            wire = ",".join(sorted(members))
+            resolved = ResolvedMask(name, wire, self._compose(wire, list(members.values())), positions)
+            self._lease(resolved, {member.digest for member in members.values()})
+            return resolved
+
+    def _lease(self, resolved: ResolvedMask, digests: set[str]) -> None:
+        self._held.update(digests)
+        weakref.finalize(resolved, self._release, digests).atexit = False
+
+    def _release(self, digests: set[str]) -> None:
+        with self._lock:
+            for digest in digests:
+                self._held[digest] -= 1
+                if not self._held[digest]:
+                    del self._held[digest]
+            unused = any(digest in self._retired and digest not in self._held for digest in digests)
+        if unused and self.on_unused is not None:
+            self.on_unused()
+
+    def _member(self, part: str, retired: bool) -> "_Member":
+        name, at, text = part.partition("@")
+        stored = self._get(name, retired)
+        if not at:
+            return _Member(stored.name, stored.mask.digest, stored.mask, None, stored.mask.digest)
+        try:
+            factor = float(text)
+        except ValueError:
+            factor = math.nan
+        if not 0 <= factor <= MAX_FACTOR:
+            raise MaskError(f"mask {part!r}: {text!r} is no factor; expected a number from 0 to {MAX_FACTOR:g}")
+        digest = stored.mask.digest
+        return _Member(f"{stored.name}@{factor!r}", f"{digest}@{factor!r}", stored.mask, factor, digest)
+
+    def _compose(self, wire: str, members: list["_Member"]) -> NeuronMask:
+        if len(members) == 1 and members[0].factor is None:
+            return members[0].mask
+        composed = self._composed.get(wire)
+        if composed is None:
+            composed = self._composed[wire] = NeuronMask.union([member.scaled() for member in members])
+            if len(self._composed) > _CACHED:
+                self._composed.popitem(last=False)
+        return composed
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One part of an expression.
+
+    factor: the scale that it gives to neurons which its mask switches off, if not 0; digest: of the stored mask.
+    """
+
+    name: str
+    wire: str
+    mask: NeuronMask
+    factor: float | None
+    digest: str
+
+    def scaled(self) -> NeuronMask:
+        return self.mask if self.factor is None else self.mask.scaled(self.factor)

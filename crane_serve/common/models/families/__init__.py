@@ -1,0 +1,268 @@
+"""Where the parts of a decoder sit in each model family. A new file with a Family is a new family."""
+
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from torch import nn
+
+from crane_serve.common.models.family import Family, NormKind
+
+_Kind = TypeVar("_Kind", bound=nn.Module)
+# transformers then lets every position see the whole text, whatever the family.
+_CAUSAL = MappingProxyType({"is_causal": True, "use_bidirectional_attention": False})
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose parts are not where a known family has them; the message names the class or module."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation: y = (offset + weight) * x' / sqrt(mean(x'^2) + epsilon), as NormKind has it."""
+
+    module: nn.Module
+    epsilon: float
+    offset: float
+    centred: bool
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear map: `output[..., rows]` of `module`, all of its outputs unless several maps are fused in it."""
+
+    module: nn.Module
+    rows: slice
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The parts of one decoder layer that relevance needs.
+
+    down_proj: its inputs [documents, tokens, neurons] are the neurons, its outputs [documents, tokens, hidden] are
+    those of the MLP; act_fn: its outputs are act(gate), [documents, tokens, neurons]. OPT flattens its MLP: there all
+    of these are [documents * tokens, ...]. up: None in an MLP that is not gated, where `gate` is the first linear
+    layer.
+    """
+
+    neurons: int
+    gate: Projection
+    up: Projection | None
+    act_fn: nn.Module
+    down_proj: nn.Module
+    query: Projection
+    key: Projection
+    value: Projection
+
+    @property
+    def gated(self) -> bool:
+        """Whether the neurons are act(gate) * up; else they are act(gate)."""
+        return self.up is not None
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A causal language model taken apart.
+
+    trunk: from `inputs_embeds` to the last hidden state; unembedding: [vocabulary, hidden] in its weight.
+    positions: how many tokens a document may have where positions are learned, else None.
+    attention_softcap, final_softcap: c of the soft cap c tanh(z / c) at attention scores and at logits, or None. The
+    trunk computes the former itself; whoever makes logits of its hidden states has to apply the latter.
+    """
+
+    trunk: nn.Module
+    embedding: nn.Embedding
+    unembedding: nn.Linear
+    layers: tuple[Layer, ...]
+    norms: tuple[Norm, ...]
+    positions: int | None
+    attention_softcap: float | None
+    final_softcap: float | None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of neurons of each layer."""
+        return tuple(layer.neurons for layer in self.layers)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it can read and predict."""
+        return min(self.embedding.num_embeddings, self.unembedding.out_features)
+
+
+@cache
+def available() -> Mapping[str, Family]:
+    """The families in the files of this package by the class names of their models, in alphabetical order."""
+    found: dict[str, Family] = {}
+    for module_info in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
+        for member in vars(importlib.import_module(module_info.name)).values():
+            if isinstance(member, Family):
+                found.update(dict.fromkeys(member.architectures, member))
+    return MappingProxyType(dict(sorted(found.items())))
+
+
+def require_family(architecture: str) -> Family:
+    """The family of a model class name. Raises UnsupportedModelError naming those that are known."""
+    family = available().get(architecture)
+    if family is None:
+        raise UnsupportedModelError(
+            f"relevance does not know the architecture {architecture}; it knows {', '.join(available())}"
+        )
+    return family
+
+
+def layer_lists() -> str:
+    """Names of the module lists that hold a model's decoder layers, as alternatives of a regular expression."""
+    return "|".join(sorted({family.layers.rpartition(".")[2] for family in available().values()}))
+
+
+def take_apart(model: nn.Module) -> Decoder:
+    """Find the parts of a Hugging Face causal language model.
+
+    Raises UnsupportedModelError for an unknown class, a part that is missing or of another kind, a number of layers
+    other than the config's, a module that the family does not list, a config feature that it refuses, or an attention
+    implementation that computes another function.
+    """
+    architecture = type(model).__name__
+    family = require_family(architecture)
+    config: Any = model.config
+    _require_features(architecture, family, config)
+    layers = _part(model, family.layers, nn.ModuleList)
+    if len(layers) != config.num_hidden_layers:
+        raise UnsupportedModelError(
+            f"{architecture} has {len(layers)} modules in {family.layers}, its config says {config.num_hidden_layers}"
+        )
+    paths = [f"{family.layers}.{index}" for index in range(len(layers))]
+    norms = [f"{path}.{norm}" for path in paths for norm in family.layer_norms] + [family.final_norm]
+    unembedding = _part(model, family.unembedding, nn.Linear)
+    if "bias" in dict(unembedding.named_parameters()):
+        raise UnsupportedModelError(f"{architecture}: {family.unembedding} has a bias; expected none")
+    positions = None if family.positions is None else _part(model, family.positions, nn.Embedding)
+    decoder = Decoder(
+        trunk=_part(model, family.trunk, nn.Module),
+        embedding=_part(model, family.embedding, nn.Embedding),
+        unembedding=unembedding,
+        layers=tuple(_layer(model, family, path) for path in paths),
+        norms=tuple(_norm(model, family.norm, path) for path in norms),
+        positions=None if positions is None else config.max_position_embeddings,
+        attention_softcap=_cap(config, family.attention_softcap),
+        final_softcap=_cap(config, family.final_softcap),
+    )
+    _require_known(model, {*norms, *_known_paths(family, paths)})
+    return decoder
+
+
+def _require_features(architecture: str, family: Family, config: Any) -> None:
+    for key, expected in {**_CAUSAL, **family.refused}.items():
+        value = getattr(config, key, None)
+        if value is not None and value != expected:
+            raise UnsupportedModelError(f"{architecture} with {key}={value!r} is not supported; expected {expected!r}")
+    attention = config._attn_implementation
+    if attention == "sdpa" and family.attention is not None and _cap(config, family.attention_softcap) is not None:
+        raise UnsupportedModelError(
+            f"{architecture} with attn_implementation='sdpa' leaves out the soft cap of its attention; "
+            f"expected {family.attention!r}"
+        )
+
+
+def _require_known(model: nn.Module, known: set[str]) -> None:
+    """Refuse a module that computes something and is not in the family's list: the rules would miss it."""
+    for path, module in model.named_modules():
+        inert = isinstance(module, (nn.Dropout, nn.Identity)) or type(module).__name__.endswith("RotaryEmbedding")
+        leaf = next(module.children(), None) is None
+        if leaf and not inert and path not in known:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has a module {path} ({type(module).__name__}) that relevance does not know"
+            )
+
+
+def _known_paths(family: Family, layers: Iterable[str]) -> Iterable[str]:
+    yield from (family.embedding, family.unembedding)
+    if family.positions is not None:
+        yield family.positions
+    inside = (family.query, family.key, family.value, family.attention_output, family.gate, family.act_fn, family.down)
+    for layer in layers:
+        yield from (f"{layer}.{path}" for path in inside)
+        if family.up is not None:
+            yield f"{layer}.{family.up}"
+
+
+def _layer(model: nn.Module, family: Family, path: str) -> Layer:
+    down, neurons, _ = _linear(model, f"{path}.{family.down}", family.linear)
+    _linear(model, f"{path}.{family.attention_output}", family.linear)
+    gated = [f"{path}.{part}" for part in (family.gate, family.up) if part is not None]
+    gate, *up = _projections(model, family.linear, gated, [neurons] * len(gated))
+    query, key, value = _projections(
+        model, family.linear, [f"{path}.{part}" for part in (family.query, family.key, family.value)], _heads(model)
+    )
+    return Layer(
+        neurons=neurons,
+        gate=gate,
+        up=up[0] if up else None,
+        act_fn=_part(model, f"{path}.{family.act_fn}", nn.Module),
+        down_proj=down,
+        query=query,
+        key=key,
+        value=value,
+    )
+
+
+def _heads(model: nn.Module) -> tuple[int, int, int]:
+    """Widths of all queries, keys and values together."""
+    config: Any = model.config
+    heads: int = config.num_attention_heads
+    head_width: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_value_heads: int = getattr(config, "num_key_value_heads", None) or heads
+    return heads * head_width, key_value_heads * head_width, key_value_heads * head_width
+
+
+def _projections(model: nn.Module, kind: str, paths: Sequence[str], widths: Sequence[int]) -> list[Projection]:
+    """One projection of each width; those whose paths coincide follow each other in the rows of that module."""
+    taken = dict.fromkeys(paths, 0)
+    projections: list[Projection] = []
+    for path, width in zip(paths, widths, strict=True):
+        module, _, _ = _linear(model, path, kind)
+        projections.append(Projection(module, slice(taken[path], taken[path] + width)))
+        taken[path] += width
+    for path, rows in taken.items():
+        _, _, outputs = _linear(model, path, kind)
+        if outputs != rows:
+            raise UnsupportedModelError(f"{path} has {outputs} outputs, expected {rows}")
+    return projections
+
+
+def _linear(model: nn.Module, path: str, kind: str) -> tuple[nn.Module, int, int]:
+    """A linear map, with its numbers of inputs and outputs. Conv1D is GPT-2's, its weight being transposed."""
+    module = _part(model, path, nn.Module)
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ != kind or not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+        raise UnsupportedModelError(f"{path} is {type(module).__name__}, expected {kind}")
+    inputs, outputs = weight.shape if kind == "Conv1D" else reversed(weight.shape)
+    return module, inputs, outputs
+
+
+def _norm(model: nn.Module, kind: NormKind, path: str) -> Norm:
+    module = _part(model, path, nn.Module)
+    epsilon = getattr(module, kind.epsilon, None)
+    if not isinstance(epsilon, float) or not isinstance(getattr(module, "weight", None), nn.Parameter):
+        raise UnsupportedModelError(f"{path} is {type(module).__name__}; expected weight and {kind.epsilon}")
+    return Norm(module, epsilon, kind.offset, kind.centred)
+
+
+def _cap(config: Any, key: str | None) -> float | None:
+    cap = None if key is None else getattr(config, key, None)
+    return None if cap is None else float(cap)
+
+
+def _part(model: nn.Module, path: str, kind: type[_Kind]) -> _Kind:
+    try:
+        module = model.get_submodule(path)
+    except AttributeError as error:
+        raise UnsupportedModelError(f"{type(model).__name__} has no module {path}") from error
+    if not isinstance(module, kind):
+        raise UnsupportedModelError(f"{path} is {type(module).__name__}, expected {kind.__name__}")
+    return module

@@ -1,0 +1,223 @@
+"""Configs, models and tokenizers, loaded by transformers; what is wrong with a checkpoint is one CheckpointError."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from crane_serve.common.models.errors import CheckpointError
+from crane_serve.common.models.weights import stored_tensors, weight_files
+
+_NAMED = 4  # tensors that a message names
+_REASON_CHARACTERS = 400
+_OLD_CONSTANT = ".masked_bias"  # in early GPT-2 files; the rest of what it once saved transformers leaves out itself
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
+Options = Mapping[str, Any]
+
+
+def load_config(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
+    """The config of a local checkpoint. Raises CheckpointError."""
+    from transformers import AutoConfig
+
+    with _transformers(f"{checkpoint} has no config that can be loaded"):
+        return AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+
+
+def architecture_of(config: Any) -> str:
+    """The class of the model: the first in the config, else transformers' causal language model of its type.
+
+    Raises CheckpointError when `architectures` is something else than a list of names.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names = config.architectures
+    if not names:
+        return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type))
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise CheckpointError(f"the config's architectures are {names!r}; expected a list of class names")
+    return names[0]
+
+
+def load_tokenizer(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a local checkpoint. Raises CheckpointError when there is none."""
+    from transformers import AutoTokenizer
+
+    with _transformers(f"{checkpoint} has no tokenizer that can be loaded"):
+        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+
+
+def load_causal_lm(
+    checkpoint: Path, dtype: torch.dtype | str, *, trust_remote_code: bool = False, options: Options | None = None
+) -> nn.Module:
+    """The causal language model of a local checkpoint, in evaluation mode, with all its weights.
+
+    dtype: "auto" is the checkpoint's own. Tensors that the model does not have are a warning.
+    Raises CheckpointError, also for weights that are missing or of another shape, naming them: transformers would put
+    random numbers in their place.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _shapes_of(checkpoint)  # names a file that is damaged, as transformers does not
+    method = quantisation(load_config(checkpoint, trust_remote_code=trust_remote_code))
+    with _transformers(f"{checkpoint} cannot be loaded" + (f" (it is quantised: {method})" if method else "")):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            checkpoint,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name the tensors, in `_require_all`
+            **(options or {}),
+        )
+    _require_all(checkpoint, found)
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def empty_causal_lm(checkpoint: Path, config: Any, options: Options | None = None) -> nn.Module:
+    """The model of a config without its weights, on the device "meta". Raises CheckpointError."""
+    from transformers import AutoModelForCausalLM
+
+    with _transformers(f"{checkpoint} cannot be loaded"), torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **(options or {}))
+    return model.eval()
+
+
+def require_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Compare the checkpoint's tensors with those of `model`, an empty one, by names and shapes alone.
+
+    Tensors that the model does not have are a warning. Raises CheckpointError as `load_causal_lm` does, before any
+    weight is read.
+    """
+    _require_all(checkpoint, _compared(checkpoint, model))
+
+
+def _compared(checkpoint: Path, model: nn.Module) -> Mapping[str, Any]:
+    from transformers.initialization import no_init_weights
+
+    one = torch.zeros(())
+    shapes = _shapes_of(checkpoint)
+    config: Any = model.config
+    kind: Any = type(model)
+    with _transformers(f"{checkpoint} cannot be loaded"), no_init_weights():
+        _, found = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict={name: one.expand(shape) for name, shape in shapes.items()},  # one number, whatever the shape
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    of_transformers: Mapping[str, Any] = found
+    return of_transformers
+
+
+def require_weights_of(checkpoint: Path) -> None:
+    """`require_weights` for a checkpoint that will be served, where transformers can tell what is missing.
+
+    It cannot for a model that it does not know, that is no causal language model there, or that is quantised.
+    """
+    try:
+        config = load_config(checkpoint)
+        if quantisation(config) is not None:
+            return
+        model = empty_causal_lm(checkpoint, config)
+        if type(model).__name__ != architecture_of(config):
+            return
+        found = _compared(checkpoint, model)
+    except CheckpointError:
+        return
+    _require_all(checkpoint, found)
+
+
+def quantisation(config: Any) -> str | None:
+    """The format in which a config's checkpoint is quantised, such as gptq; None for plain weights."""
+    for of in (config, config.get_text_config()):
+        for key in _QUANTIZATION_KEYS:
+            entry = getattr(of, key, None)
+            if entry is not None:
+                method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
+                return str(getattr(method, "value", method) or "an unnamed format")
+    return None
+
+
+def require_plain(checkpoint: Path, config: Any) -> None:
+    """Raise CheckpointError for a quantised checkpoint, naming its format and the way out."""
+    method = quantisation(config)
+    if method is not None:
+        raise CheckpointError(
+            f"{checkpoint} is quantised ({method}); expected the checkpoint that it was made from, with plain weights. "
+            "`crane masks transfer MASKS --to QUANTISED` makes its masks usable on the quantised one"
+        )
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, as one line; its kind stands before what does not speak for itself."""
+    text = " ".join(str(error).split())
+    if len(text) > _REASON_CHARACTERS:
+        text = f"{text[:_REASON_CHARACTERS]}..."
+    if isinstance(error, OSError | ValueError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
+def _transformers(problem: str) -> Iterator[None]:
+    """Quiet, and with one kind of error: what transformers raises for a bad checkpoint has no common base."""
+    from transformers.utils import logging as verbosity
+
+    verbosity.disable_progress_bar()
+    before = verbosity.get_verbosity()
+    verbosity.set_verbosity_error()  # its table of missing and unexpected weights; `_require_all` says it
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{problem}: {reason(error)}") from error
+    finally:
+        verbosity.set_verbosity(before)
+
+
+def _shapes_of(checkpoint: Path) -> dict[str, Sequence[int]]:
+    return {name: shape for file in weight_files(checkpoint) for name, shape in _shapes(file)}
+
+
+def _shapes(file: Path) -> Iterable[tuple[str, Sequence[int]]]:
+    if file.suffix == ".safetensors":
+        return [(tensor.name, tensor.shape) for tensor in stored_tensors(file)]
+    with _transformers(f"{file} is not a file of weights"):
+        tensors = torch.load(file, map_location="meta", weights_only=True)
+        return [(name, tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)]
+
+
+def _require_all(checkpoint: Path, found: Mapping[str, Any]) -> None:
+    """found: transformers' loading info: missing_keys, unexpected_keys, mismatched_keys (name, stored, expected)."""
+    missing, other = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
+    unexpected = sorted(name for name in found["unexpected_keys"] if not name.endswith(_OLD_CONSTANT))
+    beside = f"; it has {_listed(unexpected)}, which the model has not" if unexpected else ""
+    if missing:
+        raise CheckpointError(f"{checkpoint} lacks {_count(missing)} that the model needs: {_listed(missing)}{beside}")
+    if other:
+        shapes = [f"{name} is {list(stored)}, not {list(expected)}" for name, stored, expected in other]
+        raise CheckpointError(f"{checkpoint} has {_count(other)} of another shape than the model: {_listed(shapes)}")
+    if unexpected:
+        _warn(f"{checkpoint} has {_count(unexpected)} that the model does not use: {_listed(unexpected)}")
+
+
+def _count(tensors: Sequence[object]) -> str:
+    return f"{len(tensors)} tensor{'' if len(tensors) == 1 else 's'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once for each message: a model is loaded more than once in a run."""
+    logging.getLogger(__name__).warning("warning: %s", message)

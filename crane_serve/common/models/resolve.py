@@ -1,0 +1,49 @@
+"""From what a user calls MODEL to a checkpoint directory."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from crane_serve.common.models.errors import CheckpointError
+from crane_serve.common.models.weights import shard_names
+
+# Beside the weights: config and tokenizer, from the top of the repository (chat templates have a folder of their own).
+_SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+_ELSEWHERE = ("*/*.json", "*/*.model", "*/*.txt")
+
+
+def resolve_checkpoint(model: str) -> Path:
+    """Local directory of `model`, which is a directory or a hub id (downloaded, or taken from the hub's cache).
+
+    Of a hub id the files are fetched that transformers would load: safetensors, or pickled weights (`*.bin`) where
+    there are none, and nothing that lies beside them. transformers unpickles tensors alone (`weights_only`).
+    Raises CheckpointError if it is neither.
+    """
+    directory = Path(model)
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise CheckpointError(f"{model} is a directory without config.json; expected a Hugging Face checkpoint")
+        return directory.resolve()
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise CheckpointError(f"{model} does not exist; expected a checkpoint directory or a hub id")
+    fetched = _fetch(model, None, _SMALL_FILES, _ELSEWHERE)
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = fetched / f"{single}.index.json"
+        _fetch(model, fetched.name, (single, *(shard_names(index) if index.is_file() else ())), ())
+        if index.is_file() or (fetched / single).is_file():
+            break
+    return fetched
+
+
+def _fetch(model: str, revision: str | None, files: Sequence[str], leave: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=list(files), ignore_patterns=list(leave))
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"{model} is no local directory and could not be had from the hub: {reason[0]}"
+        ) from error

@@ -1,0 +1,1 @@
+"""Numbers: the bootstrap and LangSpec-F1."""

@@ -1,0 +1,1 @@
+"""The HTTP service: its life, settings and logs, the API, and the playground."""

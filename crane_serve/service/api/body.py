@@ -1,0 +1,201 @@
+"""BoundedBody: middleware that reads a body whole, within bounds of size and time, before the application runs."""
+
+import asyncio
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from crane_serve.service.api.context import has_body
+from crane_serve.service.api.errors import ApiError, TooBusy, error_response
+
+_MASKS = "/masks/"
+_PAUSE_S = 2.0  # after which a refused client that sends nothing is taken to have seen the answer
+DRAINED_BYTES = 16 * 2**20
+"""How much of a refused body is read and thrown away."""
+
+
+@dataclass
+class _Held:
+    """How many bytes of one body are buffered, and whether all of it has arrived."""
+
+    size: int = 0
+    is_over: bool = False
+
+
+class BoundedBody:
+    """Gives the application its body in one message, or answers why it does not.
+
+    max_bytes: of one body. max_buffered_bytes: of all bodies together, each from its arrival to the end of its request;
+    not less than max_bytes. timeout_s: for a whole body. streamed: paths whose body goes to the application as it
+    arrives, in any size, as that of a PUT of a mask does, too; there `receive` raises an ApiError if a piece takes
+    longer than timeout_s.
+
+    What is refused is answered at once and its connection closed, after the rest of the body has been thrown away as it
+    arrives, within timeout_s and DRAINED_BYTES: many clients send all of it before they look at the answer, and would
+    find a connection reset instead.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, max_bytes: int, max_buffered_bytes: int, timeout_s: float, streamed: Collection[str]
+    ) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._max_buffered_bytes = max_buffered_bytes
+        self._timeout_s = timeout_s
+        self._streamed = frozenset(streamed)
+        self.buffered_bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        held = _Held()
+        try:
+            try:
+                _require_plain(scope)
+                if self._is_streamed(scope):
+                    stream = _Stream(receive, send, self._timeout_s)
+                    receive, send = stream.receive, stream.send
+                else:
+                    self._require_short(scope)
+                    message = await self._read(receive, held)
+                    if message is None:
+                        return
+                    receive = replayed(message, receive)
+                    del message  # the application alone decides how long it needs the body
+            except ApiError as error:
+                error.headers["Connection"] = "close"
+                if not held.is_over:
+                    send = _Draining(receive, send, self._timeout_s)
+                await error_response(error)(scope, receive, send)
+                return
+            await self._app(scope, receive, send)
+        finally:
+            self.buffered_bytes -= held.size
+
+    def _is_streamed(self, scope: Scope) -> bool:
+        path = str(scope["path"])
+        return path in self._streamed or (scope["method"] == "PUT" and path.startswith(_MASKS))
+
+    def _require_short(self, scope: Scope) -> None:
+        """Raises ApiError for a body that says itself that it is too long."""
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and (len(length) > 18 or int(length) > self._max_bytes):
+            raise self._too_large()
+
+    async def _read(self, receive: Receive, held: _Held) -> Message | None:
+        """The body in one message, None if the client goes before its end. Raises ApiError."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                message = await receive()
+                if message["type"] != "http.request":
+                    return None
+                more = self._hold(held, message)
+                if not more:
+                    return message
+                # Not a list of pieces: each would cost more than it holds if they are a few bytes long.
+                content = bytearray(message.get("body", b""))
+                while more:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        return None
+                    more = self._hold(held, message)
+                    content += message.get("body", b"")
+                return {"type": "http.request", "body": bytes(content), "more_body": False}
+        except TimeoutError:
+            raise ApiError(408, "body_too_slow", f"the body did not arrive within {self._timeout_s:g} s") from None
+
+    def _hold(self, held: _Held, message: Message) -> bool:
+        """Count a piece; say whether there is more to come. Raises ApiError."""
+        size = len(message.get("body", b""))
+        held.is_over = not message.get("more_body", False)
+        if held.size + size > self._max_bytes:
+            raise self._too_large()
+        if self.buffered_bytes + size > self._max_buffered_bytes:
+            raise TooBusy("too_much_data", f"requests of {self.buffered_bytes} bytes are under way; no room for more")
+        held.size += size
+        self.buffered_bytes += size
+        return not held.is_over
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, "body_too_large", f"the body is longer than {self._max_bytes} bytes")
+
+
+class _Stream:
+    """A body on its way to an application that reads it as it arrives."""
+
+    def __init__(self, receive: Receive, send: Send, timeout_s: float) -> None:
+        self._receive = receive
+        self._send = send
+        self._timeout_s = timeout_s
+        self._is_over = False
+
+    async def receive(self) -> Message:
+        if self._is_over:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                message = await self._receive()
+        except TimeoutError:
+            message_text = f"no piece of the body arrived within {self._timeout_s:g} s"
+            raise ApiError(408, "body_too_slow", message_text) from None
+        self._is_over = not message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if not self._is_over and message["type"] == "http.response.start" and message["status"] >= 400:
+            MutableHeaders(scope=message)["Connection"] = "close"  # refused: nobody reads the rest
+            self._send = _Draining(self._receive, self._send, self._timeout_s)
+        await self._send(message)
+
+
+class _Draining:
+    """`send` for an answer that comes before the end of the body: reads that before it lets the answer end."""
+
+    def __init__(self, receive: Receive, send: Send, timeout_s: float) -> None:
+        self._receive = receive
+        self._send = send
+        self._timeout_s = timeout_s
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] != "http.response.body" or message.get("more_body", False):
+            await self._send(message)
+            return
+        await self._send({**message, "more_body": True})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._timeout_s):
+                await self._drain()
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _drain(self) -> None:
+        more, drained = True, 0
+        while more and drained < DRAINED_BYTES:
+            async with asyncio.timeout(_PAUSE_S):
+                message = await self._receive()
+            more = message.get("more_body", False)
+            drained += len(message.get("body", b""))
+
+
+def _require_plain(scope: Scope) -> None:
+    """Raises ApiError for a body that is compressed: how long it would become is unknown."""
+    codings = ",".join(Headers(scope=scope).getlist("content-encoding")).split(",")
+    if any(coding.strip().lower() not in ("", "identity") for coding in codings) and has_body(scope):
+        raise ApiError(
+            415,
+            "unsupported_encoding",
+            "Content-Encoding: expected none, or identity",
+            headers={"Accept-Encoding": "identity"},
+        )
+
+
+def replayed(message: Message, receive: Receive) -> Receive:
+    """`receive` that gives `message` first."""
+    messages = [message]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay

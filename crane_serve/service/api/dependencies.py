@@ -1,0 +1,98 @@
+"""What every route needs: the engine, the gate, and the one mask a request means."""
+
+from collections.abc import Iterable
+from typing import Annotated, cast
+
+from fastapi import Depends, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.types import Scope
+
+from crane_serve.common.masks import MaskLibrary, Positions, ResolvedMask
+from crane_serve.engine.service import EngineService
+from crane_serve.service.api.context import RequestContext, context_of
+from crane_serve.service.api.errors import ApiError, BadRequest
+from crane_serve.service.api.gate import Gate
+
+
+async def get_engine(request: Request) -> EngineService:
+    """The running engine, as a dependency of routes."""
+    return cast(EngineService, request.app.state.engine)
+
+
+async def get_gate(request: Request) -> Gate:
+    """The gate that counts requests, as a dependency of routes."""
+    return cast(Gate, request.app.state.gate)
+
+
+async def get_context(request: Request) -> RequestContext:
+    """What is known of the request at hand, as a dependency of routes. Raises ApiError for a mask in its headers."""
+    check_headers(request.scope)
+    return context_of(request.scope)
+
+
+def check_headers(scope: Scope) -> None:
+    """Raises ApiError for a header that asks for a mask: answers name theirs in one, but requests have other places."""
+    for name, _ in scope["headers"]:
+        header = name.decode("latin-1")
+        if "crane" in header or "mask" in header:
+            message = f"the header {header!r} would be ignored; a mask is named in the query, ?mask=, or in the body"
+            raise ApiError(422, "malformed_header", message, header)
+
+
+class _Query(BaseModel):
+    """The query of a request. Other parameters are refused: a misspelt `mask` must not run unmasked."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    mask: list[str] | None = Field(
+        None, description="Mask name, or names joined with commas; 'none' or absent for no mask"
+    )
+
+
+class _GenerateQuery(_Query):
+    positions: Positions | None = Field(None, description="The tokens to be masked: all (default), prompt or generated")
+
+
+MaskQuery = Annotated[_Query, Query()]
+GenerateQuery = Annotated[_GenerateQuery, Query()]
+Engine = Annotated[EngineService, Depends(get_engine)]
+TheGate = Annotated[Gate, Depends(get_gate)]
+Context = Annotated[RequestContext, Depends(get_context)]
+
+
+def choose_positions(query: Positions | None, body: Positions | None, *, masked: bool) -> Positions:
+    """The positions of a request that may name them in the query, in the body, or in both if they are the same.
+
+    masked: whether it names a mask. Raises BadRequest if the request names two, or positions without a mask.
+    """
+    if query is not None and body is not None and query is not body:
+        raise BadRequest("mask_conflict", f"the query says positions={query}, the body {body}", "positions")
+    asked = body if query is None else query
+    if asked is not None and not masked:
+        raise BadRequest("mask_conflict", f"positions={asked} without a mask", "positions")
+    return Positions.ALL if asked is None else asked
+
+
+def choose_mask(
+    library: MaskLibrary, asked: Iterable[tuple[str, str]], positions: Positions = Positions.ALL
+) -> ResolvedMask | None:
+    """The mask of a request that may name it in several places, if they mean the same.
+
+    asked: pairs of a place, as in "the query", and the mask expression there. Raises MaskError for a mask that cannot
+    be used, BadRequest if the request names two.
+    """
+    named = [(place, expression, library.resolve(expression, positions)) for place, expression in asked]
+    for place, expression, mask in named[1:]:
+        first_place, first, first_mask = named[0]
+        if (mask and mask.wire) != (first_mask and first_mask.wire):
+            message = f"{first_place} says mask={first}, {place} {expression}"
+            raise BadRequest("mask_conflict", message, "mask")
+    return named[0][2] if named else None
+
+
+def asked_masks(query: list[str] | None, body: str | None) -> list[tuple[str, str]]:
+    """What `choose_mask` takes, of a query and a body. Raises BadRequest if the query names a mask twice."""
+    if query is not None and len(query) > 1:
+        raise BadRequest("mask_conflict", "'mask' is given twice in the query; join names with commas", "mask")
+    asked = [("the query", expression) for expression in query or []]
+    return asked if body is None else [*asked, ("the body", body)]

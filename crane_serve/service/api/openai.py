@@ -1,0 +1,348 @@
+"""The OpenAI-compatible routes: vLLM's own application, behind a translation of every way to name a mask into its own.
+
+A mask may be named in the query (`?mask=zh`), in the body (`"mask": "zh"`), in the model's name (`tiny:zh`), and where
+vLLM's own server takes it (`vllm_xargs.crane_mask`); all that are given must mean the same.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, cast
+from urllib.parse import parse_qsl, urlencode
+
+from fastapi import FastAPI
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from crane_serve.common.masks import MaskError, MaskLibrary, Positions, ResolvedMask
+from crane_serve.engine.admission import MASK_ARGUMENT, POSITIONS_ARGUMENT, mask_arguments
+from crane_serve.engine.openai_app import answering_as, public_name, split_model
+from crane_serve.engine.service import EngineDead, EngineService
+from crane_serve.engine.vllm_routes import CARRYING
+from crane_serve.service.api import openai_body
+from crane_serve.service.api.body import replayed
+from crane_serve.service.api.context import context_of
+from crane_serve.service.api.dependencies import asked_masks, check_headers, choose_mask
+from crane_serve.service.api.errors import ApiError, BadRequest, error_event, error_response
+from crane_serve.service.api.gate import Gate
+from crane_serve.service.api.openai_body import MASK, POSITIONS, Body
+
+_MODELS, MODEL = "/v1/models/", "/v1/models/{model}"
+_WITHOUT_MODEL = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
+ROUTES: Mapping[str, str] = {
+    **dict.fromkeys((*CARRYING, *_WITHOUT_MODEL), "POST"),
+    **dict.fromkeys(("/v1/models", MODEL, "/tokenizer_info", "/version"), "GET"),
+}
+"""The paths of vLLM's that are answered, and the one method of each."""
+
+# Sent by clients' libraries, and ignored by vLLM.
+_HARMLESS_PARAMETERS = frozenset({"api-version", "beta"})
+
+
+class OpenAIRoutes:
+    """ASGI application for the paths that no other route of the service has.
+
+    otherwise: answers what is not listed; by default everything there is a 404. Found in the application's state:
+    `engine`, whose `openai` answers, and `gate`.
+    """
+
+    def __init__(self, otherwise: ASGIApp | None = None) -> None:
+        self._otherwise = _not_found if otherwise is None else otherwise
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1000, "reason": "no such websocket"})
+            return
+        path = str(scope["path"])
+        route = MODEL if path.startswith(_MODELS) else path
+        method = ROUTES.get(route)
+        if method is None:
+            if path == "/":
+                _check_page_query(scope["query_string"].decode("latin-1"))
+            await self._otherwise(scope, receive, send)
+            return
+        scope["crane_route"] = route
+        if scope["method"] != method:
+            raise HTTPException(405, headers={"Allow": method})
+        check_headers(scope)
+        app = cast(FastAPI, scope["app"])
+        engine, gate = cast(EngineService, app.state.engine), cast(Gate, app.state.gate)
+        if method == "POST" and path not in engine.openai_fields:
+            raise HTTPException(404)  # vLLM has it only with --enable-scale-out
+        if route == MODEL:
+            _check_model(path.removeprefix(_MODELS), engine)
+        content = b"" if method == "GET" else await _read(receive)
+        if content is None:
+            return
+        asked = _Asked(route, scope["query_string"].decode("latin-1"), content, engine)
+        context = context_of(scope)
+        context.mask = asked.mask
+        if method == "POST":
+            gate.admit(context, _sequences(path, asked.body))
+        translated = {**scope, "state": {}, "query_string": asked.query.encode("latin-1")}
+        translated.pop("router", None)
+        if asked.content is not content:
+            headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
+            translated["headers"] = [*headers, (b"content-length", b"%d" % len(asked.content))]
+        with ExitStack() as held:
+            if path in CARRYING:
+                held.enter_context(engine.row(asked.mask))
+            held.enter_context(answering_as(asked.model))
+            answer = _Answer(scope, receive, send, engine)
+            try:
+                body: Message = {"type": "http.request", "body": asked.content, "more_body": False}
+                await engine.openai(translated, replayed(body, receive), answer)
+            except Exception:
+                if not engine.is_dead:
+                    raise
+                await answer.end()  # vLLM fails in the middle of some of its streams
+
+
+async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    raise HTTPException(404)
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """The whole body, None if the client has gone. How long it may be is for a middleware to say."""
+    parts, more = [], True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+class _Answer:
+    """`send` for an answer of vLLM.
+
+    What fails because the engine has died says so, also in the middle of a stream. A stream whose first event is a
+    refusal becomes an error with its status: vLLM looks at some requests only after it has begun to answer.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, engine: EngineService) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._engine = engine
+        self._head: Message | None = None  # of a stream of events, until the first has come
+        self._has_begun = False
+        self._is_of_events = False
+        self._is_over = False
+
+    async def __call__(self, message: Message) -> None:
+        if self._is_over:
+            return
+        if self._engine.is_dead and (self._is_of_events or message.get("status", 0) >= 500):
+            await self.end()
+            return
+        if message["type"] == "http.response.start":
+            kind = Headers(raw=message["headers"]).get("content-type", "")
+            self._is_of_events = kind.startswith("text/event-stream")
+            if self._is_of_events:
+                self._head = message
+                return
+        else:
+            self._is_over = not message.get("more_body", False)
+        if self._head is not None:
+            refusal = _refusal(message.get("body", b""))
+            if refusal is not None:
+                self._is_over = True
+                answer = JSONResponse({"error": refusal}, status_code=refusal["code"])
+                await answer(self._scope, self._receive, self._send)
+                return
+            head, self._head = self._head, None
+            self._has_begun = True
+            await self._send(head)
+        self._has_begun = True
+        await self._send(message)
+
+    async def end(self) -> None:
+        """Say that the engine has died, if the answer is not over. Raises EngineDead where it can no longer say so."""
+        if self._is_over:
+            return
+        self._is_over = True
+        error = EngineDead("the engine has died")
+        if not self._has_begun:
+            await error_response(error)(self._scope, self._receive, self._send)
+        elif self._is_of_events:
+            last = error_event(error, self._scope["path"])
+            await self._send({"type": "http.response.body", "body": last, "more_body": False})
+        else:
+            raise error
+
+
+def _refusal(event: bytes) -> dict[str, Any] | None:
+    """The error in a server-sent event, if it is one that a client has caused."""
+    _, is_data, data = event.partition(b"data: ")
+    if not is_data or b'"error"' not in data:
+        return None
+    try:
+        error = json.loads(data.partition(b"\n")[0])["error"]
+        is_refusal = 400 <= error["code"] < 500
+    except (ValueError, KeyError, TypeError):
+        return None
+    return cast(dict[str, Any], error) if is_refusal else None
+
+
+class _Asked:
+    """What a request asks for, and the request as vLLM takes it.
+
+    mask: what it shall run under; model: the name to answer under, None for the model's own; body: the JSON object;
+    content: its bytes, those that came if nothing has to be translated; query: without what is for the service.
+    Raises MaskError, or ApiError for a request that is malformed or contradicts itself.
+    """
+
+    def __init__(self, path: str, query: str, content: bytes, engine: EngineService) -> None:
+        self._path = path
+        parameters = _parameters(query)
+        self.query = urlencode([pair for pair in parameters if pair[0] not in (MASK, POSITIONS)])
+        self.body: Body = {}
+        if ROUTES[path] == "POST":
+            self.body = openai_body.read(content, engine.openai_fields[path], CARRYING.get(path, ()))
+        self._arguments = self._carried()
+        masks, positions = self._named(parameters)
+        base, expression = split_model(self.body.get("model"), engine.model_names)
+        if expression is not None:
+            masks.append(("the model's name", expression))
+        mask = _choose(engine.library, masks, positions)
+        self.mask = mask if path in CARRYING else None
+        self.model = None if expression is None else str(self.body["model"])
+        if self.mask is not None and self.body.get("use_beam_search"):
+            raise BadRequest("beam_search", "beam search cannot be masked", "use_beam_search")
+        changed = self._translate(None if expression is None else base)
+        self.content = json.dumps(self.body).encode() if changed else content
+
+    def _carried(self) -> Body | None:
+        """The object whose keys vLLM hands to the engine, None if there is none."""
+        parent: Any = self.body
+        for name in CARRYING.get(self._path, ("",)):
+            parent = parent.get(name)
+            if not isinstance(parent, dict):
+                return None
+        return cast(Body, parent)
+
+    def _named(self, parameters: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        """Where the request names masks, and positions, apart from its model's name: pairs of a place and a value."""
+        found = []
+        for name, argument in ((MASK, MASK_ARGUMENT), (POSITIONS, POSITIONS_ARGUMENT)):
+            in_query = [value for key, value in parameters if key == name]
+            if name == POSITIONS and len(in_query) > 1:
+                raise BadRequest("mask_conflict", "'positions' is given twice in the query", POSITIONS)
+            named = asked_masks(in_query, _text(self.body, name))
+            carried = None if self._arguments is None else _text(self._arguments, argument)
+            found.append(named if carried is None else [*named, (argument, carried)])
+            if found[-1] and self._path not in CARRYING:
+                raise BadRequest("mask_conflict", f"{self._path} runs no model that could be masked", name)
+        masks, positions = found
+        return masks, positions
+
+    def _translate(self, base: str | None) -> bool:
+        """Put the mask where vLLM takes it, and the name of the base model; say whether that changed the body."""
+        names = [name for name in (MASK, POSITIONS) if name in self.body]
+        carried = [name for name in (MASK_ARGUMENT, POSITIONS_ARGUMENT) if name in (self._arguments or ())]
+        for name in names:
+            del self.body[name]
+        for name in carried:
+            del cast(Body, self._arguments)[name]
+        if base is not None:
+            self.body["model"] = base
+        if self.mask is not None:
+            self._place().update(mask_arguments(self.mask))
+        return bool(names or carried or base is not None or self.mask is not None)
+
+    def _place(self) -> Body:
+        """The object whose keys vLLM hands to the engine, made if there is none."""
+        parent = self.body
+        for name in CARRYING[self._path]:
+            if parent.get(name) is None:
+                parent[name] = {}
+            if not isinstance(parent[name], dict):
+                raise ApiError(422, "malformed_body", f"{name}: expected an object", name)
+            parent = parent[name]
+        return parent
+
+
+def _parameters(query: str) -> list[tuple[str, str]]:
+    parameters = parse_qsl(query, keep_blank_values=True)
+    for name, _ in parameters:
+        if name not in (MASK, POSITIONS) and name not in _HARMLESS_PARAMETERS:
+            raise ApiError(
+                422, "malformed_query", f"unknown query parameter {name!r}; expected mask or positions", name
+            )
+    return parameters
+
+
+def _check_page_query(query: str) -> None:
+    """The page takes no mask. Who puts a path behind an address that ends in `?mask=` must not get the page for it."""
+    if any(name == MASK for name, _ in parse_qsl(query, keep_blank_values=True)):
+        message = "the page takes no mask; where a path follows the address, name the mask in the model: MODEL:MASK"
+        raise ApiError(422, "malformed_query", message, MASK)
+
+
+def _check_model(model: str, engine: EngineService) -> None:
+    """Raises ApiError, as OpenAI has it, if a request could not name this model."""
+    base, expression = split_model(model, engine.model_names)
+    reason = None
+    try:
+        if expression is not None:
+            engine.library.resolve(expression)
+    except MaskError as error:
+        reason = str(error)
+    if reason is not None or (base is None and model not in engine.model_names):
+        masks = (f"{engine.model_name}:{public_name(engine.library, name)}" for name in engine.library.masks)
+        known = ", ".join((*engine.model_names, *masks))
+        message = f"the model {model!r} does not exist; this server has {known}"
+        raise ApiError(404, "model_not_found", message if reason is None else f"{message} ({reason})", "model")
+
+
+def _text(content: Body, name: str) -> str | None:
+    value = content.get(name)
+    if value is not None and not isinstance(value, str):
+        raise ApiError(422, "malformed_body", f"{name}: expected a string, got {type(value).__name__}", name)
+    return value
+
+
+def _choose(
+    library: MaskLibrary, masks: Sequence[tuple[str, str]], positions: Sequence[tuple[str, str]]
+) -> ResolvedMask | None:
+    """The mask that is named, if all places agree. Each is a pair of a place and what it says."""
+    for place, asked in positions:
+        if asked not in set(Positions):
+            expected = ", ".join(Positions)
+            raise ApiError(
+                422, "malformed_body", f"positions={asked} in {place}: expected one of {expected}", POSITIONS
+            )
+        if asked != positions[0][1]:
+            first_place, first = positions[0]
+            message = f"{first_place} says positions={first}, {place} {asked}"
+            raise BadRequest("mask_conflict", message, POSITIONS)
+    if not positions:
+        return choose_mask(library, masks)
+    if not masks:
+        raise BadRequest("mask_conflict", f"positions={positions[0][1]} without a mask", POSITIONS)
+    return choose_mask(library, masks, Positions(positions[0][1]))
+
+
+def _sequences(path: str, body: Body) -> int:
+    """How many sequences the engine will run for a request, as far as its body can be understood."""
+    if path not in CARRYING or path.endswith("/render"):
+        return 0
+    place: Any = body.get("sampling_params") if path == "/inference/v1/generate" else body
+    try:
+        sequences = max(1, int(place["n"]))  # vLLM also reads "2", and 2.0
+    except (KeyError, TypeError, ValueError, OverflowError):
+        sequences = 1
+    if path == "/v1/completions":
+        return sequences * (_prompts(body.get("prompt")) + _prompts(body.get("prompt_embeds")) or 1)
+    if path == "/v1/chat/completions/batch" and isinstance(body.get("messages"), list):
+        return sequences * len(body["messages"])
+    return sequences
+
+
+def _prompts(prompt: Any) -> int:
+    """One text, several, one list of token ids, or several."""
+    if isinstance(prompt, list):
+        return 1 if prompt and isinstance(prompt[0], int) else len(prompt)
+    return 0 if prompt is None else 1

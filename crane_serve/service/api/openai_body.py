@@ -1,0 +1,143 @@
+"""The body of a request for vLLM: read as vLLM will read it, and without anything that vLLM would drop.
+
+vLLM ignores fields that it does not have, so that a misspelt mask would run unmasked, and other things that were asked
+for would not be done. Here a field that neither vLLM nor the service has is refused by its name.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from crane_serve.engine.admission import MASK_ARGUMENT, POSITIONS_ARGUMENT, looks_like_ours
+from crane_serve.engine.vllm_routes import Place, asking_names, may_ask
+from crane_serve.service.api.errors import ApiError, BadRequest, lone_surrogate
+
+MASK, POSITIONS = _OURS = ("mask", "positions")
+Body = dict[str, Any]
+
+_LONGEST = 100  # characters of a name that is quoted
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+# Parameters of OpenAI's and Anthropic's own services, which their packages send, and which vLLM takes and ignores.
+_OF_OPENAI = """
+    access_programs audio background_options context_management conversation function_call functions image metadata
+    modalities moderation prediction prompt_cache_key prompt_cache_options prompt_cache_retention reasoning_effort
+    safety_identifier service_tier store stream_options user verbosity web_search_options
+"""
+_OF_ANTHROPIC = """
+    billing_policy cache_control compaction container context_management diagnostics fallback_credit_token fallbacks
+    inference_geo mcp_servers metadata service_tier speed thread user_profile_id workspace_id
+"""
+# What lm-evaluation-harness passes on of its tasks' arguments for transformers; it gives vLLM's name beside them.
+_OF_THE_HARNESS = "do_sample max_gen_toks max_new_tokens"
+IGNORED = frozenset((_OF_OPENAI + _OF_ANTHROPIC + _OF_THE_HARNESS).split())
+"""What vLLM may ignore: nobody could mean a mask by it."""
+
+_ONE = ("best_of", "num_beams")  # vLLM has neither any more; some clients say that they want one
+
+
+def read(content: bytes, fields: Mapping[str, frozenset[str]], place: Sequence[str]) -> Body:
+    """The JSON object in a body.
+
+    fields: the names that vLLM has, by the object of the body that they stand in, "" for the body itself; place: the
+    object whose keys vLLM hands to the engine, where it names a mask. Raises BadRequest if there is no object, or if a
+    name in it is given twice, and ApiError, naming the field, for text that is none and for what vLLM would drop.
+    """
+    body = _parse(content)
+    if _may_hold_surrogates(content):
+        _check_texts(body)
+    _check_names(body, fields)
+    if may_ask(content):
+        ours = {*((name,) for name in _OURS), *((*place, argument) for argument in (MASK_ARGUMENT, POSITIONS_ARGUMENT))}
+        for path in asking_names(body):
+            if path not in ours:
+                raise _unknown(path, ())
+    return body
+
+
+def _parse(content: bytes) -> Body:
+    try:
+        body = json.loads(content, object_pairs_hook=_unique, parse_int=_integer)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest("malformed_body", f"the body cannot be read as JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise BadRequest("malformed_body", "the body is not a JSON object")
+    return body
+
+
+def _check_names(body: Body, fields: Mapping[str, frozenset[str]]) -> None:
+    for name in _ONE:
+        if body.get(name) not in (None, 1):
+            raise ApiError(422, "malformed_body", f"{name}: vLLM would ignore it; expected 1", name)
+    for outer, known in fields.items():
+        content = body.get(outer) if outer else body
+        others = known if outer else known.union(_OURS, IGNORED, _ONE)
+        for name in content if isinstance(content, dict) else ():
+            if name not in others:
+                raise _unknown((outer, name) if outer else (name,), known if outer else known.union(_OURS))
+
+
+def _unknown(path: Sequence[str], known: Iterable[str]) -> ApiError:
+    name, param = path[-1][:_LONGEST], _written(path)
+    nearest = get_close_matches(name.lower(), known, n=1)
+    if nearest:
+        hint = f"did you mean {nearest[0]!r}?"
+    elif looks_like_ours(name):
+        hint = f"a mask is named in {MASK!r}, or in the model's name"
+    else:
+        hint = "vLLM would ignore it"
+    return ApiError(422, "malformed_body", f"{param}: no parameter of this route; {hint}", param)
+
+
+def _written(path: Iterable[str]) -> str:
+    written = ".".join(path)
+    return written if len(written) <= _LONGEST else f"{written[:_LONGEST]}..."
+
+
+def _may_hold_surrogates(content: bytes) -> bool:
+    """A test without parsing: false for almost every body that holds none, true for every one that does."""
+    return _ESCAPED_SURROGATE.search(content) is not None or b"\xed" in content or b"\0" in content
+
+
+def _check_texts(body: Body) -> None:
+    pending: list[tuple[Place | None, Any]] = [(None, body)]
+    while pending:
+        place, value = pending.pop()
+        if isinstance(value, str):
+            _check_text(value, place)
+        elif isinstance(value, list):
+            pending.extend(
+                (Place(place, str(index)), part)
+                for index, part in enumerate(value)
+                if isinstance(part, str | list | dict)
+            )
+        elif isinstance(value, dict):
+            for name, part in value.items():
+                _check_text(name, place)
+                pending.append((Place(place, name), part))
+
+
+def _check_text(text: str, place: Place | None) -> None:
+    if problem := lone_surrogate(text):
+        param = None if place is None else _written(place.path)
+        raise ApiError(422, "malformed_body", f"{param or 'body'}: {problem}", param)
+
+
+def _integer(text: str) -> int:
+    """vLLM fails where a larger one does not fit into its own numbers."""
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"the integer {text[:30]} does not fit into 64 bits")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Body:
+    """Of a name that is given twice vLLM would see one value, and a mask in the other would be lost."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name!r} is given twice")
+    return content

@@ -1,0 +1,418 @@
+"""Request and answer bodies. Log-probabilities are in nats."""
+
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from crane_serve.common.masks import Fingerprint, Positions, ResolvedMask, StoredMask
+from crane_serve.common.models.prefix import AddBos, Join
+
+MAX_ITEMS = 1024
+_Text = Annotated[str, Field(min_length=1)]
+_TextOrEmpty = Annotated[str, Field(min_length=0)]  # a length makes pydantic refuse what UTF-8 cannot encode
+
+
+def _integer(value: Any) -> Any:
+    """JSON has one kind of number: 3.0 is an integer there."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Integer = Annotated[int, BeforeValidator(_integer)]
+LineId = str | int | None
+_LARGEST_SEED = 9 * 10**18  # vLLM takes less than 2**63; the description holds it as a float, where this is exact
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    mask: str | None = Field(None, description="Mask name, or names joined with commas; 'none' for no mask")
+    add_bos: AddBos = Field(
+        "auto",
+        description="What stands before a text that does not begin with it: true the model's start token, false "
+        "nothing, auto what lm-evaluation-harness puts there",
+    )
+
+
+class GenerateRequest(_Request):
+    """Prompts to be continued under one mask, and how."""
+
+    prompt: _Text | Annotated[list[_Text], Field(min_length=1, max_length=MAX_ITEMS)]
+    max_tokens: _Integer = Field(128, ge=1, lt=2**31)
+    temperature: float = Field(1.0, ge=0, le=10, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    seed: Annotated[int, Field(ge=0, le=_LARGEST_SEED), BeforeValidator(_integer)] | None = None
+    stop: _Text | Annotated[list[_Text], Field(max_length=16)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(_integer)] | None = Field(
+        None, description="Alternatives to return per generated token"
+    )
+    repetition_penalty: float = Field(
+        1.0,
+        ge=0.01,
+        le=10,
+        allow_inf_nan=False,
+        description="Above 1, tokens of the prompt and of the text so far become less likely; 1 for none",
+    )
+    stream: bool = False
+    positions: Annotated[Positions, Field(strict=False)] | None = Field(
+        None, description="The tokens to be masked: all (default), prompt or generated"
+    )
+
+    @property
+    def prompts(self) -> list[str]:
+        """One prompt or several, as a list."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """One stop string or several, or none."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class GenerateLine(GenerateRequest):
+    """One line of a batch: the body of /generate with one prompt, answered as a whole."""
+
+    id: LineId = Field(None, description="Comes back with the answer")
+    prompt: _Text
+    stream: Literal[False] = False
+
+
+_ONE_FORM: dict[str, Any] = {
+    "oneOf": [
+        {
+            "required": ["text"],
+            "properties": {
+                "text": {"type": "array"},
+                "context": {"type": "null"},
+                "continuations": {"type": "null"},
+            },
+        },
+        {
+            "required": ["context", "continuations"],
+            "properties": {
+                "text": {"type": "null"},
+                "context": {"type": "string"},
+                "continuations": {"type": "array"},
+            },
+        },
+    ]
+}
+
+
+class ScoreRequest(_Request):
+    """Either `text`, scored from its start, or `continuations`, each scored after `context`."""
+
+    model_config = ConfigDict(json_schema_extra=_ONE_FORM)
+
+    text: Annotated[list[_TextOrEmpty], Field(min_length=1, max_length=MAX_ITEMS)] | None = None
+    context: _TextOrEmpty | None = None
+    continuations: Annotated[list[_Text], Field(min_length=1, max_length=MAX_ITEMS)] | None = None
+    join: Join = Field(
+        "shared",
+        description="Where a continuation's tokens begin: after those that the context has alone, too (shared), or "
+        "after as many as it has alone (length), as in lm-evaluation-harness",
+    )
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        texts, pairs = self.text is not None, self.context is not None or self.continuations is not None
+        if texts == pairs or (pairs and (self.context is None or self.continuations is None)):
+            raise ValueError("expected either 'text', or 'context' and 'continuations'")
+        return self
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences the engine runs for it."""
+        return len(self.text or self.continuations or ())
+
+    @property
+    def texts(self) -> list[str]:
+        """What is to be encoded: the texts; or the context alone, then with each continuation behind it."""
+        if self.text is not None:
+            return self.text
+        start = self.context or ""
+        return [start.rstrip(), *(start + continuation for continuation in self.continuations or ())]
+
+
+class ScoreLine(ScoreRequest):
+    """One line of a batch: the body of /score."""
+
+    id: LineId = Field(None, description="Comes back with the answer")
+
+
+class MaskUsed(BaseModel):
+    """The mask that an answer was computed under."""
+
+    name: str
+    digest: str
+    neurons: int = Field(description="How many neurons it scales")
+    positions: Positions = Field(description="The tokens that were masked")
+
+    @classmethod
+    def of(cls, resolved: ResolvedMask | None) -> Self | None:
+        """The description of a resolved mask; None for unmasked."""
+        if resolved is None:
+            return None
+        return cls(
+            name=resolved.name,
+            digest=resolved.mask.digest,
+            neurons=resolved.mask.neurons,
+            positions=resolved.positions,
+        )
+
+
+class Usage(BaseModel):
+    """Tokens that the model read and wrote."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, prompt_tokens: int, completion_tokens: int) -> Self:
+        """With the total of both."""
+        return cls(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+        )
+
+
+class Token(BaseModel):
+    """A token with its log-probability in nats."""
+
+    token_id: int
+    token: str
+    logprob: float
+
+
+class GeneratedToken(Token):
+    """A generated token, and what else might have come."""
+
+    top: list[Token] = Field(description="The most likely tokens at this position")
+
+
+class Output(BaseModel):
+    """One continuation; `index` is that of its prompt."""
+
+    index: int
+    text: str
+    finish_reason: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    logprobs: list[GeneratedToken] | None = None
+
+
+class GenerateAnswer(BaseModel):
+    """The continuations of all prompts, in their order."""
+
+    model: str
+    mask: MaskUsed | None
+    outputs: list[Output]
+    usage: Usage
+
+
+class Delta(BaseModel):
+    """One server-sent event of a streamed generation."""
+
+    index: int
+    text: str
+    finish_reason: str | None
+    logprobs: list[GeneratedToken] | None = None
+
+
+class Score(BaseModel):
+    """The log-probability of a text."""
+
+    logprob: float = Field(description="Sum over the scored tokens, in nats")
+    tokens: int
+    bytes: int = Field(description="UTF-8 length of the scored text")
+
+
+class ContinuationScore(Score):
+    """The log-probability of a continuation, given its context."""
+
+    is_greedy: bool = Field(description="Whether greedy decoding would produce this continuation")
+
+
+class ScoreAnswer(BaseModel):
+    """The scores of all texts or continuations, in their order."""
+
+    model: str
+    mask: MaskUsed | None
+    scores: list[ContinuationScore | Score]
+    usage: Usage
+
+
+class MaskSummary(BaseModel):
+    """A mask in a list. neurons: how many it scales; budget: their share of all neurons, if chosen by one."""
+
+    name: str
+    digest: str
+    neurons: int
+    language: str
+    method: str
+    budget: float | None
+
+    @classmethod
+    def of(cls, stored: StoredMask) -> Self:
+        """The summary of a stored mask."""
+        return cls(name=stored.name, digest=stored.mask.digest, neurons=stored.mask.neurons, **cls._provenance(stored))
+
+    @staticmethod
+    def _provenance(stored: StoredMask) -> dict[str, Any]:
+        return stored.info.model_dump(include={"language", "method", "budget"})
+
+
+class MaskDetails(MaskSummary):
+    """A mask with all that its file says of where it comes from."""
+
+    neurons_per_layer: list[int]
+    corpus_digest: str | None
+    parameters: dict[str, Any]
+    created_by: str
+    fingerprint: Fingerprint
+    transferred_from: Fingerprint | None = Field(description="The model that the neurons were found in, if another")
+
+    @staticmethod
+    def _provenance(stored: StoredMask) -> dict[str, Any]:
+        return {**stored.info.model_dump(), "neurons_per_layer": stored.mask.neurons_per_layer()}
+
+
+class LayerNeurons(BaseModel):
+    """The neurons of one layer whose scale is not 1."""
+
+    layer: int
+    neurons: list[int]
+    scales: list[float] | None = Field(description="Of each neuron; null if all are 0")
+
+
+class LayerDimensions(BaseModel):
+    """The dimensions of one layer's MLP output whose scale is not 1."""
+
+    layer: int
+    dimensions: list[int]
+    scales: list[float] | None = Field(description="Of each dimension; null if all are 0")
+
+
+class MaskNeurons(BaseModel):
+    """What is in a mask, layer by layer."""
+
+    name: str
+    digest: str
+    layers: list[LayerNeurons]
+    output: list[LayerDimensions] | None = Field(description="Null if the mask leaves the MLPs' output alone")
+
+    @classmethod
+    def of(cls, stored: StoredMask) -> Self:
+        """What is in a stored mask."""
+        output = stored.mask.output
+        return cls(
+            name=stored.name,
+            digest=stored.mask.digest,
+            layers=[
+                LayerNeurons(layer=layer, neurons=changed, scales=scales)
+                for layer, (changed, scales) in enumerate(map(_changed, stored.mask.intermediate))
+            ],
+            output=None
+            if output is None
+            else [
+                LayerDimensions(layer=layer, dimensions=changed, scales=scales)
+                for layer, (changed, scales) in enumerate(map(_changed, output))
+            ],
+        )
+
+
+def _changed(scales: Tensor) -> tuple[list[int], list[float] | None]:
+    """Where `scales` [n] are not 1, and what they are there: None if all are 0."""
+    indices = torch.nonzero(scales != 1).flatten()
+    there = scales[indices]
+    return indices.tolist(), there.tolist() if bool(there.any()) else None
+
+
+class InvalidMaskFile(BaseModel):
+    """A mask file that cannot be used; requests that name it get 409."""
+
+    name: str
+    reason: str
+
+
+class MaskList(BaseModel):
+    """All masks of the server."""
+
+    masks: list[MaskSummary]
+    invalid: list[InvalidMaskFile] = Field(description="Mask files that cannot be used, and why")
+    default_method: str | None
+
+
+class Health(BaseModel):
+    """The process answers."""
+
+    status: str = "ok"
+
+
+class Ready(BaseModel):
+    """The engine serves this model."""
+
+    status: str = "ready"
+    model: str
+    version: str
+    fingerprint: Fingerprint
+    max_model_tokens: int
+    prompt_start: list[int] = Field(description="Token ids that add_bos=auto puts before a prompt or a context")
+    text_start: int | None = Field(description="The one that it puts before a text scored from its start")
+
+
+class ErrorBody(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str = Field(description="Kind of error, as OpenAI names them")
+    param: str | None = Field(description="The parameter that the error is about")
+    code: str = Field(description="What programs may rely on")
+
+
+class ErrorAnswer(BaseModel):
+    """The answer of every request that fails, in OpenAI's shape."""
+
+    error: ErrorBody
+
+
+class ErrorEvent(ErrorAnswer):
+    """An error among server-sent events that say of what type they are."""
+
+    type: Literal["error"] = "error"
+
+
+class _LineResult(BaseModel):
+    index: int = Field(description="Number of the line, from 0; blank lines have none")
+    id: LineId
+    status: Annotated[int, Field(description="The HTTP status of the line as a request of its own")] = 200
+
+
+class GenerateLineAnswer(_LineResult):
+    """The answer to a line of a batch of generations."""
+
+    answer: GenerateAnswer
+
+
+class ScoreLineAnswer(_LineResult):
+    """The answer to a line of a batch of scores."""
+
+    answer: ScoreAnswer
+
+
+class LineError(_LineResult):
+    """The answer to a line of a batch that failed."""
+
+    error: ErrorBody
+
+
+class BatchEnd(BaseModel):
+    """The last line of a batch; without it the answer was cut off."""
+
+    done: bool = Field(description="Whether all of the input was read and answered")
+    lines: int = Field(description="How many lines were answered")
+    failed: int = Field(description="How many of them with an error")
+    error: Annotated[ErrorBody | None, Field(description="Why it is not done; absent if it is")] = None

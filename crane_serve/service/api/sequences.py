@@ -1,0 +1,83 @@
+"""What the engine reads to score a text or a continuation, and which of its tokens count."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from crane_serve.common.models.prefix import NoStartToken, StartTokens, token_bytes
+from crane_serve.service.api.errors import BadRequest
+from crane_serve.service.api.schemas import GenerateRequest, ScoreRequest
+
+
+@dataclass(frozen=True)
+class ScoredSequence:
+    """A sequence of token ids, those from `first` on to be scored; bytes: UTF-8 length of the text that they score."""
+
+    token_ids: list[int]
+    first: int
+    bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are scored."""
+        return max(len(self.token_ids) - self.first, 0)
+
+
+def prompts_of(body: GenerateRequest, encoded: Sequence[list[int]], start: StartTokens) -> list[list[int]]:
+    """The prompts as the engine reads them. encoded: their token ids without special tokens. Raises BadRequest."""
+    return [_before(start, token_ids, body, from_start=False) for token_ids in encoded]
+
+
+def sequences_of(
+    body: ScoreRequest, encoded: Sequence[list[int]], start: StartTokens, tokenizer: Any
+) -> list[ScoredSequence]:
+    """The sequences of a request. encoded: token ids of `body.texts` without special tokens. Raises BadRequest."""
+    if body.text is not None:
+        pairs = zip(body.text, encoded, strict=True)
+        return [_text(body, text, token_ids, start, tokenizer) for text, token_ids in pairs]
+    alone, *wholes = encoded
+    continuations = zip(body.continuations or (), wholes, strict=True)
+    return [_continuation(body, text, alone, whole, start) for text, whole in continuations]
+
+
+def _text(body: ScoreRequest, text: str, token_ids: list[int], start: StartTokens, tokenizer: Any) -> ScoredSequence:
+    """A text from its start. Its own first token is not scored if nothing stands before it."""
+    whole = _before(start, token_ids, body, from_start=True)
+    size = len(text.encode())
+    if token_ids and len(whole) == len(token_ids):
+        size -= token_bytes(tokenizer, token_ids[0])
+    scored = ScoredSequence(whole, 1, max(size, 0))
+    return scored if scored.tokens else ScoredSequence(whole, 1, 0)
+
+
+def _continuation(
+    body: ScoreRequest, continuation: str, context: list[int], whole: list[int], start: StartTokens
+) -> ScoredSequence:
+    """A continuation; `whole` has its context before it, which alone is `context`."""
+    alone = _before(start, context, body, from_start=not context)
+    together = _before(start, whole, body, from_start=not context)
+    if body.join == "length":
+        together, first = alone + together[len(alone) :], len(alone)
+    else:
+        # A token that reaches across the join is not one of the context's: it is scored with the continuation.
+        first = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(together, alone, strict=False)))
+        if not first and body.add_bos == "auto":  # it reaches back to the start
+            together, first = _before(start, whole, body, from_start=True), 1
+    scored = ScoredSequence(together, first, len(continuation.encode()))
+    if not first:
+        message = f"continuation {continuation!r}: no token stands before it; with add_bos=false it needs a context"
+        raise BadRequest("nothing_to_score", message, "context")
+    if not scored.tokens:
+        message = f"continuation {continuation!r} has no token of its own behind its context"
+        raise BadRequest("nothing_to_score", message, "continuations")
+    return scored
+
+
+def _before(
+    start: StartTokens, token_ids: list[int], body: GenerateRequest | ScoreRequest, *, from_start: bool
+) -> list[int]:
+    try:
+        return start.before(token_ids, body.add_bos, from_start=from_start)
+    except NoStartToken as error:
+        raise BadRequest("no_start_token", str(error), "add_bos") from error

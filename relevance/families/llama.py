@@ -1,5 +1,0 @@
-"""Llama, and those that have its parts: Mistral and Qwen2."""
-
-from relevance.family import RMS_NORM, Family
-
-LLAMA = Family(("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"), norm=RMS_NORM)
