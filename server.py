@@ -1,30 +1,8 @@
-"""The server process: settings -> application -> its life."""
+"""`python server.py MODEL ...` is `crane serve MODEL ...`."""
 
 import sys
-from pathlib import Path
 
-from crane_serve.common.models.resolve import resolve_checkpoint
-from crane_serve.engine.service import EngineService, configure_engine
-from crane_serve.service.api.app import create_app
-from crane_serve.service.lifecycle import run
-from crane_serve.service.logs import configure_logging
-from crane_serve.service.settings import ServeSettings
-
-
-def serve(settings: ServeSettings) -> int:
-    """Serve until a signal or the death of the engine; the exit code.
-
-    Raises ValueError (CheckpointError, MaskFileError, UnsupportedEngine, ...) before anything starts.
-    """
-    model = resolve_checkpoint(settings.model)
-    name = model.name if Path(settings.model).is_dir() else settings.model
-    config = configure_engine(model, settings.masks, settings.default_method, settings.mask_rows, settings.engine_flags)
-    configure_logging(settings.log_format, settings.log_level)
-    app = create_app(lambda: EngineService.start(config, name), settings)
-    return run(app, settings)
-
+from crane_serve.cli import app
 
 if __name__ == "__main__":
-    from crane_serve.cli import app
-
     app(["serve", *sys.argv[1:]])

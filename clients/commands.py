@@ -191,16 +191,17 @@ def compare(
     from clients.compare import compare as compare_evaluations
     from clients.evaluation import Evaluation
     from clients.record import Record
+    from clients.reporting.comparison import terminal_tables, write_comparison
 
     before, after = Evaluation.read(first), Evaluation.read(second)
     answers = [Record.read(path).answers if path.is_dir() else None for path in (first, second)]
     comparison = compare_evaluations(before, after, *answers, seed=seed)
     console = Console()
-    for table in comparison.tables():
+    for table in terminal_tables(comparison):
         console.print(table)
     for difference in comparison.differences:
         console.print(difference, markup=False, highlight=False)
-    for path in [] if out is None else comparison.write(out):
+    for path in [] if out is None else write_comparison(comparison, out):
         console.print(str(path), soft_wrap=True, markup=False, highlight=False)
 
 

@@ -3,8 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -14,13 +13,8 @@ from clients.errors import EvaluationError
 from clients.evaluation import UNMASKED, Cell, Evaluation, TaskInfo
 from clients.reporting.settings import brief, flat
 from clients.task import Answers, Metric
-from crane_serve.common.atomic import write_atomically
 from crane_serve.common.numbers.bootstrap import Estimate, Values, estimate, resampled_sums
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-FILES = ("compare.html", "compare.md", "compare.csv")
 _NAMED = 5  # of many, so many are named
 
 
@@ -65,30 +59,6 @@ class Comparison:
     differences: tuple[str, ...] = ()
     only_first: tuple[str, ...] = ()
     only_second: tuple[str, ...] = ()
-
-    def write(self, directory: Path) -> list[Path]:
-        """Write compare.html (which stands alone), compare.md and compare.csv; returns their paths."""
-        from clients.reporting.comparison import comparison_rows, comparison_sections
-        from clients.reporting.files import csv_content
-        from crane_serve.common.reports.render import html_page, markdown_page
-
-        title = f"{self.second} against {self.first}"
-        sections = comparison_sections(self)
-        pages = html_page(title, sections, filtered=True), markdown_page(title, sections)
-        contents = (*(page.encode() for page in pages), csv_content(comparison_rows(self)))
-        for name, file in zip(FILES, contents, strict=True):
-            write_atomically(directory / name, file)
-        return [directory / name for name in FILES]
-
-    def tables(self) -> list["Table"]:
-        """For the terminal: a table for each task with the differences of its headline metric."""
-        from clients.reporting.comparison import difference_table
-        from clients.reporting.terminal import terminal_table
-
-        return [
-            terminal_table(difference_table(self, task, metrics[0]), f"{task}: {self.second} minus {self.first}")
-            for task, metrics in self.metrics.items()
-        ]
 
 
 def compare(

@@ -196,7 +196,7 @@ def serve(
         shown = {"settings": loaded.settings.model_dump(mode="json"), "sources": loaded.sources}
         typer.echo(json.dumps(shown, indent=2))
         return
-    from server import serve as run_server
+    from crane_serve.service.process import serve as run_server
 
     raise typer.Exit(run_server(loaded.settings))
 

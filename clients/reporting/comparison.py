@@ -1,29 +1,54 @@
 """Two evaluations side by side, for readers."""
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+import rich.table
+
+from clients.compare import ComparedCell, Comparison
 from clients.reporting.figures import NOTHING, Scale, estimate_cell, metric_title
-from clients.reporting.files import columns_of
+from clients.reporting.files import columns_of, csv_content
+from clients.reporting.terminal import terminal_table
 from clients.task import Metric
+from crane_serve.common.atomic import write_atomically
 from crane_serve.common.reports.content import Cell, Section, Table
+from crane_serve.common.reports.render import html_page, markdown_page
 
-if TYPE_CHECKING:
-    from clients.compare import ComparedCell, Comparison
-
+FILES = ("compare.html", "compare.md", "compare.csv")
 _INDEPENDENT = "†"
 
 
-def comparison_sections(comparison: "Comparison") -> list[Section]:
+def write_comparison(comparison: Comparison, directory: Path) -> list[Path]:
+    """Write compare.html (which stands alone), compare.md and compare.csv; returns their paths."""
+    title = f"{comparison.second} against {comparison.first}"
+    sections = comparison_sections(comparison)
+    pages = html_page(title, sections, filtered=True), markdown_page(title, sections)
+    contents = (*(page.encode() for page in pages), csv_content(comparison_rows(comparison)))
+    for name, file in zip(FILES, contents, strict=True):
+        write_atomically(directory / name, file)
+    return [directory / name for name in FILES]
+
+
+def terminal_tables(comparison: Comparison) -> list[rich.table.Table]:
+    """For the terminal: a table for each task with the differences of its headline metric."""
+    title = f"{comparison.second} minus {comparison.first}"
+    return [
+        terminal_table(difference_table(comparison, task, metrics[0]), f"{task}: {title}")
+        for task, metrics in comparison.metrics.items()
+    ]
+
+
+def comparison_sections(comparison: Comparison) -> list[Section]:
     """What differs in how they were made, and in what they found: for each metric a matrix, and both changes folded."""
     return [_made(comparison), _found(comparison)]
 
 
-def comparison_rows(comparison: "Comparison") -> list[dict[str, Any]]:
+def comparison_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """A row for each task, metric, language and mask, by column; None for what does not exist."""
     return [_row(comparison, cell) for cell in comparison.cells]
 
 
-def _made(comparison: "Comparison") -> Section:
+def _made(comparison: Comparison) -> Section:
     about = (
         f"first: {comparison.first}; second: {comparison.second}. A change is masked minus unmasked; a difference is "
         "the change in the second minus that in the first.",
@@ -39,7 +64,7 @@ def _made(comparison: "Comparison") -> Section:
     return Section("What is compared", about, parts=tuple(Section(title, said) for title, said in lists if said))
 
 
-def _found(comparison: "Comparison") -> Section:
+def _found(comparison: Comparison) -> Section:
     about = (
         "Signed, in the metric's unit. Orange: the mask does more damage in the second; blue: less; deeper is "
         f"more. {_INDEPENDENT} marks differences of independent samples.",
@@ -61,11 +86,11 @@ def _found(comparison: "Comparison") -> Section:
     return Section("Differences", about, parts=parts)
 
 
-def _of(comparison: "Comparison", task: str, metric: Metric) -> list["ComparedCell"]:
+def _of(comparison: Comparison, task: str, metric: Metric) -> list[ComparedCell]:
     return [cell for cell in comparison.cells if (cell.task, cell.metric) == (task, metric.name)]
 
 
-def difference_table(comparison: "Comparison", task: str, metric: Metric) -> Table:
+def difference_table(comparison: Comparison, task: str, metric: Metric) -> Table:
     """Masks by languages: what the second found minus what the first found, coloured by damage."""
     cells = _of(comparison, task, metric)
     scale = Scale.of(cell.difference.mean for cell in cells)
@@ -84,7 +109,7 @@ def difference_table(comparison: "Comparison", task: str, metric: Metric) -> Tab
     return Table(("mask", *languages), rows, f"Second minus first in {metric.unit}; {direction}")
 
 
-def _list(comparison: "Comparison", task: str, metric: Metric) -> Table:
+def _list(comparison: Comparison, task: str, metric: Metric) -> Table:
     cells = _of(comparison, task, metric)
     scale = Scale.of(change.mean for cell in cells for change in (cell.first, cell.second))
     rows = tuple(
@@ -101,7 +126,7 @@ def _list(comparison: "Comparison", task: str, metric: Metric) -> Table:
     return Table(("mask", "language", "first", "second", "second minus first", "samples"), rows)
 
 
-def _row(comparison: "Comparison", cell: "ComparedCell") -> dict[str, Any]:
+def _row(comparison: Comparison, cell: ComparedCell) -> dict[str, Any]:
     metric = next(metric for metric in comparison.metrics[cell.task] if metric.name == cell.metric)
     return {
         "task": cell.task,
@@ -119,7 +144,7 @@ def _row(comparison: "Comparison", cell: "ComparedCell") -> dict[str, Any]:
     }
 
 
-def _difference_cell(cell: "ComparedCell", metric: Metric, scale: Scale) -> Cell:
+def _difference_cell(cell: ComparedCell, metric: Metric, scale: Scale) -> Cell:
     damage = metric.damage(cell.difference.mean)
     mark = "" if cell.paired else _INDEPENDENT
     return estimate_cell(cell.difference, scale.digits, signed=True, change=damage, full=scale.full, mark=mark)

@@ -60,15 +60,13 @@ class MaskConfig(dict[str, Any]):
             self._library = library
         return self._library
 
+    @property
+    def fields(self) -> tuple[Any, ...]:
+        """What makes an equal one."""
+        return (self.rows, self.outputs, self.model, self.masks, self.default_method, self.manifest)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arrive, (self.rows, self.outputs, self.model, self.masks, self.default_method, self.manifest)
-
-
-def _arrive(*fields: Any) -> MaskConfig:
-    from crane_serve.engine.plugin import install
-
-    install()
-    return MaskConfig(*fields)
+        raise TypeError("only a process with the crane plugin can send its configuration on")  # see `plugin`
 
 
 def masks_disabled() -> bool:

@@ -16,6 +16,7 @@ What is wrapped, each once per process:
 Added to EngineCore and WorkerWrapperBase: the methods of `changes`.
 """
 
+import copyreg
 import os
 from collections.abc import Callable
 from typing import Any
@@ -23,13 +24,22 @@ from typing import Any
 from crane_serve.common.masks import MaskError, MaskTableFull, ResolvedMask
 from crane_serve.engine import changes, vllm_routes
 from crane_serve.engine.admission import MASK_ARGUMENT, admit, asked_mask, looks_like_ours, require_row
-from crane_serve.engine.config import MASKS_VARIABLE, add_mask_config, mask_config, masks_disabled
+from crane_serve.engine.config import MASKS_VARIABLE, MaskConfig, add_mask_config, mask_config, masks_disabled
 from crane_serve.engine.prefix_cache import check_salt, generated_salt, salted, with_generated_salt
 from crane_serve.engine.support import UnsupportedEngine, check_engine, check_version
 from crane_serve.engine.vocabulary import drop_impossible, require_embeddings, validate_token_ids
 from crane_serve.engine.wrapping import wrap
 
 _LEASE = "_crane_mask"
+
+
+def _arrive(*fields: Any) -> MaskConfig:
+    """A MaskConfig in the process that receives it, which must have the plugin. Raises as `install` does."""
+    install()
+    return MaskConfig(*fields)
+
+
+copyreg.pickle(MaskConfig, lambda config: (_arrive, config.fields))
 
 
 def register() -> None:

@@ -1,14 +1,11 @@
 """The check at start: masks take effect, in every layer and on every data-parallel rank, or nothing is served."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 
-from crane_serve.common.masks import MaskInfo, NeuronMask, StoredMask
-
-if TYPE_CHECKING:
-    from crane_serve.engine.service import EngineService
+from crane_serve.common.masks import MaskInfo, MaskLibrary, NeuronMask, ResolvedMask, StoredMask
 
 _NAME = "self-check-layer"
 _TEXT = "One two three four five six seven eight nine ten."
@@ -19,7 +16,37 @@ class SelfCheckFailed(ValueError):
     """Masks do not take effect in this engine."""
 
 
-async def check_masks(service: "EngineService") -> None:
+class Logprobs(Protocol):
+    """Log-probabilities in nats of the tokens of a text after its first."""
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """One per token."""
+
+
+class MaskedEngine(Protocol):
+    """What is checked: `EngineService` is one."""
+
+    library: MaskLibrary
+    tokenizer: Any
+
+    @property
+    def data_parallel_ranks(self) -> int:
+        """How many engines share the requests."""
+
+    async def score(
+        self, token_ids: list[int], mask: ResolvedMask | None, *, data_parallel_rank: int | None = None
+    ) -> Logprobs:
+        """The log-probabilities of a text on one rank."""
+
+    async def put_mask(self, stored: StoredMask) -> None:
+        """Add a mask, or replace the one of its name."""
+
+    async def remove_mask(self, name: str) -> None:
+        """Remove a mask."""
+
+
+async def check_masks(service: MaskedEngine) -> None:
     """Score a text unmasked and with each layer's MLP switched off, by masks that come and go for it.
 
     Raises SelfCheckFailed naming the layers whose mask changes nothing, and if an unmasked request is not what it was

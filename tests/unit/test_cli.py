@@ -9,10 +9,10 @@ import torch
 from typer.testing import CliRunner, Result
 
 import crane_serve
-import server
 from crane_serve.cli import app
 from crane_serve.common.masks import Fingerprint, MaskInfo, NeuronMask, read_mask, write_mask
 from crane_serve.common.models import fetch as fetching
+from crane_serve.service import process
 from crane_serve.service.settings import ServeSettings
 from tests.tiny import LAYERS
 
@@ -190,7 +190,7 @@ class TestServe:
         def run(*_: object, **__: object) -> None:
             raise AssertionError("a server was started")
 
-        monkeypatch.setattr(server, "run", run)
+        monkeypatch.setattr(process, "run", run)
 
     def test_a_missing_model(self, masks: Path) -> None:
         result = crane("serve", masks.parent / "missing", "--masks", masks)
@@ -216,7 +216,7 @@ class TestServe:
         self, masks: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         served: list[ServeSettings] = []
-        monkeypatch.setattr(server, "serve", lambda settings: served.append(settings) or 3)
+        monkeypatch.setattr(process, "serve", lambda settings: served.append(settings) or 3)
         monkeypatch.setenv("CRANE_HOST", "0.0.0.0")
         flags = ("--dtype", "float32", "--enforce-eager")
         result = crane("serve", checkpoint, "--masks", masks, "--default-method", "lape", "--port", "9000", *flags)

@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from clients.answers import Score
-from clients.compare import FILES, Comparison, compare, independent_difference
+from clients.compare import Comparison, compare, independent_difference
 from clients.errors import EvaluationError
 from clients.evaluation import UNMASKED, Evaluation, PlannedMask
+from clients.reporting.comparison import FILES, terminal_tables, write_comparison
 from clients.task import Answers, Item, Question, Scored, ScoreText
 from crane_serve.common.numbers.bootstrap import Estimate
 from tests.evaluations import Texts, evaluation_of
@@ -192,7 +193,7 @@ def comparison() -> Comparison:
 
 
 def test_files(comparison: Comparison, tmp_path: Path) -> None:
-    paths = comparison.write(tmp_path)
+    paths = write_comparison(comparison, tmp_path)
     assert [path.name for path in paths] == list(FILES)
     html, markdown = ((tmp_path / name).read_text() for name in FILES[:2])
     difference = f"{comparison.cells[0].difference.mean:+.2f}"
@@ -211,7 +212,7 @@ def test_files(comparison: Comparison, tmp_path: Path) -> None:
 
 def test_terminal_tables(comparison: Comparison) -> None:
     out = io.StringIO()
-    (table,) = comparison.tables()
+    (table,) = terminal_tables(comparison)
     Console(file=out, width=120).print(table)
     assert f"{comparison.cells[0].difference.mean:+.2f}" in out.getvalue()
     assert "ppl: <b>two|2</b> minus made up" in out.getvalue()
