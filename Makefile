@@ -51,6 +51,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 release-check: install $(MODEL)/config.json
 	$(BIN)/python tests/release/serve_wheel.py build/release-check --torch '$(TORCH_CPU)' --model $(MODEL)

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict
 from clients.analysis.samples import Sample, grouped
 from clients.errors import EvaluationError
 from clients.evaluation import UNMASKED, Cell, Evaluation, TaskInfo
-from clients.reporting.settings import brief, flat
 from clients.task import Answers, Metric
 from crane_serve.common.numbers.bootstrap import Estimate, Values, estimate, resampled_sums
+from crane_serve.common.reports.settings import brief, flat
 
 _NAMED = 5  # of many, so many are named
 

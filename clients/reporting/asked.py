@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 
 from clients.evaluation import UNMASKED, Evaluation, TaskInfo
-from clients.reporting.figures import NOTHING, SHORT, SIGNIFICANT, budget_text, estimate_cell, metric_title
-from clients.reporting.settings import brief, flat
+from clients.reporting.figures import NOTHING, SIGNIFICANT, budget_text, estimate_cell, metric_title
 from clients.task import Metric
 from crane_serve.common.numbers.bootstrap import Estimate
 from crane_serve.common.reports.content import Cell, Section, Table
 from crane_serve.common.reports.numbers import number_text
 from crane_serve.common.reports.render import cut
+from crane_serve.common.reports.settings import SHORT, brief, flat
 
 _FAILURES_SHOWN = 200
 

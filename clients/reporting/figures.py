@@ -13,7 +13,6 @@ from crane_serve.common.reports.numbers import interval_text, number_text
 NOTHING = "-"
 SIGNIFICANT = 0.05  # q-values below are marked
 BEYOND, WITHIN = "●", "○"  # marks of significant changes, outside the random band and not shown to be
-SHORT = 16  # characters of a digest that readers see
 
 
 @dataclass(frozen=True)

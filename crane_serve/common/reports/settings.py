@@ -3,9 +3,9 @@
 import json
 from collections.abc import Iterator
 
-from clients.reporting.figures import SHORT
 from crane_serve.common.reports.render import cut
 
+SHORT = 16  # characters of a digest that readers see
 _LONGEST = 300
 _HEX_DIGEST = 64
 
