@@ -73,7 +73,7 @@ def fetch(
     to: Annotated[Path, typer.Option("--to", help="Directory to make")],
 ) -> None:
     """Fetch a small demonstration model and make it a Hugging Face checkpoint."""
-    with bar("fetch", "steps", f"{name} to {to}", on_terminal=False):
+    with bar("fetch", "steps", on_terminal=False):  # says itself what it does
         fetch_model(name, to, report=typer.echo)
 
 

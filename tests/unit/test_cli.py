@@ -171,7 +171,7 @@ class TestImportLape:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ({"en": 1}, "expected list[language][layer] of tensors, found dict"),
+            ({"en": 1}, "holds the languages en; expected the labels en, zh"),
             ([[torch.tensor([9999])] * LAYERS] * 2, "en: layer 0: neuron 9999 is out of range"),
         ],
     )

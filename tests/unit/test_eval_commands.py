@@ -256,7 +256,7 @@ def test_what_is_wrong_is_said_before_any_work(server: FakeServer, tmp_path: Pat
     flags = ["eval", "--server", server.address, "--out", tmp_path / "out"]
     assert_refused(invoke(cli, *flags, "--task", "belebele"), "--task needs --languages, such as en,zh,vi")
     assert_refused(invoke(cli, *flags, "--task", "chess", "--languages", "en"), "task 1: .*'chess'.*belebele")
-    assert_refused(invoke(cli, *flags, "--task", "xcopa", "--split", "test"), "--corpus and --split do not go with")
+    assert_refused(invoke(cli, *flags, "--task", "xcopa", "--split", "test"), "--split and --normalise do not go with")
     assert_refused(invoke(cli, *flags, "--shots", 2), "--shots belongs to --task")
     assert_refused(run(tmp_path / "nowhere.yaml"), "nowhere.yaml cannot be read; expected a plan")
     assert_refused(run(write_plan(tmp_path / "plan", model="llama")), "serves 'fake', the plan is for 'llama'")
