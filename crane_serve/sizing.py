@@ -7,9 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from crane_serve.common.masks.fingerprint import intermediate_sizes
-from crane_serve.common.models.load import reason
-from crane_serve.engine.config import DEFAULT_ROWS
+from crane_serve.common.defaults import DEFAULT_ROWS
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 _FILE_SCALE_BYTES = 4  # mask files, and masks in memory, are float32
@@ -46,6 +44,9 @@ class ModelSizes:
         """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
+
+        from crane_serve.common.masks.fingerprint import intermediate_sizes
+        from crane_serve.common.models.load import reason
 
         try:
             config: Any = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import crane_serve
+from crane_serve.common.defaults import DEFAULT_METHOD, DEFAULT_ROWS
 from crane_serve.common.masks import Fingerprint, MaskFileError, MaskLibrary
 from crane_serve.common.models.resolve import resolve_checkpoint
 from crane_serve.engine.weights import require_same_weights
@@ -16,8 +17,6 @@ DEFAULT_METHOD_VARIABLE = "CRANE_DEFAULT_METHOD"
 ROWS_VARIABLE = "CRANE_MASK_ROWS"
 OUTPUTS_VARIABLE = "CRANE_MASK_OUTPUTS"
 DISABLE_VARIABLE = "CRANE_DISABLE"
-DEFAULT_METHOD = "attnlrp"
-DEFAULT_ROWS = 256
 
 
 class MaskConfig(dict[str, Any]):

@@ -29,7 +29,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from crane_serve.engine.config import DEFAULT_METHOD, DEFAULT_ROWS
+from crane_serve.common.defaults import DEFAULT_METHOD, DEFAULT_ROWS
 
 ENVIRONMENT_PREFIX = "CRANE_"
 CONFIG_VARIABLE = "CRANE_CONFIG"

@@ -5,8 +5,8 @@ from itertools import product
 
 import pytest
 
+from crane_serve.common.defaults import DEFAULT_ROWS
 from crane_serve.common.masks import MaskLibrary
-from crane_serve.engine.config import DEFAULT_ROWS
 from tests.conftest import Engines
 from tests.engine.offline import BLOCK_TOKENS, CHUNK_TOKENS, LONG, PROMPTS, generate
 from tests.engines import Oracle

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from crane_serve.common.masks import Fingerprint, MaskFileError, MaskInfo, NeuronMask, write_mask
 from crane_serve.engine.offline import Answer, EngineFacts, Request
-from crane_serve.verify import checks, command, probes
+from crane_serve.verify import checks, command, probes, session
 from crane_serve.verify.checks import Check, Status
 from crane_serve.verify.generated import TrialMasks, write_trial_masks
 from crane_serve.verify.plan import Outcome, Plan, Reference
@@ -397,7 +397,7 @@ def processes(masked: Callable[[], FakeEngine], calls: list[dict[str, object]] |
         plan = Plan.load(plan_file)
         if calls is not None:
             calls.append({"module": module, "flags": plan.flags, **environment})
-        if module == command.REFERENCE:
+        if module == session.REFERENCE:
             assert plan.masks is not None
             reference = reference_of(FakeEngine(), (None, *plan.masks.random, *plan.masks.given))
             Outcome(plan.outcome).record(reference=reference)
@@ -412,7 +412,7 @@ def processes(masked: Callable[[], FakeEngine], calls: list[dict[str, object]] |
 
 
 def invoke(monkeypatch: pytest.MonkeyPatch, launch, *arguments: object):
-    monkeypatch.setattr(command, "run_process", launch)
+    monkeypatch.setattr(session, "run_process", launch)
     app = typer.Typer()
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(command.verify)
     return CliRunner().invoke(app, [*map(str, arguments)])
@@ -436,7 +436,7 @@ def test_the_command_reports_and_exits_with_0(
     assert written["passed"]
     assert written["fingerprint"]["layers"] == LAYERS
 
-    assert [call["module"] for call in calls] == [command.REFERENCE, command.WORKER, command.WORKER]
+    assert [call["module"] for call in calls] == [session.REFERENCE, session.WORKER, session.WORKER]
     plain, masked = calls[1:]
     assert plain["VLLM_PLUGINS"] == ""
     assert "CRANE_MASKS" not in plain
@@ -483,7 +483,7 @@ def test_a_process_that_dies_leaves_its_last_words(checkpoint: Path, tmp_path: P
         model=checkpoint, flags=(), fingerprint=fingerprint, outcome=outcome, throughput=False, float32=True,
         trust_remote_code=False, directory=masks, masks=None, plain=outcome, reference=outcome,
     ).save(plan)  # fmt: skip
-    problem = command.run_process("crane_serve.verify.no_such_module", plan, {}, tmp_path / "log")
+    problem = session.run_process("crane_serve.verify.no_such_module", plan, {}, tmp_path / "log")
     assert problem is not None
     assert problem.startswith("the process died with exit code 1; its last words: ")
     assert "No module named" in problem

@@ -1,0 +1,12 @@
+"""Help is quick: no command's options need torch, vLLM or a model library."""
+
+import subprocess
+import sys
+
+HEAVY = ("torch", "vllm", "transformers", "ray", "scipy", "matplotlib", "gradio", "datasets", "fastapi")
+
+
+def test_commands_are_known_without_heavy_libraries() -> None:
+    program = f"import sys, crane_serve.cli; print(*[name for name in {HEAVY} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.split() == []
