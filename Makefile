@@ -5,7 +5,7 @@ MODEL := models/gemma-3-270m
 TORCH_CPU := torch==2.13.0+cpu
 KEEP ?=
 
-.PHONY: install browser test test-second-python demo docs tutorial lint release-check clean
+.PHONY: install browser test test-all test-second-python demo docs tutorial lint release-check clean
 
 install: $(VENV)/.installed
 
@@ -30,8 +30,13 @@ browser: install
 
 # The tests without engines in two processes of one thread each, then the others, whose engines want both cores.
 test: install browser $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not engine' -n 2 --dist loadfile --durations 15
-	$(BIN)/pytest -m engine --durations 25
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not engine and not release' -n 2 --dist loadfile --durations 15
+	$(BIN)/pytest -m 'engine and not release' --durations 25
+
+# What documents, packaging, deployment, benchmarks and simulations promise, too; before a release, and when these change.
+test-all: test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m release -n 2 --dist loadfile --durations 15
+	@.ci/second-python '$(TORCH_CPU)'
 
 test-second-python: install
 	@.ci/second-python '$(TORCH_CPU)'
@@ -57,4 +62,4 @@ release-check: install $(MODEL)/config.json
 	$(BIN)/python tests/release/serve_wheel.py build/release-check --torch '$(TORCH_CPU)' --model $(MODEL)
 
 clean:
-	rm -rf results build dist site .venv-second *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf results build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
