@@ -45,7 +45,7 @@ CONTENTS = {
     ".tsv": table("\t").encode(),
     ".parquet": as_parquet(ROWS),
 }
-CONTENTS |= {f"{suffix}.gz": gzip.compress(of) for suffix, of in CONTENTS.items() if suffix != ".parquet"}
+CONTENTS |= {f"{suffix}.gz": gzip.compress(of, mtime=0) for suffix, of in CONTENTS.items() if suffix != ".parquet"}
 
 
 # --- formats
@@ -106,7 +106,11 @@ def cut(content: bytes) -> bytes:
         ("en.jsonl.gz", cut(CONTENTS[".jsonl.gz"]), "en.jsonl.gz cannot be decompressed: "),
         ("en.jsonl.gz", CONTENTS[".jsonl"], "en.jsonl.gz cannot be decompressed: Not a gzipped file"),
         ("en.jsonl.gz", CONTENTS[".jsonl.gz"][:-8] + bytes(8), "en.jsonl.gz cannot be decompressed: CRC check failed"),
-        ("en.csv.gz", gzip.compress(b"text\n\xff\n"), "en.csv.gz cannot be read as UTF-8 text: byte 0xff in line 2"),
+        (
+            "en.csv.gz",
+            gzip.compress(b"text\n\xff\n", mtime=0),
+            "en.csv.gz cannot be read as UTF-8 text: byte 0xff in line 2",
+        ),
         ("en.parquet", cut(CONTENTS[".parquet"]), "en.parquet cannot be read as Parquet: "),
         ("en.parquet", b"", "en.parquet cannot be read as Parquet: "),
         ("en.parquet", as_parquet([{"text": 7}]), "en.parquet, row 1: 'text' is a number; expected a string"),
