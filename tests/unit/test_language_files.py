@@ -96,6 +96,9 @@ def test_a_long_document_in_a_table(tmp_path: Path) -> None:
     assert len(Corpus.load(tmp_path).documents["en"][0].text) > 300_000
 
 
+LATIN = gzip.compress(b"text\n\xff\n", mtime=0)
+
+
 def cut(content: bytes) -> bytes:
     return content[: len(content) // 2]
 
