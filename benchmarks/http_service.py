@@ -2,10 +2,10 @@
 
     python benchmarks/http_service.py MODEL MASKS --out DIR [throughput] [latency] [overload] [memory] [options]
 
-- throughput: N prompts under all masks of MASKS in turn and under none, by four ways: `LLM.generate` on the whole batch
-  (offline); one /generate request with many prompts for each mask (requests); /generate/batch (batch); and one
-  /generate request for each prompt, 64 at a time (singles). The offline engine and the server are both alive, and the
-  one that is not measured is stopped (SIGSTOP). Ways take turns in an order that is shuffled for each repetition.
+- throughput: N prompts under all masks of MASKS in turn and under none, by three ways: `LLM.generate` on the whole
+  batch (offline); one /generate request with many prompts for each mask (requests); and one /generate request for
+  each prompt, 64 at a time (singles). The offline engine and the server are both alive, and the one that is not
+  measured is stopped (SIGSTOP). Ways take turns in an order that is shuffled for each repetition.
 - latency: single /generate requests by 1, 8, 32 and 128 clients, each of which asks again as soon as it is answered.
 - overload: ten times as many clients as sequences that the server admits (--max-sequences), for a minute: what is
   answered, with what, and whether refusals say when to come back.
@@ -43,11 +43,11 @@ from fleet import Engine, EngineFailed
 from summary import machine, speed_ratio, spread, table
 from worker import MAX_BATCHED_TOKENS, MAX_MODEL_LEN
 
-from clients import AsyncCraneClient, GenerateItem, RetryPolicy
+from clients import AsyncCraneClient, RetryPolicy
 
 MEASUREMENTS = ("throughput", "latency", "overload", "bench", "memory")
 BENCHES = ("vllm", "crane", "masks")
-WAYS = ("offline", "requests", "batch", "singles")
+WAYS = ("offline", "requests", "singles")
 OFFLINE = WAYS[0]
 SINGLES_AT_A_TIME = 64
 LATENCY_CLIENTS = (1, 8, 32, 128)
@@ -229,13 +229,6 @@ async def ask_by_requests(client: AsyncCraneClient, prompts: Sequence[Prompt], m
     return sum(answer.usage.completion_tokens for answer in answers)
 
 
-async def ask_by_batch(client: AsyncCraneClient, prompts: Sequence[Prompt], max_tokens: int) -> int:
-    items: list[GenerateItem] = [
-        {"prompt": text, "mask": mask, "max_tokens": max_tokens, "temperature": 0.0} for text, mask in prompts
-    ]
-    return sum([one.result.usage.completion_tokens async for one in client.generate_batch(items)])
-
-
 async def ask_by_singles(client: AsyncCraneClient, prompts: Sequence[Prompt], max_tokens: int) -> int:
     """A request for each prompt, 64 at once."""
     tally = await crowd(client.server, SINGLES_AT_A_TIME, prompts, max_tokens, requests=len(prompts), until=None)
@@ -245,7 +238,7 @@ async def ask_by_singles(client: AsyncCraneClient, prompts: Sequence[Prompt], ma
 
 
 Ask = Callable[[AsyncCraneClient, Sequence[Prompt], int], Awaitable[int]]
-BY_HTTP: dict[str, Ask] = {"requests": ask_by_requests, "batch": ask_by_batch, "singles": ask_by_singles}
+BY_HTTP: dict[str, Ask] = {"requests": ask_by_requests, "singles": ask_by_singles}
 
 
 def over_http(address: str, way: str, prompts: Sequence[Prompt], max_tokens: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from clients.answers import (
     Delta,
     Generation,
-    GenerationResult,
     MaskListing,
     MaskNeurons,
     MaskSummary,
@@ -11,10 +10,8 @@ from clients.answers import (
     Readiness,
     Score,
     Scores,
-    ScoresResult,
     Usage,
 )
-from clients.batch import GenerateItem, ScoreItem
 from clients.blocking import iterate_answers, run_evaluation
 from clients.client import AsyncCraneClient, CraneClient
 from clients.errors import CraneError, EvaluationError
@@ -32,9 +29,7 @@ __all__ = [
     "Delta",
     "Evaluation",
     "EvaluationError",
-    "GenerateItem",
     "Generation",
-    "GenerationResult",
     "ItemResult",
     "MaskListing",
     "MaskNeurons",
@@ -47,9 +42,7 @@ __all__ = [
     "RetryPolicy",
     "Run",
     "Score",
-    "ScoreItem",
     "Scores",
-    "ScoresResult",
     "Usage",
     "evaluate",
     "iterate_answers",

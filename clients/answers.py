@@ -1,10 +1,6 @@
 """The server's answers, typed. Fields a newer server adds are ignored."""
 
-from typing import NoReturn
-
 from pydantic import BaseModel, ConfigDict, FiniteFloat, JsonValue
-
-from clients.errors import CraneError
 
 
 class Answer(BaseModel):
@@ -81,49 +77,6 @@ class Scores(Answer):
     mask: MaskReference | None = None
     scores: tuple[Score, ...]
     usage: Usage = Usage()
-
-
-class Failure(Answer):
-    """Why a line of a batch has no answer."""
-
-    code: str
-    message: str
-    param: str | None = None
-    type: str | None = None
-
-
-class LineResult(Answer):
-    """What became of one item of a batch. index: its position among the items; status: as of a request of its own."""
-
-    index: int
-    id: str | int | None = None
-    status: int
-    error: Failure | None = None
-
-    def _raise_error(self) -> NoReturn:
-        raise CraneError.of_body({} if self.error is None else self.error.model_dump(), self.status)
-
-
-class GenerationResult(LineResult):
-    """`result` is its generation, or raises the CraneError that `error` describes."""
-
-    answer: Generation | None = None
-
-    @property
-    def result(self) -> Generation:
-        """The generation. Raises CraneError for a line that failed."""
-        return self.answer or self._raise_error()
-
-
-class ScoresResult(LineResult):
-    """`result` is its scores, or raises the CraneError that `error` describes."""
-
-    answer: Scores | None = None
-
-    @property
-    def result(self) -> Scores:
-        """The scores. Raises CraneError for a line that failed."""
-        return self.answer or self._raise_error()
 
 
 class MaskSummary(Answer):

@@ -5,9 +5,7 @@ import ipaddress
 import itertools
 import math
 import os
-import time
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
@@ -17,16 +15,13 @@ import httpx
 from clients import calls
 from clients.answers import (
     Generation,
-    GenerationResult,
     Health,
     MaskListing,
     MaskNeurons,
     MaskSummary,
     Readiness,
     Scores,
-    ScoresResult,
 )
-from clients.batch import GenerateItem, Part, ResultType, ScoreItem, parts
 from clients.calls import AnswerType, Call, Sampling
 from clients.errors import CraneError
 from clients.retries import Patience, RetryPolicy
@@ -138,19 +133,6 @@ class CraneClient(_Client):
         """Remove the mask of exactly this name. Wants an admin's key, if any."""
         self._send(calls.delete_mask(name))
 
-    def generate_batch(self, items: Iterable[GenerateItem]) -> Iterator[GenerationResult]:
-        """Complete one prompt for each item, each under its own mask; results come as they finish, in any order.
-
-        An item that fails has a result with an `error`; CraneError is raised if the batch cannot go on. Lines that got
-        no answer, 429 or 503 are asked for again, as `retries` allow. The items are sent in calls of at most 2000 or
-        8 MiB, one after another; each is sent whole before its answers are read, which a server's buffer has room for.
-        """
-        return self._batch("generate/batch", items, GenerationResult)
-
-    def score_batch(self, items: Iterable[ScoreItem]) -> Iterator[ScoresResult]:
-        """Score the texts of each item; results come as those of `generate_batch`."""
-        return self._batch("score/batch", items, ScoresResult)
-
     def ready(self) -> Readiness:
         """What the server serves, once it does."""
         return self._send(calls.ready())
@@ -189,10 +171,6 @@ class CraneClient(_Client):
         return call.parse(response)
 
     def _open(self, call: Call[Generation]) -> GenerationStream:
-        return GenerationStream(self._response(call), self.server)
-
-    def _response(self, call: Call[Any]) -> httpx.Response:
-        """A response whose body has not been read. Raises CraneError for a refusal."""
         try:
             response = self._http.send(self._http.build_request(**call.request), stream=True)
             if response.status_code >= 400:
@@ -200,27 +178,7 @@ class CraneClient(_Client):
                 raise CraneError.of_response(response)
         except httpx.TransportError as error:
             raise CraneError.of_transport(error, self.server) from error
-        return response
-
-    def _batch(self, route: str, items: Iterable[Mapping[str, Any]], result: type[ResultType]) -> Iterator[ResultType]:
-        for lines in parts(items):
-            part = Part(route, lines, result, self._retries)
-            while part.missing:
-                try:
-                    yield from self._ask(part)
-                except CraneError as error:
-                    time.sleep(part.retry_wait_s(error))
-
-    def _ask(self, part: Part[ResultType]) -> Iterator[ResultType]:
-        response = self._response(part.call())
-        try:
-            for chunk in response.iter_bytes():
-                yield from part.feed(chunk)
-        except httpx.TransportError as error:
-            raise CraneError.of_transport(error, self.server) from error
-        finally:
-            response.close()
-        part.end()
+        return GenerationStream(response, self.server)
 
 
 class AsyncCraneClient(_Client):
@@ -316,14 +274,6 @@ class AsyncCraneClient(_Client):
         """Remove the mask of exactly this name. Wants an admin's key, if any."""
         await self._send(calls.delete_mask(name))
 
-    def generate_batch(self, items: Iterable[GenerateItem]) -> AsyncGenerator[GenerationResult]:
-        """CraneClient.generate_batch for `async for`; it holds one slot until it ends or is closed."""
-        return self._batch("generate/batch", items, GenerationResult)
-
-    def score_batch(self, items: Iterable[ScoreItem]) -> AsyncGenerator[ScoresResult]:
-        """CraneClient.score_batch for `async for`; it holds one slot until it ends or is closed."""
-        return self._batch("score/batch", items, ScoresResult)
-
     async def ready(self) -> Readiness:
         """What the server serves, once it does."""
         return await self._send(calls.ready())
@@ -365,10 +315,6 @@ class AsyncCraneClient(_Client):
         return call.parse(response)
 
     async def _open(self, call: Call[Generation]) -> AsyncGenerationStream:
-        return AsyncGenerationStream(await self._response(call), self.server, self._slots.release)
-
-    async def _response(self, call: Call[Any]) -> httpx.Response:
-        """A response whose body has not been read. Raises CraneError for a refusal."""
         pool = next(self._next_pool)
         try:
             response = await pool.send(pool.build_request(**call.request), stream=True)
@@ -377,33 +323,7 @@ class AsyncCraneClient(_Client):
                 raise CraneError.of_response(response)
         except httpx.TransportError as error:
             raise CraneError.of_transport(error, self.server) from error
-        return response
-
-    async def _batch(
-        self, route: str, items: Iterable[Mapping[str, Any]], result: type[ResultType]
-    ) -> AsyncGenerator[ResultType]:
-        async with self._slots:
-            for lines in parts(items):
-                part = Part(route, lines, result, self._retries)
-                while part.missing:
-                    try:
-                        async with aclosing(self._ask(part)) as results:
-                            async for one in results:
-                                yield one
-                    except CraneError as error:
-                        await asyncio.sleep(part.retry_wait_s(error))
-
-    async def _ask(self, part: Part[ResultType]) -> AsyncGenerator[ResultType]:
-        response = await self._response(part.call())
-        try:
-            async for chunk in response.aiter_bytes():
-                for one in part.feed(chunk):
-                    yield one
-        except httpx.TransportError as error:
-            raise CraneError.of_transport(error, self.server) from error
-        finally:
-            await response.aclose()
-        part.end()
+        return AsyncGenerationStream(response, self.server, self._slots.release)
 
 
 def _checked_url(server: str) -> httpx.URL:

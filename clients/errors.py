@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-TRANSIENT_STATUS = frozenset({429, 503})
+_TRANSIENT_STATUS = frozenset({429, 503})
 
 
 class EvaluationError(ValueError):
@@ -44,7 +44,7 @@ class CraneError(Exception):
         """Whether the same request may well succeed later: 429, 503, or a connection that failed."""
         if self.status is None:
             return self.code != "read_timeout"
-        return self.status in TRANSIENT_STATUS
+        return self.status in _TRANSIENT_STATUS
 
     @classmethod
     def of_response(cls, response: httpx.Response) -> "CraneError":

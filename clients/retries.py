@@ -39,10 +39,10 @@ class RetryPolicy:
         """A fresh controller for coroutine functions."""
         return AsyncRetrying(stop=stop_after_attempt(self.attempts), **self._rules())
 
-    def wait_s(self, attempt: int, error: BaseException | None) -> float:
-        """Seconds to wait after this attempt (from 1) has ended with `error`."""
+    def _wait_s(self, state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
         asked_s = error.retry_after_s if isinstance(error, CraneError) else None
-        return (asked_s or 0.0) + random.uniform(0.0, self._back_off_s(attempt))
+        return (asked_s or 0.0) + random.uniform(0.0, self._back_off_s(state.attempt_number))
 
     def _back_off_s(self, attempt: int) -> float:
         try:
@@ -51,12 +51,9 @@ class RetryPolicy:
             return self.longest_wait_s
 
     def _rules(self) -> dict[str, Any]:
-        def wait_s(state: RetryCallState) -> float:
-            return self.wait_s(state.attempt_number, state.outcome.exception() if state.outcome else None)
+        return {"wait": self._wait_s, "retry": retry_if_exception(self._is_worth_retrying), "reraise": True}
 
-        return {"wait": wait_s, "retry": retry_if_exception(self.worth_retrying), "reraise": True}
-
-    def worth_retrying(self, error: BaseException) -> bool:
+    def _is_worth_retrying(self, error: BaseException) -> bool:
         """Whether an attempt that ended with `error` is followed by another, if there is one left."""
         return isinstance(error, CraneError) and error.transient and (error.retry_after_s or 0.0) <= self.longest_wait_s
 
@@ -75,5 +72,5 @@ class Patience(RetryPolicy):
     def awaiting(self) -> AsyncRetrying:
         return AsyncRetrying(stop=stop_after_delay(self.total_s), **self._rules())
 
-    def worth_retrying(self, error: BaseException) -> bool:
+    def _is_worth_retrying(self, error: BaseException) -> bool:
         return isinstance(error, CraneError) and (error.transient or error.status is None)

@@ -10,9 +10,10 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 from clients import CraneClient
-from clients.batch import GenerateItem
 from crane_serve.common.text.languages import identify
 
 SERVER = os.environ.get("EXAMPLE_SERVER", "http://127.0.0.1:8000")
@@ -35,7 +36,8 @@ for mask in ("none", "zh", "en,zh", "en,zh@0.5"):
 
 # %% [markdown]
 # ## Shares of languages
-# All continuations under all masks are one batch: the server mixes masks within it.
+# A request holds all prompts, and the requests for all masks are under way at once: the server mixes them in its
+# batches.
 
 
 # %%
@@ -47,15 +49,20 @@ def shares(texts: Sequence[str]) -> dict[str, float]:
 
 
 MASKS = ("none", *LANGUAGES, "en,zh", "en,vi", "zh,vi")
-items: list[GenerateItem] = [
-    {"id": f"{mask} {n}", "mask": mask, "prompt": prompt, "max_tokens": TOKENS, "temperature": 1.0, "seed": seed}
-    for mask in MASKS
-    for seed in range(SAMPLES)
-    for n, prompt in enumerate(PROMPTS)
-]
+
+
+def sample(request: tuple[str, int]) -> list[str]:
+    """A continuation of each prompt, for a mask and a seed."""
+    mask, seed = request
+    answer = client.generate(PROMPTS, mask=mask, max_tokens=TOKENS, temperature=1.0, seed=seed)
+    return [output.text for output in answer.outputs]
+
+
+requests = list(product(MASKS, range(SAMPLES)))
 texts: dict[str, list[str]] = {mask: [] for mask in MASKS}
-for answer in client.generate_batch(items):
-    texts[str(answer.id).partition(" ")[0]] += [output.text for output in answer.result.outputs]
+with ThreadPoolExecutor(len(requests)) as threads:
+    for (mask, _), sampled in zip(requests, threads.map(sample, requests), strict=True):
+        texts[mask] += sampled
 
 rows = {mask: shares(of_mask) for mask, of_mask in texts.items()}
 print(f"{'switched off':14}" + "".join(f"{name:>8}" for name in rows["none"]))

@@ -102,15 +102,10 @@ class ApiSettings(BaseModel):
     max_buffered_bytes: int = Field(
         default=512 * _MIB, ge=1024, description="Bodies of all requests together", validate_default=True
     )
-    max_batch_buffer_bytes: int = Field(
-        default=64 * _MIB, ge=1024, description="Lines of a batch that wait for the engine"
-    )
     max_sequences: int = Field(default=2048, ge=1, description="Prompts running or waiting before requests get 429")
     max_requests_per_key: int = Field(default=256, ge=1, description="Requests of one API key at once")
-    body_timeout_s: float = Field(
-        default=60.0, gt=0, description="Time for a body to arrive; in a batch, for its next piece"
-    )
-    request_timeout_s: float = Field(default=600.0, gt=0, description="Time for an answer; a batch has no limit")
+    body_timeout_s: float = Field(default=60.0, gt=0, description="Time for a body to arrive")
+    request_timeout_s: float = Field(default=600.0, gt=0, description="Time for an answer")
 
     playground: bool = Field(default=True, description="Whether the page at / is served")
     evaluation: Path | None = Field(default=None, description="An evaluation (by `crane eval`) for that page to show")

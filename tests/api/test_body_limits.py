@@ -19,8 +19,6 @@ from crane_serve.service.settings import ApiSettings
 from tests.api.exchange import Exchange
 from tests.api.fake_engine import FakeEngine
 
-STREAMED = ("/generate/batch", "/score/batch")
-
 
 @pytest.fixture(autouse=True)
 def short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,9 +57,7 @@ class App:
 
 
 def bounded(app: ASGIApp, *, max_bytes: int = 10, max_buffered_bytes: int = 25, timeout_s: float = 30) -> BoundedBody:
-    return BoundedBody(
-        app, max_bytes=max_bytes, max_buffered_bytes=max_buffered_bytes, timeout_s=timeout_s, streamed=STREAMED
-    )
+    return BoundedBody(app, max_bytes=max_bytes, max_buffered_bytes=max_buffered_bytes, timeout_s=timeout_s)
 
 
 async def until(condition: object) -> None:
@@ -210,7 +206,7 @@ async def test_the_count_survives_failures_and_cancellation() -> None:
         assert middleware.buffered_bytes == 0
 
 
-@pytest.mark.parametrize("path", ["/generate", "/generate/batch", "/masks/x", "/v1/completions"])
+@pytest.mark.parametrize("path", ["/generate", "/masks/x", "/v1/completions"])
 @pytest.mark.parametrize(
     ("codings", "is_plain"),
     [
@@ -242,12 +238,8 @@ async def test_a_coding_of_no_body_is_no_fault() -> None:
     assert exchange.status == 204
 
 
-STREAMING = [("POST", "/generate/batch"), ("POST", "/score/batch"), ("PUT", "/masks/x")]
-
-
-@pytest.mark.parametrize(("method", "path"), STREAMING)
-async def test_streamed_bodies_are_of_any_length_and_not_held(method: str, path: str) -> None:
-    app, exchange = App(), Exchange(method, path, [(b"content-length", b"1000")])
+async def test_an_upload_is_of_any_length_and_not_held() -> None:
+    app, exchange = App(), Exchange("PUT", "/masks/x", [(b"content-length", b"1000")])
     app.go.clear()
     middleware = bounded(app)
     call = asyncio.create_task(exchange.call(middleware))
@@ -263,7 +255,7 @@ async def test_streamed_bodies_are_of_any_length_and_not_held(method: str, path:
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("POST", "/masks/x"), ("PUT", "/masks"), ("PUT", "//masks/x"), ("POST", "/generate/batch/"), ("PUT", "/Masks/x")],
+    [("POST", "/masks/x"), ("PUT", "/masks"), ("PUT", "//masks/x"), ("PUT", "/Masks/x")],
 )
 async def test_other_paths_are_bounded(method: str, path: str) -> None:
     app, exchange = App(), Exchange(method, path).give(b"x" * 11)
@@ -271,10 +263,9 @@ async def test_other_paths_are_bounded(method: str, path: str) -> None:
     refused(exchange, app, 413, "body_too_large")
 
 
-@pytest.mark.parametrize(("method", "path"), STREAMING)
 @pytest.mark.parametrize("pieces", [0, 2])
-async def test_a_late_piece_of_a_stream_is_an_error_where_it_is_read(method: str, path: str, pieces: int) -> None:
-    app, exchange = App(), Exchange(method, path)
+async def test_a_late_piece_of_a_stream_is_an_error_where_it_is_read(pieces: int) -> None:
+    app, exchange = App(), Exchange("PUT", "/masks/x")
     for _ in range(pieces):
         exchange.give(b"x", more=True)
     with pytest.raises(ApiError, match="no piece of the body arrived within") as caught:
@@ -292,7 +283,7 @@ async def test_the_time_is_for_each_piece_of_a_stream_and_for_none_after_its_end
             received.set()
         assert (await receive())["type"] == "http.disconnect"
 
-    exchange = Exchange("POST", "/generate/batch")
+    exchange = Exchange("PUT", "/masks/x")
     call = asyncio.create_task(exchange.call(bounded(app, timeout_s=1)))
     for index in range(5):
         await asyncio.sleep(0.3)
@@ -309,7 +300,7 @@ def streaming_app() -> FastAPI:
     app = FastAPI()
     install_error_handlers(app)
 
-    @app.post("/generate/batch")
+    @app.put("/masks/x")
     async def read(request: Request, refuse: bool = False) -> int:
         if refuse:
             raise ApiError(400, "refused", "refused at once")
@@ -320,14 +311,14 @@ def streaming_app() -> FastAPI:
 
 @pytest.mark.parametrize(("refuse", "more", "closes"), [(1, True, True), (0, False, False)])
 async def test_a_refused_stream_closes_the_connection(refuse: int, more: bool, closes: bool) -> None:
-    exchange = Exchange("POST", "/generate/batch", query=b"refuse=%d" % refuse).give(b"abc", more=more)
+    exchange = Exchange("PUT", "/masks/x", query=b"refuse=%d" % refuse).give(b"abc", more=more)
     await exchange.call(bounded(streaming_app()))
     assert exchange.status == (400 if refuse else 200)
     assert exchange.headers.getlist("connection") == ["close"] * closes
 
 
 async def test_a_late_piece_is_a_408_of_the_route() -> None:
-    exchange = Exchange("POST", "/generate/batch").give(b"abc", more=True)
+    exchange = Exchange("PUT", "/masks/x").give(b"abc", more=True)
     await exchange.call(bounded(streaming_app(), timeout_s=0.05))
     assert (exchange.status, exchange.error["code"]) == (408, "body_too_slow")
     assert exchange.headers.getlist("connection") == ["close"]
@@ -349,12 +340,12 @@ async def test_over_the_service() -> None:
             assert (await client.get("/masks")).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/generate", "/generate/batch"])
+@pytest.mark.parametrize("path", ["/generate", "/masks/x"])
 async def test_the_rest_of_a_refused_body_is_thrown_away_after_the_answer(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(body, "_PAUSE_S", 30)
-    exchange = Exchange("POST", path, query=b"refuse=1").give(b"x" * 11, more=True)
+    exchange = Exchange("PUT", path, query=b"refuse=1").give(b"x" * 11, more=True)
     call = asyncio.create_task(exchange.call(bounded(streaming_app())))
     await until(lambda: len(exchange.sent) == 2)
     assert exchange.error["code"] == ("body_too_large" if path == "/generate" else "refused")

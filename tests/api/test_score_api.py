@@ -1,6 +1,5 @@
 """POST /score over a fake engine: both forms, and which tokens count."""
 
-import json
 from typing import Any
 
 import httpx
@@ -215,21 +214,3 @@ async def test_unknown_readings_are_refused(client: httpx.AsyncClient, field: st
     response = await client.post("/score", json={"context": "a", "continuations": ["b"], field: value})
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (422, "malformed_body", field)
-
-
-@pytest.mark.parametrize("body", [{"text": ["<s>hi", "hi"]}, {"context": "ab", "continuations": ["cd", "d"]}])
-async def test_lines_of_a_batch_are_read_as_requests_are(
-    client: httpx.AsyncClient, engine: FakeEngine, body: dict[str, Any]
-) -> None:
-    engine.tokenizer = byte_tokenizer(merges=[("b", "c")])
-    options = [{}, {"add_bos": False}, {"add_bos": True}]
-    options += [{"join": "length"}] if "context" in body else []
-    lines = [{**body, **option} for option in options]
-    single = [(await score(client, **line))["scores"] for line in lines]
-    response = await client.post(
-        "/score/batch",
-        content="\n".join(map(json.dumps, lines)),
-        headers={"content-type": "application/x-ndjson"},
-    )
-    results = sorted((json.loads(line) for line in response.text.splitlines()[:-1]), key=lambda line: line["index"])
-    assert [result["answer"]["scores"] for result in results] == single

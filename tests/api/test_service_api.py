@@ -340,9 +340,7 @@ async def test_openapi_documents_the_one_shape_of_errors(client: httpx.AsyncClie
     document = (await client.get("/openapi.json")).json()
     assert set(document["paths"]) == {
         "/generate",
-        "/generate/batch",
         "/score",
-        "/score/batch",
         "/masks",
         "/masks/{name}",
         "/masks/{name}/neurons",

@@ -191,13 +191,9 @@ class TestClientsThatLeave:
             assert await anext(response.aiter_bytes())
             await metrics_say(client, is_under_way)
 
-    @pytest.mark.parametrize("path", ["/generate?mask=zh", "/v1/completions?mask=zh", "/generate/batch?mask=zh"])
+    @pytest.mark.parametrize("path", ["/generate?mask=zh", "/v1/completions?mask=zh"])
     async def test_before_the_answer(self, client: httpx.AsyncClient, path: str) -> None:
-        if path.startswith("/generate/batch"):
-            lines = "\n".join(json.dumps({**MANY, "prompt": prompt}) for prompt in MANY["prompt"])
-            ask = client.post(path, content=lines, headers={"Content-Type": "application/x-ndjson"})
-        else:
-            ask = client.post(path, json={**MANY, **({"model": "tiny"} if "v1" in path else {})})
+        ask = client.post(path, json={**MANY, **({"model": "tiny"} if "v1" in path else {})})
         asking = asyncio.create_task(ask)
         await metrics_say(client, is_under_way)
         asking.cancel()
@@ -516,17 +512,14 @@ class Asked:
     """A request under way, and what has come of its answer."""
 
     path: str
-    body: dict[str, Any] | list[dict[str, Any]]
+    body: dict[str, Any]
     status: int = 0
     content_type: str = ""
     text: str = ""
     has_begun: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self, client: httpx.AsyncClient) -> "Asked":
-        lines = isinstance(self.body, list)
-        content = "\n".join(map(json.dumps, self.body)) if lines else json.dumps(self.body)
-        headers = {"Content-Type": "application/x-ndjson" if lines else "application/json"}
-        async with client.stream("POST", self.path, content=content, headers=headers) as response:
+        async with client.stream("POST", self.path, json=self.body) as response:
             self.status, self.content_type = response.status_code, response.headers["content-type"].partition(";")[0]
             async for piece in response.aiter_text():
                 self.text += piece
@@ -537,11 +530,6 @@ class Asked:
     def events(self) -> list[str]:
         assert self.content_type == "text/event-stream", self.text
         return events_in(self.text)
-
-    @property
-    def lines(self) -> list[Any]:
-        assert self.content_type == "application/x-ndjson", self.text
-        return [json.loads(line) for line in self.text.splitlines()]
 
 
 def events_in(text: str) -> list[str]:
@@ -591,7 +579,7 @@ async def test_sigterm_lets_everything_under_way_end_whole(first: Server) -> Non
     short = {"prompt": PROMPT, "temperature": 0, "max_tokens": 40}
     stream = {**short, "stream": True}
     v1, chat = {"model": "tiny", "ignore_eos": True}, {"messages": MESSAGES, "temperature": 0, "max_tokens": 40}
-    batch = Asked("/generate/batch", [{**short, "max_tokens": 60}] * 100)
+    many = Asked("/generate", {**short, "prompt": [PROMPT] * 100, "max_tokens": 60})
     generated = [Asked("/generate", short) for _ in range(8)]
     streamed = [Asked("/generate", stream) for _ in range(8)]
     completed = [Asked("/v1/completions", {**short, **v1}) for _ in range(4)]
@@ -600,9 +588,9 @@ async def test_sigterm_lets_everything_under_way_end_whole(first: Server) -> Non
     rest = [*generated, *streamed, *completed, *completed_in_streams, *chatted]
     processes = processes_of(first)
     async with async_client_of(first) as client:
-        tasks = [asyncio.create_task(batch.run(client))]
-        # The batch fills the engine: what comes behind it cannot end before all of it is under way.
-        await metrics_say(client, lambda text: metric(text, "crane_sequences") >= len(batch.body) - RUNNING)
+        tasks = [asyncio.create_task(many.run(client))]
+        # These fill the engine: what comes behind them cannot end before all of them are under way.
+        await metrics_say(client, lambda text: metric(text, "crane_sequences") >= 100 - RUNNING)
         tasks += [asyncio.create_task(asked.run(client)) for asked in rest]
         await under_way(client, 30)
         first.process.send_signal(signal.SIGTERM)
@@ -611,11 +599,8 @@ async def test_sigterm_lets_everything_under_way_end_whole(first: Server) -> Non
         assert not any(task.done() for task in tasks)
         await asyncio.gather(*tasks)
     await ends_with(first, processes, code=0, seconds=60)
-    assert {asked.status for asked in (batch, *rest)} == {200}
-    *answers, end = batch.lines
-    assert end == {"done": True, "lines": 100, "failed": 0}
-    assert sorted(line["index"] for line in answers) == list(range(100))
-    assert {line["answer"]["outputs"][0]["completion_tokens"] for line in answers} == {60}
+    assert {asked.status for asked in (many, *rest)} == {200}
+    assert [output["completion_tokens"] for output in json.loads(many.text)["outputs"]] == [60] * 100
     texts = {json.loads(asked.text)["outputs"][0]["text"] for asked in generated}
     for asked in streamed:
         *deltas, last, done = asked.events
@@ -665,9 +650,9 @@ async def test_the_death_of_the_engine_is_told_to_everybody(second: Server) -> N
         Asked("/v1/chat/completions", chat),
         Asked("/v1/responses", {"model": "tiny", "input": PROMPT}),
         Asked("/score", {"text": [PROMPT] * 50}),
+        Asked("/generate", {**MANY, "prompt": [PROMPT] * 100}),
     ]
-    batch = Asked("/generate/batch", [{**MANY, "prompt": PROMPT}] * 100)
-    everything = [*begun, *streams, *plain, batch]
+    everything = [*begun, *streams, *plain]
     assert len(everything) == 20
     processes = processes_of(second)
     (core,) = (process for process in processes if "EngineCore" in process.name())
@@ -700,6 +685,4 @@ async def test_the_death_of_the_engine_is_told_to_everybody(second: Server) -> N
     assert all(len(asked.events) > 1 for asked in begun)
     for asked in plain:
         assert (asked.status, json.loads(asked.text)["error"]["code"]) == (503, "engine_dead"), asked.path
-    last = batch.lines[-1] if batch.status == 200 else json.loads(batch.text)
-    assert last["error"]["code"] == "engine_dead"
     assert "Traceback" not in "".join(line for line in second.log.read_text().split("\n") if " crane." in line)

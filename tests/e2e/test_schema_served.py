@@ -51,7 +51,7 @@ def _is_more(value: Any, most: int) -> bool:
 def test_the_document_describes_every_route(document: Any) -> None:
     described = document.raw_schema["paths"]
     assert {path for path in ROUTES if not path.startswith("/inference")} <= set(described)
-    assert {*OWN, "/generate/batch", "/score/batch", "/masks/{name}", "/metrics", "/health"} <= set(described)
+    assert {*OWN, "/masks/{name}", "/metrics", "/health"} <= set(described)
     completion = described["/v1/completions"]["post"]
     assert {"mask", "positions"} <= {parameter["name"] for parameter in completion["parameters"]}
     assert {"400", "404", "409", "413", "422", "429", "503", "504"} <= set(completion["responses"])

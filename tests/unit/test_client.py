@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -260,6 +261,27 @@ async def test_concurrency_is_bounded() -> None:
     async with AsyncCraneClient("http://crane.test", concurrency=5, transport=transport) as client:
         await asyncio.gather(*(client.ready() for _ in range(40)))
     assert most == 5
+
+
+async def test_items_under_mixed_masks_run_side_by_side_and_fail_alone() -> None:
+    attempts: Counter[str] = Counter()
+
+    def serve(request: httpx.Request) -> httpx.Response:
+        mask = request.url.params.get("mask", "none")
+        attempts[mask] += 1
+        if mask == "nowhere":
+            return refusal(404, "unknown_mask")
+        if attempts[mask] == 1:
+            return refusal(429, "queue_full")
+        return httpx.Response(200, json={**GENERATION, "mask": {**ENGLISH, "name": mask}})
+
+    async with awaiting(serve) as client:
+        requests = [client.generate("a", mask=mask) for mask in ("en", "nowhere", "zh,vi")]
+        first, failed, last = await asyncio.gather(*requests, return_exceptions=True)
+    assert isinstance(failed, CraneError)
+    assert failed.code == "unknown_mask"
+    assert [answer.mask.name for answer in (first, last)] == ["en", "zh,vi"]  # type: ignore[union-attr]
+    assert attempts == {"en": 2, "nowhere": 1, "zh,vi": 2}
 
 
 def event(payload: object) -> bytes:

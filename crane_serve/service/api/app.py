@@ -9,7 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 import crane_serve
 from crane_serve.engine.service import EngineService
-from crane_serve.service.api import batch, generate, health, masks, score
+from crane_serve.service.api import generate, health, masks, score
 from crane_serve.service.api.authentication import Authentication
 from crane_serve.service.api.body import BoundedBody
 from crane_serve.service.api.errors import install_error_handlers
@@ -23,7 +23,6 @@ from crane_serve.service.api.openapi import describe, describe_engine
 from crane_serve.service.playground.paths import STREAM
 from crane_serve.service.settings import ApiSettings
 
-_BATCHES = ("/generate/batch", "/score/batch")  # of any size, for any time
 _EXPOSED_HEADERS = (REQUEST_ID, "X-Crane-Mask", "X-Crane-Mask-Digest", "ETag", "Retry-After")
 
 
@@ -31,7 +30,7 @@ def create_app(start_engine: Callable[[], Awaitable[EngineService]], settings: A
     """The service over the engine that `start_engine` starts when the application does.
 
     settings: None for the defaults, without the playground. The application's state holds `gate`, `lifelines`,
-    `metrics`, `settings` and, once started, `engine`. Raises ValueError for API keys that cannot be read.
+    `metrics` and, once started, `engine`. Raises ValueError for API keys that cannot be read.
     """
     settings = settings or ApiSettings(playground=False)
     keys = KeyRing.load(settings.api_keys_file, settings.user_key, settings.admin_key)
@@ -56,12 +55,11 @@ def create_app(start_engine: Callable[[], Awaitable[EngineService]], settings: A
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.state.settings = settings
     app.state.gate = Gate(settings.max_sequences, settings.max_requests_per_key)
     app.state.lifelines = Lifelines()
     app.state.metrics = Metrics(app.state.gate, settings.max_sequences)
     install_error_handlers(app)
-    for module in (generate, score, batch, masks, health):
+    for module in (generate, score, masks, health):
         app.include_router(module.router)
     playground = None
     if settings.playground:
@@ -81,7 +79,6 @@ def _add_middleware(app: FastAPI, settings: ApiSettings, keys: KeyRing | None) -
         lifelines=app.state.lifelines,
         gate=app.state.gate,
         timeout_s=settings.request_timeout_s,
-        endless=_BATCHES,
         watching=(STREAM,),
     )
     app.add_middleware(
@@ -89,7 +86,6 @@ def _add_middleware(app: FastAPI, settings: ApiSettings, keys: KeyRing | None) -
         max_bytes=settings.max_body_bytes,
         max_buffered_bytes=settings.max_buffered_bytes,
         timeout_s=settings.body_timeout_s,
-        streamed=_BATCHES,
     )
     app.add_middleware(Authentication, keys=keys, playground=settings.playground)
     if settings.cors_origins:

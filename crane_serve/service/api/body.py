@@ -1,7 +1,6 @@
 """BoundedBody: middleware that reads a body whole, within bounds of size and time, before the application runs."""
 
 import asyncio
-from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -29,23 +28,19 @@ class BoundedBody:
     """Gives the application its body in one message, or answers why it does not.
 
     max_bytes: of one body. max_buffered_bytes: of all bodies together, each from its arrival to the end of its request;
-    not less than max_bytes. timeout_s: for a whole body. streamed: paths whose body goes to the application as it
-    arrives, in any size, as that of a PUT of a mask does, too; there `receive` raises an ApiError if a piece takes
-    longer than timeout_s.
+    not less than max_bytes. timeout_s: for a whole body. That of a PUT of a mask goes to the application as it arrives,
+    in any size; there `receive` raises an ApiError if a piece takes longer than timeout_s.
 
     What is refused is answered at once and its connection closed, after the rest of the body has been thrown away as it
     arrives, within timeout_s and DRAINED_BYTES: many clients send all of it before they look at the answer, and would
     find a connection reset instead.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, max_bytes: int, max_buffered_bytes: int, timeout_s: float, streamed: Collection[str]
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, max_bytes: int, max_buffered_bytes: int, timeout_s: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._max_buffered_bytes = max_buffered_bytes
         self._timeout_s = timeout_s
-        self._streamed = frozenset(streamed)
         self.buffered_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,8 +72,7 @@ class BoundedBody:
             self.buffered_bytes -= held.size
 
     def _is_streamed(self, scope: Scope) -> bool:
-        path = str(scope["path"])
-        return path in self._streamed or (scope["method"] == "PUT" and path.startswith(_MASKS))
+        return scope["method"] == "PUT" and str(scope["path"]).startswith(_MASKS)
 
     def _require_short(self, scope: Scope) -> None:
         """Raises ApiError for a body that says itself that it is too long."""

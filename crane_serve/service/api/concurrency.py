@@ -1,19 +1,10 @@
 """Run the parts of one request together."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
-
-Seat = Callable[[], AbstractAsyncContextManager[Any]]
-"""Makes what a sequence is run inside of: it is entered when the engine has room for one more."""
-
-
-def admitted() -> AbstractAsyncContextManager[None]:
-    """The seat of a sequence that the gate has counted already."""
-    return nullcontext()
 
 
 async def run_all(parts: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:

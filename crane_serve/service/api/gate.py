@@ -1,7 +1,6 @@
 """Gate: how much the engine is given at once, in all and per key; what is too much is refused with a 429."""
 
-import asyncio
-from collections import Counter, OrderedDict
+from collections import Counter
 
 from crane_serve.service.api.context import RequestContext
 from crane_serve.service.api.errors import ApiError, TooBusy
@@ -11,20 +10,18 @@ class Gate:
     """Counts what has been admitted and not yet answered.
 
     max_sequences: prompts, running or waiting in the engine, from which on nothing more is admitted; the request that
-    goes over it may. max_requests_per_key: HTTP requests of one API key at once. closed: nothing more is admitted;
-    those that have been may go on, and `wait`.
+    goes over it may. max_requests_per_key: HTTP requests of one API key at once. closed: nothing more is admitted.
     """
 
     def __init__(self, max_sequences: int, max_requests_per_key: int) -> None:
         self._max_sequences = max_sequences
         self._max_requests_per_key = max_requests_per_key
         self._requests_per_key: Counter[str] = Counter()
-        self._waiting: OrderedDict[asyncio.Future[None], RequestContext] = OrderedDict()
         self.closed = False
         self.sequences = 0
 
     def admit(self, context: RequestContext, sequences: int) -> None:
-        """Count a request that will have the engine run `sequences`, 0 if it asks for each with `wait`.
+        """Count a request that will have the engine run `sequences`.
 
         Once for each request, and never taken back before `leave`. Raises TooBusy, and an ApiError of 503
         once the gate is closed.
@@ -58,39 +55,6 @@ class Gate:
                 del self._requests_per_key[context.key.name]
         self._count(context, -context.sequences)
 
-    async def wait(self, context: RequestContext) -> None:
-        """Wait until there is room for one sequence more, and take it; give it back with `give_back` or `leave`.
-
-        Those that wait are let in in the order in which they came. A request that leaves stops waiting.
-        """
-        assert context.admitted, "only an admitted request waits for its sequences"
-        if self.sequences < self._max_sequences:
-            self._count(context, 1)
-            return
-        place = asyncio.get_running_loop().create_future()
-        self._waiting[place] = context
-        try:
-            await place
-        except asyncio.CancelledError:
-            if self._waiting.pop(place, None) is None and not place.cancelled():
-                self.give_back(context)  # let in, and cancelled before it could know
-            raise
-
-    def give_back(self, context: RequestContext) -> None:
-        """End of a sequence that `wait` has let in; does nothing once the request has left."""
-        if context.admitted:
-            self._count(context, -1)
-
     def _count(self, context: RequestContext, sequences: int) -> None:
         context.sequences += sequences
         self.sequences += sequences
-        while self._waiting and self.sequences < self._max_sequences:
-            place, waiting = self._waiting.popitem(last=False)
-            if place.done():
-                continue
-            if waiting.admitted:
-                waiting.sequences += 1
-                self.sequences += 1
-                place.set_result(None)
-            else:
-                place.cancel()

@@ -10,7 +10,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from crane_serve.common.masks import MaskLibrary, ResolvedMask
+from crane_serve.common.masks import ResolvedMask
 from crane_serve.engine.service import EngineService, SampledToken, Sampling, Step, TokenLogprob
 from crane_serve.service.api.concurrency import run_all
 from crane_serve.service.api.dependencies import (
@@ -63,7 +63,9 @@ async def generate(
     body: GenerateRequest, engine: Engine, gate: TheGate, context: Context, query: GenerateQuery
 ) -> GenerateAnswer | StreamingResponse:
     """Continue each prompt. With `stream: true` the answer is server-sent events, ended by `data: [DONE]`."""
-    context.mask = mask_of(engine.library, query, body)
+    asked = asked_masks(query.mask, body.mask)
+    positions = choose_positions(query.positions, body.positions, masked=bool(asked))
+    context.mask = choose_mask(engine.library, asked, positions)
     gate.admit(context, len(body.prompts))
     generation = Generation(engine, body, await engine.encode(body.prompts), context.mask)
     if body.stream:
@@ -72,13 +74,6 @@ async def generate(
         first = await anext(events)
         return _EventStream(first, events)
     return await generation.answer()
-
-
-def mask_of(library: MaskLibrary, query: GenerateQuery, body: GenerateRequest) -> ResolvedMask | None:
-    """The mask that query and body name, for the positions they name. Raises MaskError, BadRequest if they differ."""
-    asked = asked_masks(query.mask, body.mask)
-    positions = choose_positions(query.positions, body.positions, masked=bool(asked))
-    return choose_mask(library, asked, positions)
 
 
 class Generation:

@@ -10,15 +10,14 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from crane_serve.service.api.context import context_of
-from crane_serve.service.api.errors import ApiError, describe, error_event, error_response
+from crane_serve.service.api.errors import ApiError, error_event, error_response
 from crane_serve.service.api.gate import Gate
-from crane_serve.service.api.schemas import ErrorAnswer
 
 _log = logging.getLogger("crane.api")
 
 _HEED_S = 1.0  # for an application that waits for the client to go, and is told that it has, to end by itself
 _GRACE_S = 10.0  # for an application that is cancelled to clean up, and for a client to take the last event
-_EVENTS, _LINES = "text/event-stream", "application/x-ndjson"
+_EVENTS = "text/event-stream"
 
 
 class _Closed(OSError):
@@ -67,12 +66,12 @@ class Lifelines:
 class Lifeline:
     """Runs each request in a task of its own, which is cancelled when there is nobody to answer, or no time.
 
-    timeout_s: for an answer to be complete, but on the paths in `endless` and `watching`; what takes longer is a 504.
-    watching: paths whose answers tell of other requests, and do not keep the server from stopping. A request that
-    is ended is answered once its task has cleaned up and `gate` has forgotten it, or after 10 s, so that nothing that
-    it held is in the way of the next one. If the answer has begun, the error is the last event or line of a stream of
-    these, and for any other answer raised, so that the server cuts the connection. The application is told that `send`
-    raises OSError once the request has ended (ASGI 2.4), so that responses need not listen themselves.
+    timeout_s: for an answer to be complete, but on the paths in `watching`; what takes longer is a 504. watching: paths
+    whose answers tell of other requests, and do not keep the server from stopping. A request that is ended is answered
+    once its task has cleaned up and `gate` has forgotten it, or after 10 s, so that nothing that it held is in the way
+    of the next one. If the answer has begun, the error is the last event of a stream of these, and for any other answer
+    raised, so that the server cuts the connection. The application is told that `send` raises OSError once the request
+    has ended (ASGI 2.4), so that responses need not listen themselves.
     """
 
     def __init__(
@@ -82,7 +81,6 @@ class Lifeline:
         gate: Gate,
         *,
         timeout_s: float,
-        endless: Collection[str],
         watching: Collection[str] = (),
     ) -> None:
         self._app = app
@@ -90,7 +88,6 @@ class Lifeline:
         self._gate = gate
         self._timeout_s = timeout_s
         self._watching = frozenset(watching)
-        self._endless = frozenset(endless) | self._watching
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -106,10 +103,11 @@ class Lifeline:
         if first["type"] == "http.disconnect":
             return
         run = _Run(first, receive, send)
-        self._lifelines.add(run, watches=scope["path"] in self._watching)
+        watches = scope["path"] in self._watching
+        self._lifelines.add(run, watches=watches)
         try:
             try:
-                await run.until_over(self._app, scope, None if scope["path"] in self._endless else self._timeout_s)
+                await run.until_over(self._app, scope, None if watches else self._timeout_s)
             finally:
                 self._gate.leave(context)
             await run.answer(scope)
@@ -260,13 +258,11 @@ class _Run:
                 self._timer.cancel()
 
     def _last_piece(self, error: Exception, path: str) -> bytes | None:
-        """What ends an answer that has begun, None if it is no stream, or is in the middle of an event or a line."""
+        """What ends an answer that has begun, None if it is no stream, or is in the middle of an event."""
         assert self._start is not None, "the answer has begun"
         kind = Headers(raw=self._start["headers"]).get("content-type", "").partition(";")[0].strip().lower()
         if kind == _EVENTS and (not self._tail or self._tail.endswith((b"\n\n", b"\r\n\r\n"))):
             return error_event(error, path)
-        if kind == _LINES and (not self._tail or self._tail.endswith(b"\n")):
-            return ErrorAnswer(error=describe(error)[1]).model_dump_json().encode() + b"\n"
         return None
 
 

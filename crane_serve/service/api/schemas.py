@@ -20,7 +20,6 @@ def _integer(value: Any) -> Any:
 
 
 _Integer = Annotated[int, BeforeValidator(_integer)]
-LineId = str | int | None
 _LARGEST_SEED = 9 * 10**18  # vLLM takes less than 2**63; the description holds it as a float, where this is exact
 
 
@@ -68,14 +67,6 @@ class GenerateRequest(_Request):
     def stops(self) -> tuple[str, ...]:
         """One stop string or several, or none."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-
-class GenerateLine(GenerateRequest):
-    """One line of a batch: the body of /generate with one prompt, answered as a whole."""
-
-    id: LineId = Field(None, description="Comes back with the answer")
-    prompt: _Text
-    stream: Literal[False] = False
 
 
 _ONE_FORM: dict[str, Any] = {
@@ -133,12 +124,6 @@ class ScoreRequest(_Request):
             return self.text
         start = self.context or ""
         return [start.rstrip(), *(start + continuation for continuation in self.continuations or ())]
-
-
-class ScoreLine(ScoreRequest):
-    """One line of a batch: the body of /score."""
-
-    id: LineId = Field(None, description="Comes back with the answer")
 
 
 class MaskUsed(BaseModel):
@@ -383,36 +368,3 @@ class ErrorEvent(ErrorAnswer):
     """An error among server-sent events that say of what type they are."""
 
     type: Literal["error"] = "error"
-
-
-class _LineResult(BaseModel):
-    index: int = Field(description="Number of the line, from 0; blank lines have none")
-    id: LineId
-    status: Annotated[int, Field(description="The HTTP status of the line as a request of its own")] = 200
-
-
-class GenerateLineAnswer(_LineResult):
-    """The answer to a line of a batch of generations."""
-
-    answer: GenerateAnswer
-
-
-class ScoreLineAnswer(_LineResult):
-    """The answer to a line of a batch of scores."""
-
-    answer: ScoreAnswer
-
-
-class LineError(_LineResult):
-    """The answer to a line of a batch that failed."""
-
-    error: ErrorBody
-
-
-class BatchEnd(BaseModel):
-    """The last line of a batch; without it the answer was cut off."""
-
-    done: bool = Field(description="Whether all of the input was read and answered")
-    lines: int = Field(description="How many lines were answered")
-    failed: int = Field(description="How many of them with an error")
-    error: Annotated[ErrorBody | None, Field(description="Why it is not done; absent if it is")] = None

@@ -2,9 +2,9 @@
 
 from fastapi import APIRouter
 
-from crane_serve.common.masks import MaskLibrary, ResolvedMask
+from crane_serve.common.masks import ResolvedMask
 from crane_serve.engine.service import EngineService, PromptLogprobs
-from crane_serve.service.api.concurrency import Seat, admitted, run_all
+from crane_serve.service.api.concurrency import run_all
 from crane_serve.service.api.dependencies import Context, Engine, MaskQuery, TheGate, asked_masks, choose_mask
 from crane_serve.service.api.errors import ANY_ROUTE, responses
 from crane_serve.service.api.schemas import ContinuationScore, MaskUsed, Score, ScoreAnswer, ScoreRequest, Usage
@@ -21,14 +21,9 @@ async def score(body: ScoreRequest, engine: Engine, gate: TheGate, context: Cont
     tokens are those after the tokens that context and continuation together share with the context alone; white space
     at the end of the context, and a token that reaches across the join, count as part of the continuation.
     """
-    context.mask = mask_of(engine.library, query, body)
+    context.mask = choose_mask(engine.library, asked_masks(query.mask, body.mask))
     gate.admit(context, body.sequences)
     return await Scoring(engine, body, await engine.encode(body.texts), context.mask).answer()
-
-
-def mask_of(library: MaskLibrary, query: MaskQuery, body: ScoreRequest) -> ResolvedMask | None:
-    """The mask that query and body name. Raises MaskError, BadRequest if they differ."""
-    return choose_mask(library, asked_masks(query.mask, body.mask))
 
 
 class Scoring:
@@ -45,9 +40,9 @@ class Scoring:
         self._score = self._score_text if body.text is not None else self._score_continuation
         self._mask = mask
 
-    async def answer(self, seat: Seat = admitted) -> ScoreAnswer:
-        """The whole answer; each sequence is run in a `seat`. Raises what EngineService.score does."""
-        scores = await run_all(self._score(sequence, seat) for sequence in self._sequences)
+    async def answer(self) -> ScoreAnswer:
+        """The whole answer. Raises what EngineService.score does."""
+        scores = await run_all(self._score(sequence) for sequence in self._sequences)
         return ScoreAnswer(
             model=self._engine.model_name,
             mask=MaskUsed.of(self._mask),
@@ -55,20 +50,19 @@ class Scoring:
             usage=Usage.of(sum(len(sequence.token_ids) for sequence in self._sequences if sequence.tokens), 0),
         )
 
-    async def _score_text(self, text: ScoredSequence, seat: Seat) -> Score:
+    async def _score_text(self, text: ScoredSequence) -> Score:
         if not text.tokens:
             return Score(logprob=0.0, tokens=0, bytes=0)
-        logprobs = (await self._run(text, seat)).logprobs
+        logprobs = (await self._run(text)).logprobs
         return Score(logprob=sum(logprobs), tokens=len(logprobs), bytes=text.bytes)
 
-    async def _score_continuation(self, continuation: ScoredSequence, seat: Seat) -> Score:
-        result = await self._run(continuation, seat)
+    async def _score_continuation(self, continuation: ScoredSequence) -> Score:
+        result = await self._run(continuation)
         start = continuation.first - 1  # a sequence's first token has no log-probability
         logprobs, is_greedy = result.logprobs[start:], result.is_greedy[start:]
         return ContinuationScore(
             logprob=sum(logprobs), tokens=len(logprobs), bytes=continuation.bytes, is_greedy=all(is_greedy)
         )
 
-    async def _run(self, sequence: ScoredSequence, seat: Seat) -> PromptLogprobs:
-        async with seat():
-            return await self._engine.score(sequence.token_ids, self._mask)
+    async def _run(self, sequence: ScoredSequence) -> PromptLogprobs:
+        return await self._engine.score(sequence.token_ids, self._mask)
