@@ -1,7 +1,6 @@
 """The life of the server process: start, serve, drain, stop; and what its exit code says."""
 
 import asyncio
-import functools
 import logging
 import resource
 import signal
@@ -17,11 +16,13 @@ from fastapi import FastAPI
 
 from crane_serve.engine.service import EngineDead
 from crane_serve.service.api.errors import ApiError
-from crane_serve.service.http_protocol import BoundedHeadProtocol
 from crane_serve.service.settings import ServeSettings
 
 STOPPED, FAILED = 0, 1
 """Exit codes: of a server that was asked to stop, and of one that could not start or whose engine has died."""
+
+MAX_HEAD_BYTES = 64 * 2**10
+"""Longest head of a request; one that has not ended may come to this and one read of the socket."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG = 2048
@@ -140,10 +141,10 @@ class _Life:
 
     def _config(self) -> uvicorn.Config:
         settings = self._settings
-        protocol: Any = functools.partial(BoundedHeadProtocol, header_timeout_s=settings.header_timeout_s)
         return uvicorn.Config(
             self._app,
-            http=protocol,
+            http="h11",
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             ws="none",
             lifespan="off",  # `serve` runs it
             log_config=None,

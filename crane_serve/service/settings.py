@@ -130,7 +130,6 @@ class ServeSettings(ApiSettings, BaseSettings):
     mask_rows: int = Field(default=DEFAULT_ROWS, ge=1, description="How many different masks are resident at most")
     host: str = Field(default="127.0.0.1", description="Address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on")
-    header_timeout_s: float = Field(default=10.0, gt=0, description="Time for the head of a request to arrive")
     max_connections: int = Field(default=4096, ge=1, description="Connections at once; more get 503")
     drain_timeout_s: float = Field(default=30.0, ge=0, description="Time for running requests to end after SIGTERM")
     log_format: LogFormat = Field(default=LogFormat.TEXT, description="How log lines are written")

@@ -1,4 +1,4 @@
-"""The server process: how it drains, dies and fails to start, and what slow or shapeless clients can do to it."""
+"""The server process: how it drains, dies and fails to start, and what many or shapeless clients can do to it."""
 
 import asyncio
 import json
@@ -209,27 +209,10 @@ async def rest(reader: asyncio.StreamReader) -> bytes:
             return b""
 
 
-async def dribble(writer: asyncio.StreamWriter, reader: asyncio.StreamReader, data: bytes) -> bytes:
-    """Send a byte every 50 ms for as long as the server listens; what it has answered."""
-
-    async def send() -> None:
-        for byte in data:
-            writer.write(bytes([byte]))
-            await writer.drain()
-            await asyncio.sleep(0.05)
-
-    sending = asyncio.create_task(send())
-    try:
-        return await rest(reader)
-    finally:
-        sending.cancel()
-        await asyncio.gather(sending, return_exceptions=True)
-
-
-def error_in(answer: bytes) -> tuple[int, str]:
-    head, _, body = answer.partition(b"\r\n\r\n")
+def status_of(answer: bytes) -> int:
+    head, _, _ = answer.partition(b"\r\n\r\n")
     assert b"connection: close" in head.lower()
-    return int(head.split(b" ", 2)[1]), json.loads(body)["error"]["code"]
+    return int(head.split(b" ", 2)[1])
 
 
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
@@ -239,7 +222,7 @@ class TestConnections:
     @pytest.fixture(scope="class")
     @classmethod
     def server(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeServer]:
-        server = FakeServer(tmp_path_factory.mktemp("server"), header_timeout_s=2, max_connections=400)
+        server = FakeServer(tmp_path_factory.mktemp("server"), max_connections=400)
         yield server
         server.kill()
 
@@ -249,53 +232,15 @@ class TestConnections:
         async with client_of(server) as client:
             assert (await generate(client, "a")).json()["outputs"][0]["text"] == "abc"
 
-    async def test_silence_is_closed(self, server: FakeServer) -> None:
-        reader, writer = await connect(server)
-        assert await rest(reader) == b""
-        writer.close()
-
-    @pytest.mark.parametrize(
-        "data",
-        [GET + b"X: " + b"y" * 500, b"\r\n" * 300, b"G" * 1],
-        ids=["a byte at a time", "blank lines", "one byte"],
-    )
-    async def test_a_head_that_does_not_end_is_refused(self, server: FakeServer, data: bytes) -> None:
-        reader, writer = await connect(server)
-        assert error_in(await dribble(writer, reader, data)) == (408, "head_too_slow")
-        writer.close()
-
-    async def test_the_next_head_on_a_connection_too(self, server: FakeServer) -> None:
-        reader, writer = await connect(server)
-        writer.write(GET + b"\r\n")
-        assert b"200 OK" in await reader.readuntil(b"\r\n")
-        await reader.readuntil(b'{"status":"ok"}')
-        assert error_in(await dribble(writer, reader, GET + b"X: " + b"y" * 500)) == (408, "head_too_slow")
-        writer.close()
-
     async def test_many_slow_heads_do_not_keep_others_out(self, server: FakeServer) -> None:
         connections = await asyncio.gather(*(connect(server, GET) for _ in range(300)))
         async with client_of(server) as client:
             assert (await client.get("/ready")).status_code == 200
-        answers = await asyncio.gather(*(rest(reader) for reader, _ in connections))
-        assert {error_in(answer) for answer in answers} == {(408, "head_too_slow")}
         for _, writer in connections:
-            writer.close()
-
-    async def test_an_answer_may_take_longer_than_a_head(self, server: FakeServer) -> None:
-        async with client_of(server) as client:
-            waiting = asyncio.create_task(generate(client, "wait"))
-            await under_way(client, 1)
-            reader, writer = await connect(server)
-            content = json.dumps(asked("wait")).encode()
-            length = b"Content-Length: %d\r\n" % len(content)
-            head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            writer.write(head + length + b"\r\n" + content)
-            await under_way(client, 2)
-            writer.write(b"\r\n")  # as some clients end a body, though it is the beginning of a next head
-            await asyncio.sleep(3)
-            server.signal(signal.SIGUSR1)
-            assert (await waiting).status_code == 200
-            assert b"200 OK" in await reader.readuntil(b"\r\n")
+            writer.write(b"Connection: close\r\n\r\n")
+        answers = await asyncio.gather(*(rest(reader) for reader, _ in connections))
+        assert {status_of(answer) for answer in answers} == {200}
+        for _, writer in connections:
             writer.close()
 
     @pytest.mark.parametrize("end", [b"", b"\r\n\r\n"], ids=["endless", "whole"])
@@ -306,13 +251,7 @@ class TestConnections:
         reader, writer = await connect(server)
         writer.write(GET + part + end)
         answer = await rest(reader)  # the connection may be reset with the answer in it
-        assert not answer or error_in(answer) == (431, "head_too_long")
-        writer.close()
-
-    async def test_a_long_head_in_one_read_is_refused(self, server: FakeServer) -> None:
-        reader, writer = await connect(server)
-        writer.write(GET + b"X: " + b"y" * 66_000 + b"\r\n\r\n")
-        assert error_in(await rest(reader)) == (431, "head_too_long")
+        assert not answer or status_of(answer) == 400
         writer.close()
 
     async def test_a_head_of_64_kb_is_taken(self, server: FakeServer) -> None:
@@ -325,7 +264,7 @@ class TestConnections:
     async def test_what_is_no_http_is_refused(self, server: FakeServer, data: bytes) -> None:
         reader, writer = await connect(server)
         writer.write(data)
-        assert error_in(await rest(reader)) == (400, "malformed_request")
+        assert status_of(await rest(reader)) == 400
         writer.close()
 
     async def test_an_offer_to_upgrade_is_not_taken(self, server: FakeServer) -> None:
@@ -348,8 +287,8 @@ class TestConnections:
         others = await asyncio.gather(*(connect(server) for _ in range(400)))
         reader, writer = await connect(server)
         writer.write(GET + b"\r\n")
-        assert error_in(await rest(reader)) == (503, "too_many_connections")
-        assert {await rest(reader) for reader, _ in others} == {b""}
+        assert status_of(await rest(reader)) == 503
         for _, other in others:
             other.close()
+        await asyncio.gather(*(other.wait_closed() for _, other in others))
         writer.close()
