@@ -4,14 +4,13 @@ import asyncio
 import json
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import StreamingResponse
 from pydantic import SecretStr
 from starlette.background import BackgroundTask
 from starlette.responses import JSONResponse
@@ -107,7 +106,7 @@ async def test_an_answer_passes_unchanged() -> None:
         await JSONResponse({"got": content}, status_code=201)(scope, receive, send)
 
     stack = Stack(app)
-    exchange = Exchange("POST").give(b"[1,", more=True).give(b"2]")
+    exchange = Exchange("POST").give(b"[1,2]")
     await exchange.call(stack.app)
     assert (exchange.status, exchange.body) == (201, b'{"got":[1,2]}')
     assert await stack.is_clean()
@@ -163,24 +162,6 @@ async def test_a_client_that_has_gone_already_starts_nothing() -> None:
     exchange = Exchange("POST").hang_up()
     await exchange.call(stack.app)
     assert (work.began.is_set(), exchange.sent) == (False, [])
-    assert await stack.is_clean()
-
-
-@pytest.mark.parametrize("read", ["nothing", "the piece"])
-async def test_a_client_that_goes_while_its_body_is_read(read: str, caplog: pytest.LogCaptureFixture) -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        async for _ in Request(scope, receive).stream():
-            pass
-
-    stack = Stack(app)
-    exchange = Exchange("POST").give(b"1", more=True)
-    call = stack.call(exchange)
-    if read == "the piece":
-        await until(lambda: stack.lifelines.active)
-    exchange.hang_up()
-    with caplog.at_level(logging.WARNING):
-        await call
-    assert (exchange.sent, caplog.records) == ([], [])
     assert await stack.is_clean()
 
 
@@ -488,37 +469,6 @@ async def test_a_client_that_takes_nothing_does_not_hold_the_end() -> None:
     with pytest.raises(ApiError, match="took longer"):
         await call
     assert exchange.body == b"data: 1\n\n"
-    assert await stack.is_clean()
-
-
-async def test_a_late_piece_of_a_body_is_answered() -> None:
-    stack, work = working()
-    exchange = Exchange("PUT", "/masks/x")
-    bounded = BoundedBody(stack.app, max_bytes=10, max_buffered_bytes=10, timeout_s=0.05)
-    await exchange.call(bounded)
-    assert (exchange.status, exchange.error["code"]) == (408, "body_too_slow")
-    assert exchange.headers["connection"] == "close"
-    assert not work.began.is_set()
-
-
-async def test_a_body_can_be_read_while_the_answer_is_streamed() -> None:
-    async def echo(request: Request) -> AsyncIterator[bytes]:
-        async for piece in request.stream():
-            yield piece
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await StreamingResponse(echo(Request(scope, receive)))(scope, receive, send)
-
-    stack = Stack(app)
-    exchange = Exchange("POST").give(b"0", more=True)
-    call = stack.call(exchange)
-    for count in range(1, 20):
-        await until(lambda: exchange.body == b"".join(b"%d" % index for index in range(count)))  # noqa: B023
-        exchange.give(b"%d" % count, more=True)
-    exchange.give(b"end")
-    await call
-    assert exchange.body.endswith(b"1819end")
-    assert exchange.is_complete
     assert await stack.is_clean()
 
 

@@ -21,6 +21,7 @@ METADATA_KEY, SCORES_KEY = "crane", "crane-scores"  # of mask files and of score
 NAME = r"[a-z0-9_-]+"
 MAX_NAME = 128
 _RESERVED = "none"
+_SHOWN = 80  # characters, in errors, of names that stand in a file
 
 
 class MaskFileError(ValueError):
@@ -133,7 +134,8 @@ def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
             )
         names = set(tensors)
         if "intermediate" not in names or names - {"intermediate", "output"}:
-            raise MaskFileError(f"{source}: tensors {sorted(names)}, expected 'intermediate' and maybe 'output'")
+            shown = [name[:_SHOWN] for name in sorted(names)[:3]]
+            raise MaskFileError(f"{source}: tensors {shown}, expected 'intermediate' and maybe 'output'")
         mask = NeuronMask(
             intermediate=tensors["intermediate"],
             intermediate_sizes=metadata.fingerprint.intermediate_sizes,
@@ -143,11 +145,11 @@ def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
         raise
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
+        where = ".".join(map(str, problem["loc"]))[:_SHOWN]
         field = f"metadata field {where!r}" if where else f"metadata {METADATA_KEY!r}"
         raise MaskFileError(f"{source}: {field}: {problem['msg']}") from error
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # RuntimeError, KeyError: unknown formats
-        raise MaskFileError(f"{source}: not a readable mask file: {error}") from error
+        raise MaskFileError(f"{source}: not a readable mask file: {str(error)[: 2 * _SHOWN]}") from error
     _check_output(source, mask, metadata.fingerprint)
     if mask.digest != metadata.digest:
         raise MaskFileError(

@@ -4,13 +4,12 @@ import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from crane_serve.service.api.context import has_body
 from crane_serve.service.api.errors import ApiError, TooBusy, error_response
 
-_MASKS = "/masks/"
 _PAUSE_S = 2.0  # after which a refused client that sends nothing is taken to have seen the answer
 DRAINED_BYTES = 16 * 2**20
 """How much of a refused body is read and thrown away."""
@@ -28,8 +27,7 @@ class BoundedBody:
     """Gives the application its body in one message, or answers why it does not.
 
     max_bytes: of one body. max_buffered_bytes: of all bodies together, each from its arrival to the end of its request;
-    not less than max_bytes. timeout_s: for a whole body. That of a PUT of a mask goes to the application as it arrives,
-    in any size; there `receive` raises an ApiError if a piece takes longer than timeout_s.
+    not less than max_bytes. timeout_s: for a whole body.
 
     What is refused is answered at once and its connection closed, after the rest of the body has been thrown away as it
     arrives, within timeout_s and DRAINED_BYTES: many clients send all of it before they look at the answer, and would
@@ -51,16 +49,12 @@ class BoundedBody:
         try:
             try:
                 _require_plain(scope)
-                if self._is_streamed(scope):
-                    stream = _Stream(receive, send, self._timeout_s)
-                    receive, send = stream.receive, stream.send
-                else:
-                    self._require_short(scope)
-                    message = await self._read(receive, held)
-                    if message is None:
-                        return
-                    receive = replayed(message, receive)
-                    del message  # the application alone decides how long it needs the body
+                self._require_short(scope)
+                message = await self._read(receive, held)
+                if message is None:
+                    return
+                receive = replayed(message, receive)
+                del message  # the application alone decides how long it needs the body
             except ApiError as error:
                 error.headers["Connection"] = "close"
                 if not held.is_over:
@@ -70,9 +64,6 @@ class BoundedBody:
             await self._app(scope, receive, send)
         finally:
             self.buffered_bytes -= held.size
-
-    def _is_streamed(self, scope: Scope) -> bool:
-        return scope["method"] == "PUT" and str(scope["path"]).startswith(_MASKS)
 
     def _require_short(self, scope: Scope) -> None:
         """Raises ApiError for a body that says itself that it is too long."""
@@ -116,34 +107,6 @@ class BoundedBody:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, "body_too_large", f"the body is longer than {self._max_bytes} bytes")
-
-
-class _Stream:
-    """A body on its way to an application that reads it as it arrives."""
-
-    def __init__(self, receive: Receive, send: Send, timeout_s: float) -> None:
-        self._receive = receive
-        self._send = send
-        self._timeout_s = timeout_s
-        self._is_over = False
-
-    async def receive(self) -> Message:
-        if self._is_over:
-            return await self._receive()
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                message = await self._receive()
-        except TimeoutError:
-            message_text = f"no piece of the body arrived within {self._timeout_s:g} s"
-            raise ApiError(408, "body_too_slow", message_text) from None
-        self._is_over = not message.get("more_body", False)
-        return message
-
-    async def send(self, message: Message) -> None:
-        if not self._is_over and message["type"] == "http.response.start" and message["status"] >= 400:
-            MutableHeaders(scope=message)["Connection"] = "close"  # refused: nobody reads the rest
-            self._send = _Draining(self._receive, self._send, self._timeout_s)
-        await self._send(message)
 
 
 class _Draining:

@@ -71,7 +71,7 @@ class Lifeline:
     once its task has cleaned up and `gate` has forgotten it, or after 10 s, so that nothing that it held is in the way
     of the next one. If the answer has begun, the error is the last event of a stream of these, and for any other answer
     raised, so that the server cuts the connection. The application is told that `send` raises OSError once the request
-    has ended (ASGI 2.4), so that responses need not listen themselves.
+    has ended (ASGI 2.4), so that responses need not listen themselves. Bodies come in one message (BoundedBody).
     """
 
     def __init__(
@@ -95,11 +95,7 @@ class Lifeline:
             return
         context = context_of(scope)
         scope["asgi"] = {**scope.get("asgi", {"version": "3.0"}), "spec_version": "2.4"}
-        try:
-            first = await receive()
-        except ApiError as error:
-            await error_response(error)(scope, receive, send)
-            return
+        first = await receive()
         if first["type"] == "http.disconnect":
             return
         run = _Run(first, receive, send)
@@ -116,7 +112,7 @@ class Lifeline:
 
 
 class _Run:
-    """One request in the hands of the application. first: of the messages that its body comes in."""
+    """One request in the hands of the application. first: the message that has its body."""
 
     def __init__(self, first: Message, receive: Receive, send: Send) -> None:
         self._first: Message | None = first
@@ -125,9 +121,7 @@ class _Run:
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._is_ended = False  # before the application was done with it
         self._error: Exception | None = None  # why, if the client is to know
-        self._listener: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._is_body_over = not first.get("more_body", False)
         self._gone = asyncio.Event()
         self._waiting = 0  # calls of the application's for the message that the client has gone
         self._is_heeded = False  # the application has been given that message
@@ -148,8 +142,7 @@ class _Run:
         """Run the application until it returns, or the request is ended. Raises what the application raises."""
         task = asyncio.create_task(_call(app, scope, self._give, self._take))
         task.add_done_callback(self._done)
-        if self._is_body_over:
-            self._listener = asyncio.create_task(self._listen())
+        listener = asyncio.create_task(self._listen())
         if timeout_s is not None:
             message = f"the request took longer than {timeout_s:g} s, the time that this server allows"
             late = ApiError(504, "timed_out", message)
@@ -164,8 +157,7 @@ class _Run:
                 if not task.done():
                     await self._stop(task)
             finally:
-                if self._listener is not None:
-                    self._listener.cancel()
+                listener.cancel()
         if not self._is_ended:
             task.result()
 
@@ -224,21 +216,12 @@ class _Run:
         if self._first is not None:
             first, self._first = self._first, None
             return first
-        if self._is_body_over:
-            self._waiting += 1
-            try:
-                await self._gone.wait()
-            finally:
-                self._waiting -= 1
-            return {"type": "http.disconnect"}
-        message = await self._receive()
-        if message["type"] == "http.disconnect":
-            self._is_heeded = True
-            self._hang_up()
-        elif not message.get("more_body", False):
-            self._is_body_over = True
-            self._listener = asyncio.create_task(self._listen())
-        return message
+        self._waiting += 1
+        try:
+            await self._gone.wait()
+        finally:
+            self._waiting -= 1
+        return {"type": "http.disconnect"}
 
     async def _take(self, message: Message) -> None:
         """`send` for the application."""

@@ -10,13 +10,11 @@ from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
-from starlette.requests import ClientDisconnect
 
-from crane_serve.common.masks import FingerprintError, MaskFileError, MaskLibrary, StoredMask, encode_mask
+from crane_serve.common.masks import MaskLibrary, StoredMask, decode_mask, encode_mask
 from crane_serve.common.masks.files import MAX_NAME, NAME, SUFFIX, check_name
-from crane_serve.common.masks.incoming import IncomingMask, MaskTooLarge
 from crane_serve.service.api.dependencies import Engine
-from crane_serve.service.api.errors import ANY_ROUTE, ApiError, error_response, responses
+from crane_serve.service.api.errors import ANY_ROUTE, ApiError, responses
 from crane_serve.service.api.schemas import InvalidMaskFile, MaskDetails, MaskList, MaskNeurons, MaskSummary
 
 router = APIRouter()
@@ -184,17 +182,12 @@ async def put_mask(
 
     New requests use it from the answer on; those under way finish with what they began with.
     """
-    incoming = IncomingMask(name, engine.library.fingerprint)
-    try:
-        await _receive(request, incoming)
-    except (ApiError, MaskFileError, FingerprintError) as error:
-        response = error_response(_answerable(error))
-        response.headers["Connection"] = "close"  # the rest of the body is not wanted
-        return response
+    _require_type(request)
+    content = await request.body()
 
     async def change() -> Response:
         # Here, so that a crowd of uploads is decoded one by one.
-        stored = await asyncio.to_thread(incoming.finish)
+        stored = await asyncio.to_thread(decode_mask, name, content, source=f"mask {name!r}")
         _require(engine.library, name, if_match, if_none_match)
         is_new = not _exists(engine.library, name)
         with _disk(f"mask {name!r} was not saved"):
@@ -225,36 +218,12 @@ async def remove_mask(
     return Response(status_code=HTTPStatus.NO_CONTENT)
 
 
-async def _receive(request: Request, incoming: IncomingMask) -> None:
-    """Read a mask file from a body, no further than it may be one. Raises ApiError, MaskFileError, FingerprintError."""
-    _require_type(request)
-    length = request.headers.get("content-length", "")
-    if length.isdecimal():
-        incoming.expect(int(length[:20]))  # nobody reads as many bytes as take more digits
-    try:
-        async for piece in request.stream():
-            incoming.feed(piece)
-    except ClientDisconnect:
-        raise ApiError(400, "incomplete_body", "the connection ended before the body") from None
-
-
 def _require_type(request: Request) -> None:
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding != "identity":
-        raise ApiError(
-            415,
-            "unsupported_encoding",
-            "a mask file is not read in any Content-Encoding but identity",
-        )
     media_type = request.headers.get("content-type", _FILE_TYPES[0]).partition(";")[0].strip().lower()
     if media_type not in _FILE_TYPES:
         raise ApiError(
             415, "unsupported_media_type", f"a mask file is sent with Content-Type: {' or '.join(_FILE_TYPES)}"
         )
-
-
-def _answerable(error: Exception) -> Exception:
-    return ApiError(413, "body_too_large", str(error)) if isinstance(error, MaskTooLarge) else error
 
 
 def _exists(library: MaskLibrary, name: str) -> bool:
