@@ -1,6 +1,7 @@
 """The Dockerfile, compose.yaml and the manifests: their form, and that they agree with the service and each other."""
 
 import copy
+import os
 import re
 import shlex
 import subprocess
@@ -14,11 +15,11 @@ import dockerfile
 import kubernetes_validate
 import pytest
 import yaml
+from pathspec import PathSpec
 
 import crane_serve
 from crane_serve.engine.support import TESTED_VERSIONS
 from crane_serve.service.api.app import create_app
-from deploy.rehearse import CONTEXT, in_context
 from tests import deployment
 from tests.deployment import DEPLOY, MANIFESTS, NO_SCHEMA, ROOT, UID
 
@@ -144,9 +145,22 @@ def test_versions_agree() -> None:
     assert set(torch) == set(re.findall(r"torch==[\w.+]+", (ROOT / "Makefile").read_text()))
 
 
+def build_context() -> list[Path]:
+    """What .dockerignore lets through, relative to the root. Its patterns are git's, but each begins at the root."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    ignored = PathSpec.from_lines("gitwildmatch", [re.sub(r"^(!?)/?(?=[^#!/])", r"\1/", line) for line in lines])
+    found = []
+    for place, directories, files in os.walk(ROOT):
+        relative = Path(place).relative_to(ROOT)
+        if place == str(ROOT):  # hidden directories, which are not named, need not be walked
+            directories[:] = [name for name in directories if not name.startswith(".")]
+        found += [relative / name for name in files if not ignored.match_file(relative / name)]
+    return found
+
+
 def test_the_build_context_is_what_is_copied() -> None:
     copied = {source for words in values(stages(DOCKERFILE.read_text())["source"], "COPY") for source in words[:-1]}
-    allowed = in_context(CONTEXT)
+    allowed = build_context()
     assert {str(path) for path in allowed if str(path) in copied or path.parts[0] in copied} == set(map(str, allowed))
     assert all((ROOT / source).exists() for source in copied)
     assert not [path for path in allowed if "__pycache__" in path.parts]
