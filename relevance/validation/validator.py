@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from crane_serve.common.masks import NeuronMask
-from crane_serve.common.numbers.bootstrap import CONFIDENCE, RESAMPLES, Estimate, change_per_token
+from crane_serve.common.numbers.bootstrap import Estimate, change_per_token, estimate, resampled_sums
 from crane_serve.common.numbers.langspec import Form, langspec_f1
 from relevance.criteria import LIKE, Criteria, neurons_of_budget
 from relevance.method import MethodError
@@ -274,27 +274,12 @@ def collateral(
     of every language, the same places in all languages that have equally many, since those may be parallel.
     None where the target loses nothing. The interval is left out where a resample has the target lose nothing.
     """
-
-    def ratio(weights: Mapping[int, np.ndarray]) -> np.ndarray:
-        """weights: number of documents -> [resamples, documents]; the result is [resamples]."""
-        loss = {
-            name: (weights[len(change)] @ change) / (weights[len(change)] @ tokens[name])
-            for name, change in changes.items()
-        }
-        others = [loss[name] for name in changes if name != target]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(loss[target] > 0, sum(others) / len(others) / loss[target], np.nan)
-
-    counts = sorted({len(change) for change in changes.values()})
-    mean = float(ratio({count: np.ones((1, count)) for count in counts})[0])
-    if np.isnan(mean):
-        return None
-    if 1 in counts:
-        return Estimate(mean=mean, low=None, high=None)
-    draw = np.random.default_rng(seed)
-    resampled = ratio({n: draw.multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float64) for n in counts})
-    if np.isnan(resampled).any():
-        return Estimate(mean=mean, low=None, high=None)
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(resampled, [tail, 100 - tail])
-    return Estimate(mean=mean, low=float(low), high=float(high))
+    sums = {name: resampled_sums(np.stack([changes[name], tokens[name]], axis=1), seed=seed) for name in changes}
+    losses = {name: of_language[:, 0] / of_language[:, 1] for name, of_language in sums.items()}  # [1 + resamples]
+    loss = losses.pop(target)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.where(loss > 0, sum(losses.values()) / len(losses) / loss, np.nan)
+    found = estimate(ratios, least=1.0)
+    if found is None or min(map(len, changes.values())) > 1:
+        return found
+    return found.model_copy(update={"low": None, "high": None})

@@ -53,6 +53,19 @@ def test_collateral_by_hand() -> None:
     assert collateral({**changes, "vi": np.array([-1.0, 0.5])}, tokens, "vi") is None
 
 
+def test_collateral_resamples_parallel_documents_together() -> None:
+    lost, tokens = np.array([4.0, 1.0, 9.0, 2.0]), np.full(4, 2.0)
+    found = collateral({"en": lost, "zh": lost / 2, "vi": lost / 4}, dict.fromkeys(("en", "zh", "vi"), tokens), "en")
+    assert found is not None
+    assert (found.mean, found.low, found.high) == tuple(pytest.approx(x) for x in [0.375] * 3)
+
+
+def test_collateral_of_one_document_has_no_interval() -> None:
+    found = collateral({"en": np.array([4.0]), "zh": np.array([1.0])}, {"en": np.ones(1), "zh": np.ones(1)}, "en")
+    assert found is not None
+    assert (found.mean, found.low, found.high) == (0.25, None, None)
+
+
 def test_collateral_has_no_interval_where_a_resample_has_no_effect() -> None:
     changes = {"en": np.array([4.0, -1.0]), "zh": np.array([1.0, 1.0])}
     tokens = {"en": np.ones(2), "zh": np.ones(2)}
