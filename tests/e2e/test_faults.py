@@ -397,7 +397,7 @@ class TestAttacks:
             for path, body in (("/generate", {}), ("/v1/completions", {"model": "tiny"})):
                 refused = client.post(path, json={**body, "prompt": PROMPT * MAX_BODY_BYTES})
                 assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body_too_large")
-            refused = client.put("/masks/large", content=bytes(2 * 2**20))  # larger than any of this model
+            refused = client.put("/masks/large", content=bytes(2 * MAX_BODY_BYTES))
             assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body_too_large")
             assert client.get("/masks/large").status_code == 404
 
