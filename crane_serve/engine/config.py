@@ -94,13 +94,13 @@ def add_mask_config(vllm_config: Any) -> None:
     directory = os.environ.get(MASKS_VARIABLE)
     if not directory or masks_disabled():
         return
-    default_method = os.environ.get(DEFAULT_METHOD_VARIABLE, DEFAULT_METHOD)
+    default_method, rows = os.environ.get(DEFAULT_METHOD_VARIABLE, DEFAULT_METHOD), _rows()
     model, masks = str(vllm_config.model_config.model), Path(directory).resolve()
     checkpoint = resolve_checkpoint(model)
     library = MaskLibrary.load(masks, Fingerprint.of(checkpoint), default_method)
     require_same_weights(vllm_config, checkpoint)
     outputs = flag(OUTPUTS_VARIABLE) or any(stored.mask.output is not None for stored in library.masks.values())
-    config = MaskConfig(_rows(), outputs, model, masks, default_method, library.manifest)
+    config = MaskConfig(rows, outputs, model, masks, default_method, library.manifest)
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config}
 
 

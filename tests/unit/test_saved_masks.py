@@ -98,7 +98,10 @@ async def service(directory: Path, core: Core, fingerprint: Fingerprint) -> Engi
 def service_over(directory: Path, core: Core, fingerprint: Fingerprint, *, outputs: bool) -> EngineService:
     library = MaskLibrary.load(directory, fingerprint)
     config = SimpleNamespace(library=lambda: library, masks=directory, outputs=outputs, rows=4)
-    engine = SimpleNamespace(get_tokenizer=byte_tokenizer, generate=_generate, engine_core=core, errored=False)
+    model = SimpleNamespace(hf_config=None, hf_text_config=None, try_get_generation_config=dict)
+    engine = SimpleNamespace(
+        get_tokenizer=byte_tokenizer, generate=_generate, engine_core=core, errored=False, model_config=model
+    )
     return EngineService(engine, config, ["tiny"])  # type: ignore[arg-type]
 
 

@@ -9,8 +9,8 @@ import pytest
 from pydantic import SecretStr
 from typer.testing import CliRunner, Result
 
-import server
 from crane_serve.cli import app
+from crane_serve.service import process
 from crane_serve.service.settings import SECRETS, LogFormat, ServeSettings, SettingError, Source, load_settings
 
 KEY = "an-admin-key-of-some-length"
@@ -36,7 +36,7 @@ def crane(*arguments: object) -> Result:
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[ServeSettings]:
     served: list[ServeSettings] = []
-    monkeypatch.setattr(server, "serve", lambda settings: served.append(settings) or 0)
+    monkeypatch.setattr(process, "serve", lambda settings: served.append(settings) or 0)
     return served
 
 
