@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from crane_serve.common.masks import MaskError, MaskFileError, MaskLibrary
+from crane_serve.engine import plugin
 from crane_serve.engine.admission import admit, asked_mask
 from crane_serve.engine.config import MaskConfig, mask_config
 from crane_serve.engine.support import UnsupportedEngine, check_engine, check_version
@@ -187,7 +188,6 @@ def test_a_process_that_receives_the_configuration_has_the_plugin(
     configured: tuple[MaskConfig, MaskLibrary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM only logs a plugin that fails to load; an engine process must not go on without it."""
-    from crane_serve.engine import plugin
 
     sent = pickle.dumps(configured[0])
     installed = []
@@ -203,8 +203,6 @@ def test_an_untested_vllm_refuses_masks_even_where_none_were_asked_for(monkeypat
     """In a class that stands for what vLLM calls; the plugin wraps nothing else there."""
     import vllm
     from vllm.v1.engine import input_processor
-
-    from crane_serve.engine import plugin
 
     class InputProcessor:
         def process_inputs(self, sampling_params: object) -> SimpleNamespace:
