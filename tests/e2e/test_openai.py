@@ -14,6 +14,7 @@ from clients import CraneClient
 from crane_serve.common.masks import NeuronMask
 from tests.conftest import Tiny
 from tests.engines import Oracle, Server
+from tests.fuzz import bodies
 from tests.tiny import BEYOND
 
 pytestmark = pytest.mark.engine
@@ -352,6 +353,12 @@ def test_a_token_beyond_the_vocabulary_is_named_on_every_route_and_ends_nothing(
             assert f"token {beyond} ('{BEYOND}')" in message, (path, message)
         fine = httpx.post(f"{openai_server.url}/score?mask={mask}", json={"text": [TEXT]}, timeout=DEADLINE_S)
         assert fine.status_code == 200, (path, fine.text)
+
+
+def test_random_bodies_are_answered_under_their_mask_or_refused(openai_server: Server) -> None:
+    statuses, broken = bodies.run(openai_server.url, count=60, seed=7)
+    assert not broken, "\n".join(broken)
+    assert statuses[200], statuses
 
 
 async def test_a_full_mask_table_is_a_rate_limit_until_a_client_has_gone(url: str) -> None:
