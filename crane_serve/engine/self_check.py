@@ -21,7 +21,7 @@ class Logprobs(Protocol):
 
     @property
     def logprobs(self) -> tuple[float, ...]:
-        """One per token."""
+        """In nats, one per token."""
 
 
 class MaskedEngine(Protocol):
