@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import Engines
 from tests.documents import ROOT, TUTORIAL, Block, differs, programs, why_not
 from tests.engines import Server
+from tests.tiny import BOS
 
 pytestmark = pytest.mark.engine
 
@@ -43,10 +44,11 @@ def directories(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> d
 def test_an_example_runs_and_prints_what_the_page_says(
     block: Block, openai_server: Server, directories: dict[str, Path]
 ) -> None:
-    """A page's model is replaced by a tiny one, and its address by the server's."""
+    """A page's model is replaced by a tiny one with its own start token, and its address by the server's."""
 
     def here(text: str) -> str:
-        return text.replace("gemma-3-270m", NAME).replace("http://127.0.0.1:8000", openai_server.url)
+        text = text.replace("gemma-3-270m", NAME).replace("<bos>", BOS)
+        return text.replace("http://127.0.0.1:8000", openai_server.url)
 
     directory = directories[block.page]
     path = directory / "example"
