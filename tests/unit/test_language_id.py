@@ -66,6 +66,7 @@ def test_the_file_is_named(tmp_path: Path) -> None:
 
 
 def test_crane_relevance_warns(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     for name, language in (("en", "en"), ("vi", "en"), ("zh", "zh")):
         lines = [document.text for document in EMBEDDED.documents[language][:20]]
         (tmp_path / f"{name}.txt").write_text("\n".join(lines), encoding="utf-8")

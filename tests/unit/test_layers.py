@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("importlinter")
 ROOT = Path(__file__).parent.parent.parent
 
 
