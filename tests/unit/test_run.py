@@ -346,7 +346,7 @@ async def test_a_server_that_comes_back_is_used_again_and_that_is_said(server: F
 async def test_a_judge_that_does_not_answer_is_no_outage_of_the_server(
     server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(RetryPolicy, "wait_s", lambda *_: 0.0)
+    monkeypatch.setattr(RetryPolicy, "_wait_s", lambda *_: 0.0)
     source = {"files": str(write_texts(tmp_path / "texts", 1) / "{lang}.jsonl")}
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
