@@ -504,17 +504,18 @@ async def test_checking_a_body_takes_time_in_proportion_to_its_size(http: httpx.
     async def seconds(parts: int) -> float:
         items = ",".join(['"\\ud83d\\ude00 mask",{"a":[]},5'] * parts)  # so that it is examined as a whole
         content = f'{{"model": "tiny", "prompt": {"[" * depth}{items}{"]" * depth}}}'
-        start = time.perf_counter()
+        start = time.process_time()
         assert (await http.post("/v1/completions", content=content)).status_code == 200
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     await seconds(10)
-    assert await seconds(20_000) < 20 * await seconds(5_000)
+    short, long = [min([await seconds(parts) for _ in range(3)]) for parts in (2_000, 16_000)]
+    assert long < 24 * short  # eight times as long; by its square it would be 64
     names = ",".join(f'"mask{number}": 1' for number in range(50_000))
-    start = time.perf_counter()
+    start = time.process_time()
     assert (await http.post("/v1/completions", content=f"{{{names}}}")).status_code == 422
     assert (await http.post("/v1/completions", content=f'{{{names}, "mask5": 1}}')).status_code == 400
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 async def test_an_unknown_mask_is_answered_with_what_there_is(http: httpx.AsyncClient) -> None:

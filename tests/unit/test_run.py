@@ -165,7 +165,8 @@ async def test_answers_are_handed_out_as_they_come_and_a_run_can_be_left(server:
         assert len(rest) == 36 - kept
         assert not set(rest) & set(first)
         assert running.evaluation().cells
-    assert len(server.asked) - asked == 36 - kept
+    left_under_way = len(server.asked) - asked - (36 - kept)  # of the first run, and counted late
+    assert 0 <= left_under_way <= 2
 
 
 def test_without_asyncio(server: FakeServer, tmp_path: Path) -> None:
