@@ -20,7 +20,7 @@ from browser import launched
 from playwright.sync_api import Browser
 
 _PAINTS = """() => Object.fromEntries(performance.getEntriesByType("paint").map((one) => [one.name, one.startTime]))"""
-_CHOOSE = "#masks input"
+_CHOOSE = "#masks-input"
 _PAINT_NAMES = {"first-paint": "first paint", "first-contentful-paint": "first contentful paint"}
 
 
@@ -62,7 +62,7 @@ def measured(browser: Browser, url: str, masks: list[str] | None, prompt: str) -
                 page.locator(_CHOOSE).fill(mask)
                 page.locator(_CHOOSE).press("Enter")
             page.keyboard.press("Escape")
-        page.locator("#prompt textarea").fill(prompt)
+        page.locator("#prompt").fill(prompt)
         began = time.perf_counter()
         page.locator("button#generate").click()
         page.locator("#completions .completion:not(:empty)").first.wait_for()

@@ -58,17 +58,27 @@ class Delta(Answer):
     logprobs: JsonValue = None
 
 
+class Token(Answer):
+    """A token with its log-probability in nats. One that ends within a character has no text; the next has it all."""
+
+    token_id: int
+    token: str
+    logprob: FiniteFloat
+
+
 class Score(Answer):
     """Log-probability of one text or continuation.
 
     logprob: nats, summed over the tokens scored; tokens: how many; bytes: their length in UTF-8;
-    is_greedy: for continuations, whether greedy decoding would have produced it.
+    is_greedy: for continuations, whether greedy decoding would have produced it; token_logprobs: of each token scored,
+    if asked for with `return_tokens`.
     """
 
     logprob: FiniteFloat
     tokens: int
     bytes: int
     is_greedy: bool | None = None
+    token_logprobs: tuple[Token, ...] | None = None
 
 
 class Scores(Answer):

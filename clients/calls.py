@@ -13,7 +13,7 @@ from clients.errors import CraneError
 from crane_serve.common.models.prefix import AddBos, Join
 
 AnswerType = TypeVar("AnswerType")
-_DEFAULTS = {"add_bos": "auto", "join": "shared"}  # the server's
+_DEFAULTS = {"add_bos": "auto", "join": "shared", "return_tokens": False}  # the server's
 
 
 class Sampling(TypedDict, total=False):
@@ -87,17 +87,25 @@ def generate(
     return Call("POST", "generate", Generation.model_validate_json, _mask_query(mask), body)
 
 
-def score_text(texts: str | Sequence[str], mask: str | None, add_bos: AddBos) -> Call[Scores]:
+def score_text(
+    texts: str | Sequence[str], mask: str | None, add_bos: AddBos, return_tokens: bool = False
+) -> Call[Scores]:
     """Score whole texts."""
-    body = {"text": _as_list(texts), **chosen(add_bos=add_bos)}
+    body = {"text": _as_list(texts), **chosen(add_bos=add_bos, return_tokens=return_tokens)}
     return Call("POST", "score", Scores.model_validate_json, _mask_query(mask), body)
 
 
 def score_continuations(
-    context: str, continuations: Sequence[str], mask: str | None, add_bos: AddBos, join: Join
+    context: str,
+    continuations: Sequence[str],
+    mask: str | None,
+    add_bos: AddBos,
+    join: Join,
+    return_tokens: bool = False,
 ) -> Call[Scores]:
     """Score continuations of one context."""
-    body = {"context": context, "continuations": _as_list(continuations), **chosen(add_bos=add_bos, join=join)}
+    reading = chosen(add_bos=add_bos, join=join, return_tokens=return_tokens)
+    body = {"context": context, "continuations": _as_list(continuations), **reading}
     return Call("POST", "score", Scores.model_validate_json, _mask_query(mask), body)
 
 

@@ -93,9 +93,16 @@ class CraneClient(_Client):
         call = calls.generate(prompt, mask, sampling, stream=True)
         return self._retries.blocking()(self._open, call)
 
-    def score_text(self, texts: str | Sequence[str], *, mask: str | None = None, add_bos: AddBos = "auto") -> Scores:
-        """Log-probabilities of whole texts. With `add_bos=False` their first tokens are not scored."""
-        return self._send(calls.score_text(texts, mask, add_bos))
+    def score_text(
+        self,
+        texts: str | Sequence[str],
+        *,
+        mask: str | None = None,
+        add_bos: AddBos = "auto",
+        return_tokens: bool = False,
+    ) -> Scores:
+        """Log-probabilities of whole texts, and of each token if asked. `add_bos=False` leaves out the first token."""
+        return self._send(calls.score_text(texts, mask, add_bos, return_tokens))
 
     def score_continuations(
         self,
@@ -105,9 +112,10 @@ class CraneClient(_Client):
         mask: str | None = None,
         add_bos: AddBos = "auto",
         join: Join = "shared",
+        return_tokens: bool = False,
     ) -> Scores:
         """Log-probabilities of continuations given `context`. join: where their tokens begin."""
-        return self._send(calls.score_continuations(context, continuations, mask, add_bos, join))
+        return self._send(calls.score_continuations(context, continuations, mask, add_bos, join, return_tokens))
 
     def masks(self) -> MaskListing:
         """The masks the server holds."""
@@ -231,10 +239,15 @@ class AsyncCraneClient(_Client):
             raise
 
     async def score_text(
-        self, texts: str | Sequence[str], *, mask: str | None = None, add_bos: AddBos = "auto"
+        self,
+        texts: str | Sequence[str],
+        *,
+        mask: str | None = None,
+        add_bos: AddBos = "auto",
+        return_tokens: bool = False,
     ) -> Scores:
-        """Log-probabilities of whole texts. With `add_bos=False` their first tokens are not scored."""
-        return await self._send(calls.score_text(texts, mask, add_bos))
+        """Log-probabilities of whole texts, and of each token if asked. `add_bos=False` leaves out the first token."""
+        return await self._send(calls.score_text(texts, mask, add_bos, return_tokens))
 
     async def score_continuations(
         self,
@@ -244,9 +257,10 @@ class AsyncCraneClient(_Client):
         mask: str | None = None,
         add_bos: AddBos = "auto",
         join: Join = "shared",
+        return_tokens: bool = False,
     ) -> Scores:
         """Log-probabilities of continuations given `context`. join: where their tokens begin."""
-        return await self._send(calls.score_continuations(context, continuations, mask, add_bos, join))
+        return await self._send(calls.score_continuations(context, continuations, mask, add_bos, join, return_tokens))
 
     async def masks(self) -> MaskListing:
         """The masks the server holds."""

@@ -22,7 +22,7 @@ _OTHERS = {
     "HOME", "PATH",  # everything
     "XDG_CACHE_HOME",  # vLLM, Hugging Face, FlashInfer
     "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "MPLCONFIGDIR",  # Triton, the driver, matplotlib
-    "GRADIO_ANALYTICS_ENABLED", "PIP_BREAK_SYSTEM_PACKAGES",
+    "PIP_BREAK_SYSTEM_PACKAGES",
 }  # fmt: skip
 _SECRET = re.compile(r"(?i)(password|token|secret|credential|(^|_)key)")
 _PLACE_OF_ONE = re.compile(r"(?i)(_file|_path|__file)$")

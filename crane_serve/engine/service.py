@@ -32,6 +32,7 @@ from crane_serve.common.masks import (
 from crane_serve.common.models.errors import CheckpointError
 from crane_serve.common.models.load import load_tokenizer, reason
 from crane_serve.common.models.prefix import StartTokens
+from crane_serve.common.text.tokens import token_texts
 from crane_serve.engine.admission import mask_arguments, require_row
 from crane_serve.engine.changes import CHANGE_METHOD, FORGET_METHOD
 from crane_serve.engine.config import (
@@ -276,6 +277,11 @@ class EngineService:
                 )
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._encoder, self._encode, list(texts))
+
+    async def token_texts(self, token_ids: Sequence[int], first: int) -> list[str]:
+        """As `common.text.tokens.token_texts` with the model's tokenizer, made beside the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._encoder, token_texts, self._encoding, list(token_ids), first)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:

@@ -23,6 +23,7 @@ from crane_serve.common.masks import (
     mask_path,
 )
 from crane_serve.common.models.prefix import StartTokens
+from crane_serve.common.text.tokens import token_texts
 from crane_serve.engine.service import EngineDead, PromptLogprobs, SampledToken, Sampling, Step, TokenLogprob
 from crane_serve.service.api.openai import ROUTES
 from tests.tiny import byte_tokenizer
@@ -134,6 +135,10 @@ class FakeEngine:
         await asyncio.sleep(0)
         return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
+    async def token_texts(self, token_ids: Sequence[int], first: int) -> list[str]:
+        await asyncio.sleep(0)
+        return token_texts(self.tokenizer, token_ids, first)
+
     async def put_mask(self, stored: StoredMask, *, save: bool = False) -> None:
         self.library.fingerprint.require(stored.info.fingerprint, f"mask {stored.name!r}")
         await asyncio.sleep(0)
@@ -175,7 +180,8 @@ class FakeEngine:
                 await self._misbehave(index)
                 token, last = written[index % len(written)], index + 1 == sampling.max_tokens
                 text.append(token)
-                chosen = TokenLogprob(index, token, -0.5)
+                token_ids = self.tokenizer(token, add_special_tokens=False)["input_ids"]
+                chosen = TokenLogprob(token_ids[0] if len(token_ids) == 1 else index, token, -0.5)
                 tokens.append(SampledToken(chosen, (chosen,) * (sampling.logprobs or 0)))
                 if stream or last:
                     logprobs = None if sampling.logprobs is None else tuple(tokens)

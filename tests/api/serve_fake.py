@@ -126,8 +126,7 @@ class FakeServer:
         fork.set_forkserver_preload([__name__])
         self._log = directory / "server.log"
         self._log.touch()
-        off = {"playground": False}  # which takes Gradio seconds to import
-        given = {"model": "tiny", "masks": directory, "port": 0, "log_format": "json", **off, **settings}
+        given = {"model": "tiny", "masks": directory, "port": 0, "log_format": "json", **settings}
         self.process = fork.Process(target=_serve, args=(self._log, given, fail, never, talks), daemon=True)
         self.process.start()
 

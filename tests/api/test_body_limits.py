@@ -235,7 +235,7 @@ async def test_over_the_service() -> None:
     async def start() -> FakeEngine:
         return FakeEngine()
 
-    app = create_app(start, ApiSettings(playground=False, max_body_bytes=1024, max_buffered_bytes=1024))  # type: ignore[arg-type]
+    app = create_app(start, ApiSettings(max_body_bytes=1024, max_buffered_bytes=1024))  # type: ignore[arg-type]
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://crane") as client:

@@ -69,7 +69,7 @@ def serving(kind: Kind, model: LlamaForCausalLM) -> Any:
     async def start() -> FakeEngine:
         return ModelEngine(kind, model)
 
-    app = create_app(start, ApiSettings(playground=False))  # type: ignore[arg-type]
+    app = create_app(start, ApiSettings())  # type: ignore[arg-type]
     return _Serving(app)
 
 

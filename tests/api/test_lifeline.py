@@ -39,7 +39,7 @@ class Stack:
     def __init__(self, app: ASGIApp, *, timeout_s: float = 60) -> None:
         self.gate = Gate(100, 10)
         self.lifelines = Lifelines()
-        self.app = Lifeline(app, self.lifelines, self.gate, timeout_s=timeout_s, watching=("/watch",))
+        self.app = Lifeline(app, self.lifelines, self.gate, timeout_s=timeout_s)
 
     def call(self, exchange: Exchange) -> "asyncio.Task[None]":
         return asyncio.create_task(exchange.call(self.app))
@@ -188,18 +188,6 @@ async def test_the_error_is_answered_when_everything_has_been_given_back() -> No
     assert stack.gate.sequences == 0
     await call
     assert (exchange.status, exchange.error["code"]) == (503, "shutting_down")
-
-
-async def test_what_watches_others_is_endless_and_not_waited_for() -> None:
-    stack, work = working(timeout_s=0.05)
-    exchange = Exchange("POST", "/watch").give(b"{}")
-    call = stack.call(exchange)
-    await work.began.wait()
-    await asyncio.sleep(0.3)
-    assert not call.done()
-    assert stack.lifelines.active == 0
-    exchange.hang_up()
-    await call
 
 
 async def test_a_complete_answer_is_never_late() -> None:

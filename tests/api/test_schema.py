@@ -65,7 +65,7 @@ def described(app: Any, **headers: str) -> Any:
 
 
 open_service = described(create_app(_start))  # type: ignore[arg-type]
-closed_service = described(create_app(_start, ApiSettings(playground=False, admin_key=KEY)), **{"x-api-key": KEY})  # type: ignore[arg-type]
+closed_service = described(create_app(_start, ApiSettings(admin_key=KEY)), **{"x-api-key": KEY})  # type: ignore[arg-type]
 
 
 @open_service.parametrize()

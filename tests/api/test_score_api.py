@@ -37,6 +37,21 @@ async def test_texts_are_scored_from_their_start(
     assert all(call.token_ids[0] == 0 and 0 not in call.token_ids[1:] for call in engine.calls)
 
 
+@pytest.mark.parametrize(
+    "body", [{"text": ["a汉b", ""]}, {"context": "汉 ", "continuations": ["语a", "b"]}], ids=["texts", "continuations"]
+)
+async def test_each_token_with_its_text(client: httpx.AsyncClient, engine: FakeEngine, body: dict[str, Any]) -> None:
+    scored = body.get("text") or [f" {text}" for text in body["continuations"]]
+    answer = await score(client, "?mask=zh", **body, return_tokens=True)
+    for text, item in zip(scored, answer["scores"], strict=True):
+        tokens = item.pop("token_logprobs")
+        assert [token["token_id"] for token in tokens] == engine.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert [token["logprob"] for token in tokens] == [-2.0 * token["token_id"] for token in tokens]
+        assert "".join(token["token"] for token in tokens) == text
+        assert [token["token"] for token in tokens if not token["token"]] == [""] * (len(tokens) - len(text))
+    assert answer == await score(client, "?mask=zh", **body)
+
+
 async def test_an_empty_text_needs_no_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     answer = await score(client, text=["", "a"])
     assert answer["scores"][0] == {"logprob": 0, "tokens": 0, "bytes": 0}

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect
 
 from benchmarks.browser import NoBrowser, launched
 from tests.api.serve_fake import FakeServer
@@ -74,6 +74,12 @@ class Visit:
     asked: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
+    def hear(self, line: ConsoleMessage) -> None:
+        """Note an error that the browser prints, unless it is an answer of the API, which the page shows."""
+        is_answer = line.text.startswith("Failed to load resource") and "/playground/" not in line.location["url"]
+        if line.type == "error" and not is_answer:
+            self.errors.append(line.text)
+
     def open(self) -> "Visit":
         """Load the page and wait until it has found out what there is."""
         self.page.goto(self.url)
@@ -86,7 +92,7 @@ class Visit:
 
     def choose(self, *masks: str) -> "Visit":
         """Have these masks compared, and no others."""
-        field = self.page.locator("#masks input")
+        field = self.page.locator("#masks-input")
         field.click()
         while self.page.locator("#masks .token").count():
             field.press("Backspace")
@@ -98,17 +104,13 @@ class Visit:
         return self
 
     def tab(self, name: str) -> "Visit":
-        """Open a tab, or what stands for it in the menu where there is no room for all."""
-        tab = self.page.get_by_role("tab", name=name)
-        if not tab.is_visible():
-            self.page.locator(".overflow-menu > button").click()
-            tab = self.page.locator(".overflow-dropdown button", has_text=name)
-        tab.click()
+        """Open a tab."""
+        self.page.get_by_role("tab", name=name).click()
         return self
 
     def generate(self, prompt: str) -> "Visit":
         """Ask for completions, and wait until they have ended."""
-        self.page.get_by_label("Prompt").fill(prompt)
+        self.page.get_by_label("Prompt", exact=True).fill(prompt)
         self.page.get_by_role("button", name="Generate", exact=True).click()
         expect(self.status("generated")).to_contain_text("mask")
         expect(self.status("generated")).not_to_contain_text("Generating")
@@ -136,7 +138,7 @@ def visiting(browser: Browser, server: FakeServer | str, **options: object) -> I
         visit = Visit(page, url)
         context.on("request", lambda request: visit.asked.append(request.url))
         page.on("pageerror", lambda error: visit.errors.append(str(error)))
-        page.on("console", lambda line: visit.errors.append(line.text) if line.type == "error" else None)
+        page.on("console", visit.hear)
         yield visit
         assert visit.foreign() == []
         assert visit.errors == []

@@ -12,6 +12,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.api.serve_fake import FakeServer
 from tests.browser.conftest import USER_KEY, Visit, visiting
+from tests.tiny import byte_tokenizer
 
 PROMPT = "In the morning"
 BAD = ("serious", "critical")
@@ -38,7 +39,7 @@ class TestGenerate:
         visit.open()
         expect(visit.page).to_have_title("crane-serve playground")
         expect(visit.status("connection")).to_have_text("Connected to tiny, with 4 masks. 1 mask file cannot be used.")
-        expect(visit.page.locator("#api-key")).to_have_count(0)
+        expect(visit.page.locator("#api-key")).to_be_hidden()
 
     def test_two_masks_say_different_things_in_their_languages(self, visit: Visit) -> None:
         visit.open().choose("none", "zh", "vi").generate(PROMPT)
@@ -56,7 +57,7 @@ class TestGenerate:
 
     def test_text_comes_as_it_is_made(self, visit: Visit) -> None:
         visit.open().choose("none", "zh")
-        visit.page.get_by_label("Prompt").fill(PROMPT)
+        visit.page.get_by_label("Prompt", exact=True).fill(PROMPT)
         visit.page.evaluate(
             """() => {
                 window.lengths = [];
@@ -75,6 +76,22 @@ class TestGenerate:
             grown = sorted({lengths[column] for lengths in seen})
             assert len(grown) >= 3, seen
 
+    def test_tokens_show_what_the_mask_changed(self, visit: Visit) -> None:
+        """The engine gives each token 0.5 nats under a mask, and its number of nats without one."""
+        visit.open().choose("none", "en").generate(PROMPT)
+        tokens = visit.card("en").locator(".token")
+        expect(tokens).to_have_count(48)
+        expect(tokens.first).to_have_attribute("title", re.compile(r"^60\.7 %, without a mask \d\.\de-\d+ %$"))
+        expect(tokens.first).to_have_class(re.compile(r"\bup\b"))
+        assert tokens.first.evaluate("one => getComputedStyle(one).backgroundColor") != "rgba(0, 0, 0, 0)"
+        expect(visit.page.locator("#legend")).to_be_visible()
+        visit.card("en").get_by_text("Token probabilities", exact=True).click()
+        rows = visit.card("en").locator("tbody tr")
+        expect(rows).to_have_count(48)
+        expect(rows.nth(1).locator("th")).to_have_text("b")
+        expect(rows.nth(1).locator("td").last).to_have_text(f"+{byte_tokenizer()('b').input_ids[-1] - 0.5:.2f}")
+        expect(visit.card("none").locator(".token")).to_have_count(0)  # its words are several tokens each
+
     def test_a_mask_that_there_is_not(self, visit: Visit) -> None:
         visit.open().choose("none", "xx").generate(PROMPT)
         expect(visit.card("xx").locator(".problem")).to_contain_text("unknown mask 'xx'")
@@ -86,7 +103,7 @@ class TestGenerate:
         example = visit.page.locator('.example[data-fills="prompt"][lang="vi"]').first
         text = example.text_content()
         example.click()
-        expect(visit.page.get_by_label("Prompt")).to_have_value(str(text))
+        expect(visit.page.get_by_label("Prompt", exact=True)).to_have_value(str(text))
         visit.page.get_by_role("button", name="Generate", exact=True).click()
         expect(visit.card("none").locator(".prompt")).to_have_text(str(text))
 
@@ -97,18 +114,15 @@ class TestGenerate:
 
     def test_unions_and_factors(self, visit: Visit) -> None:
         visit.open().choose("none")
-        visit.page.get_by_role("button", name="Build an expression").click()
-        parts = visit.page.locator("#parts input")
+        visit.page.get_by_text("Build an expression").click()
+        parts = visit.page.get_by_label("Masks to join")
         for name in ("attnlrp-zh", "attnlrp-vi"):
-            parts.click()
-            visit.page.locator("#parts").get_by_role("option", name=name, exact=True).click()
-        parts.press("Escape")
+            parts.fill(name)
+            parts.press("Enter")
         visit.page.get_by_role("button", name="Add to the masks").click()
         expect(visit.status("built")).to_have_text("Added attnlrp-zh,attnlrp-vi.")
-        parts.click()
-        parts.press("Backspace")
-        parts.press("Escape")
-        visit.page.get_by_label("number input for Strength left").fill("0.5")
+        visit.page.get_by_role("button", name="Remove attnlrp-vi", exact=True).click()
+        visit.page.get_by_label("Strength left").fill("0.5")
         visit.page.get_by_role("button", name="Add to the masks").click()
         expect(visit.status("built")).to_have_text("Added attnlrp-zh@0.5.")
         visit.generate(PROMPT)
@@ -118,12 +132,22 @@ class TestGenerate:
 
     def test_stop(self, visit: Visit) -> None:
         visit.open().choose("none", "zh")
-        visit.page.get_by_label("Prompt").fill("hang")
+        visit.page.get_by_label("Prompt", exact=True).fill("hang")
         visit.page.get_by_role("button", name="Generate", exact=True).click()
         expect(visit.card("none").locator(".completion")).to_have_text(" the")
         visit.page.get_by_role("button", name="Stop").click()
         expect(visit.status("generated")).to_have_text("Stopped.")
         expect(visit.card("none")).to_contain_text("stopped")
+
+    def test_markup_stays_text(self, visit: Visit) -> None:
+        visit.open().choose("none", "<img src=x onerror=alert(1)>").generate("<script>alert(1)</script>\u202ex")
+        expect(visit.card("none").locator(".prompt")).to_have_text("<script>alert(1)</script>\ufffdx")
+        expect(visit.page.locator("main img, main script")).to_have_count(0)
+
+    def test_too_many_masks(self, visit: Visit) -> None:
+        visit.open().choose(*(f"m{number}" for number in range(17))).generate(PROMPT)
+        expect(visit.page.get_by_role("alert").filter(has_text="At most 16 masks")).to_be_visible()
+        expect(visit.page.locator(".card")).to_have_count(0)
 
 
 class TestOtherTabs:
@@ -135,6 +159,8 @@ class TestOtherTabs:
         rows = visit.page.locator("#losses tbody tr")
         unmasked, masked = (float(rows.nth(row).locator("td").first.inner_text()) for row in range(2))
         assert masked == pytest.approx(2 * unmasked, abs=0.002)
+        tokens = visit.page.locator("#losses .token.down")
+        expect(tokens).to_have_count(3)
 
     def test_where_neurons_sit_and_what_masks_share(self, visit: Visit) -> None:
         visit.open().choose("zh,vi", "lape-zh").tab("Layers")
@@ -149,8 +175,8 @@ class TestOtherTabs:
         visit.page.get_by_role("button", name="Show", exact=True).click()
         expect(visit.page.locator("#matrix td.loss").first).to_be_visible()
         expect(visit.page.locator("#matrix tbody th").first).to_have_text(re.compile("attnlrp"))
-        visit.page.locator("#task input").click()
-        visit.page.get_by_role("option").last.click()
+        names = visit.page.locator("#task option").all_text_contents()
+        visit.page.get_by_label("Task and metric").select_option(names[-1])
         expect(visit.status("evaluated")).not_to_contain_text("Loss")
 
 
@@ -173,7 +199,7 @@ class TestKeys:
         stranger.open()
         stranger.page.get_by_label("API key").fill("two words")
         stranger.page.get_by_label("API key").press("Enter")
-        expect(stranger.page.get_by_role("alert").filter(has_text="holds blanks")).to_be_visible()
+        expect(stranger.page.get_by_role("alert").filter(has_text="no blanks")).to_be_visible()
 
     def test_the_right_key(self, stranger: Visit, closed_server: FakeServer) -> None:
         stranger.open()
@@ -197,14 +223,14 @@ class TestEverybody:
         """Tab through the page, in the order in which it is read, and do everything with keys."""
         visit.open().choose("none", "zh")
         page = visit.page
-        page.get_by_label("Prompt").focus()
+        page.get_by_label("Prompt", exact=True).focus()
         page.keyboard.type(PROMPT)
         seen = []
-        for _ in range(12):
+        for _ in range(16):
             page.keyboard.press("Tab")
             name = page.evaluate("document.activeElement.textContent.trim() || document.activeElement.ariaLabel")
             seen.append(name)
-            if name == "Generate" and page.evaluate("document.activeElement.tagName") == "BUTTON":
+            if page.evaluate("document.activeElement.id") == "generate":
                 break
         assert seen[-1] == "Generate", seen
         assert seen[0].startswith("The capital of France"), seen  # the examples follow their field
@@ -284,7 +310,7 @@ class TestTheServerBehindIt:
     def test_a_person_who_leaves_ends_what_was_asked(self, browser: Browser, own_server: FakeServer) -> None:
         with visiting(browser, own_server) as visit:
             visit.open().choose("none", "zh")
-            visit.page.get_by_label("Prompt").fill("hang")
+            visit.page.get_by_label("Prompt", exact=True).fill("hang")
             visit.page.get_by_role("button", name="Generate", exact=True).click()
             expect(visit.card("zh").locator(".completion")).not_to_be_empty()
             visit.page.close()

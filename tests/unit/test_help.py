@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-HEAVY = ("torch", "vllm", "transformers", "ray", "scipy", "matplotlib", "gradio", "datasets", "fastapi")
+HEAVY = ("torch", "vllm", "transformers", "ray", "scipy", "matplotlib", "datasets", "fastapi")
 
 
 def test_commands_are_known_without_heavy_libraries() -> None:

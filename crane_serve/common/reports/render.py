@@ -27,21 +27,6 @@ def html_page(title: str, sections: Sequence[Section], *, filtered: bool = False
     return template.render(title=title, sections=sections, filtered=filtered)
 
 
-def html_sections(sections: Sequence[Section], level: int) -> str:
-    """Sections for a page that is there already and has `table_style`. level: of their headings."""
-    return html_fragment("sections.html.jinja", sections=sections, level=level)
-
-
-def html_fragment(template: str, **values: object) -> str:
-    """What a template of this package makes of some values."""
-    return _templates().get_template(template).render(**values)
-
-
-def table_style() -> str:
-    """The style sheet of tables, for pages that define the colours --line and --head."""
-    return html_fragment("tables.css.jinja")
-
-
 def markdown_page(title: str, sections: Sequence[Section]) -> str:
     """Markdown with tables as GitHub has them; pictures are linked by the names of their files."""
     return _templates().get_template("page.md.jinja").render(title=title, sections=sections)

@@ -2,17 +2,18 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 import crane_serve
 from crane_serve.engine.service import EngineService
-from crane_serve.service.api import generate, health, masks, score
+from crane_serve.service.api import evaluation, generate, health, languages, masks, page, score
 from crane_serve.service.api.authentication import Authentication
 from crane_serve.service.api.body import BoundedBody
 from crane_serve.service.api.errors import install_error_handlers
+from crane_serve.service.api.evaluation import EvaluationFile
 from crane_serve.service.api.gate import Gate
 from crane_serve.service.api.keys import KeyRing
 from crane_serve.service.api.lifeline import Lifeline, Lifelines
@@ -20,7 +21,6 @@ from crane_serve.service.api.metrics import Metrics
 from crane_serve.service.api.observation import REQUEST_ID, Observation
 from crane_serve.service.api.openai import OpenAIRoutes
 from crane_serve.service.api.openapi import describe, describe_engine
-from crane_serve.service.playground.paths import STREAM
 from crane_serve.service.settings import ApiSettings
 
 _EXPOSED_HEADERS = (REQUEST_ID, "X-Crane-Mask", "X-Crane-Mask-Digest", "ETag", "Retry-After")
@@ -41,10 +41,7 @@ def create_app(start_engine: Callable[[], Awaitable[EngineService]], settings: A
         app.state.metrics.watch(app.state.engine)
         try:
             await asyncio.to_thread(describe_engine, app)
-            async with AsyncExitStack() as running:
-                if playground is not None:
-                    await running.enter_async_context(playground.lifespan())
-                yield
+            yield
         finally:
             app.state.engine.stop()
 
@@ -59,14 +56,12 @@ def create_app(start_engine: Callable[[], Awaitable[EngineService]], settings: A
     app.state.lifelines = Lifelines()
     app.state.metrics = Metrics(app.state.gate, settings.max_sequences)
     install_error_handlers(app)
-    for module in (generate, score, masks, health):
+    app.state.evaluation = EvaluationFile(settings.evaluation)
+    for module in (generate, score, languages, masks, evaluation, health):
         app.include_router(module.router)
-    playground = None
     if settings.playground:
-        from crane_serve.service.playground.playground import Playground  # Gradio takes seconds to import
-
-        playground = Playground(app, settings.evaluation)
-    app.router.default = OpenAIRoutes(playground)
+        app.include_router(page.router)
+    app.router.default = OpenAIRoutes()
     describe(app, asks_for_keys=keys is not None)
     _add_middleware(app, settings, keys)
     return app
@@ -79,7 +74,6 @@ def _add_middleware(app: FastAPI, settings: ApiSettings, keys: KeyRing | None) -
         lifelines=app.state.lifelines,
         gate=app.state.gate,
         timeout_s=settings.request_timeout_s,
-        watching=(STREAM,),
     )
     app.add_middleware(
         BoundedBody,

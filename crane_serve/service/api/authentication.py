@@ -6,7 +6,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from crane_serve.service.api.context import context_of, has_body
 from crane_serve.service.api.errors import ApiError, error_response
 from crane_serve.service.api.keys import Key, KeyRing, Role
-from crane_serve.service.playground.paths import is_of_page
+from crane_serve.service.playground import is_of_page
 
 _PUBLIC_PATHS = frozenset({"/health", "/ready"})
 _READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -17,7 +17,7 @@ _POLICY_VIOLATION = 1008
 class Authentication:
     """Asks every request for a key, but GET and HEAD of /health and /ready; changes of masks need an admin's.
 
-    Those of the playground need none either, if there is one: they give nothing away, and its callbacks pass here.
+    The files of the playground need none either, if there is one: they are the same everywhere.
 
     The key comes as `Authorization: Bearer KEY` or as `x-api-key: KEY`. keys: None lets everything pass. A request that
     is refused is answered before its body is read.

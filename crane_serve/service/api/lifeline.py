@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import Collection
 from contextlib import suppress
 
 from starlette.datastructures import Headers
@@ -29,18 +28,17 @@ class Lifelines:
 
     def __init__(self) -> None:
         self._runs: set[_Run] = set()
-        self._awaited: set[_Run] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
     def active(self) -> int:
-        """How many requests are under way, but those that only watch others."""
-        return len(self._awaited)
+        """How many requests are under way."""
+        return len(self._runs)
 
     async def idle(self) -> None:
-        """Wait until no such request is under way."""
-        while self._awaited:
+        """Wait until no request is under way."""
+        while self._runs:
             await self._idle.wait()
 
     def end_all(self, error: Exception) -> None:
@@ -48,46 +46,33 @@ class Lifelines:
         for run in tuple(self._runs):
             run.end(error)
 
-    def add(self, run: "_Run", *, watches: bool = False) -> None:
-        """Count a request that has begun. watches: it lives as long as others that it tells of; nobody waits for it."""
+    def add(self, run: "_Run") -> None:
+        """Count a request that has begun."""
         self._runs.add(run)
-        if not watches:
-            self._awaited.add(run)
-            self._idle.clear()
+        self._idle.clear()
 
     def discard(self, run: "_Run") -> None:
         """Count it no longer."""
         self._runs.discard(run)
-        self._awaited.discard(run)
-        if not self._awaited:
+        if not self._runs:
             self._idle.set()
 
 
 class Lifeline:
     """Runs each request in a task of its own, which is cancelled when there is nobody to answer, or no time.
 
-    timeout_s: for an answer to be complete, but on the paths in `watching`; what takes longer is a 504. watching: paths
-    whose answers tell of other requests, and do not keep the server from stopping. A request that is ended is answered
-    once its task has cleaned up and `gate` has forgotten it, or after 10 s, so that nothing that it held is in the way
-    of the next one. If the answer has begun, the error is the last event of a stream of these, and for any other answer
+    timeout_s: for an answer to be complete; what takes longer is a 504. A request that is ended is answered once its
+    task has cleaned up and `gate` has forgotten it, or after 10 s, so that nothing that it held is in the way of the
+    next one. If the answer has begun, the error is the last event of a stream of these, and for any other answer
     raised, so that the server cuts the connection. The application is told that `send` raises OSError once the request
     has ended (ASGI 2.4), so that responses need not listen themselves. Bodies come in one message (BoundedBody).
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        lifelines: Lifelines,
-        gate: Gate,
-        *,
-        timeout_s: float,
-        watching: Collection[str] = (),
-    ) -> None:
+    def __init__(self, app: ASGIApp, lifelines: Lifelines, gate: Gate, *, timeout_s: float) -> None:
         self._app = app
         self._lifelines = lifelines
         self._gate = gate
         self._timeout_s = timeout_s
-        self._watching = frozenset(watching)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -99,11 +84,10 @@ class Lifeline:
         if first["type"] == "http.disconnect":
             return
         run = _Run(first, receive, send)
-        watches = scope["path"] in self._watching
-        self._lifelines.add(run, watches=watches)
+        self._lifelines.add(run)
         try:
             try:
-                await run.until_over(self._app, scope, None if watches else self._timeout_s)
+                await run.until_over(self._app, scope, self._timeout_s)
             finally:
                 self._gate.leave(context)
             await run.answer(scope)
@@ -138,15 +122,14 @@ class _Run:
             self._error = error
             self._over.set_result(None)
 
-    async def until_over(self, app: ASGIApp, scope: Scope, timeout_s: float | None) -> None:
+    async def until_over(self, app: ASGIApp, scope: Scope, timeout_s: float) -> None:
         """Run the application until it returns, or the request is ended. Raises what the application raises."""
         task = asyncio.create_task(_call(app, scope, self._give, self._take))
         task.add_done_callback(self._done)
         listener = asyncio.create_task(self._listen())
-        if timeout_s is not None:
-            message = f"the request took longer than {timeout_s:g} s, the time that this server allows"
-            late = ApiError(504, "timed_out", message)
-            self._timer = asyncio.get_running_loop().call_later(timeout_s, self.end, late)
+        message = f"the request took longer than {timeout_s:g} s, the time that this server allows"
+        late = ApiError(504, "timed_out", message)
+        self._timer = asyncio.get_running_loop().call_later(timeout_s, self.end, late)
         try:
             await self._over
         finally:

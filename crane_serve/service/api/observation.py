@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from crane_serve.service.api.context import RequestContext, context_of
 from crane_serve.service.api.errors import ApiError, error_response
 from crane_serve.service.api.metrics import UNMATCHED, Metrics
-from crane_serve.service.playground.paths import ROUTE as PLAYGROUND
+from crane_serve.service.playground import ROUTE as PLAYGROUND
 
 REQUEST_ID = "X-Request-Id"
 CLIENT_LEFT = 499

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from crane_serve.common.masks import MaskError, MaskLibrary, Positions, ResolvedMask
 from crane_serve.engine.admission import MASK_ARGUMENT, POSITIONS_ARGUMENT, mask_arguments
@@ -42,14 +42,10 @@ _HARMLESS_PARAMETERS = frozenset({"api-version", "beta"})
 
 
 class OpenAIRoutes:
-    """ASGI application for the paths that no other route of the service has.
+    """ASGI application for the paths that no other route of the service has; what is not in ROUTES is a 404.
 
-    otherwise: answers what is not listed; by default everything there is a 404. Found in the application's state:
-    `engine`, whose `openai` answers, and `gate`.
+    Found in the application's state: `engine`, whose `openai` answers, and `gate`.
     """
-
-    def __init__(self, otherwise: ASGIApp | None = None) -> None:
-        self._otherwise = _not_found if otherwise is None else otherwise
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,10 +55,7 @@ class OpenAIRoutes:
         route = MODEL if path.startswith(_MODELS) else path
         method = ROUTES.get(route)
         if method is None:
-            if path == "/":
-                _check_page_query(scope["query_string"].decode("latin-1"))
-            await self._otherwise(scope, receive, send)
-            return
+            raise HTTPException(404)
         scope["crane_route"] = route
         if scope["method"] != method:
             raise HTTPException(405, headers={"Allow": method})
@@ -98,10 +91,6 @@ class OpenAIRoutes:
                 if not engine.is_dead:
                     raise
                 await answer.end()  # vLLM fails in the middle of some of its streams
-
-
-async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
-    raise HTTPException(404)
 
 
 async def _read(receive: Receive) -> bytes | None:
@@ -272,13 +261,6 @@ def _parameters(query: str) -> list[tuple[str, str]]:
                 422, "malformed_query", f"unknown query parameter {name!r}; expected mask or positions", name
             )
     return parameters
-
-
-def _check_page_query(query: str) -> None:
-    """The page takes no mask. Who puts a path behind an address that ends in `?mask=` must not get the page for it."""
-    if any(name == MASK for name, _ in parse_qsl(query, keep_blank_values=True)):
-        message = "the page takes no mask; where a path follows the address, name the mask in the model: MODEL:MASK"
-        raise ApiError(422, "malformed_query", message, MASK)
 
 
 def _check_model(model: str, engine: EngineService) -> None:

@@ -104,6 +104,7 @@ class ScoreRequest(_Request):
         description="Where a continuation's tokens begin: after those that the context has alone, too (shared), or "
         "after as many as it has alone (length), as in lm-evaluation-harness",
     )
+    return_tokens: bool = Field(False, description="Whether each score has its `token_logprobs`")
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -213,6 +214,9 @@ class Score(BaseModel):
     logprob: float = Field(description="Sum over the scored tokens, in nats")
     tokens: int
     bytes: int = Field(description="UTF-8 length of the scored text")
+    token_logprobs: list[Token] | None = Field(
+        None, description="Of each scored token, with `return_tokens`; a token that ends within a character has no text"
+    )
 
 
 class ContinuationScore(Score):
@@ -228,6 +232,20 @@ class ScoreAnswer(BaseModel):
     mask: MaskUsed | None
     scores: list[ContinuationScore | Score]
     usage: Usage
+
+
+class LanguagesRequest(BaseModel):
+    """Texts whose languages are asked for."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    text: Annotated[list[_TextOrEmpty], Field(min_length=1, max_length=MAX_ITEMS)]
+
+
+class LanguagesAnswer(BaseModel):
+    """The languages of all texts, in their order."""
+
+    languages: list[str | None] = Field(description="Codes as `en`; null where a text is too short or mixed to tell")
 
 
 class MaskSummary(BaseModel):
