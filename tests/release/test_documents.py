@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from tests.documents import DATA, PROGRAMS, Block, blocks, differs, not_run, pages, programs, why_not
+from tests.documents import DATA, PROGRAMS, README, ROOT, Block, blocks, differs, not_run, pages, programs, why_not
 
 COMMANDS = re.compile(
     r"^\$ |^(?:crane|curl|docker|helm|kubectl|make|pip|python3?|lm_eval|vllm|git|systemctl) ", re.MULTILINE
@@ -59,3 +59,7 @@ def test_yaml_can_be_read(block: Block) -> None:
 )
 def test_output_is_compared_with_the_page(printed: str, expected: str, wrong: str | None) -> None:
     assert differs(printed, expected) == wrong
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / README).read_text().split()) <= 900
