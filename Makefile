@@ -5,7 +5,9 @@ MODEL := models/gemma-3-270m
 TORCH_CPU := torch==2.13.0+cpu
 KEEP ?=
 
-.PHONY: install browser test test-all test-second-python demo docs tutorial lint release-check clean
+SHELL := /bin/bash
+
+.PHONY: install browser test test-all test-second-python image demo docs tutorial lint release-check clean
 
 install: $(VENV)/.installed
 
@@ -30,7 +32,7 @@ browser: install
 
 # The tests without engines in two processes of one thread each, then the others, whose engines want both cores.
 test: install browser $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not engine and not release' -n 2 --dist loadfile --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not engine and not release and not image' -n 2 --dist loadfile --durations 15
 	$(BIN)/pytest -m 'engine and not release' --durations 25
 
 # What documents, packaging, deployment, benchmarks and simulations promise, too; before a release, and when these change.
@@ -40,6 +42,11 @@ test-all: test
 
 test-second-python: install
 	@.ci/second-python '$(TORCH_CPU)'
+
+# Builds the image's CPU target, starts it as it is deployed, asks it and stops it. Needs a Docker engine.
+image: install
+	@mkdir -p build
+	$(BIN)/pytest -s -m image tests/image 2>&1 | tee build/image.log; exit $${PIPESTATUS[0]}
 
 demo: install
 	@$(BIN)/crane demo --model $(MODEL) --out results/demo $(if $(KEEP),--keep)
