@@ -40,7 +40,7 @@ def run(app: FastAPI, settings: ServeSettings) -> int:
 
     On SIGTERM or SIGINT nothing more is admitted, requests under way have `drain_timeout_s` to end, and what is left
     is answered with a 503; a second signal ends the wait. A signal before the engine has started gives up the start.
-    Uses `gate`, `lifelines` and `engine` of the application's state. Must be called in the main thread.
+    Uses `gate`, `lifetimes` and `engine` of the application's state. Must be called in the main thread.
     """
     _raise_file_limit()
     try:
@@ -175,10 +175,10 @@ class _Life:
             await asyncio.sleep(_POLL_S)
 
     async def _drain(self, death: asyncio.Task[None]) -> None:
-        lifelines, timeout_s = self._app.state.lifelines, self._settings.drain_timeout_s
+        lifetimes, timeout_s = self._app.state.lifetimes, self._settings.drain_timeout_s
         self._app.state.gate.closed = True
-        _log.info("shutting down", extra={"requests": lifelines.active, "drain_timeout_s": timeout_s})
-        idle, hurry = asyncio.create_task(lifelines.idle()), asyncio.create_task(self._hurry.wait())
+        _log.info("shutting down", extra={"requests": lifetimes.active, "drain_timeout_s": timeout_s})
+        idle, hurry = asyncio.create_task(lifetimes.idle()), asyncio.create_task(self._hurry.wait())
         await asyncio.wait({idle, hurry, death}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         drained = idle.done()
         idle.cancel()
@@ -188,16 +188,16 @@ class _Life:
         if drained:
             await asyncio.sleep(_GRACE_S)  # for clients on open connections that ask just now
         else:
-            _log.warning("requests are ended", extra={"requests": lifelines.active})
-        lifelines.end_all(
+            _log.warning("requests are ended", extra={"requests": lifetimes.active})
+        lifetimes.end_all(
             ApiError(503, "shutting_down", "the server is shutting down", headers={"Connection": "close"})
         )
 
     async def _announce_death(self) -> None:
-        _log.error("the engine has died", extra={"requests": self._app.state.lifelines.active})
+        _log.error("the engine has died", extra={"requests": self._app.state.lifetimes.active})
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._app.state.lifelines.idle(), _DEATH_ANSWERS_S)
-        self._app.state.lifelines.end_all(EngineDead("the engine has died"))
+            await asyncio.wait_for(self._app.state.lifetimes.idle(), _DEATH_ANSWERS_S)
+        self._app.state.lifetimes.end_all(EngineDead("the engine has died"))
         await asyncio.sleep(_DEATH_NOTICE_S)
 
 

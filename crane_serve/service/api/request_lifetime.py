@@ -1,4 +1,4 @@
-"""Lifeline: middleware that ends a request whose client has gone, that takes too long, or that the server must end."""
+"""RequestLifetime: middleware that ends a request: its client has gone, its time is up, or the server must end it."""
 
 import asyncio
 import logging
@@ -24,7 +24,7 @@ class _Closed(OSError):
     """What the application gets for an answer that nobody takes any more."""
 
 
-class Lifelines:
+class RequestLifetimes:
     """The requests under way."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Lifelines:
             self._idle.set()
 
 
-class Lifeline:
+class RequestLifetime:
     """Runs each request in a task of its own, which is cancelled when there is nobody to answer, or no time.
 
     timeout_s: for an answer to be complete, but on the paths in `watching`; what takes longer is a 504. watching: paths
@@ -77,14 +77,14 @@ class Lifeline:
     def __init__(
         self,
         app: ASGIApp,
-        lifelines: Lifelines,
+        lifetimes: RequestLifetimes,
         gate: Gate,
         *,
         timeout_s: float,
         watching: Collection[str] = (),
     ) -> None:
         self._app = app
-        self._lifelines = lifelines
+        self._lifetimes = lifetimes
         self._gate = gate
         self._timeout_s = timeout_s
         self._watching = frozenset(watching)
@@ -100,7 +100,7 @@ class Lifeline:
             return
         run = _Run(first, receive, send)
         watches = scope["path"] in self._watching
-        self._lifelines.add(run, watches=watches)
+        self._lifetimes.add(run, watches=watches)
         try:
             try:
                 await run.until_over(self._app, scope, None if watches else self._timeout_s)
@@ -108,7 +108,7 @@ class Lifeline:
                 self._gate.leave(context)
             await run.answer(scope)
         finally:
-            self._lifelines.discard(run)
+            self._lifetimes.discard(run)
 
 
 class _Run:
