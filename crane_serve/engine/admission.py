@@ -13,7 +13,7 @@ OUR_WORDS = ("crane", "mask", "maks", "msak", "amsk")
 """What a name that asks for a mask holds, rightly spelt or with two letters exchanged."""
 
 
-class Asked(NamedTuple):
+class MaskRequest(NamedTuple):
     """What a request's `extra_args` say: a mask expression, and which tokens it is for."""
 
     expression: str
@@ -26,7 +26,7 @@ def looks_like_ours(argument: str) -> bool:
     return any(word in lower for word in OUR_WORDS) or lower.startswith("position")
 
 
-def asked_mask(sampling_params: Any) -> Asked | None:
+def requested_mask(sampling_params: Any) -> MaskRequest | None:
     """The mask that a request asks for, or None.
 
     Raises MaskError for malformed arguments, and for others of that look: a misspelt one must not run unmasked.
@@ -45,7 +45,7 @@ def asked_mask(sampling_params: Any) -> Asked | None:
     if not isinstance(expression, str):
         raise MaskError(f"{MASK_ARGUMENT} is {type(expression).__name__}, expected a mask name")
     try:
-        return Asked(expression, Positions.ALL if positions is None else Positions(positions))
+        return MaskRequest(expression, Positions.ALL if positions is None else Positions(positions))
     except ValueError:
         raise MaskError(
             f"{POSITIONS_ARGUMENT} is {positions!r}, expected {' or '.join(map(repr, map(str, Positions)))}"
@@ -62,16 +62,16 @@ def admit(vllm_config: Any, sampling_params: Any, *, resumable: bool) -> Resolve
 
     Rewrites the request's `extra_args` so that the mask travels on by content digest.
     """
-    asked = asked_mask(sampling_params)
-    if asked is None:
+    request = requested_mask(sampling_params)
+    if request is None:
         return None
-    what = f"{MASK_ARGUMENT}={asked.expression!r}"
+    what = f"{MASK_ARGUMENT}={request.expression!r}"
     config = mask_config(vllm_config)
     if config is None:
         reason = f"{DISABLE_VARIABLE} is set" if masks_disabled() else f"start it with {MASKS_VARIABLE}=DIRECTORY"
         raise MaskError(f"{what}: this engine serves no masks ({reason})")
     # Content that was replaced a moment ago is admitted by its digest: the request may have been on its way.
-    resolved = config.library().resolve(asked.expression, asked.positions, retired=True)
+    resolved = config.library().resolve(request.expression, request.positions, retired=True)
     others = {key: value for key, value in sampling_params.extra_args.items() if key not in _ARGUMENTS}
     if resolved is None:
         sampling_params.extra_args = others

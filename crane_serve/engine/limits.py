@@ -36,9 +36,9 @@ def no_room(prompt_tokens: int, context_tokens: int) -> str:
 def _max_tokens(original: Callable[..., int], *args: Any, **kwargs: Any) -> int:
     from vllm.exceptions import VLLMValidationError
 
-    asked = inspect.signature(original).bind(*args, **kwargs).arguments
-    length, limit = asked["input_length"], asked["max_model_len"]
-    if asked.get("truncate_prompt_tokens") is None and length >= limit and asked["max_tokens"] != 0:
+    arguments = inspect.signature(original).bind(*args, **kwargs).arguments
+    length, limit = arguments["input_length"], arguments["max_model_len"]
+    if arguments.get("truncate_prompt_tokens") is None and length >= limit and arguments["max_tokens"] != 0:
         raise VLLMValidationError(no_room(length, limit))
     return original(*args, **kwargs)
 

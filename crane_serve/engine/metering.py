@@ -5,7 +5,7 @@ from contextlib import aclosing
 from typing import Any
 
 from crane_serve.common.masks import MaskError, MaskLibrary
-from crane_serve.engine.admission import asked_mask
+from crane_serve.engine.admission import requested_mask
 from crane_serve.engine.wrapping import wrap
 
 
@@ -20,8 +20,8 @@ def meter(engine: Any, library: MaskLibrary, on_tokens: Callable[[str | None, in
     ) -> AsyncGenerator[Any]:
         prompt_tokens = completion_tokens = 0
         try:
-            asked = asked_mask(sampling_params)
-            name = None if asked is None else _name(library, asked.expression)
+            request = requested_mask(sampling_params)
+            name = None if request is None else _name(library, request.expression)
         except MaskError:
             name = None  # and the engine will say why it refuses it
         try:

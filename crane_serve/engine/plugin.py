@@ -23,7 +23,7 @@ from typing import Any
 
 from crane_serve.common.masks import MaskError, MaskTableFull, ResolvedMask
 from crane_serve.engine import changes, vllm_routes
-from crane_serve.engine.admission import MASK_ARGUMENT, admit, asked_mask, looks_like_ours, require_row
+from crane_serve.engine.admission import MASK_ARGUMENT, admit, looks_like_ours, requested_mask, require_row
 from crane_serve.engine.config import MASKS_VARIABLE, MaskConfig, add_mask_config, mask_config, masks_disabled
 from crane_serve.engine.prefix_cache import check_salt, generated_salt, salted, with_generated_salt
 from crane_serve.engine.support import UnsupportedEngine, check_engine, check_version
@@ -101,7 +101,7 @@ def _refuse_masks() -> None:
 
 def _refuse_masked_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     request = original(self, *args, **kwargs)
-    if asked_mask(getattr(request, "sampling_params", None)) is not None:
+    if requested_mask(getattr(request, "sampling_params", None)) is not None:
         raise ValueError(f"{MASK_ARGUMENT}: the crane plugin is not installed in this untested vLLM version")
     return request
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from crane_serve.engine.admission import Asked, asked_mask
+from crane_serve.engine.admission import MaskRequest, requested_mask
 from crane_serve.engine.batch import BatchMasks
 
 
@@ -33,10 +33,10 @@ class MaskedRunner:
         # Only now is the order of the batch final: _update_states and _prepare_inputs may change it.
         assert self._masks is not None
         batch, requests = self._runner.input_batch, self._runner.requests
-        asked = [_asked(requests[request_id]) for request_id in batch.req_ids]
-        count = len(asked)
+        mask_requests = [_mask_request(requests[request_id]) for request_id in batch.req_ids]
+        count = len(mask_requests)
         computed, prompts = batch.num_computed_tokens_cpu[:count], batch.num_prompt_tokens[:count]
-        self._masks.fill(asked, num_scheduled_tokens, computed, prompts)
+        self._masks.fill(mask_requests, num_scheduled_tokens, computed, prompts)
         if self._masks.slots.device.type == "cpu":
             _spare_seeds(self._runner)
         return prepared
@@ -48,13 +48,13 @@ class MaskedRunner:
         return self._dummy_run(*args, **kwargs)
 
 
-def _asked(state: Any) -> Asked | None:
+def _mask_request(state: Any) -> MaskRequest | None:
     """What vLLM's state of a request says about its mask; read once, for it is asked for in every step."""
     try:
-        return state.crane_asked  # type: ignore[no-any-return]
+        return state.crane_mask_request  # type: ignore[no-any-return]
     except AttributeError:
-        state.crane_asked = asked_mask(state.sampling_params)
-        return state.crane_asked  # type: ignore[no-any-return]
+        state.crane_mask_request = requested_mask(state.sampling_params)
+        return state.crane_mask_request  # type: ignore[no-any-return]
 
 
 def _spare_seeds(runner: Any) -> None:

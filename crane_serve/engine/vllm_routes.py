@@ -95,11 +95,11 @@ def _misplaced(path: str, content: Any) -> str | None:
     return None
 
 
-def _reason(path: str, asked: str) -> str:
+def _reason(path: str, name: str) -> str:
     place = CARRYING.get(path.rstrip("/"))
     if place is None:
-        return f"{asked}: {path} cannot run under a mask; /v1/completions can, if it is in vllm_xargs.{MASK_ARGUMENT}"
-    return f"{asked} would be ignored; the place for a mask in {path} is {'.'.join((*place, MASK_ARGUMENT))}"
+        return f"{name}: {path} cannot run under a mask; /v1/completions can, if it is in vllm_xargs.{MASK_ARGUMENT}"
+    return f"{name} would be ignored; the place for a mask in {path} is {'.'.join((*place, MASK_ARGUMENT))}"
 
 
 def may_ask(body: bytes) -> bool:

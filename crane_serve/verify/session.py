@@ -30,7 +30,7 @@ Launch = Callable[[str, Path, Mapping[str, str], Path], str | None]
 
 
 @dataclass(frozen=True)
-class Wishes:
+class VerifyOptions:
     """What a verification is to look at. flags: vLLM's own engine flags."""
 
     model: str
@@ -40,18 +40,18 @@ class Wishes:
     flags: tuple[str, ...] = ()
 
 
-def run(wishes: Wishes, progress: Callable[[str], None], launch: Launch | None = None) -> Report:
+def run(options: VerifyOptions, progress: Callable[[str], None], launch: Launch | None = None) -> Report:
     """Start the processes in turn, each with the whole machine to itself, and gather their checks.
 
     Raises ValueError for a model without fingerprint or with missing weights, and for masks that cannot be tried.
     launch: runs a module with a plan, an environment and a log, and returns what went wrong, if anything.
     """
-    checkpoint = resolve_checkpoint(wishes.model)
+    checkpoint = resolve_checkpoint(options.model)
     fingerprint = Fingerprint.of(checkpoint)
     require_weights_of(checkpoint)
     scratch = Path(tempfile.mkdtemp(prefix="crane-verify-"))
     try:
-        report = _run(wishes, checkpoint, fingerprint, scratch, progress, launch or run_process)
+        report = _run(options, checkpoint, fingerprint, scratch, progress, launch or run_process)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -62,7 +62,7 @@ def run(wishes: Wishes, progress: Callable[[str], None], launch: Launch | None =
 
 
 def _run(
-    wishes: Wishes,
+    options: VerifyOptions,
     checkpoint: Path,
     fingerprint: Fingerprint,
     scratch: Path,
@@ -70,17 +70,17 @@ def _run(
     launch: Launch,
 ) -> Report:
     started = time.monotonic()
-    asked = _asked(wishes.flags)
-    masks = write_trial_masks(scratch / "masks", fingerprint, wishes.masks)
+    reference_flags = _reference_flags(options.flags)
+    masks = write_trial_masks(scratch / "masks", fingerprint, options.masks)
     plain, reference = scratch / "plain.jsonl", scratch / "reference.jsonl"
     plan = Plan(
         model=checkpoint,
-        flags=(*_default_flags(checkpoint, wishes.flags), *wishes.flags),
+        flags=(*_default_flags(checkpoint, options.flags), *options.flags),
         fingerprint=fingerprint,
         outcome=scratch / "masked.jsonl",
-        throughput=wishes.throughput,
-        float32=asked.float32,
-        trust_remote_code=asked.trust_remote_code,
+        throughput=options.throughput,
+        float32=reference_flags.float32,
+        trust_remote_code=reference_flags.trust_remote_code,
         directory=scratch / "masks",
         masks=masks,
         plain=plain,
@@ -96,12 +96,12 @@ def _run(
         return launch(module, plan_file, {**environment, **extra}, log)
 
     made: dict[str, Check] = {}
-    if not wishes.reference:
+    if not options.reference:
         made[checks.REFERENCE] = checks.skipped(checks.REFERENCE, "--no-reference")
     elif problem := process("transformers", REFERENCE, plan.model_copy(update={"outcome": reference})):
         problem = f"{problem} (--no-reference skips this check)"
         made[checks.REFERENCE] = checks.failed(checks.REFERENCE, problem)
-    if not wishes.throughput:
+    if not options.throughput:
         made[checks.THROUGHPUT] = checks.skipped(checks.THROUGHPUT, "--no-throughput")
 
     plain_plan = plan.model_copy(update={"outcome": plain, "masks": None})
@@ -114,9 +114,9 @@ def _run(
     made |= {check.name: check for check in (checks.engines_lived(lives), *outcome.checks)}
     missing = "expected an answer, but an engine gave none"
     return Report(
-        model=checkpoint.name if Path(wishes.model).is_dir() else wishes.model,
+        model=checkpoint.name if Path(options.model).is_dir() else options.model,
         fingerprint=fingerprint,
-        masks=f"{len(masks.given)} of {wishes.masks} and generated ones" if wishes.masks else "generated",
+        masks=f"{len(masks.given)} of {options.masks} and generated ones" if options.masks else "generated",
         flags=plan.flags,
         facts=outcome.facts or Outcome(plain).facts,
         checks=tuple(made.get(name) or checks.failed(name, missing) for name in checks.ALL),
@@ -154,18 +154,18 @@ def run_process(module: str, plan: Path, environment: Mapping[str, str], log: Pa
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _ReferenceFlags:
     float32: bool
     trust_remote_code: bool
 
 
-def _asked(flags: tuple[str, ...]) -> _Asked:
+def _reference_flags(flags: tuple[str, ...]) -> _ReferenceFlags:
     """The engine flags that transformers needs to know as well."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--trust-remote-code", "--trust_remote_code", action="store_true")
     known, _ = parser.parse_known_args(list(flags))
-    return _Asked(known.dtype in ("float32", "float"), known.trust_remote_code)
+    return _ReferenceFlags(known.dtype in ("float32", "float"), known.trust_remote_code)
 
 
 def _default_flags(checkpoint: Path, given: tuple[str, ...]) -> tuple[str, ...]:

@@ -151,12 +151,12 @@ class Trial:
         masks: list[str | None] = [None, *self._masks.random]
         room = self._engine.facts.max_model_tokens - _READ_BACK_TOKENS - 1
         prompts = [self._engine.encode(text)[:room] for text in probes.TEXTS]
-        asked = [Request(prompt, _READ_BACK_TOKENS, mask) for mask in masks for prompt in prompts]
-        owners = [request.mask for request in asked]
-        generated = self._engine.run(probes.masked(asked, owners, "generated"))
+        requests = [Request(prompt, _READ_BACK_TOKENS, mask) for mask in masks for prompt in prompts]
+        owners = [request.mask for request in requests]
+        generated = self._engine.run(probes.masked(requests, owners, "generated"))
         texts = [
             Request(request.prompt + answer.tokens, score=True)
-            for request, answer in zip(asked, generated, strict=True)
+            for request, answer in zip(requests, generated, strict=True)
         ]
         scored = self._engine.run(probes.masked(texts, owners, "scored"))
         unmasked = self._engine.run(probes.masked(texts, [None] * len(texts), "unmasked"))
@@ -177,9 +177,9 @@ class Trial:
         assert self._reference is not None
         theirs = _by_mask(self._reference.masks, self._reference.logprobs)
         rounded = self._reference.rounded and _by_mask(self._reference.masks, self._reference.rounded)
-        asked = [Request(text, mask=mask, score=True) for mask in theirs for text in self._reference.texts]
-        owners = [request.mask for request in asked]
-        answers = self._engine.run(probes.masked(asked, owners, "reference"))
+        requests = [Request(text, mask=mask, score=True) for mask in theirs for text in self._reference.texts]
+        owners = [request.mask for request in requests]
+        answers = self._engine.run(probes.masked(requests, owners, "reference"))
         pairs = list(zip(owners, answers, strict=True))
         ours = {
             mask: [x for owner, answer in pairs if owner == mask for x in answer.prompt_logprobs] for mask in theirs

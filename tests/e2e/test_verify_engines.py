@@ -81,8 +81,8 @@ def test_verify_finds_a_layer_that_is_not_masked(
             return "left out"
         return command.run_process("sabotaged", plan, {**environment, "PYTHONPATH": str(tmp_path)}, log)
 
-    wishes = command.Wishes(str(checkpoint), reference=False, throughput=False, flags=FLAGS)
-    report = command.run(wishes, print, launch)
+    options = command.VerifyOptions(str(checkpoint), reference=False, throughput=False, flags=FLAGS)
+    report = command.run(options, print, launch)
     assert not report.passed
     layers = next(check for check in report.checks if check.name == checks.LAYERS)
     assert layers.status is Status.FAIL

@@ -83,7 +83,7 @@ _IF_MATCH = "Change it only if it has this digest, in quotes; * if it exists"
 _IF_NONE_MATCH = "Only if it has not this digest, in quotes; * if there is none"
 IfMatch = Annotated[_Condition, Header(description=_IF_MATCH, default_factory=list)]
 IfNoneMatch = Annotated[_Condition, Header(description=_IF_NONE_MATCH, default_factory=list)]
-Asked = Annotated[
+MaskReference = Annotated[
     str,
     Path(description="Mask name, digest, or bare language", json_schema_extra={"pattern": f"^{NAME}$"}),
 ]
@@ -116,7 +116,7 @@ async def masks(engine: Engine, if_none_match: IfNoneMatch) -> Response:
     responses={200: _TAGGED, **responses(304, 404, 409, *ANY_ROUTE)},
     dependencies=[NoQuery],
 )
-async def mask(name: Asked, engine: Engine, if_none_match: IfNoneMatch) -> Response:
+async def mask(name: MaskReference, engine: Engine, if_none_match: IfNoneMatch) -> Response:
     """One mask by name, digest, or bare language."""
     stored = engine.library.get(name)
     return _not_changed(if_none_match, stored.mask.digest) or _details(stored)
@@ -128,7 +128,7 @@ async def mask(name: Asked, engine: Engine, if_none_match: IfNoneMatch) -> Respo
     responses={200: _TAGGED, **responses(304, 404, 409, *ANY_ROUTE)},
     dependencies=[NoQuery],
 )
-async def neurons(name: Asked, engine: Engine, if_none_match: IfNoneMatch) -> Response:
+async def neurons(name: MaskReference, engine: Engine, if_none_match: IfNoneMatch) -> Response:
     """What a mask changes: per layer, the neurons whose scale is not 1."""
     stored = engine.library.get(name)
     if unchanged := _not_changed(if_none_match, stored.mask.digest):
@@ -146,7 +146,7 @@ async def neurons(name: Asked, engine: Engine, if_none_match: IfNoneMatch) -> Re
     },
     dependencies=[NoQuery],
 )
-async def file(name: Asked, engine: Engine, if_none_match: IfNoneMatch) -> Response:
+async def file(name: MaskReference, engine: Engine, if_none_match: IfNoneMatch) -> Response:
     """A mask as a file, which `PUT /masks/{name}` takes."""
     stored = engine.library.get(name)
     if unchanged := _not_changed(if_none_match, stored.mask.digest):

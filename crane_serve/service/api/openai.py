@@ -24,7 +24,7 @@ from crane_serve.engine.vllm_routes import CARRYING
 from crane_serve.service.api import openai_body
 from crane_serve.service.api.body import replayed
 from crane_serve.service.api.context import context_of
-from crane_serve.service.api.dependencies import asked_masks, check_headers, choose_mask
+from crane_serve.service.api.dependencies import check_headers, choose_mask, named_masks
 from crane_serve.service.api.errors import ApiError, BadRequest, error_event, error_response
 from crane_serve.service.api.gate import Gate
 from crane_serve.service.api.openai_body import MASK, POSITIONS, Body
@@ -76,23 +76,23 @@ class OpenAIRoutes:
         content = b"" if method == "GET" else await _read(receive)
         if content is None:
             return
-        asked = _Asked(route, scope["query_string"].decode("latin-1"), content, engine)
+        request = _TranslatedRequest(route, scope["query_string"].decode("latin-1"), content, engine)
         context = context_of(scope)
-        context.mask = asked.mask
+        context.mask = request.mask
         if method == "POST":
-            gate.admit(context, _sequences(path, asked.body))
-        translated = {**scope, "state": {}, "query_string": asked.query.encode("latin-1")}
+            gate.admit(context, _sequences(path, request.body))
+        translated = {**scope, "state": {}, "query_string": request.query.encode("latin-1")}
         translated.pop("router", None)
-        if asked.content is not content:
+        if request.content is not content:
             headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
-            translated["headers"] = [*headers, (b"content-length", b"%d" % len(asked.content))]
+            translated["headers"] = [*headers, (b"content-length", b"%d" % len(request.content))]
         with ExitStack() as held:
             if path in CARRYING:
-                held.enter_context(engine.row(asked.mask))
-            held.enter_context(answering_as(asked.model))
+                held.enter_context(engine.row(request.mask))
+            held.enter_context(answering_as(request.model))
             answer = _Answer(scope, receive, send, engine)
             try:
-                body: Message = {"type": "http.request", "body": asked.content, "more_body": False}
+                body: Message = {"type": "http.request", "body": request.content, "more_body": False}
                 await engine.openai(translated, replayed(body, receive), answer)
             except Exception:
                 if not engine.is_dead:
@@ -186,7 +186,7 @@ def _refusal(event: bytes) -> dict[str, Any] | None:
     return cast(dict[str, Any], error) if is_refusal else None
 
 
-class _Asked:
+class _TranslatedRequest:
     """What a request asks for, and the request as vLLM takes it.
 
     mask: what it shall run under; model: the name to answer under, None for the model's own; body: the JSON object;
@@ -230,7 +230,7 @@ class _Asked:
             in_query = [value for key, value in parameters if key == name]
             if name == POSITIONS and len(in_query) > 1:
                 raise BadRequest("mask_conflict", "'positions' is given twice in the query", POSITIONS)
-            named = asked_masks(in_query, _text(self.body, name))
+            named = named_masks(in_query, _text(self.body, name))
             carried = None if self._arguments is None else _text(self._arguments, argument)
             found.append(named if carried is None else [*named, (argument, carried)])
             if found[-1] and self._path not in CARRYING:
@@ -308,15 +308,15 @@ def _choose(
     library: MaskLibrary, masks: Sequence[tuple[str, str]], positions: Sequence[tuple[str, str]]
 ) -> ResolvedMask | None:
     """The mask that is named, if all places agree. Each is a pair of a place and what it says."""
-    for place, asked in positions:
-        if asked not in set(Positions):
+    for place, value in positions:
+        if value not in set(Positions):
             expected = ", ".join(Positions)
             raise ApiError(
-                422, "malformed_body", f"positions={asked} in {place}: expected one of {expected}", POSITIONS
+                422, "malformed_body", f"positions={value} in {place}: expected one of {expected}", POSITIONS
             )
-        if asked != positions[0][1]:
+        if value != positions[0][1]:
             first_place, first = positions[0]
-            message = f"{first_place} says positions={first}, {place} {asked}"
+            message = f"{first_place} says positions={first}, {place} {value}"
             raise BadRequest("mask_conflict", message, POSITIONS)
     if not positions:
         return choose_mask(library, masks)
