@@ -13,7 +13,7 @@ What is wrapped, each once per process:
 - EngineCore.add_request (engine core): a mask without a row is refused, content that nobody needs any more forgotten;
 - WorkerWrapperBase.init_device (worker): gives the model runner its masks, through MaskedRunner (V1)
   or MaskedModelState (V2).
-Added to EngineCore and WorkerWrapperBase: the methods of `changes`.
+Added to EngineCore and WorkerWrapperBase: the methods of `live_masks`.
 """
 
 import copyreg
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from crane_serve.common.masks import MaskError, MaskTableFull, ResolvedMask
-from crane_serve.engine import changes, vllm_routes
+from crane_serve.engine import live_masks, vllm_routes
 from crane_serve.engine.admission import MASK_ARGUMENT, admit, looks_like_ours, requested_mask, require_row
 from crane_serve.engine.config import MASKS_VARIABLE, MaskConfig, add_mask_config, mask_config, masks_disabled
 from crane_serve.engine.prefix_cache import check_salt, generated_salt, salted, with_generated_salt
@@ -82,10 +82,10 @@ def install() -> None:
     for module in (kv_cache_utils, block_pool):  # the second imports it by name, for KV events
         wrap(module, "generate_block_hash_extra_keys", _block_keys)
     wrap(WorkerWrapperBase, "init_device", _init_device)
-    setattr(EngineCore, changes.CHANGE_METHOD, changes.change_in_core)
-    setattr(EngineCore, changes.FORGET_METHOD, changes.forget_in_core)
-    setattr(WorkerWrapperBase, changes.CHANGE_METHOD, changes.change_in_worker)
-    setattr(WorkerWrapperBase, changes.FORGET_METHOD, changes.forget_in_worker)
+    setattr(EngineCore, live_masks.CHANGE_METHOD, live_masks.change_in_core)
+    setattr(EngineCore, live_masks.FORGET_METHOD, live_masks.forget_in_core)
+    setattr(WorkerWrapperBase, live_masks.CHANGE_METHOD, live_masks.change_in_worker)
+    setattr(WorkerWrapperBase, live_masks.FORGET_METHOD, live_masks.forget_in_worker)
     vllm_routes.install()
 
 
@@ -160,7 +160,7 @@ def _preprocess_add_request(original: Callable[..., Any], self: Any, request: An
 
 
 def _add_request(original: Callable[..., Any], self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-    changes.forget_pending(self)
+    live_masks.forget_pending(self)
     mask: ResolvedMask | None = getattr(request, _LEASE, None)
     if mask is not None:
         leases = (getattr(other, _LEASE, None) for other in self.scheduler.requests.values())

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from crane_serve.engine.admission import MaskRequest, requested_mask
-from crane_serve.engine.batch import BatchMasks
+from crane_serve.engine.batch_masks import BatchMasks
 
 
 class MaskedRunner:

@@ -33,7 +33,6 @@ from crane_serve.common.models.errors import CheckpointError
 from crane_serve.common.models.load import load_tokenizer, reason
 from crane_serve.common.models.prefix import StartTokens
 from crane_serve.engine.admission import mask_arguments, require_row
-from crane_serve.engine.changes import CHANGE_METHOD, FORGET_METHOD
 from crane_serve.engine.config import (
     DEFAULT_METHOD_VARIABLE,
     DISABLE_VARIABLE,
@@ -43,6 +42,7 @@ from crane_serve.engine.config import (
     mask_config,
 )
 from crane_serve.engine.flags import serving_arguments
+from crane_serve.engine.live_masks import CHANGE_METHOD, FORGET_METHOD
 from crane_serve.engine.metering import meter
 from crane_serve.engine.openai_app import RequestFields, build_openai_app
 from crane_serve.engine.self_check import check_masks
