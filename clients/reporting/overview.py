@@ -1,4 +1,4 @@
-"""What was asked: model, masks, tasks, settings, and what the figures can and cannot show."""
+"""Overview: model, masks, tasks, settings, and what the figures can and cannot show."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ from crane_serve.common.reports.settings import SHORT, brief, flat
 _FAILURES_SHOWN = 200
 
 
-def asked_section(evaluation: Evaluation) -> Section:
+def overview_section(evaluation: Evaluation) -> Section:
     """Everything that a second person needs to judge and repeat the evaluation."""
     failures = (_failures(evaluation),) if evaluation.failures else ()
     return Section(
