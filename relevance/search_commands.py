@@ -46,23 +46,23 @@ def refine(
     replace: _Replace = False,
 ) -> None:
     """Refine a ranking by ablation: what hurts a language more than the others comes first."""
+    from relevance.scored_model import ScoredModel
     from relevance.search.refinement import Refinement, refine_scores
     from relevance.selection import order
-    from relevance.workbench import Workbench
 
     with bar("refine", "groups", f"{scores} of {model}") as shown:
-        bench = Workbench.open(model, scores, dtype, device)
-        bench.require_absent("ablation-refined", replace=replace)
+        scored_model = ScoredModel.open(model, scores, dtype, device)
+        scored_model.require_absent("ablation-refined", replace=replace)
         options = Refinement(candidates=candidates, group=group, price=price, documents=documents, seed=seed)
-        proposed = order(bench.scores, start)
+        proposed = order(scored_model.scores, start)
         source = TextSource(corpus, text_column, normalise, lambda doubt: shown.say(f"warning: {doubt}"))
-        texts = bench.search_texts(source, split, limit, max_tokens)
+        texts = scored_model.search_texts(source, split, limit, max_tokens)
         shown.start(
-            len(bench.languages) * 2 * -(-candidates // group),
-            what=f"of {group} neurons for {', '.join(bench.languages)}, each group alone and then together",
+            len(scored_model.languages) * 2 * -(-candidates // group),
+            what=f"of {group} neurons for {', '.join(scored_model.languages)}, each group alone and then together",
         )
-        found, kept = refine_scores(bench.decoder, texts.documents, proposed, options, lambda _: shown.advance())
-    bench.add_scores(scores, "ablation-refined", found, replace=replace)
+        found, kept = refine_scores(scored_model.decoder, texts.documents, proposed, options, lambda _: shown.advance())
+    scored_model.add_scores(scores, "ablation-refined", found, replace=replace)
     for language, count in kept.items():
         typer.echo(f"{scores}: ablation-refined for {language} keeps {count} of {candidates} neurons of {start}")
 
@@ -88,14 +88,14 @@ def learn(
 ) -> None:
     """Learn masks by gradient descent: the target language is to lose, the others to keep their predictions."""
     from relevance.criteria import neurons_of_budget
+    from relevance.scored_model import ScoredModel
     from relevance.search.learning import Learning, learn_scores
-    from relevance.workbench import Workbench
 
     with bar("learn", "steps", f"{scores} of {model}") as shown:
-        bench = Workbench.open(model, scores, dtype, device)
-        bench.require_absent("learned", replace=replace)
+        scored_model = ScoredModel.open(model, scores, dtype, device)
+        scored_model.require_absent("learned", replace=replace)
         options = Learning(
-            neurons=neurons_of_budget(budget, bench.scores.shape.neurons),
+            neurons=neurons_of_budget(budget, scored_model.scores.shape.neurons),
             steps=steps,
             effect=effect,
             hold=hold,
@@ -103,11 +103,11 @@ def learn(
             seed=seed,
         )
         source = TextSource(corpus, text_column, normalise, lambda doubt: shown.say(f"warning: {doubt}"))
-        texts = bench.search_texts(source, split, limit, max_tokens)
-        shown.start(len(bench.languages) * steps, what=f"for {', '.join(bench.languages)}")
-        found = learn_scores(bench.decoder, texts.documents, options, lambda step: shown.advance(note=str(step)))
-    bench.add_scores(scores, "learned", found, replace=replace)
-    typer.echo(f"{scores}: learned {options.neurons} neurons for {', '.join(bench.languages)}")
+        texts = scored_model.search_texts(source, split, limit, max_tokens)
+        shown.start(len(scored_model.languages) * steps, what=f"for {', '.join(scored_model.languages)}")
+        found = learn_scores(scored_model.decoder, texts.documents, options, lambda step: shown.advance(note=str(step)))
+    scored_model.add_scores(scores, "learned", found, replace=replace)
+    typer.echo(f"{scores}: learned {options.neurons} neurons for {', '.join(scored_model.languages)}")
 
 
 def validate(
@@ -144,14 +144,14 @@ def validate(
     device: _Device = None,
 ) -> None:
     """Measure what the neurons of every method cost every language when they are switched off."""
+    from relevance.scored_model import ScoredModel
     from relevance.validation.report import write_all
     from relevance.validation.result import Plan
     from relevance.validation.validator import run
-    from relevance.workbench import Workbench
 
     with bar("validate", "masks", f"{scores} of {model}") as shown:
-        bench = Workbench.open(model, scores, dtype, device)
-        chosen = tuple(name.strip() for name in methods.split(",")) if methods else tuple(bench.scores.by_method)
+        scored_model = ScoredModel.open(model, scores, dtype, device)
+        chosen = tuple(name.strip() for name in methods.split(",")) if methods else tuple(scored_model.scores.by_method)
         plan = Plan(
             methods=chosen,
             budgets=_numbers(budgets),
@@ -161,17 +161,17 @@ def validate(
             published=published,
         )
         source = TextSource(corpus, text_column, normalise, lambda doubt: shown.say(f"warning: {doubt}"))
-        texts = bench.validation_texts(source, choice_split, report_split, limit, max_tokens)
-        stability = bench.halves(halves)
+        texts = scored_model.validation_texts(source, choice_split, report_split, limit, max_tokens)
+        stability = scored_model.halves(halves)
         result = run(
-            bench,
+            scored_model,
             texts,
             plan,
             out,
             batch_tokens,
             stability,
             lambda done: shown.advance(note=done),
-            lambda masks: shown.start(masks, what=f"of {', '.join(chosen)} in {', '.join(bench.languages)}"),
+            lambda masks: shown.start(masks, what=f"of {', '.join(chosen)} in {', '.join(scored_model.languages)}"),
         )
     for path in write_all(result, out):
         typer.echo(path)

@@ -12,6 +12,7 @@ from crane_serve.common.numbers.langspec import Form, langspec_f1
 from relevance.criteria import LIKE, Criteria, neurons_of_budget
 from relevance.method import MethodError
 from relevance.methods import find
+from relevance.scored_model import EncodedTexts, ScoredModel
 from relevance.scores import Scores
 from relevance.selection import order, select
 from relevance.validation.ablations import Ablations
@@ -26,7 +27,6 @@ from relevance.validation.result import (
     Validation,
     ValidationError,
 )
-from relevance.workbench import EncodedTexts, Workbench
 
 JOURNAL_FILE = "ablations.jsonl"
 OVERLAP_BUDGET = 0.01
@@ -187,7 +187,7 @@ class Validator:
 
 
 def run(
-    bench: Workbench,
+    scored_model: ScoredModel,
     texts: Mapping[str, EncodedTexts],
     plan: Plan,
     directory: Path,
@@ -204,31 +204,31 @@ def run(
     """
     directory.mkdir(parents=True, exist_ok=True)
     ablations = Ablations(
-        bench.decoder,
+        scored_model.decoder,
         {part: of.documents for part, of in texts.items()},
         batch_tokens,
         directory / JOURNAL_FILE,
-        bench.identity(texts, batch_tokens),
+        scored_model.identity(texts, batch_tokens),
     )
-    validator = Validator(ablations, bench.scores, plan, advance)
+    validator = Validator(ablations, scored_model.scores, plan, advance)
     start(validator.masks)
     matched, unreached = validator.matched()
     effects = [*validator.effects(), *matched]
     methods = [method for method in plan.methods if not find(method).matched_to]
     result = Validation(
-        fingerprint=bench.scores.info.fingerprint,
-        languages=bench.languages,
-        dtype=str(bench.dtype).removeprefix("torch."),
+        fingerprint=scored_model.scores.info.fingerprint,
+        languages=scored_model.languages,
+        dtype=str(scored_model.dtype).removeprefix("torch."),
         plan=plan,
-        relevance_digest=bench.scores.info.corpus_digest,
+        relevance_digest=scored_model.scores.info.corpus_digest,
         texts={part: _described(ablations, part, of) for part, of in texts.items()},
         effects=effects,
         unreached=unreached,
         empty=validator.empty,
         overlap_budget=OVERLAP_BUDGET,
-        overlaps=overlaps(bench.scores, methods, OVERLAP_BUDGET),
+        overlaps=overlaps(scored_model.scores, methods, OVERLAP_BUDGET),
         stability=stability(halves, OVERLAP_BUDGET),
-        layers=neurons_per_layer(bench.scores, methods, OVERLAP_BUDGET),
+        layers=neurons_per_layer(scored_model.scores, methods, OVERLAP_BUDGET),
     )
     result.save(directory)
     return result

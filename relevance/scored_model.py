@@ -1,4 +1,4 @@
-"""Workbench: a model opened together with scores that were made for it."""
+"""ScoredModel: a model opened together with scores that were made for it."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ class EncodedTexts:
 
 
 @dataclass(frozen=True)
-class Workbench:
+class ScoredModel:
     """A model in evaluation mode and scores of its neurons."""
 
     checkpoint: Path
@@ -43,7 +43,7 @@ class Workbench:
     device: torch.device
 
     @classmethod
-    def open(cls, model: str, scores: Path, dtype: str | None, device: str | None) -> "Workbench":
+    def open(cls, model: str, scores: Path, dtype: str | None, device: str | None) -> "ScoredModel":
         """Open both. dtype: None is bfloat16, in which sets of neurons are compared more than twice as fast.
 
         Raises ScoresError or FingerprintError, before the weights are read, for scores of another model.
