@@ -14,7 +14,7 @@ from crane_serve.common.masks import NeuronMask
 from crane_serve.common.models.families import Decoder
 from relevance.accumulators import NonFiniteError
 from relevance.encoding import Batch, batches
-from relevance.measurement import last_hidden
+from relevance.model_passes import last_hidden
 from relevance.objective import log_probabilities
 
 Values = NDArray[np.float64]

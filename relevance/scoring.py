@@ -13,9 +13,9 @@ from crane_serve.common.models.families import UnsupportedModelError, take_apart
 from crane_serve.common.models.load import load_tokenizer
 from crane_serve.common.text.corpus import Corpus
 from relevance.encoding import EncodedDocuments, encode
-from relevance.measurement import units_of
 from relevance.method import Measured, MethodError, ScoredMethod, Shape, require_documents, require_languages
 from relevance.model import load_skeleton
+from relevance.model_passes import units_of
 from relevance.progress import Plan, Progress
 from relevance.repeats import text_keys
 from relevance.scores import Scores, ScoresInfo

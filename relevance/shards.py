@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from relevance.encoding import EncodedDocuments, batches
-from relevance.measurement import Measurement
 from relevance.method import Measured, MethodError, Units
 from relevance.model import load_model
+from relevance.model_passes import ModelPasses
 from relevance.progress import Done, Progress
 
 RETRIES = 3
@@ -67,15 +67,15 @@ def measure_shard(
 
     Goes on after the last batch that progress has. advance: hears of every few documents done, also by earlier runs.
     """
-    with Measurement(load_model(job.checkpoint, job.dtype, job.device), job.checkpointing) as measurement:
+    with ModelPasses(load_model(job.checkpoint, job.dtype, job.device), job.checkpointing) as passes:
         for language, documents in shard.documents.items():
             methods = job.instances()
             done = job.progress.load(shard.index, language, methods) if job.progress else Done()
             advance(done.documents)
-            for number, batch in enumerate(batches(documents, job.batch_tokens, measurement.device)):
+            for number, batch in enumerate(batches(documents, job.batch_tokens, passes.device)):
                 if number < done.batches:
                     continue
-                measurement.run(batch, methods)
+                passes.run(batch, methods)
                 documents_done = done.documents + batch.documents
                 done = done.model_copy(update={"batches": number + 1, "documents": documents_done})
                 if job.progress:

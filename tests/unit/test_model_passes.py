@@ -23,7 +23,6 @@ from crane_serve.common.text.corpus import Corpus, CorpusError, Document
 from relevance.accumulators import NonFiniteError
 from relevance.commands import relevance, select
 from relevance.encoding import Batch, EncodedDocuments, batches, encode
-from relevance.measurement import Measurement, by_pass, last_hidden, units_of
 from relevance.method import (
     Activations,
     Gradients,
@@ -41,6 +40,7 @@ from relevance.methods.crane import Crane
 from relevance.methods.crane_textbook import CraneTextbook
 from relevance.methods.lape import Lape
 from relevance.model import ModelOptionError, load_model, load_skeleton, pick_device, pick_dtype
+from relevance.model_passes import ModelPasses, by_pass, last_hidden, units_of
 from relevance.objective import log_probabilities, per_document, target_logits
 from relevance.rules import ATTNLRP, PLAIN, RELP, Rules, propagation, soft_cap
 from relevance.scores import Scores
@@ -240,9 +240,9 @@ def measured(
     batch_tokens: int,
     checkpointing: bool = False,
 ) -> list[Measured]:
-    with Measurement(model, checkpointing) as measurement:
+    with ModelPasses(model, checkpointing) as passes:
         for batch in batches(documents.token_ids, batch_tokens, CPU):
-            measurement.run(batch, methods)
+            passes.run(batch, methods)
     return methods
 
 

@@ -71,8 +71,8 @@ def by_pass(methods: Sequence[Measured]) -> dict[Pass | None, list[Measured]]:
     return served
 
 
-class Measurement:
-    """A model made ready: inside `with Measurement(model) as measurement:`, `run` lets methods see a batch.
+class ModelPasses:
+    """A model made ready: inside `with ModelPasses(model) as passes:`, `run` lets methods see a batch.
 
     The model must be in evaluation mode (dropout would make the result random); it is left as it was. With
     `checkpointing` a layer's activations are computed again in the backward pass instead of being kept.
@@ -90,7 +90,7 @@ class Measurement:
         self._rules = ExitStack()
         self._current = PLAIN
 
-    def __enter__(self) -> "Measurement":
+    def __enter__(self) -> "ModelPasses":
         with ExitStack() as stack:
             # Before the rules, whose hooks act at the same modules: methods see tensors before the rules do.
             stack.enter_context(self._hooks.installed(self.decoder))
