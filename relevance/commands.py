@@ -166,9 +166,9 @@ def select(
     ] = "{method}-{language}",
 ) -> None:
     """Write one mask per language: the neurons that METHOD ranks highest."""
-    from relevance.criteria import Criteria, Overlap, Rule, SelectionError
     from relevance.scores import Scores
     from relevance.selection import select as select_neurons
+    from relevance.selection_options import Overlap, Rule, SelectionError, SelectionOptions
 
     given = {option: value for option, value in (("budget", budget), ("count", count), ("z", z)) if value is not None}
     if len(given) > 1 or (given and (rule == "z") != ("z" in given)) or (given and rule == "published"):
@@ -178,7 +178,7 @@ def select(
     if match is not None:
         quotas = "global" if match == "none" else f"like:{match}"
     loaded = Scores.load(scores)
-    criteria = Criteria(
+    options = SelectionOptions(
         method=method,
         rule=Rule(rule),
         budget=0.01 if budget is None else budget,
@@ -190,7 +190,7 @@ def select(
         seed=seed,
         output_dimensions=output_dimensions,
     )
-    selection = select_neurons(loaded, criteria)
+    selection = select_neurons(loaded, options)
     for path, mask in zip(selection.write(out, loaded, name), selection.masks.values(), strict=True):
         dimensions = "" if mask.output is None else f", {int((mask.output != 1).sum())} output dimensions"
         typer.echo(f"{path}: {mask.neurons} neurons of {loaded.shape.neurons}{dimensions}")

@@ -87,9 +87,9 @@ def learn(
     replace: _Replace = False,
 ) -> None:
     """Learn masks by gradient descent: the target language is to lose, the others to keep their predictions."""
-    from relevance.criteria import neurons_of_budget
     from relevance.scored_model import ScoredModel
     from relevance.search.learning import Learning, learn_scores
+    from relevance.selection_options import neurons_of_budget
 
     with bar("learn", "steps", f"{scores} of {model}") as shown:
         scored_model = ScoredModel.open(model, scores, dtype, device)

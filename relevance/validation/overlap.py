@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from relevance.criteria import neurons_of_budget
 from relevance.methods import find
 from relevance.scores import Scores
 from relevance.selection import order
+from relevance.selection_options import neurons_of_budget
 from relevance.validation.result import Overlap
 
 

@@ -9,7 +9,7 @@ from crane_serve.common.numbers.bootstrap import Estimate
 from crane_serve.common.numbers.langspec import Form
 from crane_serve.common.reports.content import Cell, Table
 from crane_serve.common.reports.numbers import interval_text, number_text, percent_text
-from relevance.criteria import LIKE, neurons_of_budget
+from relevance.selection_options import LIKE, neurons_of_budget
 from relevance.validation.result import CHOICE, MATCHED, REPORT, MaskEffect, Validation
 
 _NOTHING = "-"

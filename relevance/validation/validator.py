@@ -9,12 +9,12 @@ from torch import Tensor
 from crane_serve.common.masks import NeuronMask
 from crane_serve.common.numbers.bootstrap import Estimate, change_per_token, estimate, resampled_sums
 from crane_serve.common.numbers.langspec import Form, langspec_f1
-from relevance.criteria import LIKE, Criteria, neurons_of_budget
 from relevance.method import MethodError
 from relevance.methods import find
 from relevance.scored_model import EncodedTexts, ScoredModel
 from relevance.scores import Scores
 from relevance.selection import order, select
+from relevance.selection_options import LIKE, SelectionOptions, neurons_of_budget
 from relevance.validation.ablations import Ablations
 from relevance.validation.overlap import neurons_per_layer, overlaps, stability
 from relevance.validation.result import (
@@ -123,8 +123,8 @@ class Validator:
         if not self._draws(method):
             return
         for budget in self.plan.budgets:
-            criteria = Criteria(method, budget=budget, quotas=f"{LIKE}{like}", seed=seed)
-            for language, mask in select(self.scores, criteria).masks.items():
+            options = SelectionOptions(method, budget=budget, quotas=f"{LIKE}{like}", seed=seed)
+            for language, mask in select(self.scores, options).masks.items():
                 yield self._effect(method, language, f"{LIKE}{like}", seed, mask)
 
     def _published(self, method: str) -> Iterator[MaskEffect]:

@@ -1,4 +1,4 @@
-"""Criteria: which neurons a mask takes."""
+"""SelectionOptions: which neurons a mask takes."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ GLOBAL, UNIFORM, LIKE = "global", "uniform", "like:"
 
 
 class SelectionError(ValueError):
-    """A selection is not possible with these scores and criteria."""
+    """A selection is not possible with these scores and options."""
 
 
 class Rule(StrEnum):
@@ -29,7 +29,7 @@ class Overlap(StrEnum):
 
 
 @dataclass(frozen=True)
-class Criteria:
+class SelectionOptions:
     """Which neurons a mask takes. `select` is the definition of each.
 
     budget: fraction of all neurons, 0 < budget <= 1, under Rule.BUDGET; count: a number of neurons instead;
