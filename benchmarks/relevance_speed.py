@@ -39,8 +39,8 @@ from relevance.method import Measured
 from relevance.methods import find_scored
 from relevance.model import DTYPES, load_model, pick_device
 from relevance.model_passes import ModelPasses, last_hidden, units_of
-from relevance.objective import per_document, target_logits
 from relevance.rules import ATTNLRP, propagation
+from relevance.targets import per_document, target_logits
 
 BASELINE = "plain"
 MEMORY_ARMS = ("plain", "attnlrp", "checkpointed", "one-pass", "one-by-one")

@@ -15,7 +15,7 @@ from crane_serve.common.models.families import Decoder
 from relevance.accumulators import NonFiniteError
 from relevance.encoding import Batch, batches
 from relevance.model_passes import last_hidden
-from relevance.objective import log_probabilities
+from relevance.targets import log_probabilities
 
 Values = NDArray[np.float64]
 

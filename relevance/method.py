@@ -20,7 +20,7 @@ class MethodError(ValueError):
     """A method does not exist, or cannot work with what it is given."""
 
 
-class Objective(StrEnum):
+class AttributionTarget(StrEnum):
     """What is differentiated: the mean of this over a document's predicted tokens."""
 
     TARGET_LOGIT = "target logit"
@@ -32,7 +32,7 @@ class Pass:
     """One forward and backward pass: how the gradients are modified, and of what they are."""
 
     rules: Rules
-    objective: Objective
+    target: AttributionTarget
 
 
 class Source(Enum):
@@ -128,7 +128,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class Gradients:
-    """The gradient of each document's objective at one site of one layer, under the rules of the method's pass.
+    """The gradient of each document's target at one site of one layer, under the rules of the method's pass.
 
     value, gradient: [documents, tokens, units], the tensor at the site and its gradient;
     input_sum: [documents, tokens], sum over the inputs of the linear layer whose output the site is; None at NEURONS.

@@ -13,19 +13,19 @@ from relevance.accumulators import FiniteCheck
 from relevance.encoding import Batch
 from relevance.method import (
     Activations,
+    AttributionTarget,
     Gradients,
     Measured,
-    Objective,
     OfActivations,
     OfGradients,
     Pass,
     Site,
     Units,
 )
-from relevance.objective import log_probabilities, per_document, target_logits
 from relevance.rules import PLAIN, Rules, propagation
+from relevance.targets import log_probabilities, per_document, target_logits
 
-_OBJECTIVES = {Objective.TARGET_LOGIT: target_logits, Objective.LOG_PROBABILITY: log_probabilities}
+_TARGETS = {AttributionTarget.TARGET_LOGIT: target_logits, AttributionTarget.LOG_PROBABILITY: log_probabilities}
 _Deliver = Callable[[Tensor, Tensor | None, Tensor], None]
 
 
@@ -128,7 +128,7 @@ class ModelPasses:
             embeddings = self.decoder.embedding(batch.token_ids).detach()  # [documents, tokens, hidden]
             hidden = last_hidden(self.decoder, embeddings.requires_grad_())
             self._hooks.activations.require("activations")
-            values = _OBJECTIVES[wanted.objective](self.decoder, hidden, batch, wanted.rules)
+            values = _TARGETS[wanted.target](self.decoder, hidden, batch, wanted.rules)
             # Documents do not see each other, so one sum gives every document its own gradients.
             total = per_document(values, batch).sum()
             # Below the lowest sites there is nothing that anyone listens to.

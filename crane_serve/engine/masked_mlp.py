@@ -108,7 +108,7 @@ def install_masks(
         offsets[layer] = int(projection.tp_rank) * neurons
         activation = getattr(mlp.module, parts.activation)
         setattr(mlp.module, parts.activation, MaskedActivation(activation, tables[layer], slots))
-        if parts.alone:
+        if parts.is_own_module:
             _prove(mlp, tables[layer], slots, hidden_size)
         if outputs:
             output_tables[layer] = new_table(rows, hidden_size, like=reference)

@@ -1,6 +1,6 @@
 """Signed AttnLRP relevance of each neuron to the model's predictions in a language (arXiv:2402.05602)."""
 
-from relevance.method import Objective, Pass
+from relevance.method import AttributionTarget, Pass
 from relevance.methods.attribution import Attribution
 from relevance.rules import ATTNLRP
 
@@ -9,4 +9,4 @@ class AttnLRP(Attribution):
     """In logits: by how much, on average, the logit of the true next token is owed to this neuron."""
 
     name = "attnlrp"
-    source = Pass(ATTNLRP, Objective.TARGET_LOGIT)
+    source = Pass(ATTNLRP, AttributionTarget.TARGET_LOGIT)

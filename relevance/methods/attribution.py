@@ -8,7 +8,7 @@ from relevance.method import Gradients, OfGradients, Site, Units
 
 
 class Attribution(OfGradients):
-    """R(l, i) = mean over documents of sum over tokens of activation * gradient of the document's objective."""
+    """R(l, i) = mean over documents of sum over tokens of activation * gradient of the document's target."""
 
     sites = frozenset({Site.NEURONS})
     contrast = "margin"

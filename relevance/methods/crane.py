@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from relevance.accumulators import Moments
-from relevance.method import Gradients, Objective, OfGradients, Pass, Shape, Site, Units
+from relevance.method import AttributionTarget, Gradients, OfGradients, Pass, Shape, Site, Units
 from relevance.rules import ATTNLRP
 
 THRESHOLD = 1.0
@@ -25,7 +25,7 @@ class Crane(OfGradients):
     """
 
     name = "crane"
-    source = Pass(ATTNLRP, Objective.TARGET_LOGIT)
+    source = Pass(ATTNLRP, AttributionTarget.TARGET_LOGIT)
     languages_needed = 1
     documents_needed = 4
 

@@ -22,15 +22,15 @@ LAYER_NORM = NormKind(epsilon="eps", centred=True)
 
 @dataclass(frozen=True)
 class ServedMlp:
-    """By which attributes vLLM's module of the MLP is told.
+    """The attributes of vLLM's module by which its MLP is recognised.
 
-    activation: its outputs are the neurons of this rank; projection: from the neurons to the hidden size; alone:
-    whether the module is the MLP and nothing else.
+    activation: its outputs are the neurons of this rank; projection: from the neurons to the hidden size;
+    is_own_module: whether the module is the MLP and nothing else.
     """
 
     activation: str = "act_fn"
     projection: str = "down_proj"
-    alone: bool = True
+    is_own_module: bool = True
 
 
 @dataclass(frozen=True)
