@@ -25,7 +25,7 @@ class ProgressError(ValueError):
     """Progress of another run, or that cannot be read; the message names the file and the way out."""
 
 
-class Plan(BaseModel):
+class ScoringPlan(BaseModel):
     """Everything that determines what is accumulated. Runs with equal plans may continue each other."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,12 +70,12 @@ class Progress:
     `....piece-{n}.safetensors` before it, which counts once the state says so. All files are written atomically.
     """
 
-    def __init__(self, directory: Path, plan: Plan) -> None:
+    def __init__(self, directory: Path, plan: ScoringPlan) -> None:
         self.directory = directory
         self.plan = plan
 
     @classmethod
-    def open(cls, directory: Path, plan: Plan, restart: bool = False) -> "Progress":
+    def open(cls, directory: Path, plan: ScoringPlan, restart: bool = False) -> "Progress":
         """The progress of `plan`, from where an earlier run with the same plan left it; with `restart` from nothing.
 
         Raises ProgressError when the directory holds the progress of another plan, naming the differences.
@@ -85,10 +85,10 @@ class Progress:
         file = directory / "plan.json"
         if file.exists():
             try:
-                before = Plan.model_validate_json(file.read_bytes())
+                before = ScoringPlan.model_validate_json(file.read_bytes())
             except ValidationError as error:
                 raise _unreadable(file, "not the plan of a run") from error
-            if different := [name for name in Plan.model_fields if getattr(before, name) != getattr(plan, name)]:
+            if different := [name for name in ScoringPlan.model_fields if getattr(before, name) != getattr(plan, name)]:
                 raise ProgressError(
                     f"{directory} holds the progress of another run ({', '.join(different)} differ); finish that run, "
                     "or pass --restart to discard it"

@@ -16,7 +16,7 @@ from relevance.encoding import EncodedDocuments, encode
 from relevance.method import Measured, MethodError, ScoredMethod, Shape, require_documents, require_languages
 from relevance.model import load_skeleton
 from relevance.model_passes import units_of
-from relevance.progress import Plan, Progress
+from relevance.progress import Progress, ScoringPlan
 from relevance.repeats import text_keys
 from relevance.scores import Scores, ScoresInfo
 from relevance.shards import Job, Shard, deal, measure_shard, measure_with_ray, merged
@@ -82,7 +82,7 @@ def score(
     shards = deal(encoded, 2 if each_half else execution.workers)
     for shard in shards if each_half else [Shard(0, {name: of.token_ids for name, of in encoded.items()})]:
         require_documents(methods, {name: len(shard.documents.get(name, ())) for name in encoded})
-    plan = Plan(
+    plan = ScoringPlan(
         fingerprint=fingerprint,
         corpus_digest=corpus.digest,
         languages=corpus.languages,

@@ -146,13 +146,13 @@ def validate(
     """Measure what the neurons of every method cost every language when they are switched off."""
     from relevance.scored_model import ScoredModel
     from relevance.validation.report import write_all
-    from relevance.validation.result import Plan
+    from relevance.validation.result import ValidationPlan
     from relevance.validation.validator import run
 
     with bar("validate", "masks", f"{scores} of {model}") as shown:
         scored_model = ScoredModel.open(model, scores, dtype, device)
         chosen = tuple(name.strip() for name in methods.split(",")) if methods else tuple(scored_model.scores.by_method)
-        plan = Plan(
+        plan = ValidationPlan(
             methods=chosen,
             budgets=_numbers(budgets),
             effect=effect or None,

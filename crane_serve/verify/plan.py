@@ -39,7 +39,7 @@ class Reference:
     rounded: tuple[tuple[tuple[float, ...], ...], ...] | None = None
 
 
-class Plan(BaseModel):
+class ProcessPlan(BaseModel):
     """What a process has to do. outcome: where its results go; plain, reference: those of earlier processes, if any."""
 
     model_config = ConfigDict(frozen=True)
@@ -57,7 +57,7 @@ class Plan(BaseModel):
     reference: Path
 
     @classmethod
-    def load(cls, path: Path) -> "Plan":
+    def load(cls, path: Path) -> "ProcessPlan":
         """The plan in a file. Raises pydantic's ValidationError, a ValueError, for anything else."""
         return cls.model_validate_json(path.read_text())
 

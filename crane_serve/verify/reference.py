@@ -16,7 +16,7 @@ from crane_serve.common.models.families import available, layer_lists
 from crane_serve.common.models.load import load_causal_lm, load_tokenizer
 from crane_serve.common.models.vocabulary import require_known
 from crane_serve.verify import probes
-from crane_serve.verify.plan import Outcome, Plan, Reference, describe
+from crane_serve.verify.plan import Outcome, ProcessPlan, Reference, describe
 
 _FLOAT32_PARAMETERS = 1_000_000_000
 _GIVEN = 3  # of the user's masks
@@ -27,7 +27,7 @@ _PROJECTION = re.compile(
 _OTHER_TOWERS = ("vision", "visual", "audio")
 
 
-def measure_reference(plan: Plan) -> Reference:
+def measure_reference(plan: ProcessPlan) -> Reference:
     """Score the texts of `probes` under the plan's masks.
 
     Raises ValueError for a model with other MLPs, CheckpointError for one that transformers cannot load whole.
@@ -104,7 +104,7 @@ def _score(
 
 def main(plan_file: str) -> int:
     """Score and record; returns the exit code."""
-    plan = Plan.load(Path(plan_file))
+    plan = ProcessPlan.load(Path(plan_file))
     try:
         Outcome(plan.outcome).record(reference=measure_reference(plan))
     except Exception as error:  # a model that does not fit, or that transformers does not know

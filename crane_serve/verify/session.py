@@ -19,7 +19,7 @@ from crane_serve.common.models.resolve import resolve_checkpoint
 from crane_serve.verify import checks
 from crane_serve.verify.checks import Check
 from crane_serve.verify.generated import write_trial_masks
-from crane_serve.verify.plan import Outcome, Plan
+from crane_serve.verify.plan import Outcome, ProcessPlan
 from crane_serve.verify.report import Report
 
 WORKER, REFERENCE = "crane_serve.verify.worker", "crane_serve.verify.reference"
@@ -73,7 +73,7 @@ def _run(
     reference_flags = _reference_flags(options.flags)
     masks = write_trial_masks(scratch / "masks", fingerprint, options.masks)
     plain, reference = scratch / "plain.jsonl", scratch / "reference.jsonl"
-    plan = Plan(
+    plan = ProcessPlan(
         model=checkpoint,
         flags=(*_default_flags(checkpoint, options.flags), *options.flags),
         fingerprint=fingerprint,
@@ -89,7 +89,7 @@ def _run(
     # What the shell says about masks is not for these engines.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CRANE_")}
 
-    def process(what: str, module: str, plan: Plan, **extra: str) -> str | None:
+    def process(what: str, module: str, plan: ProcessPlan, **extra: str) -> str | None:
         progress(f"{what} ...")
         plan_file, log = plan.outcome.with_suffix(".plan.json"), plan.outcome.with_suffix(".log")
         plan.save(plan_file)
@@ -145,7 +145,7 @@ def run_process(module: str, plan: Path, environment: Mapping[str, str], log: Pa
             process.wait()
     if code == 0:
         return None
-    error = Outcome(Plan.load(plan).outcome).error
+    error = Outcome(ProcessPlan.load(plan).outcome).error
     if error is not None:
         return error
     ended = f"gave no answer for {_TIMEOUT_S} s" if code is None else f"died with exit code {code}"

@@ -19,7 +19,7 @@ class ValidationError(ValueError):
     """A validation is not possible with this plan, or a file is not the result of one."""
 
 
-class Plan(BaseModel):
+class ValidationPlan(BaseModel):
     """What is validated.
 
     methods: of which scores there are. budgets: fractions of all neurons. effect: nats per token that the target loses
@@ -109,7 +109,7 @@ class Validation(BaseModel):
     fingerprint: Fingerprint
     languages: tuple[str, ...]
     dtype: str
-    plan: Plan
+    plan: ValidationPlan
     relevance_digest: str
     texts: dict[str, Texts]
     effects: list[MaskEffect]

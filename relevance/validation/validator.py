@@ -22,10 +22,10 @@ from relevance.validation.result import (
     MATCHED,
     REPORT,
     MaskEffect,
-    Plan,
     Texts,
     Validation,
     ValidationError,
+    ValidationPlan,
 )
 
 JOURNAL_FILE = "ablations.jsonl"
@@ -44,7 +44,11 @@ class Validator:
     """
 
     def __init__(
-        self, ablations: Ablations, scores: Scores, plan: Plan, advance: Callable[[str], None] = lambda done: None
+        self,
+        ablations: Ablations,
+        scores: Scores,
+        plan: ValidationPlan,
+        advance: Callable[[str], None] = lambda done: None,
     ) -> None:
         self.ablations = ablations
         self.scores = scores
@@ -189,7 +193,7 @@ class Validator:
 def run(
     scored_model: ScoredModel,
     texts: Mapping[str, EncodedTexts],
-    plan: Plan,
+    plan: ValidationPlan,
     directory: Path,
     batch_tokens: int,
     halves: Sequence[Scores] = (),

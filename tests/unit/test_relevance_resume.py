@@ -11,7 +11,7 @@ from crane_serve.common.text.corpus import Corpus, Document
 from relevance.methods import find_scored
 from relevance.methods.lape import Lape
 from relevance.model_passes import ModelPasses
-from relevance.progress import Done, Plan, Progress, ProgressError
+from relevance.progress import Done, Progress, ProgressError, ScoringPlan
 from relevance.scores import Scores
 from relevance.scoring import Execution, score
 from tests.tiny import tiny_model
@@ -155,7 +155,7 @@ def test_damaged_progress_is_refused(checkpoint: Path, tmp_path: Path, damage: o
 def test_state_of_another_plan_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     scores_of(checkpoint, tmp_path, ["lape"])
     plan = json.loads((tmp_path / "plan.json").read_text())
-    other = Progress.open(tmp_path / "other", Plan(**{**plan, "batch_tokens": 7}))
+    other = Progress.open(tmp_path / "other", ScoringPlan(**{**plan, "batch_tokens": 7}))
     (tmp_path / "en-0-of-1.safetensors").rename(other.directory / "en-0-of-1.safetensors")
     with pytest.raises(ProgressError, match="the state of another run"):
         other.documents()

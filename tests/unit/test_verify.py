@@ -18,7 +18,7 @@ from crane_serve.engine.offline import Answer, EngineFacts, Request
 from crane_serve.verify import checks, command, probes, session
 from crane_serve.verify.checks import Check, Status
 from crane_serve.verify.generated import TrialMasks, write_trial_masks
-from crane_serve.verify.plan import Outcome, Plan, Reference
+from crane_serve.verify.plan import Outcome, ProcessPlan, Reference
 from crane_serve.verify.reference import find_projections
 from crane_serve.verify.trial import Trial, measure_plain
 from crane_serve.verify.worker import work
@@ -394,7 +394,7 @@ def processes(masked: Callable[[], FakeEngine], calls: list[dict[str, object]] |
     """What stands in for `run_process`: the worker's own code, on fake engines."""
 
     def launch(module: str, plan_file: Path, environment: Mapping[str, str], log: Path) -> str | None:
-        plan = Plan.load(plan_file)
+        plan = ProcessPlan.load(plan_file)
         if calls is not None:
             calls.append({"module": module, "flags": plan.flags, **environment})
         if module == session.REFERENCE:
@@ -479,7 +479,7 @@ def test_a_process_that_dies_leaves_its_last_words(checkpoint: Path, tmp_path: P
     plan = tmp_path / "no.plan.json"
     fingerprint = Fingerprint.of(checkpoint)
     outcome, masks = tmp_path / "no.jsonl", tmp_path / "masks"
-    Plan(
+    ProcessPlan(
         model=checkpoint, flags=(), fingerprint=fingerprint, outcome=outcome, throughput=False, float32=True,
         trust_remote_code=False, directory=masks, masks=None, plain=outcome, reference=outcome,
     ).save(plan)  # fmt: skip
