@@ -10,7 +10,7 @@ from pydantic import Field, JsonValue, StrictBool
 
 from clients.answers import Score
 from clients.errors import EvaluationError
-from clients.sources import Row, Source
+from clients.sources import Row, RowSource
 from clients.task import Generated, Item, Scored, Task
 from clients.templates import Template
 
@@ -35,14 +35,14 @@ class RowTask(Task):
     first ones that fit and are not the item itself, so that they are the same in every run.
     """
 
-    source: Source
+    source: RowSource
     where: Template | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     pick: Literal["spread", "first"] = "spread"
     words: dict[str, dict[str, JsonValue]] = Field(default={})
     add_bos: StrictBool | Literal["auto"] = "auto"
     shots: Annotated[int, Field(ge=0, le=MAX_SHOTS)] = 0
-    shots_source: Source | None = None
+    shots_source: RowSource | None = None
     shots_by: str | None = None
     shot_separator: str = "\n\n"
     description: Template = Template("")
@@ -68,7 +68,7 @@ class RowTask(Task):
         rows, pool = ([{**row, **shared} for row in of] for of in (rows, pool))
         return tuple(self._item(row, pool, language) for row in self._picked(rows))
 
-    def _rows(self, source: Source, language: str, base: Path) -> list[Row]:
+    def _rows(self, source: RowSource, language: str, base: Path) -> list[Row]:
         if self.words and language not in self.words:
             raise EvaluationError(f"words: none for {language!r}; there are words for {', '.join(self.words)}")
         wording: Row = {"lang": language, "words": self.words.get(language, {})}
@@ -122,7 +122,7 @@ def scores_of(item: Item, answer: Scored | Generated, expected: int) -> tuple[Sc
     return answer.scores
 
 
-def at_row(work: Callable[[Row], _T], row: Row, source: Source, language: str) -> _T:
+def at_row(work: Callable[[Row], _T], row: Row, source: RowSource, language: str) -> _T:
     """What `work` makes of a row; an EvaluationError gets the row's place."""
     try:
         return work(row)

@@ -1,4 +1,4 @@
-"""Source: where a task's rows come from: files, a corpus directory or a data set of the Hugging Face Hub."""
+"""RowSource: where a task's rows come from: files, a corpus directory or a data set of the Hugging Face Hub."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ _ID_COLUMNS = ("id", "idx")
 _Text = Annotated[str, Field(min_length=1)]
 
 
-class Source(BaseModel):
+class RowSource(BaseModel):
     """Where rows come from: exactly one of files, corpus and dataset.
 
     files: a path with `{lang}` for the language, or language -> path; relative paths start from the plan's directory.

@@ -21,7 +21,7 @@ from crane_serve.common.models.fetch import SOURCES, FetchError
 from crane_serve.common.models.fetch import fetch as fetch_model
 from crane_serve.demo import DemoError, run_demo
 from crane_serve.service.options import option_name, with_options
-from crane_serve.service.settings import SECRETS, ServeSettings, SettingError, Source, load_settings
+from crane_serve.service.settings import SECRETS, ServeSettings, SettingError, SettingSource, load_settings
 from crane_serve.verify.command import verify
 from relevance import commands as relevance_commands
 from relevance import search_commands
@@ -188,7 +188,7 @@ def serve(
     try:
         loaded = load_settings({name: value for name, value in flags.items() if value is not None}, config)
     except SettingError as error:
-        if error.source in (Source.FLAG, None):
+        if error.source in (SettingSource.FLAG, None):
             hint = "'MODEL'" if error.setting == "model" else f"'{option_name(error.setting)}'"
             raise typer.BadParameter(str(error), param_hint=hint) from None
         raise

@@ -35,7 +35,7 @@ class Pass:
     target: AttributionTarget
 
 
-class Source(Enum):
+class ScoreSource(Enum):
     """Where the scores of a method come from that needs no backward pass."""
 
     NOTHING = "no model at all"
@@ -152,7 +152,7 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    source: ClassVar[Pass | Source]
+    source: ClassVar[Pass | ScoreSource]
     languages_needed: ClassVar[int] = 2
     documents_needed: ClassVar[int] = 1
     contrast: ClassVar[str] = "none"
@@ -228,7 +228,7 @@ class Measured(ScoredMethod):
 class OfActivations(Measured):
     """A method that listens to the forward pass."""
 
-    source = Source.FORWARD
+    source = ScoreSource.FORWARD
 
     @abstractmethod
     def accumulate(self, seen: Activations) -> None:

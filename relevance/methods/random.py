@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from relevance.method import ScoredMethod, Shape, Source
+from relevance.method import ScoredMethod, ScoreSource, Shape
 
 
 class Random(ScoredMethod):
@@ -15,7 +15,7 @@ class Random(ScoredMethod):
     """
 
     name = "random"
-    source = Source.NOTHING
+    source = ScoreSource.NOTHING
     languages_needed = 1
     matched_to = "attnlrp"
 

@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from clients.errors import EvaluationError
-from clients.sources import Source
+from clients.sources import RowSource
 from crane_serve.common.text.corpus import Corpus, CorpusError, Document
 from crane_serve.common.text.language_files import language_files
 from relevance.sources import load_corpus
@@ -57,7 +57,7 @@ def test_every_format_holds_the_same_documents(tmp_path: Path, suffix: str) -> N
     corpus = Corpus.load(tmp_path, "test")
     assert corpus.documents["vi"] == (Document("b", ROWS[1]["text"]),)
     assert Corpus.load(tmp_path).documents["vi"] == tuple(Document(row["id"], row["text"]) for row in ROWS)
-    rows = Source(files="{lang}" + suffix).rows("vi", tmp_path)
+    rows = RowSource(files="{lang}" + suffix).rows("vi", tmp_path)
     assert rows == ROWS
 
 
@@ -147,7 +147,7 @@ def test_damaged_files_are_named_with_the_place(tmp_path: Path, name: str, conte
 def test_rows_of_tasks_are_refused_alike(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(EvaluationError, match=name):
-        Source(files=name).rows("en", tmp_path)
+        RowSource(files=name).rows("en", tmp_path)
 
 
 # --- directories
