@@ -53,6 +53,17 @@ def one_line_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
     return run
 
 
+def _renamed(command: Callable[_P, _R], name: str) -> Callable[_P, _R]:
+    """A command under its old name, which says the new one on stderr."""
+
+    @functools.wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        typer.echo(f"this command is now `{name}`", err=True)
+        return command(*args, **kwargs)
+
+    return run
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(crane_serve.__version__)
@@ -219,7 +230,8 @@ app.command("relevance")(one_line_errors(relevance_commands.relevance))
 app.command("refine")(one_line_errors(search_commands.refine))
 app.command("learn")(one_line_errors(search_commands.learn))
 app.command("select")(one_line_errors(relevance_commands.select))
-app.command("transfer")(one_line_errors(search_commands.compare_pair))
+masks_app.command("compare")(one_line_errors(search_commands.compare_masks))
+app.command("transfer", hidden=True)(one_line_errors(_renamed(search_commands.compare_masks, "crane masks compare")))
 app.command("validate")(one_line_errors(search_commands.validate))
 corpus_app.command("import")(one_line_errors(relevance_commands.import_corpus))
 app.command("eval")(one_line_errors(client_commands.evaluate))

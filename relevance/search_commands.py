@@ -177,7 +177,7 @@ def validate(
         typer.echo(path)
 
 
-def compare_pair(
+def compare_masks(
     base: Annotated[str, typer.Argument(help="The model that the masks were made for.")],
     chat: Annotated[str, typer.Argument(help="A model of the same shape to use them on as well.")],
     masks: Annotated[Path, typer.Option(help="Directory of masks.")] = Path("masks"),
@@ -199,12 +199,12 @@ def compare_pair(
     """Compare what masks of BASE cost BASE and, transferred, CHAT. The two fingerprints stand in the result."""
     from relevance.doubts import doubts
     from relevance.model import pick_device, pick_dtype
-    from relevance.pair import compare
+    from relevance.transfer_effects import compare
 
     where = pick_device(device)
     listed = [name.strip() for name in languages.split(",")] if languages else None
     texts = load_corpus(corpus, split, listed, text_column, normalise).spread(limit)
-    with bar("transfer", "masks", f"{masks} on {base} and {chat}") as shown:
+    with bar("masks compare", "masks", f"{masks} on {base} and {chat}") as shown:
         for doubt in doubts(texts):
             shown.say(f"warning: {doubt}")
         result = compare(

@@ -213,8 +213,17 @@ def test_commands_agree_on_column_and_form(checkpoint: Path, tmp_path: Path) -> 
     said = run("validate", checkpoint, scores, *options, *short, "--out", tmp_path / "validation")
     assert "normal form" not in said
     masks = ("--masks", tmp_path / "masks", "--out", tmp_path / "pair")
-    assert "normal form" in run("transfer", checkpoint, checkpoint, *masks, *options)
+    assert "normal form" in run("masks", "compare", checkpoint, checkpoint, *masks, *options)
     assert "normal form" not in run(
-        "transfer", checkpoint, checkpoint, *masks[:2], "--out", tmp_path / "nfc", *options, "--normalise", "NFC"
+        "masks",
+        "compare",
+        checkpoint,
+        checkpoint,
+        *masks[:2],
+        "--out",
+        tmp_path / "nfc",
+        *options,
+        "--normalise",
+        "NFC",
     )
     assert "'NFKD' is not" in run("relevance", checkpoint, *options, "--normalise", "NFKD", code=2)
