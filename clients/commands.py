@@ -105,9 +105,9 @@ def evaluate(
         "task": task, "shots": shots, "languages": languages, "corpus": corpus, "split": split,
         "normalise": normalise, "limit": limit,
     }  # fmt: skip
-    given = [f"--{option}" for option, value in instead.items() if value is not None]
-    if given and (plan or replay):
-        raise EvaluationError(f"{', '.join(given)}: for evaluations without a plan")
+    flags = [f"--{option}" for option, value in instead.items() if value is not None]
+    if flags and (plan or replay):
+        raise EvaluationError(f"{', '.join(flags)}: for evaluations without a plan")
     changes = {"masks": mask, "budgets": budget, "seed": seed}
     if replay is not None and any(value is not None for value in changes.values()):
         raise EvaluationError(
@@ -117,15 +117,15 @@ def evaluate(
     if repeated is not None:
         wanted = repeated.plan
     else:
-        asked = Plan.read(plan) if plan is not None else _plan_of(instead)
-        content = asked.content() | {name: value for name, value in changes.items() if value is not None}
+        original = Plan.read(plan) if plan is not None else _plan_of(instead)
+        content = original.content() | {name: value for name, value in changes.items() if value is not None}
         wanted = Plan.parse(content, "the flags" if plan is None else str(plan))
     start = base or (plan.parent if plan is not None else Path())
     console = Console()
 
     async def measure() -> Evaluation:
         async with AsyncCraneClient(server, concurrency=concurrency) as client:
-            with bar("eval", "answers", f"waiting for {server}") as shown:
+            with bar("eval", "answers", f"waiting for {server}") as progress_bar:
                 began: float | None = None
                 reached = 0
 
@@ -133,11 +133,11 @@ def evaluate(
                     nonlocal began, reached
                     if began is None:  # the asking starts here, and so do the clocks
                         began, reached = time.monotonic(), progress.done
-                        shown.start(progress.total, reached, f"to get from {server}")
+                        progress_bar.start(progress.total, reached, f"to get from {server}")
                     seconds = time.monotonic() - began
                     rate = f"{progress.tokens / seconds:,.0f} tokens/s" if seconds and progress.tokens else ""
                     failed = f", {progress.failed} failed" if progress.failed else ""
-                    shown.advance(progress.done - reached, rate + failed)
+                    progress_bar.advance(progress.done - reached, rate + failed)
                     reached = progress.done
 
                 return await run.evaluate(
@@ -148,7 +148,7 @@ def evaluate(
                     wait_s=wait,
                     expect=None if repeated is None else repeated.expect,
                     on_progress=advance,
-                    on_notice=shown.say,
+                    on_notice=progress_bar.say,
                 )
 
     evaluation = asyncio.run(measure())

@@ -169,11 +169,11 @@ def _matched_masks(first: Evaluation, second: Evaluation) -> dict[str, str]:
 
 def _by_origin(evaluation: Evaluation) -> dict[tuple[object, ...], str]:
     """Names of masks by how they were made, without those made alike."""
-    found: dict[tuple[object, ...], list[str]] = {}
+    names_by_origin: dict[tuple[object, ...], list[str]] = {}
     for name, mask in evaluation.masks.items():
         if mask.method is not None:
-            found.setdefault((mask.method, mask.language, mask.budget, mask.seed), []).append(name)
-    return {origin: names[0] for origin, names in found.items() if len(names) == 1}
+            names_by_origin.setdefault((mask.method, mask.language, mask.budget, mask.seed), []).append(name)
+    return {origin: names[0] for origin, names in names_by_origin.items() if len(names) == 1}
 
 
 def _common_tasks(first: Evaluation, second: Evaluation) -> list[TaskInfo]:
@@ -255,17 +255,17 @@ def _sample_differences(
         levels = sums[..., 0] / sums[..., 1]  # [1 + resamples, places, 4]
     differences = levels[..., 2] - levels[..., 3] - (levels[..., 0] - levels[..., 1])
     for number, (place, items, few) in enumerate(places):
-        found = estimate(differences[:, number])
-        if found is not None:
-            yield place, (found.model_copy(update={"low": None, "high": None}) if few else found, items)
+        interval = estimate(differences[:, number])
+        if interval is not None:
+            yield place, (interval.model_copy(update={"low": None, "high": None}) if few else interval, items)
 
 
 def _differences(
     first: Evaluation, second: Evaluation, tasks: Sequence[TaskInfo], masks: Mapping[str, str]
 ) -> Iterator[str]:
     yield from _unlike("model", dict(flat(first.model)), dict(flat(second.model)))
-    made = ("server_version", "created_by")
-    yield from _unlike("", *({name: getattr(of, name) for name in made} for of in (first, second)))
+    fields = ("server_version", "created_by")
+    yield from _unlike("", *({name: getattr(of, name) for name in fields} for of in (first, second)))
     yield from _unlike("version of", first.versions, second.versions)
     yield from _unlike("intervals", first.intervals.model_dump(), second.intervals.model_dump())
     if any(name != other for name, other in masks.items()):

@@ -56,8 +56,8 @@ class CraneError(Exception):
             body = None
         if isinstance(body, dict) and isinstance(body.get("error"), dict):
             return cls.of_body(body["error"], response.status_code, retry_after_s)
-        said = body.get("detail", body) if isinstance(body, dict) else response.text
-        message = str(said)[:500] or response.reason_phrase
+        detail = body.get("detail", body) if isinstance(body, dict) else response.text
+        message = str(detail)[:500] or response.reason_phrase
         return cls(response.status_code, f"http_{response.status_code}", message, retry_after_s=retry_after_s)
 
     @classmethod

@@ -247,10 +247,10 @@ class Evaluation(_Frozen):
 
 def versions_here(packages: Iterable[str] = ("numpy", "scipy", "httpx", "pydantic")) -> dict[str, str]:
     """Versions of Python, this project and what computed the figures."""
-    found = {"python": platform.python_version(), "crane-serve": crane_serve.__version__}
+    versions = {"python": platform.python_version(), "crane-serve": crane_serve.__version__}
     for package in packages:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -167,8 +167,8 @@ class Judge(BaseModel):
 
     def _named(self, error: CraneError, key: str | None) -> CraneError:
         """The error as one of this judge. Servers may repeat a key that they refuse: it is taken out."""
-        said = error.message.replace(key, "***") if key else error.message
-        message = f"judge {self.model} at {self.base_url}: {said}"
+        reason = error.message.replace(key, "***") if key else error.message
+        message = f"judge {self.model} at {self.base_url}: {reason}"
         return CraneError(error.status, error.code, message, error.param, error.retry_after_s, error.type)
 
 

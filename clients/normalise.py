@@ -56,21 +56,21 @@ def words(text: str) -> list[str]:
 
 def answer_words(text: str, language: str) -> list[str]:
     """The words of an answer without its language's articles, unless it has no others."""
-    found = words(text)
+    all_words = words(text)
     articles = _ARTICLES.get(code_of(language), ())
-    return [word for word in found if word not in articles] or found
+    return [word for word in all_words if word not in articles] or all_words
 
 
 def exact_match(answer: str, accepted: Sequence[str], language: str) -> float:
     """1 if an answer has the words of one that is accepted in the same order, else 0."""
-    found = answer_words(answer, language)
-    return float(any(found == answer_words(text, language) for text in accepted))
+    words_of_answer = answer_words(answer, language)
+    return float(any(words_of_answer == answer_words(text, language) for text in accepted))
 
 
 def f1(answer: str, accepted: Sequence[str], language: str) -> float:
     """The best F1 of an answer's words against one that is accepted, 0 to 1; a word counts as often as it stands."""
-    found = answer_words(answer, language)
-    return max(_f1(found, answer_words(text, language)) for text in accepted)
+    words_of_answer = answer_words(answer, language)
+    return max(_f1(words_of_answer, answer_words(text, language)) for text in accepted)
 
 
 def last_number(text: str, language: str) -> Decimal | None:
@@ -82,17 +82,17 @@ def last_number(text: str, language: str) -> Decimal | None:
     """
     digits = "".join(str(unicodedata.decimal(character, character)) for character in _NO_BREAK_SPACE.sub("", text))
     decimal_comma = code_of(language) in _DECIMAL_COMMA
-    found = (_COMMA_NUMBER if decimal_comma else _POINT_NUMBER).findall(digits.translate(_NUMBER_SIGNS))
-    return _decimal(found[-1], decimal_comma) if found else None
+    numbers = (_COMMA_NUMBER if decimal_comma else _POINT_NUMBER).findall(digits.translate(_NUMBER_SIGNS))
+    return _decimal(numbers[-1], decimal_comma) if numbers else None
 
 
 def _is_punctuation(character: str) -> bool:
     return character in string.punctuation or unicodedata.category(character).startswith("P")
 
 
-def _f1(found: list[str], expected: list[str]) -> float:
-    shared = (Counter(found) & Counter(expected)).total()
-    return 2 * shared / (len(found) + len(expected)) if shared else 0.0
+def _f1(actual: list[str], expected: list[str]) -> float:
+    shared = (Counter(actual) & Counter(expected)).total()
+    return 2 * shared / (len(actual) + len(expected)) if shared else 0.0
 
 
 def _decimal(number: str, decimal_comma: bool) -> Decimal:

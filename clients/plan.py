@@ -145,11 +145,11 @@ def _task(raw: Any, where: str) -> Task:
 
 
 def _check_distinct(names: Iterable[str], where: str) -> None:
-    seen = set()
+    distinct = set()
     for name in names:
-        if name in seen:
+        if name in distinct:
             raise EvaluationError(f"{where}: {name!r} stands there twice; expected each once")
-        seen.add(name)
+        distinct.add(name)
 
 
 def _problem(error: ValidationError, model: type[BaseModel]) -> str:

@@ -21,12 +21,12 @@ async def find_masks(client: AsyncCraneClient, plan: Plan) -> dict[str, PlannedM
     pattern or choice that fits none.
     """
     listing = await client.masks()
-    found = {UNMASKED: PlannedMask(name=UNMASKED)}
+    planned = {UNMASKED: PlannedMask(name=UNMASKED)}
     everything = (_ALL,) if listing.masks else ()
     for choice in everything if plan.masks is None else plan.masks:
         for mask in await _chosen(client, choice, plan.budgets, listing):
-            found.setdefault(mask.name, mask)
-    return found
+            planned.setdefault(mask.name, mask)
+    return planned
 
 
 async def _chosen(
@@ -44,9 +44,9 @@ async def _chosen(
     else:
         return [await _named(client, choice, listing)]
     if not names:
-        said = choice if isinstance(choice, str) else choice.model_dump(exclude_none=True)
+        label = choice if isinstance(choice, str) else choice.model_dump(exclude_none=True)
         of_budgets = "" if budgets is None else f" at the budgets {', '.join(f'{budget:g}' for budget in budgets)}"
-        raise EvaluationError(f"no mask of the server fits {said!r}{of_budgets}; it has {_known(listing)}")
+        raise EvaluationError(f"no mask of the server fits {label!r}{of_budgets}; it has {_known(listing)}")
     return [await _named(client, name, listing) for name in names]
 
 

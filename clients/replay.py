@@ -21,11 +21,11 @@ class Agreement:
     where: str
 
     def __str__(self) -> str:
-        said = f"{self.identical} of {self.cells} changes are identical to those replayed"
+        agreement = f"{self.identical} of {self.cells} changes are identical to those replayed"
         return (
-            said
+            agreement
             if self.identical == self.cells
-            else f"{said}; the largest difference is {self.largest:.3g} ({self.where})"
+            else f"{agreement}; the largest difference is {self.largest:.3g} ({self.where})"
         )
 
 
@@ -48,10 +48,10 @@ class Replay:
         for name, mask in before.masks.items():
             now = settings.masks.get(name)
             if now is None or now.digest != mask.digest:
-                found = "missing" if now is None else short(now.digest)
+                theirs = "missing" if now is None else short(now.digest)
                 raise EvaluationError(
                     f"mask {name!r} of the evaluation to replay has digest {short(mask.digest)}; "
-                    f"the server's is {found}"
+                    f"the server's is {theirs}"
                 )
         for task in before.tasks:
             digests = digests_of(items[task.name])

@@ -50,18 +50,18 @@ class Settings(BaseModel):
 
     def differences(self, earlier: "Settings") -> list[str]:
         """What makes results of the `earlier` run unusable in this one, a phrase for each."""
-        found = []
+        differences = []
         changed = changed_keys(earlier.fingerprint, self.fingerprint)
         if changed:
-            found.append(f"the model (its {', '.join(changed)}; then {earlier.model}, now {self.model})")
+            differences.append(f"the model (its {', '.join(changed)}; then {earlier.model}, now {self.model})")
         then, now = earlier._before_contexts(self), self._before_contexts(earlier)
         if then != now:
-            found.append(f"the tokens that stand before a context (then {then}, now {now})")
+            differences.append(f"the tokens that stand before a context (then {then}, now {now})")
         for name, mask in self.masks.items():
             before = earlier.masks.get(name)
             if before is not None and before.digest != mask.digest:
-                found.append(f"mask {name!r} (digest {short(before.digest)}; now {short(mask.digest)})")
-        return found
+                differences.append(f"mask {name!r} (digest {short(before.digest)}; now {short(mask.digest)})")
+        return differences
 
     def _before_contexts(self, other: "Settings") -> list[int] | None:
         """The tokens before a context. A server that does not say puts there what stands before whole texts."""
@@ -226,20 +226,20 @@ def write_items(directory: Path, items: Mapping[str, Mapping[str, tuple[Item, ..
 
 def read_items(path: Path) -> dict[str, dict[str, tuple[Item, ...]]]:
     """What `write_items` wrote: task -> language -> items. Raises EvaluationError."""
-    found: dict[str, dict[str, list[Item]]] = {}
+    items: dict[str, dict[str, list[Item]]] = {}
     try:
         for line in path.read_bytes().split(b"\n"):
             if line:
                 fields = json.loads(line)
-                asked = fields["request"]
-                request = TypeAdapter(_REQUESTS[asked.pop("kind")]).validate_python(asked)
+                request_fields = fields["request"]
+                request = TypeAdapter(_REQUESTS[request_fields.pop("kind")]).validate_python(request_fields)
                 item = Item(fields["item"], fields["language"], request, fields["reference"])
-                found.setdefault(fields["task"], {}).setdefault(item.language, []).append(item)
+                items.setdefault(fields["task"], {}).setdefault(item.language, []).append(item)
     except OSError as error:
         raise EvaluationError(f"{path} cannot be read; expected the items of a run: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(f"{path} does not hold the items of a run: {error}") from error
-    return {task: {language: tuple(of) for language, of in languages.items()} for task, languages in found.items()}
+    return {task: {language: tuple(of) for language, of in languages.items()} for task, languages in items.items()}
 
 
 def changed_keys(first: Mapping[str, JsonValue], second: Mapping[str, JsonValue]) -> list[str]:

@@ -104,21 +104,24 @@ class RowTask(Task):
             for example in pool
             if example != row and (self.shots_by is None or example.get(self.shots_by) == row.get(self.shots_by))
         )
-        found = list(islice(fitting, self.shots))
-        if len(found) < self.shots:
+        examples = list(islice(fitting, self.shots))
+        if len(examples) < self.shots:
             place = (self.shots_source or self.source).describe(language)
             alike = f" with {self.shots_by} {row.get(self.shots_by)!r}" if self.shots_by else ""
             raise EvaluationError(
-                f"{place}: {len(found)} examples{alike} for row {row['id']!r}; expected {self.shots}, as `shots` says"
+                f"{place}: {len(examples)} examples{alike} for row {row['id']!r}; "
+                f"expected {self.shots}, as `shots` says"
             )
-        return found
+        return examples
 
 
 def scores_of(item: Item, answer: Scored | Generated, expected: int) -> tuple[Score, ...]:
     """The scores in an answer. Raises EvaluationError unless there are as many as expected."""
     if not isinstance(answer, Scored) or len(answer.scores) != expected:
-        found = f"{len(answer.scores)} scores" if isinstance(answer, Scored) else "a generated text"
-        raise EvaluationError(f"item {item.id!r} in {item.language}: the answer is {found}; expected {expected} scores")
+        actual = f"{len(answer.scores)} scores" if isinstance(answer, Scored) else "a generated text"
+        raise EvaluationError(
+            f"item {item.id!r} in {item.language}: the answer is {actual}; expected {expected} scores"
+        )
     return answer.scores
 
 

@@ -173,19 +173,19 @@ class Run:
         for _ in range(_RETURNS):
             if self._given_up is not None:
                 raise CraneError(None, "not_asked", f"not asked, because {self._given_up}")
-            seen = self._recoveries
+            recoveries = self._recoveries
             try:
                 return await self._answer(question, item)
             except CraneError as error:
                 if not error.transient:
                     raise
-                await self._recover(error, seen)
+                await self._recover(error, recoveries)
         return await self._answer(question, item)
 
-    async def _recover(self, cause: CraneError, seen: int) -> None:
+    async def _recover(self, cause: CraneError, recoveries: int) -> None:
         """Wait until the server serves again; once for all workers that noticed its absence."""
         async with self._recovery:
-            if self._recoveries > seen or self._given_up is not None:
+            if self._recoveries > recoveries or self._given_up is not None:
                 return
             gone = cause.status != 429
             if gone:

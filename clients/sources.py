@@ -54,9 +54,9 @@ class RowSource(BaseModel):
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
-        given = [place for place in PLACES if getattr(self, place) is not None]
-        if len(given) != 1:
-            raise ValueError(f"expected one of {', '.join(PLACES)}; found {' and '.join(given) or 'none'}")
+        places = [place for place in PLACES if getattr(self, place) is not None]
+        if len(places) != 1:
+            raise ValueError(f"expected one of {', '.join(PLACES)}; found {' and '.join(places) or 'none'}")
         if self.dataset is not None and self.split is None:
             raise ValueError("a dataset needs a split, such as test")
         if self.dataset is None and (self.config is not None or self.revision is not None):
@@ -128,8 +128,8 @@ class RowSource(BaseModel):
             return rows
         splits = dict.fromkeys(str(row["split"]) for row in rows if "split" in row)
         if self.split not in splits:
-            found = f"there are {', '.join(splits)}" if splits else "its rows have no field `split`"
-            raise EvaluationError(f"{self.describe(language)}: no row is of this split; {found}")
+            available = f"there are {', '.join(splits)}" if splits else "its rows have no field `split`"
+            raise EvaluationError(f"{self.describe(language)}: no row is of this split; {available}")
         return [row for row in rows if row.get("split") == self.split]
 
     def _dataset_rows(self, language: str) -> list[Row]:
@@ -164,8 +164,8 @@ class RowSource(BaseModel):
         taken = {field: self._placed(column, language) for field, column in self.columns.items()}
         for column in taken.values():
             _require(row, column, where)
-        kept = {column: value for column, value in row.items() if column not in taken.values()}
-        return {**kept, **{field: row[column] for field, column in taken.items()}}
+        rest = {column: value for column, value in row.items() if column not in taken.values()}
+        return {**rest, **{field: row[column] for field, column in taken.items()}}
 
     def _identifier(self, row: Row, number: int, where: str) -> str:
         if self.id is None:

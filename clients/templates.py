@@ -60,9 +60,9 @@ class Template(str):
             return work()
         except Exception as error:
             text = json.dumps(str(self), ensure_ascii=False)
-            shown = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+            excerpt = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
             has = f"; the row has {', '.join(fields)}" if fields else ""
-            raise EvaluationError(f"template {shown}: {str(error) or type(error).__name__}{has}") from error
+            raise EvaluationError(f"template {excerpt}: {str(error) or type(error).__name__}{has}") from error
 
 
 @cache

@@ -131,8 +131,8 @@ def show_masks(
         raise MaskFileError(f"{path} holds no mask files")
     for file in files:
         stored = read_mask(file)
-        shown = {"name": stored.name, "digest": stored.mask.digest, **stored.info.model_dump(mode="json")}
-        Console(soft_wrap=True).print_json(data={**shown, "neurons": stored.mask.neuron_sets()}, indent=None)
+        content = {"name": stored.name, "digest": stored.mask.digest, **stored.info.model_dump(mode="json")}
+        Console(soft_wrap=True).print_json(data={**content, "neurons": stored.mask.neuron_sets()}, indent=None)
 
 
 @masks_app.command("transfer")
@@ -185,7 +185,7 @@ def serve(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the effective settings as JSON, and start nothing")
     ] = False,
-    **given: str | bool | None,
+    **options: str | bool | None,
 ) -> None:
     """Serve a model with its masks. Further options (--dtype, --max-model-len, ...) are vLLM's flags.
 
@@ -195,7 +195,7 @@ def serve(
     engine_flags: list[str] = context.args
     if model is not None and model.startswith("-"):  # no model is given, and a flag of vLLM stands in its place
         engine_flags, model = [model, *engine_flags], None
-    flags: dict[str, Any] = {**given, "model": model, "engine_flags": tuple(engine_flags) or None}
+    flags: dict[str, Any] = {**options, "model": model, "engine_flags": tuple(engine_flags) or None}
     try:
         loaded = load_settings({name: value for name, value in flags.items() if value is not None}, config)
     except SettingError as error:
@@ -204,8 +204,8 @@ def serve(
             raise typer.BadParameter(str(error), param_hint=hint) from None
         raise
     if print_config:
-        shown = {"settings": loaded.settings.model_dump(mode="json"), "sources": loaded.sources}
-        typer.echo(json.dumps(shown, indent=2))
+        content = {"settings": loaded.settings.model_dump(mode="json"), "sources": loaded.sources}
+        typer.echo(json.dumps(content, indent=2))
         return
     from crane_serve.service.process import serve as run_server
 

@@ -244,8 +244,8 @@ class FiniteCheck:
 
 def _fitting(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
     """The tensor `name`, on the device of `like`. Raises StatisticError unless its shape and dtype are those of it."""
-    found = tensors.get(name)
-    if found is None or found.shape != like.shape or found.dtype != like.dtype:
-        what = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+    tensor = tensors.get(name)
+    if tensor is None or tensor.shape != like.shape or tensor.dtype != like.dtype:
+        what = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
         raise StatisticError(f"{name} is {what}; expected {like.dtype} {list(like.shape)}")
-    return found.to(like.device)
+    return tensor.to(like.device)

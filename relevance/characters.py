@@ -30,12 +30,12 @@ def remarks(corpus: Corpus) -> list[str]:
     Texts that are not in Unicode's normal form NFC, byte order marks and other characters that no text has, and Chinese
     in the other script than the language's name says, or in both.
     """
-    found = [*_normal_forms(corpus)]
+    warnings = [*_normal_forms(corpus)]
     for language, documents in corpus.documents.items():
         source = corpus.sources.get(language, language)
-        found += [*_joints(corpus, language, source), *_strays(documents, language, source)]
-        found += _chinese(documents, language, source)
-    return found
+        warnings += [*_joints(corpus, language, source), *_strays(documents, language, source)]
+        warnings += _chinese(documents, language, source)
+    return warnings
 
 
 def chinese_script(text: str) -> str | None:
@@ -69,16 +69,16 @@ def _normal_forms(corpus: Corpus) -> Iterator[str]:
     if not any(decomposed.values()):
         return
     composed = {language: _composed(_all_documents(corpus, language)) for language in corpus.languages}
-    for language, found in decomposed.items():
-        if not found:
+    for language, documents in decomposed.items():
+        if not documents:
             continue
         source = corpus.sources.get(language, language)
         others = [other for other in corpus.languages if composed[other] and other != language]
-        count = f"{len(found)} of {len(corpus.documents[language])} documents"
-        inside = sum(not unicodedata.is_normalized("NFD", document.text) for document in found)
+        count = f"{len(documents)} of {len(corpus.documents[language])} documents"
+        inside = sum(not unicodedata.is_normalized("NFD", document.text) for document in documents)
         if composed[language] or inside:
             what = f"{source} MIXES Unicode's normal forms: {count} are not"
-            what += f" in NFC, such as {found[0].id!r}, {composed[language]} of the file's are"
+            what += f" in NFC, such as {documents[0].id!r}, {composed[language]} of the file's are"
         else:
             what = f"{source} has {count} that are not in Unicode's normal "
             what += "form NFC" + (f", which {', '.join(others)} is in" if others else "")
@@ -108,9 +108,9 @@ def _joints(corpus: Corpus, language: str, source: str) -> Iterator[str]:
 
 def joints_remark(source: str, lines: Sequence[int]) -> str:
     """What is said of lines of `source` that began with a byte order mark."""
-    shown = ", ".join(map(str, lines[:_LINES_SHOWN])) + (", ..." if len(lines) > _LINES_SHOWN else "")
+    numbers = ", ".join(map(str, lines[:_LINES_SHOWN])) + (", ..." if len(lines) > _LINES_SHOWN else "")
     return (
-        f"{source}: line{'s' * (len(lines) > 1)} {shown} began with a byte order mark (U+FEFF), as where files are "
+        f"{source}: line{'s' * (len(lines) > 1)} {numbers} began with a byte order mark (U+FEFF), as where files are "
         "joined; it was taken away"
     )
 

@@ -91,15 +91,15 @@ def line_parts(
     length = len(next(iter(lines.values())))
     if ids is not None:
         _require_equal_lengths({str(next(iter(files.values()))): length, str(document_ids): len(ids)})
-    kept = [number for number in range(length) if all(of_language[number] for of_language in lines.values())]
+    complete = [number for number in range(length) if all(of_language[number] for of_language in lines.values())]
     if ids is None:
         return {
-            language: [Part(f"line-{number + 1}", f"line-{number + 1}", of_language[number]) for number in kept]
+            language: [Part(f"line-{number + 1}", f"line-{number + 1}", of_language[number]) for number in complete]
             for language, of_language in lines.items()
         }
     groups = _groups(ids, str(document_ids))
     by_line = unit is Unit.LINE
-    return {language: _grouped(of_language, groups, set(kept), by_line) for language, of_language in lines.items()}
+    return {language: _grouped(of_language, groups, set(complete), by_line) for language, of_language in lines.items()}
 
 
 def _aligned_lines(path: Path, notice: Callable[[str], None]) -> list[str]:
@@ -111,10 +111,10 @@ def _aligned_lines(path: Path, notice: Callable[[str], None]) -> list[str]:
     return lines if lines[-1] else lines[:-1]
 
 
-def _grouped(lines: list[str], groups: Mapping[str, range], kept: set[int], by_line: bool) -> list[Part]:
+def _grouped(lines: list[str], groups: Mapping[str, range], complete: set[int], by_line: bool) -> list[Part]:
     parts = []
     for group, numbers in groups.items():
-        of_group = [number for number in numbers if number in kept]
+        of_group = [number for number in numbers if number in complete]
         if by_line:
             parts += [Part(f"{group}:{number - numbers.start + 1}", group, lines[number]) for number in of_group]
         elif of_group:
@@ -162,12 +162,12 @@ def write_corpus(
             f"{len(repeating)} documents are left out in all languages, since they repeat one of an earlier split word "
             f"for word, such as {identifier!r}, which repeats {repeated!r} in {language}"
         )
-    kept = {language: [part for part in of if part.id not in repeating] for language, of in parts.items()}
+    distinct = {language: [part for part in of if part.id not in repeating] for language, of in parts.items()}
     for split in splits:
-        if not any(split_of[part.group] == split for part in next(iter(kept.values()))):
+        if not any(split_of[part.group] == split for part in next(iter(distinct.values()))):
             raise CorpusError(f"all documents of split {split!r} repeat one of an earlier split word for word")
     paths = []
-    for language, of_language in kept.items():
+    for language, of_language in distinct.items():
         rows = (
             {
                 "id": part.id,

@@ -39,7 +39,7 @@ def encode(
     vocabulary: how many tokens the model has. Raises UnknownTokenError for a document with another token, and
     CorpusError when nothing is left.
     """
-    kept: list[list[int]] = []
+    encoded: list[list[int]] = []
     skipped: list[str] = []
     truncated: list[str] = []
     for document in documents:
@@ -49,11 +49,11 @@ def encode(
             continue
         if len(token_ids) > max_tokens:
             truncated.append(document.id)
-        kept.append(token_ids[:max_tokens])
-        require_known(tokenizer, kept[-1], vocabulary, f"{language}: document {document.id!r}")
-    if not kept:
+        encoded.append(token_ids[:max_tokens])
+        require_known(tokenizer, encoded[-1], vocabulary, f"{language}: document {document.id!r}")
+    if not encoded:
         raise CorpusError(f"no document of {language} has a token to predict")
-    return EncodedDocuments(tuple(kept), tuple(skipped), tuple(truncated))
+    return EncodedDocuments(tuple(encoded), tuple(skipped), tuple(truncated))
 
 
 @dataclass(frozen=True)

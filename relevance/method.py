@@ -231,7 +231,7 @@ class OfActivations(Measured):
     source = ScoreSource.FORWARD
 
     @abstractmethod
-    def accumulate(self, seen: Activations) -> None:
+    def accumulate(self, activations: Activations) -> None:
         """Take in one layer of a batch. Every layer comes once per batch; memory is bounded."""
 
 
@@ -239,7 +239,7 @@ class OfGradients(Measured):
     """A method that listens to the backward pass."""
 
     @abstractmethod
-    def accumulate(self, seen: Gradients) -> None:
+    def accumulate(self, gradients: Gradients) -> None:
         """Take in one of the wanted sites of one layer of a batch. Memory does not grow with the number of calls."""
 
 

@@ -288,9 +288,9 @@ class _Hooks:
         if self._of_activations:
             with torch.no_grad():
                 parts = (self._kept.pop("act"), self._kept.pop("up"), neurons.detach())
-                seen = Activations(index, self.batch, *(_by_document(part, self.batch) for part in parts))
+                activations = Activations(index, self.batch, *(_by_document(part, self.batch) for part in parts))
                 for method in self._of_activations:
-                    method.accumulate(seen)
+                    method.accumulate(activations)
 
     def _tapped(
         self, index: int, sites: list[tuple[Site, slice]], value: Tensor, inputs: Tensor | None
@@ -309,9 +309,9 @@ class _Hooks:
             self.gradients.see(index, gradient)
             value, gradient = _by_document(value, batch), _by_document(gradient, batch)
             for site, rows in wanted:
-                seen = Gradients(index, site, batch, value[..., rows], gradient[..., rows], input_sum)
+                gradients = Gradients(index, site, batch, value[..., rows], gradient[..., rows], input_sum)
                 for method in self._of_gradients[site]:
-                    method.accumulate(seen)
+                    method.accumulate(gradients)
 
         if index == 0 and not self._recomputing:
             self.lowest.append(value)

@@ -159,15 +159,15 @@ class Progress:
 
 def _tensors(methods: Sequence[Measured], growing: bool) -> dict[str, Tensor]:
     """The state of all statistics by `{method}/{statistic}/{tensor}`; of the growing ones, what is new."""
-    found: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     for method in methods:
         for name, statistic in method.statistics.items():
             if isinstance(statistic, GrowingStatistic):
                 parts = statistic.news() if growing else {}
             else:
                 parts = {} if growing else statistic.tensors()
-            found |= {f"{method.name}/{name}/{part}": tensor.contiguous() for part, tensor in parts.items()}
-    return found
+            state |= {f"{method.name}/{name}/{part}": tensor.contiguous() for part, tensor in parts.items()}
+    return state
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

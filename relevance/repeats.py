@@ -64,13 +64,13 @@ def repeats(corpus: Corpus, among: Sequence[str] | None = None) -> list[Repeats]
     from MinHash with locality-sensitive hashing (Broder 1997; Leskovec, Rajaraman and Ullman, Mining of Massive
     Datasets, chapter 3). Texts of fewer than 20 n-grams have no near repeats.
     """
-    found = []
+    lines = []
     for language, others in corpus.others.items():
         compared = {split: of for split, of in others.items() if among is None or split in among}
         source = corpus.sources.get(language, language)
         if compared and (repeated := _of_language(corpus.documents[language], corpus.split or "", compared, source)):
-            found.append(repeated)
-    return found
+            lines.append(repeated)
+    return lines
 
 
 def text_key(text: str) -> str:
@@ -88,17 +88,17 @@ def text_keys(corpus: Corpus) -> dict[str, str]:
 
 def repeated_keys(corpus: Corpus, keys: Mapping[str, str]) -> list[str]:
     """A line for each language with documents that other texts hold word for word. keys: `text_keys` of those texts."""
-    found = []
+    lines = []
     for language, documents in corpus.documents.items():
         of_language, width = keys.get(language, ""), 2 * _KEY_BYTES
         known = {of_language[start : start + width] for start in range(0, len(of_language), width)}
         repeating = [document.id for document in documents if text_key(document.text) in known]
         if repeating:
-            found.append(
+            lines.append(
                 f"{corpus.sources.get(language, language)}: {len(repeating)} documents of split {corpus.split!r} stand "
                 f"word for word in the texts that the scores come from, such as {repeating[0]!r}"
             )
-    return found
+    return lines
 
 
 def _of_language(

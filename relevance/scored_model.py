@@ -84,7 +84,7 @@ class ScoredModel:
         info = self.scores.info
         # Scores may come from as many documents of a split, at even distances, and none of the others.
         limit_of_scores = max(used + skipped for used, skipped in zip(info.documents, info.skipped, strict=True))
-        found: dict[str, EncodedTexts] = {}
+        encoded: dict[str, EncodedTexts] = {}
         corpora: list[Corpus] = []
         for part, split in (("validation", choice), ("test", report)):
             corpus = self._load(texts, split)
@@ -96,26 +96,26 @@ class ScoredModel:
                     f"split {split!r} of {texts.place} is used twice; scores, choices and report need their own"
                 )
             corpora.append(corpus)
-            found[part] = self._texts(corpus.spread(limit), max_tokens)
+            encoded[part] = self._texts(corpus.spread(limit), max_tokens)
         for doubt in self._doubts(corpora[0], corpora[1], limit_of_scores):
             texts.notice(doubt)
-        return found
+        return encoded
 
     def require_absent(self, method: str, *, replace: bool) -> None:
         """Raise ScoresError, before a search begins, if its scores are there already and not to be replaced."""
         if method in self.scores.by_method and not replace:
             raise ScoresError(f"the file holds scores of {method} already; pass --replace to replace them")
 
-    def add_scores(self, path: Path, method: str, found: Mapping[str, Tensor], *, replace: bool) -> None:
+    def add_scores(self, path: Path, method: str, values: Mapping[str, Tensor], *, replace: bool) -> None:
         """Add scores [layers, widest] of every language to the file they belong to, read again for what others added.
 
         Raises ScoresError for a method that is there already, unless `replace`.
         """
-        held = Scores.load(path)
-        if method in held.by_method and not replace:
+        current = Scores.load(path)
+        if method in current.by_method and not replace:
             raise ScoresError(f"{path} holds scores of {method} already; pass --replace to replace them")
-        together = torch.stack([found[language] for language in held.info.languages])
-        Scores({**held.by_method, method: together}, held.info, held.outputs).save(path)
+        together = torch.stack([values[language] for language in current.info.languages])
+        Scores({**current.by_method, method: together}, current.info, current.outputs).save(path)
 
     def halves(self, listed: str | None) -> Sequence[Scores]:
         """The two files of scores in `listed`, joined with a comma; none for None. Raises ScoresError."""

@@ -168,5 +168,5 @@ def _info_of(shard: Shard, info: ScoresInfo) -> ScoresInfo:
 def _outputs(
     methods: Sequence[type[Measured]], finalised: Mapping[str, Sequence[Tensor]], shape: Shape
 ) -> dict[str, Tensor]:
-    found = {method.name: method.outputs(finalised[method.name], shape) for method in methods}
-    return {name: outputs.float() for name, outputs in found.items() if outputs is not None}
+    by_method = {method.name: method.outputs(finalised[method.name], shape) for method in methods}
+    return {name: outputs.float() for name, outputs in by_method.items() if outputs is not None}

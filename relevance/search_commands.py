@@ -50,20 +50,22 @@ def refine(
     from relevance.search.refinement import Refinement, refine_scores
     from relevance.selection import order
 
-    with bar("refine", "groups", f"{scores} of {model}") as shown:
+    with bar("refine", "groups", f"{scores} of {model}") as progress_bar:
         scored_model = ScoredModel.open(model, scores, dtype, device)
         scored_model.require_absent("ablation-refined", replace=replace)
         options = Refinement(candidates=candidates, group=group, price=price, documents=documents, seed=seed)
         proposed = order(scored_model.scores, start)
-        source = TextSource(corpus, text_column, normalise, lambda doubt: shown.say(f"warning: {doubt}"))
+        source = TextSource(corpus, text_column, normalise, lambda doubt: progress_bar.say(f"warning: {doubt}"))
         texts = scored_model.search_texts(source, split, limit, max_tokens)
-        shown.start(
+        progress_bar.start(
             len(scored_model.languages) * 2 * -(-candidates // group),
             what=f"of {group} neurons for {', '.join(scored_model.languages)}, each group alone and then together",
         )
-        found, kept = refine_scores(scored_model.decoder, texts.documents, proposed, options, lambda _: shown.advance())
-    scored_model.add_scores(scores, "ablation-refined", found, replace=replace)
-    for language, count in kept.items():
+        values, counts = refine_scores(
+            scored_model.decoder, texts.documents, proposed, options, lambda _: progress_bar.advance()
+        )
+    scored_model.add_scores(scores, "ablation-refined", values, replace=replace)
+    for language, count in counts.items():
         typer.echo(f"{scores}: ablation-refined for {language} keeps {count} of {candidates} neurons of {start}")
 
 
@@ -91,7 +93,7 @@ def learn(
     from relevance.search.learning import Learning, learn_scores
     from relevance.selection_options import neurons_of_budget
 
-    with bar("learn", "steps", f"{scores} of {model}") as shown:
+    with bar("learn", "steps", f"{scores} of {model}") as progress_bar:
         scored_model = ScoredModel.open(model, scores, dtype, device)
         scored_model.require_absent("learned", replace=replace)
         options = Learning(
@@ -102,11 +104,13 @@ def learn(
             documents=documents,
             seed=seed,
         )
-        source = TextSource(corpus, text_column, normalise, lambda doubt: shown.say(f"warning: {doubt}"))
+        source = TextSource(corpus, text_column, normalise, lambda doubt: progress_bar.say(f"warning: {doubt}"))
         texts = scored_model.search_texts(source, split, limit, max_tokens)
-        shown.start(len(scored_model.languages) * steps, what=f"for {', '.join(scored_model.languages)}")
-        found = learn_scores(scored_model.decoder, texts.documents, options, lambda step: shown.advance(note=str(step)))
-    scored_model.add_scores(scores, "learned", found, replace=replace)
+        progress_bar.start(len(scored_model.languages) * steps, what=f"for {', '.join(scored_model.languages)}")
+        values = learn_scores(
+            scored_model.decoder, texts.documents, options, lambda step: progress_bar.advance(note=str(step))
+        )
+    scored_model.add_scores(scores, "learned", values, replace=replace)
     typer.echo(f"{scores}: learned {options.neurons} neurons for {', '.join(scored_model.languages)}")
 
 
@@ -149,7 +153,7 @@ def validate(
     from relevance.validation.result import ValidationPlan
     from relevance.validation.validator import run
 
-    with bar("validate", "masks", f"{scores} of {model}") as shown:
+    with bar("validate", "masks", f"{scores} of {model}") as progress_bar:
         scored_model = ScoredModel.open(model, scores, dtype, device)
         chosen = tuple(name.strip() for name in methods.split(",")) if methods else tuple(scored_model.scores.by_method)
         plan = ValidationPlan(
@@ -160,7 +164,7 @@ def validate(
             matched_to=like,
             published=published,
         )
-        source = TextSource(corpus, text_column, normalise, lambda doubt: shown.say(f"warning: {doubt}"))
+        source = TextSource(corpus, text_column, normalise, lambda doubt: progress_bar.say(f"warning: {doubt}"))
         texts = scored_model.validation_texts(source, choice_split, report_split, limit, max_tokens)
         stability = scored_model.halves(halves)
         result = run(
@@ -170,8 +174,10 @@ def validate(
             out,
             batch_tokens,
             stability,
-            lambda done: shown.advance(note=done),
-            lambda masks: shown.start(masks, what=f"of {', '.join(chosen)} in {', '.join(scored_model.languages)}"),
+            lambda done: progress_bar.advance(note=done),
+            lambda masks: progress_bar.start(
+                masks, what=f"of {', '.join(chosen)} in {', '.join(scored_model.languages)}"
+            ),
         )
     for path in write_all(result, out):
         typer.echo(path)
@@ -204,9 +210,9 @@ def compare_masks(
     where = pick_device(device)
     listed = [name.strip() for name in languages.split(",")] if languages else None
     texts = load_corpus(corpus, split, listed, text_column, normalise).spread(limit)
-    with bar("masks compare", "masks", f"{masks} on {base} and {chat}") as shown:
+    with bar("masks compare", "masks", f"{masks} on {base} and {chat}") as progress_bar:
         for doubt in doubts(texts):
-            shown.say(f"warning: {doubt}")
+            progress_bar.say(f"warning: {doubt}")
         result = compare(
             base,
             chat,
@@ -218,8 +224,8 @@ def compare_masks(
             batch_tokens=batch_tokens,
             dtype=pick_dtype(dtype or "bfloat16", where),
             device=where,
-            start=lambda count: shown.start(count, what=f"in {', '.join(texts.languages)}"),
-            advance=lambda done: shown.advance(note=done),
+            start=lambda count: progress_bar.start(count, what=f"in {', '.join(texts.languages)}"),
+            advance=lambda done: progress_bar.advance(note=done),
         )
     for path in result.save(out):
         typer.echo(path)

@@ -81,16 +81,16 @@ class _Dataset:
 
     def documents(self, normalise: Form | None) -> list[Document]:
         documents: list[Document] = []
-        seen: set[str] = set()
+        identifiers: set[str] = set()
         for number, row in enumerate(self._rows(), start=1):
             text = row.get(self.text_column)
             if not isinstance(text, str):
                 columns = ", ".join(row)
                 raise CorpusError(f"{self}: no text in column {self.text_column!r}; there are the columns {columns}")
             identifier = document_id(row["id"], f"{self}, row {number}") if "id" in row else f"row-{number}"
-            if identifier in seen:
+            if identifier in identifiers:
                 raise CorpusError(f"{self}: id {identifier!r} stands there more than once")
-            seen.add(identifier)
+            identifiers.add(identifier)
             if text.strip():
                 documents.append(Document(identifier, normalised(text.strip(), normalise)))
         require_words([document.text for document in documents], f"{self} (split {self.split})")

@@ -101,7 +101,7 @@ class TransferEffects(BaseModel):
         headings = [f"{model} {language}" for model in ("base", "chat") for language in languages]
         lines += ["", "| mask | neurons | " + " | ".join(headings) + " |", "|---|---|" + "---|" * len(headings)]
         for effect in self.effects:
-            cells = [_shown(changes[of]) for changes in (effect.base, effect.chat) for of in languages]
+            cells = [_estimate_text(changes[of]) for changes in (effect.base, effect.chat) for of in languages]
             lines.append(f"| {effect.mask} | {effect.neurons} | " + " | ".join(cells) + " |")
         return "\n".join(lines) + "\n"
 
@@ -154,8 +154,8 @@ def compare(
         sides.append(ModelSide(name=checkpoint.name, fingerprint=fingerprint, nats_per_token=per_token))
         changes.append([])
         for mask in stored:
-            found = {language: ablations.losses(mask.mask, _PART, language) for language in texts.languages}
-            estimates = {of: change_per_token(found[of].nats, whole[of].nats, found[of].tokens) for of in found}
+            ablated = {language: ablations.losses(mask.mask, _PART, language) for language in texts.languages}
+            estimates = {of: change_per_token(ablated[of].nats, whole[of].nats, ablated[of].tokens) for of in ablated}
             changes[-1].append(estimates)
             advance(f"{name} {mask.name}")
     result = TransferEffects(
@@ -182,5 +182,5 @@ def compare(
     return result
 
 
-def _shown(of: Estimate) -> str:
+def _estimate_text(of: Estimate) -> str:
     return f"{of.mean:.2f}" if of.low is None else f"{of.mean:.2f} [{of.low:.2f}, {of.high:.2f}]"

@@ -64,7 +64,7 @@ class Damage:
             selectivity=_certain(self.selectivity),
             index=_certain(self.index),
             collateral=estimate_collateral(self.collateral),
-            f1={form: found for form, found in f1.items() if found is not None},
+            f1={form: interval for form, interval in f1.items() if interval is not None},
             beta=self.beta,
         )
 
@@ -82,15 +82,15 @@ def damages(
 
     pairs: language -> mask -> levels with and without it.
     """
-    found: list[Damage] = []
+    results: list[Damage] = []
     for mask in masks:
-        asked = {language: by_mask[mask.name] for language, by_mask in pairs.items() if mask.name in by_mask}
-        if mask.language not in asked or len(asked) < 2:
+        pairs_of_mask = {language: by_mask[mask.name] for language, by_mask in pairs.items() if mask.name in by_mask}
+        if mask.language not in pairs_of_mask or len(pairs_of_mask) < 2:
             continue
-        own = asked.pop(mask.language)
-        others = list(asked.values())
+        own = pairs_of_mask.pop(mask.language)
+        others = list(pairs_of_mask.values())
         sign = metric.damage(1.0)
-        found.append(
+        results.append(
             Damage(
                 task,
                 metric.name,
@@ -102,7 +102,7 @@ def damages(
                 beta=beta,
             )
         )
-    return found
+    return results
 
 
 def _f1(score: ScoreOf | None, pairs: list[Pair], beta: float) -> dict[Form, Values]:
@@ -111,12 +111,12 @@ def _f1(score: ScoreOf | None, pairs: list[Pair], beta: float) -> dict[Form, Val
         return {}
     baseline = _SCORES[score](np.stack([pair.unmasked for pair in pairs]))  # [languages, 1 + resamples]
     masked = _SCORES[score](np.stack([pair.masked for pair in pairs]))
-    found = {form: langspec_f1_of_arrays(baseline, masked, form, beta) for form in Form}
-    return {form: values for form, values in found.items() if np.isfinite(values[0])}
+    scores = {form: langspec_f1_of_arrays(baseline, masked, form, beta) for form in Form}
+    return {form: values for form, values in scores.items() if np.isfinite(values[0])}
 
 
 def _certain(replicates: Values) -> Estimate:
-    found = estimate(replicates)
-    if found is None:
+    interval = estimate(replicates)
+    if interval is None:
         raise ValueError("a damage is not finite; expected those of pairs that have a change")
-    return found
+    return interval

@@ -68,9 +68,9 @@ def analyse(
             cells += cells_of(of_language, masks, seed=seed)
         for place, metric in enumerate(task.metrics):
             pairs = {language: dict(of_language.of_metric(place)) for language, of_language in levels.items()}
-            found = damages(name, metric, pairs, masks.values(), beta)
-            effects += [damage.effect() for damage in found]
-            ranks += ranks_of(found)
+            metric_damages = damages(name, metric, pairs, masks.values(), beta)
+            effects += [damage.effect() for damage in metric_damages]
+            ranks += ranks_of(metric_damages)
             if metric.name in matched_effects:
-                matched += matched_of(found, matched_effects[metric.name])
+                matched += matched_of(metric_damages, matched_effects[metric.name])
     return Findings(with_q_values(cells, masks), tuple(effects), tuple(ranks), tuple(matched), Intervals(seed=seed))

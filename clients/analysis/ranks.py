@@ -16,13 +16,13 @@ ByMethod = dict[str, list[Damage]]
 def ranks_of(damages: Sequence[Damage]) -> list[MethodRank]:
     """Ranks of the methods of one task and metric, by every measure, where at least two have masks of the same budget
     for the same languages."""
-    found: list[MethodRank] = []
+    ranks: list[MethodRank] = []
     for (budget, languages), methods in _comparable(damages).items():
         if len(methods) < 2:
             continue
         for measure in _measures(methods):
-            found += _ranked(measure, budget, languages, methods)
-    return found
+            ranks += _ranked(measure, budget, languages, methods)
+    return ranks
 
 
 def _comparable(damages: Iterable[Damage]) -> dict[tuple[float | None, tuple[str, ...]], ByMethod]:
@@ -51,11 +51,11 @@ def _ranked(measure: str, budget: float | None, languages: tuple[str, ...], meth
     if not np.isfinite(values[:, 0]).any():
         return []
     ranks = rankdata(values if measure == COLLATERAL else -values, axis=0, nan_policy="propagate")
-    found: list[MethodRank] = []
+    method_ranks: list[MethodRank] = []
     for (method, of_method), of_values, of_ranks in zip(methods.items(), values, ranks, strict=True):
         rank = estimate(of_ranks)
         if rank is not None:
-            found.append(
+            method_ranks.append(
                 MethodRank(
                     task=of_method[0].task,
                     metric=of_method[0].metric,
@@ -67,7 +67,7 @@ def _ranked(measure: str, budget: float | None, languages: tuple[str, ...], meth
                     rank=rank,
                 )
             )
-    return found
+    return method_ranks
 
 
 def _mean(damages: Iterable[Damage], measure: str) -> Values:

@@ -111,11 +111,11 @@ def _item_rows(evaluation: Evaluation, answers: Answers, info: TaskInfo, languag
             answer = answers.answers.get(Question(info.name, language, item.id, mask.name))
             if answer is None:
                 continue
-            shown = task.shown(item, answer)
+            text = task.shown(item, answer)
             for metric, value in task.measure(item, answer).items():
                 yield (
                     *(info.name, language, item.id, digest, mask.name, mask.digest),
-                    *(item.prompt, shown, metric, value.total, value.weight),
+                    *(item.prompt, text, metric, value.total, value.weight),
                 )
 
 

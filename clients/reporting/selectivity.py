@@ -24,14 +24,16 @@ def selectivity_section(evaluation: Evaluation) -> Section:
 
 
 def _task_part(evaluation: Evaluation, task: TaskInfo) -> Section | None:
-    found = {metric.name: _tables(evaluation, task, metric) for metric in task.metrics}
-    if not any(found.values()):
+    tables = {metric.name: _tables(evaluation, task, metric) for metric in task.metrics}
+    if not any(tables.values()):
         return None
     headline, *others = task.metrics
     folded = tuple(
-        Section(metric_title(metric), tables=found[metric.name], folded=True) for metric in others if found[metric.name]
+        Section(metric_title(metric), tables=tables[metric.name], folded=True)
+        for metric in others
+        if tables[metric.name]
     )
-    return Section(f"{task.name}: {metric_title(headline)}", tables=found[headline.name], parts=folded)
+    return Section(f"{task.name}: {metric_title(headline)}", tables=tables[headline.name], parts=folded)
 
 
 def _tables(evaluation: Evaluation, task: TaskInfo, metric: Metric) -> tuple[Table, ...]:

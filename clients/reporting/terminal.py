@@ -17,12 +17,14 @@ def summary_tables(evaluation: Evaluation) -> list[Table]:
     return [_table(evaluation, task) for task in evaluation.tasks]
 
 
-def terminal_table(shown: content.Table, title: str, *, caption: str = "", breaks: Collection[str] = ()) -> Table:
+def terminal_table(
+    content_table: content.Table, title: str, *, caption: str = "", breaks: Collection[str] = ()
+) -> Table:
     """A table of a page for the terminal, where its texts have no effect. breaks: rows with a line below, by name."""
     table = Table(title=Text(visible(title)), caption=Text(caption) if caption else None)
-    for number, column in enumerate(shown.columns):
+    for number, column in enumerate(content_table.columns):
         table.add_column(Text(visible(column)), justify="right" if number else "left")
-    for row in shown.rows:
+    for row in content_table.rows:
         table.add_row(*map(_text, row), end_section=row[0].text in breaks)
     return table
 

@@ -23,14 +23,14 @@ _FOUND_CHARACTERS = 60
 @cache
 def available() -> Mapping[str, type[Task]]:
     """All tasks of this package by kind, in alphabetical order."""
-    found: dict[str, type[Task]] = {}
+    kinds: dict[str, type[Task]] = {}
     for module_info in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
         module = importlib.import_module(module_info.name)
         for member in vars(module).values():
             here = isinstance(member, type) and issubclass(member, Task) and member.__module__ == module.__name__
             if here and "kind" in vars(member):
-                found[member.kind] = member
-    return MappingProxyType(dict(sorted(found.items())))
+                kinds[member.kind] = member
+    return MappingProxyType(dict(sorted(kinds.items())))
 
 
 def find(kind: str) -> type[Task]:
@@ -65,20 +65,20 @@ def parse_task(raw: Mapping[str, Any], where: str) -> Task:
 
 def _with_preset(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The settings given, over those of the preset that they name, if any."""
-    given = dict(raw)
-    name = given.pop("preset", None)
+    own_settings = dict(raw)
+    name = own_settings.pop("preset", None)
     if name is None:
-        return given
+        return own_settings
     settings: dict[str, Any] = {"name": name, **presets.load(str(name))}
-    if _moves(settings.get("source"), given.get("source")):
+    if _moves(settings.get("source"), own_settings.get("source")):
         settings.pop("shots_source", None)
-    for key, value in given.items():
+    for key, value in own_settings.items():
         before = settings.get(key)
         if key not in _MERGED or not isinstance(value, Mapping) or not isinstance(before, Mapping):
             settings[key] = value
         else:
-            kept = {own: before[own] for own in before if own not in (*PLACES, *_OF_PLACE)}
-            settings[key] = {**(kept if _moves(before, value) else before), **value}
+            rest = {own: before[own] for own in before if own not in (*PLACES, *_OF_PLACE)}
+            settings[key] = {**(rest if _moves(before, value) else before), **value}
     return settings
 
 
@@ -99,10 +99,10 @@ def _problem(task: type[Task], error: ValidationError) -> str:
         return f"{'.'.join(map(str, path))}: unknown setting; there are {known}"
     if problem["type"] == "missing":
         return f"{'.'.join(map(str, path))}: missing, but {task.kind} needs it"
-    found = repr(problem["input"])
-    shown = found if len(found) <= _FOUND_CHARACTERS else f"{found[:_FOUND_CHARACTERS]}..."
+    value_text = repr(problem["input"])
+    excerpt = value_text if len(value_text) <= _FOUND_CHARACTERS else f"{value_text[:_FOUND_CHARACTERS]}..."
     of_ours = problem["type"] == "value_error"  # says itself what was found
-    return f"{'.'.join(map(str, path)) or task.kind}: {message}" + ("" if of_ours else f"; found {shown}")
+    return f"{'.'.join(map(str, path)) or task.kind}: {message}" + ("" if of_ours else f"; found {excerpt}")
 
 
 def _model_at(model: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:

@@ -104,15 +104,15 @@ class Choice(RowTask):
 
     def _choices(self, row: Row) -> tuple[str, ...]:
         if isinstance(self.choices, tuple):
-            found: JsonValue = [choice.render(row) for choice in self.choices]
+            choices: JsonValue = [choice.render(row) for choice in self.choices]
         else:
-            found = self.choices.value(row)
-        if not isinstance(found, list) or len(found) < 2:
-            raise EvaluationError(f"choices are {found!r}; expected a list of two at least")
-        for choice in found:
+            choices = self.choices.value(row)
+        if not isinstance(choices, list) or len(choices) < 2:
+            raise EvaluationError(f"choices are {choices!r}; expected a list of two at least")
+        for choice in choices:
             if isinstance(choice, bool) or not isinstance(choice, str | int | float) or not str(choice):
                 raise EvaluationError(f"one of the choices is {choice!r}; expected text")
-        return tuple(str(choice) for choice in found)
+        return tuple(str(choice) for choice in choices)
 
     def _right(self, row: Row, choices: tuple[str, ...]) -> int:
         answer = self.answer.value(row)

@@ -125,21 +125,21 @@ class Cloze(RowTask):
     def _candidates(self, row: Row) -> tuple[str, ...]:
         if isinstance(self.candidates, tuple):
             return _distinct(self.candidates)
-        found = self.candidates.value(row) if isinstance(self.candidates, Template) else row["all_answers"]
-        return _distinct(_texts(found, "candidates"))
+        candidates = self.candidates.value(row) if isinstance(self.candidates, Template) else row["all_answers"]
+        return _distinct(_texts(candidates, "candidates"))
 
     def _answers(self, row: Row) -> tuple[str, ...]:
-        found = self.answer.value(row)
-        return _distinct(_texts(found if isinstance(found, list) else [found], "answer"))
+        value = self.answer.value(row)
+        return _distinct(_texts(value if isinstance(value, list) else [value], "answer"))
 
 
-def _texts(found: JsonValue, name: str) -> list[str]:
-    if not isinstance(found, list) or not found:
-        raise EvaluationError(f"{name}: found {found!r}; expected a list of texts")
-    for text in found:
+def _texts(value: JsonValue, name: str) -> list[str]:
+    if not isinstance(value, list) or not value:
+        raise EvaluationError(f"{name}: found {value!r}; expected a list of texts")
+    for text in value:
         if isinstance(text, bool) or not isinstance(text, str | int | float) or not str(text).strip():
             raise EvaluationError(f"{name}: found {text!r}; expected text")
-    return [str(text) for text in found]
+    return [str(text) for text in value]
 
 
 def _distinct(texts: Iterable[str]) -> tuple[str, ...]:

@@ -119,7 +119,7 @@ def _judged(judge: Judge, reply: str | None) -> dict[str, Value]:
     return {"judged": judged, "unparseable": Value(float(mark is None))}
 
 
-def _repetition(found: list[str]) -> float:
+def _repetition(word_list: list[str]) -> float:
     """Share of the runs of four words that stood before: 1 - different runs / runs; 0 if there are none."""
-    runs = [tuple(found[start : start + _RUN]) for start in range(len(found) - _RUN + 1)]
+    runs = [tuple(word_list[start : start + _RUN]) for start in range(len(word_list) - _RUN + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0

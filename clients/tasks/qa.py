@@ -70,12 +70,12 @@ class QuestionAnswering(GenerationTask):
         return generated(item, answer).text.strip()
 
     def _accepted(self, row: Row) -> list[str]:
-        given = self.answers.value(row)
-        answers = [_text(one) for one in (given if isinstance(given, list) else [given])]
+        value = self.answers.value(row)
+        answers = [_text(one) for one in (value if isinstance(value, list) else [value])]
         if not answers or not all(answers):
-            raise EvaluationError(f"`answers` gives {given!r}; expected a text or number, or a list of such")
+            raise EvaluationError(f"`answers` gives {value!r}; expected a text or number, or a list of such")
         if self.match == "number" and any(last_number(one, "en") is None for one in answers):
-            raise EvaluationError(f"`answers` gives {given!r}; expected numbers, as `match` says")
+            raise EvaluationError(f"`answers` gives {value!r}; expected numbers, as `match` says")
         return answers
 
 

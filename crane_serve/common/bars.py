@@ -44,8 +44,8 @@ def bar(name: str, unit: str, what: str = "", *, on_terminal: bool = True) -> It
         with _log(name, unit, what) as lines:
             yield lines
     elif on_terminal:
-        with _rich(name, console) as shown:
-            yield shown
+        with _rich(name, console) as progress_bar:
+            yield progress_bar
     else:
         yield _Notices()
 
@@ -60,7 +60,7 @@ class LogLines:
         self, name: str, unit: str, write: Callable[[str], None], now: Callable[[], float] = time.monotonic
     ) -> None:
         self._name, self._unit, self._write, self._now = name, unit, write, now
-        self._began = self._asked = self._written = now()
+        self._start = self._work_start = self._last_line = now()
         self._total: int | None = None
         self._done = self._before = self._at_line = 0
         self._note = ""
@@ -70,7 +70,7 @@ class LogLines:
         """See Bar."""
         with self._lock:
             self._total, self._done, self._before, self._at_line = total, done, done, done
-            self._asked = self._written = self._now()
+            self._work_start = self._last_line = self._now()
             resumed = f", {done} of them done before" if done else ""
             self._write(f"{self._name}: {total} {self._unit}{f' {what}' if what else ''}{resumed}")
 
@@ -84,7 +84,7 @@ class LogLines:
     def tick(self) -> None:
         """Write a line if one is due."""
         with self._lock:
-            silent, passed = self._now() - self._written, self._now() - self._began
+            silent, passed = self._now() - self._last_line, self._now() - self._start
             is_step = (
                 silent >= _SOONEST_S and bool(self._total) and self._done - self._at_line >= _SHARE * (self._total or 0)
             )
@@ -100,7 +100,7 @@ class LogLines:
         """The last line, of a job that was not cut short."""
         count = f"{self._done} {self._unit}" if self._total is None else f"{self._done} of {self._total} {self._unit}"
         done = f"{count}, " if self._done or self._total is not None else ""
-        self._write(f"{self._name}: done, {done}{duration(self._now() - self._began)}")
+        self._write(f"{self._name}: done, {done}{duration(self._now() - self._start)}")
 
     def _line(self, passed: float) -> None:
         parts = [f"{self._name}: {self._done} {self._unit}"] if self._done else [f"{self._name}: under way"]
@@ -108,10 +108,10 @@ class LogLines:
             parts = [f"{self._name}: {self._done} of {self._total} {self._unit} ({self._done / self._total:.0%})"]
         parts.append(duration(passed))
         if self._total and self._done > self._before:
-            rate = (self._now() - self._asked) / (self._done - self._before)
+            rate = (self._now() - self._work_start) / (self._done - self._before)
             parts.append(f"about {duration((self._total - self._done) * rate)} left")
         self._write(", ".join([*parts, self._note] if self._note else parts))
-        self._written, self._at_line = self._now(), self._done
+        self._last_line, self._at_line = self._now(), self._done
 
 
 def duration(seconds: float) -> str:
@@ -170,17 +170,17 @@ def _rich(name: str, console: "Console") -> Iterator[Bar]:
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns, console=console) as shown:
-        task = shown.add_task(name, total=None, note="")
+    with progress.Progress(*columns, console=console) as display:
+        task = display.add_task(name, total=None, note="")
 
-        class Shown:
+        class RichBar:
             def start(self, total: int, done: int = 0, what: str = "") -> None:
-                shown.reset(task, total=total, completed=done)
+                display.reset(task, total=total, completed=done)
 
             def advance(self, units: int = 1, note: str = "") -> None:
-                shown.update(task, advance=units, note=note)
+                display.update(task, advance=units, note=note)
 
             def say(self, line: str) -> None:
                 console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
-        yield Shown()
+        yield RichBar()

@@ -461,8 +461,8 @@ def configured_bos(model_config: Any) -> list[int]:
     """What the configs in vLLM's `model_config` call the model's BOS, which its tokenizer need not have."""
     configs = (model_config.hf_config, model_config.hf_text_config)
     of_generation = model_config.try_get_generation_config().get("bos_token_id")
-    found = (*(getattr(config, "bos_token_id", None) for config in configs), of_generation)
-    return [token_id for token_id in found if isinstance(token_id, int)]
+    start_tokens = (*(getattr(config, "bos_token_id", None) for config in configs), of_generation)
+    return [token_id for token_id in start_tokens if isinstance(token_id, int)]
 
 
 def _sampled_token(token_id: int, candidates: Any, sampling: Sampling) -> SampledToken:

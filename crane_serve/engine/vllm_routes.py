@@ -166,10 +166,10 @@ def asking_names(content: Any) -> Iterator[tuple[str, ...]]:
         place, value, are_parameters = pending.pop()
         if isinstance(value, dict | _Object):
             pairs = value.items() if isinstance(value, dict) else value
-            given = Counter(name for name, _ in pairs)
+            counts = Counter(name for name, _ in pairs)
             is_tool_call = ("type", "tool_use") in pairs
             for name, child in pairs:
-                inner = Place(place, name + _TWICE if given[name] > 1 else name)
+                inner = Place(place, name + _TWICE if counts[name] > 1 else name)
                 if name.lower().startswith(_PREFIX) or (are_parameters and looks_like_ours(name)):
                     yield inner.path
                 elif name not in _SCHEMA_NAMES and not (is_tool_call and name == "input"):

@@ -22,14 +22,14 @@ def require_same_weights(vllm_config: Any, checkpoint: Path) -> None:
         return
     if load_config.load_format == "auto":
         load_config.load_format = "hf"
-    mine, read = set(weight_files(checkpoint)), _read(load_config, checkpoint)
-    if others := sorted(file.name for file in read - mine):
+    ours, theirs = set(weight_files(checkpoint)), _read(load_config, checkpoint)
+    if others := sorted(file.name for file in theirs - ours):
         raise CheckpointError(
             f"{checkpoint}: vLLM would also read {', '.join(others)}, which is not among the model's weights "
-            f"({', '.join(sorted(file.name for file in mine))}); move it elsewhere"
+            f"({', '.join(sorted(file.name for file in ours))}); move it elsewhere"
         )
-    if left := sorted(file.name for file in mine - read):
-        raise CheckpointError(f"{checkpoint}: vLLM would not read {', '.join(left)}, which holds the model's weights")
+    if unread := sorted(file.name for file in ours - theirs):
+        raise CheckpointError(f"{checkpoint}: vLLM would not read {', '.join(unread)}, which holds the model's weights")
     require_weights_of(checkpoint)
 
 

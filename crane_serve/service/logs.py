@@ -52,8 +52,8 @@ def _no_fields() -> frozenset[str]:
 class _JsonFormatter(JsonFormatter):
     def __init__(self, no_fields: Collection[str]) -> None:
         names = {"levelname": "level", "name": "logger"}
-        shown = ["time", "levelname", "name", "message"]
-        super().__init__(shown, rename_fields=names, reserved_attrs=list(no_fields))
+        fields = ["time", "levelname", "name", "message"]
+        super().__init__(fields, rename_fields=names, reserved_attrs=list(no_fields))
 
     def format(self, record: logging.LogRecord) -> str:
         record.time = _time(record)

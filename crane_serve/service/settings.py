@@ -184,14 +184,14 @@ def load_settings(flags: Mapping[str, Any], file: Path | None = None) -> LoadedS
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return (init_settings, env_settings, *([] if of_file is None else [of_file]))
 
-    given: dict[str, SettingSource] = dict.fromkeys(of_file() if of_file is not None else (), SettingSource.FILE)
-    given |= dict.fromkeys(EnvSettingsSource(ServeSettings)(), SettingSource.ENVIRONMENT)
-    given |= dict.fromkeys(flags, SettingSource.FLAG)
+    sources: dict[str, SettingSource] = dict.fromkeys(of_file() if of_file is not None else (), SettingSource.FILE)
+    sources |= dict.fromkeys(EnvSettingsSource(ServeSettings)(), SettingSource.ENVIRONMENT)
+    sources |= dict.fromkeys(flags, SettingSource.FLAG)
     try:
         settings = Settings(**flags)
     except ValidationError as error:
-        raise _explain(error, given, file) from None
-    return LoadedSettings(settings, given)
+        raise _explain(error, sources, file) from None
+    return LoadedSettings(settings, sources)
 
 
 def _read(file: Path) -> PydanticBaseSettingsSource:
@@ -208,10 +208,10 @@ def _read(file: Path) -> PydanticBaseSettingsSource:
         raise ValueError(f"configuration {file}: not a readable mapping: {problem}") from None
 
 
-def _explain(error: ValidationError, given: Mapping[str, SettingSource], file: Path | None) -> SettingError:
+def _explain(error: ValidationError, sources: Mapping[str, SettingSource], file: Path | None) -> SettingError:
     problems = error.errors(include_url=False)
     name = str(problems[0]["loc"][0])
-    source = given.get(name)
+    source = sources.get(name)
     unknown = [str(problem["loc"][0]) for problem in problems if problem["type"] == "extra_forbidden"]
     if unknown:
         return SettingError(
@@ -221,7 +221,7 @@ def _explain(error: ValidationError, given: Mapping[str, SettingSource], file: P
     if problems[0]["type"] == "missing":
         return SettingError(f"{name} is not given, neither as a flag nor as {variable} nor in a file", name, None)
     message = problems[0]["msg"].removeprefix("Value error, ")
-    found = "" if name in SECRETS else f", found {str(problems[0]['input'])!r}"
+    actual = "" if name in SECRETS else f", found {str(problems[0]['input'])!r}"
     places = {SettingSource.FLAG: "a flag", SettingSource.ENVIRONMENT: variable, SettingSource.FILE: str(file)}
     place = "its default" if source is None else places[source]
-    return SettingError(f"{name}: {message}{found} (from {place})", name, source)
+    return SettingError(f"{name}: {message}{actual} (from {place})", name, source)

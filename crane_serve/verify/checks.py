@@ -69,8 +69,8 @@ def engines_lived(problems: Mapping[str, str | None]) -> Check:
 
 
 def _verdict(name: str, problems: Sequence[str], measured: str, limit: str) -> Check:
-    shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-    return Check(name, Status.FAIL if problems else Status.PASS, measured, limit, shown)
+    summary = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+    return Check(name, Status.FAIL if problems else Status.PASS, measured, limit, summary)
 
 
 def largest_difference(left: Logprobs, right: Logprobs) -> float:
@@ -264,14 +264,14 @@ def prefix_cache_kept_apart(
     """
     repeat = Repeat.of([cold[None]], [again])
     problems: list[str] = []
-    seen: set[str | None] = set()
+    earlier: set[str | None] = set()
     worst = 0.0
     reference_drift = _drift(cold[None], warm[None])
     for number, visit in enumerate(visits):
-        what = f"run {number} (mask {visit.mask!r}, {'again' if visit.mask in seen else 'first'})"
+        what = f"run {number} (mask {visit.mask!r}, {'again' if visit.mask in earlier else 'first'})"
         cached = visit.answer.cached
-        alike = warm[visit.mask] if visit.mask in seen else cold[visit.mask]
-        if visit.mask in seen:
+        alike = warm[visit.mask] if visit.mask in earlier else cold[visit.mask]
+        if visit.mask in earlier:
             if cached == 0:
                 problems.append(f"{what}: expected cached tokens of its own, got none")
         elif cached > 0:
@@ -285,7 +285,7 @@ def prefix_cache_kept_apart(
             problems.append(
                 f"{what}: expected the answer of a run of its own within {limit:.2g} nats, got {_nats(apart)}"
             )
-        seen.add(visit.mask)
+        earlier.add(visit.mask)
     for mask, answer in cold.items():
         if answer.cached:
             problems.append(f"a cold run under mask {mask!r}: expected no cached tokens, got {answer.cached}")
@@ -415,8 +415,8 @@ def throughput(
         for what, ratio in ratios.items()
         if not ratio >= SLOWEST
     ]
-    shown = ", ".join(f"{what} {ratio:.3f}" for what, ratio in ratios.items())
+    summary = ", ".join(f"{what} {ratio:.3f}" for what, ratio in ratios.items())
     spread = max(max(rates) / min(rates) for rates in (plain or idle, idle, one, mixed))
     if problems and spread > STEADY:
-        return skipped(THROUGHPUT, f"the machine is busy: equal runs differ by a factor of {spread:.1f}; {shown}")
-    return _verdict(THROUGHPUT, problems, f"{batch}: {median(idle):.0f} tokens/s idle; {shown}", f"{SLOWEST}")
+        return skipped(THROUGHPUT, f"the machine is busy: equal runs differ by a factor of {spread:.1f}; {summary}")
+    return _verdict(THROUGHPUT, problems, f"{batch}: {median(idle):.0f} tokens/s idle; {summary}", f"{SLOWEST}")

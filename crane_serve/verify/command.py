@@ -23,8 +23,8 @@ def verify(
     from crane_serve.verify.session import VerifyOptions, run
 
     options = VerifyOptions(model, masks, not no_reference, not no_throughput, tuple(context.args))
-    with bar("verify", "steps", f"{model} by transformers, by vLLM and with masks", on_terminal=False) as shown:
-        result = run(options, shown.say)
+    with bar("verify", "steps", f"{model} by transformers, by vLLM and with masks", on_terminal=False) as progress_bar:
+        result = run(options, progress_bar.say)
     for line in result.lines():
         typer.echo(line)
     if report is not None:

@@ -95,14 +95,14 @@ def _run(
         plan.save(plan_file)
         return launch(module, plan_file, {**environment, **extra}, log)
 
-    made: dict[str, Check] = {}
+    results: dict[str, Check] = {}
     if not options.reference:
-        made[checks.REFERENCE] = checks.skipped(checks.REFERENCE, "--no-reference")
+        results[checks.REFERENCE] = checks.skipped(checks.REFERENCE, "--no-reference")
     elif problem := process("transformers", REFERENCE, plan.model_copy(update={"outcome": reference})):
         problem = f"{problem} (--no-reference skips this check)"
-        made[checks.REFERENCE] = checks.failed(checks.REFERENCE, problem)
+        results[checks.REFERENCE] = checks.failed(checks.REFERENCE, problem)
     if not options.throughput:
-        made[checks.THROUGHPUT] = checks.skipped(checks.THROUGHPUT, "--no-throughput")
+        results[checks.THROUGHPUT] = checks.skipped(checks.THROUGHPUT, "--no-throughput")
 
     plain_plan = plan.model_copy(update={"outcome": plain, "masks": None})
     allowed = {"CRANE_ALLOW_UNTESTED_VLLM": "1"}  # whether an untested vLLM works is what is asked here
@@ -111,15 +111,15 @@ def _run(
         "vLLM with masks": process("vLLM with masks", WORKER, plan, CRANE_MASKS=str(plan.directory), **allowed),
     }
     outcome = Outcome(plan.outcome)
-    made |= {check.name: check for check in (checks.engines_lived(lives), *outcome.checks)}
+    results |= {check.name: check for check in (checks.engines_lived(lives), *outcome.checks)}
     missing = "expected an answer, but an engine gave none"
     return Report(
         model=checkpoint.name if Path(options.model).is_dir() else options.model,
         fingerprint=fingerprint,
-        masks=f"{len(masks.given)} of {options.masks} and generated ones" if options.masks else "generated",
+        masks=f"{len(masks.from_user)} of {options.masks} and generated ones" if options.masks else "generated",
         flags=plan.flags,
         facts=outcome.facts or Outcome(plain).facts,
-        checks=tuple(made.get(name) or checks.failed(name, missing) for name in checks.ALL),
+        checks=tuple(results.get(name) or checks.failed(name, missing) for name in checks.ALL),
         seconds=time.monotonic() - started,
     )
 
@@ -168,10 +168,10 @@ def _reference_flags(flags: tuple[str, ...]) -> _ReferenceFlags:
     return _ReferenceFlags(known.dtype in ("float32", "float"), known.trust_remote_code)
 
 
-def _default_flags(checkpoint: Path, given: tuple[str, ...]) -> tuple[str, ...]:
+def _default_flags(checkpoint: Path, flags: tuple[str, ...]) -> tuple[str, ...]:
     """Small batches start quickly and are cut into chunks; a flag that the user gives is left to the user."""
     config = load_config(checkpoint).get_text_config()
     longest = min(_MAX_MODEL_TOKENS, int(getattr(config, "max_position_embeddings", None) or _MAX_MODEL_TOKENS))
     defaults = {"--max-model-len": longest, "--max-num-seqs": 32, "--max-num-batched-tokens": 512}
-    names = {flag.partition("=")[0].replace("_", "-") for flag in given}
+    names = {flag.partition("=")[0].replace("_", "-") for flag in flags}
     return tuple(part for name, value in defaults.items() if name not in names for part in (name, str(value)))

@@ -13,7 +13,7 @@ from crane_serve.verify.checks import Batch, Check, Logprobs, Visit
 from crane_serve.verify.generated import TrialMasks
 from crane_serve.verify.plan import Plain, Reference, describe
 
-_GIVEN_IN_BATCHES = 3  # of the user's masks; every one of them is in the first check
+_USER_MASKS_IN_BATCHES = 3  # of the user's masks; every one of them is in the first check
 _REPETITIONS = 3
 _GENERATED_TOKENS = 64
 _GENERATED_TOKENS_CPU = 24
@@ -90,7 +90,7 @@ class Trial:
         def score(mask: str | None) -> Logprobs:
             return self._engine.run([Request(prompt, mask=mask, salt="verify-layers", score=True)])[0].prompt_logprobs
 
-        others = (*self._masks.slices, *self._masks.random, *self._masks.given)
+        others = (*self._masks.slices, *self._masks.random, *self._masks.from_user)
         check = checks.masks_take_effect(
             score(None),
             score(None),
@@ -113,7 +113,7 @@ class Trial:
 
     def mixed(self) -> Check:
         """Batches under one mask each, and the same requests with all masks mixed."""
-        masks: tuple[str | None, ...] = (None, *self._masks.random, *self._masks.given[:_GIVEN_IN_BATCHES])
+        masks: tuple[str | None, ...] = (None, *self._masks.random, *self._masks.from_user[:_USER_MASKS_IN_BATCHES])
         uniform = {mask: self._uniform(mask) for mask in masks}
         assigned = list(islice(cycle(masks), len(self._requests)))
         return checks.mixed_equals_uniform(uniform, self._unmasked_again, self._run(assigned, "mixed"), assigned)

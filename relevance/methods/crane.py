@@ -41,17 +41,17 @@ class Crane(OfGradients):
     def wanted(self) -> frozenset[Site]:
         return frozenset(site for site in (Site.GATE, Site.UP, Site.OUTPUT) if site.value in self.statistics)
 
-    def accumulate(self, seen: Gradients) -> None:
-        moments = self.statistics[seen.site.value]
+    def accumulate(self, gradients: Gradients) -> None:
+        moments = self.statistics[gradients.site.value]
         assert isinstance(moments, Moments)
-        moments.add(seen.layer, self.rows(seen))
+        moments.add(gradients.layer, self.rows(gradients))
 
     @staticmethod
-    def rows(seen: Gradients) -> Tensor:
+    def rows(gradients: Gradients) -> Tensor:
         """r_o(d): [documents, units]."""
-        assert seen.input_sum is not None
-        inputs = (seen.input_sum * seen.batch.real).unsqueeze(1)  # [documents, 1, tokens]
-        return (inputs @ seen.gradient.to(inputs.dtype)).squeeze(1)
+        assert gradients.input_sum is not None
+        inputs = (gradients.input_sum * gradients.batch.real).unsqueeze(1)  # [documents, 1, tokens]
+        return (inputs @ gradients.gradient.to(inputs.dtype)).squeeze(1)
 
     def finalise(self) -> Tensor:
         """z of every neuron, followed by z of every output dimension where wanted: [layers, widest (+ hidden)]."""

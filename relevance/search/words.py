@@ -71,10 +71,10 @@ class Effect:
 def unmasked(decoder: Decoder, words: Words, batch: Batch) -> Tensor:
     """Log-probabilities of the whole model, float32 [n, words]. Raises NonFiniteError."""
     with torch.no_grad():
-        found = words.log_probabilities(hidden_states(decoder, batch), batch)
-    if not bool(torch.isfinite(found).all()):
+        values = words.log_probabilities(hidden_states(decoder, batch), batch)
+    if not bool(torch.isfinite(values).all()):
         raise NonFiniteError(f"log-probabilities are not finite in {words.rows.dtype}; {NON_FINITE_HINT}")
-    return found
+    return values
 
 
 def effect(decoder: Decoder, words: Words, batch: Batch, before: Tensor, neurons: Tensor) -> Effect:

@@ -51,8 +51,8 @@ class Ablations:
         key = (_UNMASKED if mask is None else mask.digest, part, language)
         if key not in self._known:
             with masked(self.decoder, mask):
-                found = losses(self.decoder, documents, self.batch_tokens)
-            self._append(key, found.nats.tolist())
+                result = losses(self.decoder, documents, self.batch_tokens)
+            self._append(key, result.nats.tolist())
             self.measured += 1
         return Losses(np.array(self._known[key]), np.array([len(ids) - 1 for ids in documents], dtype=np.float64))
 

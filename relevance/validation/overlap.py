@@ -35,16 +35,16 @@ def stability(halves: Sequence[Scores], budget: float) -> dict[str, dict[str, fl
     first, second = halves
     count = neurons_of_budget(budget, first.shape.neurons)
     shape = first.shape.tensor[1:]
-    found: dict[str, dict[str, float]] = {}
+    by_method: dict[str, dict[str, float]] = {}
     for method in first.by_method:
         if method not in second.by_method or find(method).matched_to is not None:
             continue
         orders = order(first, method), order(second, method)
-        found[method] = {
+        by_method[method] = {
             language: jaccard(*(_members(ordered[language][:count], shape) for ordered in orders))
             for language in first.info.languages
         }
-    return found
+    return by_method
 
 
 def jaccard(first: Tensor, second: Tensor) -> float:

@@ -144,8 +144,8 @@ class Validation(BaseModel):
 
     def collateral_at_matched_effect(self, method: str) -> float | None:
         """Mean over the languages (and seeds) of `method`; None unless every language reaches the effect."""
-        found = [effect for effect in self.of_rule(MATCHED) if effect.method == method]
-        values = [effect.collateral.mean for effect in found if effect.collateral is not None]
-        if {effect.language for effect in found} != set(self.languages) or len(values) < len(found):
+        effects = [effect for effect in self.of_rule(MATCHED) if effect.method == method]
+        values = [effect.collateral.mean for effect in effects if effect.collateral is not None]
+        if {effect.language for effect in effects} != set(self.languages) or len(values) < len(effects):
             return None
         return sum(values) / len(values)

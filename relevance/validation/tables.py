@@ -121,12 +121,12 @@ def by_budget(result: Validation) -> dict[float, list[Draws]]:
     budgets: dict[int, float] = {}
     for budget in result.plan.budgets:
         budgets.setdefault(neurons_of_budget(budget, total), budget)
-    found: dict[float, list[MaskEffect]] = {budget: [] for budget in budgets.values()}
+    by_budget: dict[float, list[MaskEffect]] = {budget: [] for budget in budgets.values()}
     for effect in result.effects:
         if budgets and (effect.rule == "budget" or effect.rule.startswith(LIKE)):
             nearest = min(budgets, key=lambda count: abs(math.log(count / max(effect.neurons, 1))))
-            found[budgets[nearest]].append(effect)
-    return {budget: Draws.group(effects) for budget, effects in found.items() if effects}
+            by_budget[budgets[nearest]].append(effect)
+    return {budget: Draws.group(effects) for budget, effects in by_budget.items() if effects}
 
 
 def budget_tables(result: Validation) -> list[Table]:
@@ -183,17 +183,17 @@ def overlap_tables(result: Validation) -> list[Table]:
 
 def method_overlaps(result: Validation) -> tuple[list[str], list[list[float | None]]]:
     """Methods in order, and [methods][methods] their overlap in the same language, averaged over the languages."""
-    found: dict[tuple[str, str], list[float]] = {}
+    jaccards: dict[tuple[str, str], list[float]] = {}
     methods: dict[str, None] = {}
     for overlap in result.overlaps:
         (first, language), (second, other) = overlap.first, overlap.second
         methods |= {first: None, second: None}
         if language == other:
-            found.setdefault((first, second), []).append(overlap.jaccard)
-            found.setdefault((second, first), []).append(overlap.jaccard)
+            jaccards.setdefault((first, second), []).append(overlap.jaccard)
+            jaccards.setdefault((second, first), []).append(overlap.jaccard)
 
     def mean(first: str, second: str) -> float | None:
-        values = found.get((first, second))
+        values = jaccards.get((first, second))
         return 1.0 if first == second else None if values is None else sum(values) / len(values)
 
     return list(methods), [[mean(first, second) for second in methods] for first in methods]
@@ -286,14 +286,14 @@ def _was_matched(result: Validation, method: str) -> bool:
 
 
 def _matched_row(result: Validation, method: str) -> tuple[Cell, ...]:
-    found = Draws.group(effect for effect in result.of_rule(MATCHED) if effect.method == method)
-    by_language = {draws.language: draws for draws in found}
+    groups = Draws.group(effect for effect in result.of_rule(MATCHED) if effect.method == method)
+    by_language = {draws.language: draws for draws in groups}
     cells: list[Cell] = []
     for language in result.languages:
         short = result.unreached.count((method, language))
         cells += _matched_cells(result, by_language.get(language), short)
-    name = _name_cell(found[0]) if found else Cell(method)
-    return (name, _mean_collateral_cell(result, method, found), *cells)
+    name = _name_cell(groups[0]) if groups else Cell(method)
+    return (name, _mean_collateral_cell(result, method, groups), *cells)
 
 
 def _matched_cells(result: Validation, draws: Draws | None, unreached: int) -> list[Cell]:
@@ -311,12 +311,12 @@ def _matched_cells(result: Validation, draws: Draws | None, unreached: int) -> l
     ]
 
 
-def _mean_collateral_cell(result: Validation, method: str, found: Sequence[Draws]) -> Cell:
+def _mean_collateral_cell(result: Validation, method: str, groups: Sequence[Draws]) -> Cell:
     mean = result.collateral_at_matched_effect(method)
     if mean is None:
         return Cell(_NOTHING)
     by_seed: dict[int | None, list[float]] = {}
-    for draws in found:
+    for draws in groups:
         for effect in draws.effects:
             if effect.collateral is not None:
                 by_seed.setdefault(effect.seed, []).append(effect.collateral.mean)

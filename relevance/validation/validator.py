@@ -85,7 +85,7 @@ class Validator:
                     count = neurons_of_budget(budget, self.scores.shape.neurons)
                     for language in self.languages:
                         mask = self._mask(orders[language], count)
-                        yield self._effect(method, language, "budget", self._shown(method, seed), mask)
+                        yield self._effect(method, language, "budget", self._seed_of(method, seed), mask)
                 if seed is not None and self.plan.matched_to is not None:
                     yield from self._controls(method, seed, self.plan.matched_to)
             if self.plan.published:
@@ -93,10 +93,10 @@ class Validator:
 
     def matched(self) -> tuple[list[MaskEffect], list[tuple[str, str]]]:
         """Effects where the target loses `plan.effect`, and the (method, language) that never does."""
-        found: list[MaskEffect] = []
+        effects: list[MaskEffect] = []
         unreached: list[tuple[str, str]] = []
         if self.plan.effect is None:
-            return found, unreached
+            return effects, unreached
         for method in self.plan.methods:
             for seed in self._seeds(method):
                 orders = self._orders(method, seed)
@@ -107,13 +107,13 @@ class Validator:
                         self.advance(f"{method} {language} {MATCHED}")
                         continue
                     mask = self._mask(orders[language], count)
-                    found.append(self._effect(method, language, MATCHED, self._shown(method, seed), mask))
-        return found, unreached
+                    effects.append(self._effect(method, language, MATCHED, self._seed_of(method, seed), mask))
+        return effects, unreached
 
     def _seeds(self, method: str) -> Sequence[int]:
         return self.plan.seeds if self._draws(method) else (0,)
 
-    def _shown(self, method: str, seed: int) -> int | None:
+    def _seed_of(self, method: str, seed: int) -> int | None:
         return seed if self._draws(method) else None
 
     @staticmethod
@@ -283,7 +283,7 @@ def collateral(
     loss = losses.pop(target)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.where(loss > 0, sum(losses.values()) / len(losses) / loss, np.nan)
-    found = estimate(ratios, least=1.0)
-    if found is None or min(map(len, changes.values())) > 1:
-        return found
-    return found.model_copy(update={"low": None, "high": None})
+    interval = estimate(ratios, least=1.0)
+    if interval is None or min(map(len, changes.values())) > 1:
+        return interval
+    return interval.model_copy(update={"low": None, "high": None})

@@ -314,7 +314,7 @@ def test_every_mask_of_the_user_must_do_something() -> None:
         def strength(self, mask, layer):
             return 0.0 if mask == "zh" else super().strength(mask, layer)
 
-    check = verify(OneDoesNothing(), masks=replace(MASKS, given=("en", "zh")))[checks.LAYERS]
+    check = verify(OneDoesNothing(), masks=replace(MASKS, from_user=("en", "zh")))[checks.LAYERS]
     assert check.status is Status.FAIL
     assert check.problem.startswith("mask 'zh': expected other log-probabilities than unmasked")
 
@@ -399,7 +399,7 @@ def processes(masked: Callable[[], FakeEngine], calls: list[dict[str, object]] |
             calls.append({"module": module, "flags": plan.flags, **environment})
         if module == session.REFERENCE:
             assert plan.masks is not None
-            reference = reference_of(FakeEngine(), (None, *plan.masks.random, *plan.masks.given))
+            reference = reference_of(FakeEngine(), (None, *plan.masks.random, *plan.masks.from_user))
             Outcome(plan.outcome).record(reference=reference)
             return None
         if plan.masks is not None and masked is Dies:
@@ -500,7 +500,7 @@ def test_trial_masks_are_the_generated_ones_and_the_users(checkpoint: Path, tmp_
     write_mask(given, "does-nothing", NeuronMask.switching_off([[]] * len(sizes), sizes), info)
     (given / "broken.safetensors").write_bytes(b"")
     trial = write_trial_masks(tmp_path / "trial", fingerprint, given)
-    assert (len(trial.layers), len(trial.random), trial.given) == (LAYERS, 3, ("lape-zh",))
+    assert (len(trial.layers), len(trial.random), trial.from_user) == (LAYERS, 3, ("lape-zh",))
     assert len(trial.unusable) == 1
     assert "broken.safetensors" in trial.unusable[0]
 

@@ -134,8 +134,8 @@ def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
             )
         names = set(tensors)
         if "intermediate" not in names or names - {"intermediate", "output"}:
-            shown = [name[:_SHOWN] for name in sorted(names)[:3]]
-            raise MaskFileError(f"{source}: tensors {shown}, expected 'intermediate' and maybe 'output'")
+            excerpts = [name[:_SHOWN] for name in sorted(names)[:3]]
+            raise MaskFileError(f"{source}: tensors {excerpts}, expected 'intermediate' and maybe 'output'")
         mask = NeuronMask(
             intermediate=tensors["intermediate"],
             intermediate_sizes=metadata.fingerprint.intermediate_sizes,

@@ -98,12 +98,12 @@ def _by_layer(value: Any, layers: int, where: str) -> list[list[int]]:
             "expected a tensor [pairs, 2], or a tensor for each layer"
         )
     if pairs is not None:
-        found: list[list[int]] = [[] for _ in range(layers)]
+        neurons: list[list[int]] = [[] for _ in range(layers)]
         for layer, neuron in pairs:
             if not 0 <= layer < layers:
                 raise MaskFileError(f"{where}: pair [{layer}, {neuron}]: there is no layer {layer} of {layers}")
-            found[layer].append(neuron)
-        return found
+            neurons[layer].append(neuron)
+        return neurons
     if isinstance(value, Mapping):
         by_layer = {str(layer): indices for layer, indices in value.items()}
         if strange := [layer for layer in by_layer if not layer.isdecimal() or int(layer) >= layers]:

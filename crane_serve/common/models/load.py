@@ -66,7 +66,7 @@ def load_causal_lm(
     _shapes_of(checkpoint)  # names a file that is damaged, as transformers does not
     method = quantisation(load_config(checkpoint, trust_remote_code=trust_remote_code))
     with _transformers(f"{checkpoint} cannot be loaded" + (f" (it is quantised: {method})" if method else "")):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             checkpoint,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -74,7 +74,7 @@ def load_causal_lm(
             ignore_mismatched_sizes=True,  # to name the tensors, in `_require_all`
             **(options or {}),
         )
-    _require_all(checkpoint, found)
+    _require_all(checkpoint, loading_info)
     loaded: nn.Module = model.eval()
     return loaded
 
@@ -105,7 +105,7 @@ def _compared(checkpoint: Path, model: nn.Module) -> Mapping[str, Any]:
     config: Any = model.config
     kind: Any = type(model)
     with _transformers(f"{checkpoint} cannot be loaded"), no_init_weights():
-        _, found = kind.from_pretrained(
+        _, loading_info = kind.from_pretrained(
             None,
             config=config,
             state_dict={name: one.expand(shape) for name, shape in shapes.items()},  # one number, whatever the shape
@@ -113,7 +113,7 @@ def _compared(checkpoint: Path, model: nn.Module) -> Mapping[str, Any]:
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    of_transformers: Mapping[str, Any] = found
+    of_transformers: Mapping[str, Any] = loading_info
     return of_transformers
 
 
@@ -129,10 +129,10 @@ def require_weights_of(checkpoint: Path) -> None:
         model = empty_causal_lm(checkpoint, config)
         if type(model).__name__ != architecture_of(config):
             return
-        found = _compared(checkpoint, model)
+        loading_info = _compared(checkpoint, model)
     except CheckpointError:
         return
-    _require_all(checkpoint, found)
+    _require_all(checkpoint, loading_info)
 
 
 def quantisation(config: Any) -> str | None:
@@ -194,10 +194,10 @@ def _shapes(file: Path) -> Iterable[tuple[str, Sequence[int]]]:
         return [(name, tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)]
 
 
-def _require_all(checkpoint: Path, found: Mapping[str, Any]) -> None:
-    """found: transformers' loading info: missing_keys, unexpected_keys, mismatched_keys (name, stored, expected)."""
-    missing, other = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
-    unexpected = sorted(name for name in found["unexpected_keys"] if not name.endswith(_OLD_CONSTANT))
+def _require_all(checkpoint: Path, loading_info: Mapping[str, Any]) -> None:
+    """loading_info: as transformers gives it: missing_keys, unexpected_keys, mismatched_keys (name, stored, expected)."""
+    missing, other = sorted(loading_info["missing_keys"]), sorted(loading_info["mismatched_keys"])
+    unexpected = sorted(name for name in loading_info["unexpected_keys"] if not name.endswith(_OLD_CONSTANT))
     beside = f"; it has {_listed(unexpected)}, which the model has not" if unexpected else ""
     if missing:
         raise CheckpointError(f"{checkpoint} lacks {_count(missing)} that the model needs: {_listed(missing)}{beside}")

@@ -90,8 +90,8 @@ def token_bytes(tokenizer: Any, token_id: int) -> int:
 
 
 def _start_of_text(tokenizer: Any) -> int | None:
-    given = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return next((int(token_id) for token_id in given if token_id is not None), None)
+    candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return next((int(token_id) for token_id in candidates if token_id is not None), None)
 
 
 def _put_by(tokenizer: Any) -> tuple[int, ...]:

@@ -77,7 +77,7 @@ def change_per_token(nll: Values, baseline_nll: Values, tokens: Values, *, seed:
     if not len(tokens) or tokens.min() <= 0:
         raise ValueError("expected at least one document, and at least one token in each")
     sums = resampled_sums(np.stack([nll - baseline_nll, tokens], axis=1), seed=seed)
-    found = estimate(sums[:, 0] / sums[:, 1])
-    if found is None:
+    interval = estimate(sums[:, 0] / sums[:, 1])
+    if interval is None:
         raise ValueError("a likelihood is not finite; expected nats of every document")
-    return found if len(tokens) > 1 else found.model_copy(update={"low": None, "high": None})
+    return interval if len(tokens) > 1 else interval.model_copy(update={"low": None, "high": None})

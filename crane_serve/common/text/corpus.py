@@ -79,16 +79,16 @@ class Corpus:
         what may be a language and is not read (see `language_files`), and for a file that holds no more than one word.
         """
         files = language_files(directory, languages)
-        read = {
+        contents = {
             language: _LanguageFile.read(path, text_column.replace(_LANGUAGE_PLACE, language), normalise)
             for language, path in files.items()
         }
         sources = {language: path.name for language, path in files.items()}
-        joints = {language: of.joints for language, of in read.items() if of.joints}
-        if split is None or all(found.split is None for of in read.values() for found in of.documents):
-            whole = {language: of.whole for language, of in read.items()}
+        joints = {language: of.joints for language, of in contents.items() if of.joints}
+        if split is None or all(entry.split is None for of in contents.values() for entry in of.documents):
+            whole = {language: of.whole for language, of in contents.items()}
             return cls(whole, sources=sources, joints=joints, normalised=normalise)
-        by_split = {language: of.by_split(split) for language, of in read.items()}
+        by_split = {language: of.by_split(split) for language, of in contents.items()}
         of_split = {language: of.pop(split) for language, of in by_split.items()}
         return cls(of_split, split, sources, by_split, joints, normalise)
 
@@ -133,7 +133,7 @@ def require_words(texts: Sequence[str], where: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _PlacedDocument:
     """A document where it was found. where: the file and the place in it; split: what its row says, if anything."""
 
     where: str
@@ -144,7 +144,7 @@ class _Found:
 @dataclass(frozen=True)
 class _LanguageFile:
     path: Path
-    documents: tuple[_Found, ...]
+    documents: tuple[_PlacedDocument, ...]
     joints: tuple[int, ...]
 
     @classmethod
@@ -153,29 +153,29 @@ class _LanguageFile:
         records = read_records(path)
         if format_of(path) in TEXT_FORMATS:
             text_column = "text"
-        documents: list[_Found] = []
+        documents: list[_PlacedDocument] = []
         first: dict[str, Record] = {}
         for record in records.rows:
             where = record.where(path)
-            found = _Found(where, *_document(record, where, text_column, is_table(path), normalise))
-            before = first.setdefault(found.document.id, record)
+            entry = _PlacedDocument(where, *_document(record, where, text_column, is_table(path), normalise))
+            before = first.setdefault(entry.document.id, record)
             if before is not record:
-                raise CorpusError(f"{where}: id {found.document.id!r} stands already in {before.place}")
-            documents.append(found)
-        require_words([found.document.text for found in documents], str(path))
+                raise CorpusError(f"{where}: id {entry.document.id!r} stands already in {before.place}")
+            documents.append(entry)
+        require_words([entry.document.text for entry in documents], str(path))
         return cls(path, tuple(documents), records.joints)
 
     @property
     def whole(self) -> tuple[Document, ...]:
-        return tuple(found.document for found in self.documents)
+        return tuple(entry.document for entry in self.documents)
 
     def by_split(self, wanted: str) -> dict[str, tuple[Document, ...]]:
         """Split -> its documents. Raises CorpusError for a document without a split, and for none of `wanted`."""
         splits: dict[str, list[Document]] = {}
-        for found in self.documents:
-            if found.split is None:
-                raise CorpusError(f"{found.where}: document {found.document.id!r} has no split, but others have")
-            splits.setdefault(found.split, []).append(found.document)
+        for entry in self.documents:
+            if entry.split is None:
+                raise CorpusError(f"{entry.where}: document {entry.document.id!r} has no split, but others have")
+            splits.setdefault(entry.split, []).append(entry.document)
         if wanted not in splits:
             raise CorpusError(f"{self.path} has no documents of split {wanted!r}; it has {', '.join(splits)}")
         return {split: tuple(documents) for split, documents in splits.items()}

@@ -22,8 +22,8 @@ _CLOSE = (
 
 def identify(text: str) -> str | None:
     """The code of the language of a text's first 2000 characters, None where it is too short or mixed to tell."""
-    found = _identifier()[0](text[:_CHARACTERS])
-    return None if found in _UNKNOWN else found
+    code = _identifier()[0](text[:_CHARACTERS])
+    return None if code in _UNKNOWN else code
 
 
 def known_languages() -> frozenset[str]:

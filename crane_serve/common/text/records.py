@@ -125,8 +125,8 @@ def read_lines(path: Path) -> list[str]:
 
 def listed(names: Iterable[str]) -> str:
     """Names for messages, shortened where there are many or where they are long."""
-    shown = [name if len(name) <= _NAME_SHOWN else f"{name[:_NAME_SHOWN]}..." for name in names]
-    return ", ".join(shown[:_NAMES_SHOWN]) + (", ..." if len(shown) > _NAMES_SHOWN else "")
+    excerpts = [name if len(name) <= _NAME_SHOWN else f"{name[:_NAME_SHOWN]}..." for name in names]
+    return ", ".join(excerpts[:_NAMES_SHOWN]) + (", ..." if len(excerpts) > _NAMES_SHOWN else "")
 
 
 def _content(path: Path) -> bytes:

@@ -179,8 +179,8 @@ def _closest(problems: Sequence[Any]) -> Any:
 
 def _methods(request: Request) -> list[str]:
     """What the routes of a path allow together; the error knows only those of the first."""
-    found = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
-    return sorted({method for route in found for method in getattr(route, "methods", ())})
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in routes for method in getattr(route, "methods", ())})
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -66,11 +66,11 @@ class KeyRing:
     def find(self, token: str) -> Key | None:
         """Who holds this key, None if nobody does. Takes as long for every token of the same length."""
         digest = _digest(token)
-        found = None
+        match = None
         for known, key in self._keys:
             if hmac.compare_digest(known, digest):
-                found = key
-        return found
+                match = key
+        return match
 
     def _add_line(self, place: str, words: list[str]) -> None:
         if len(words) != 3:

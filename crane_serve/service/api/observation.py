@@ -131,9 +131,9 @@ class _Request:
 
 def _take_id(scope: Scope) -> str:
     """The id of a request, now in its headers exactly once."""
-    given = [value for name, value in scope["headers"] if name == _REQUEST_ID_HEADER]
-    safe = len(given) == 1 and _SAFE_ID.fullmatch(given[0])
-    request_id = given[0].decode("ascii") if safe else uuid.uuid4().hex
+    values = [value for name, value in scope["headers"] if name == _REQUEST_ID_HEADER]
+    safe = len(values) == 1 and _SAFE_ID.fullmatch(values[0])
+    request_id = values[0].decode("ascii") if safe else uuid.uuid4().hex
     others = [(name, value) for name, value in scope["headers"] if name != _REQUEST_ID_HEADER]
     scope["headers"] = [*others, (_REQUEST_ID_HEADER, request_id.encode())]
     return request_id

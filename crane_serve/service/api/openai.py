@@ -225,17 +225,17 @@ class _TranslatedRequest:
 
     def _named(self, parameters: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
         """Where the request names masks, and positions, apart from its model's name: pairs of a place and a value."""
-        found = []
+        pairs = []
         for name, argument in ((MASK, MASK_ARGUMENT), (POSITIONS, POSITIONS_ARGUMENT)):
             in_query = [value for key, value in parameters if key == name]
             if name == POSITIONS and len(in_query) > 1:
                 raise BadRequest("mask_conflict", "'positions' is given twice in the query", POSITIONS)
             named = named_masks(in_query, _text(self.body, name))
             carried = None if self._arguments is None else _text(self._arguments, argument)
-            found.append(named if carried is None else [*named, (argument, carried)])
-            if found[-1] and self._path not in CARRYING:
+            pairs.append(named if carried is None else [*named, (argument, carried)])
+            if pairs[-1] and self._path not in CARRYING:
                 raise BadRequest("mask_conflict", f"{self._path} runs no model that could be masked", name)
-        masks, positions = found
+        masks, positions = pairs
         return masks, positions
 
     def _translate(self, base: str | None) -> bool:

@@ -81,7 +81,7 @@ def _check_names(body: Body, fields: Mapping[str, frozenset[str]]) -> None:
 
 
 def _unknown(path: Sequence[str], known: Iterable[str]) -> ApiError:
-    name, param = path[-1][:_LONGEST], _written(path)
+    name, param = path[-1][:_LONGEST], _dotted(path)
     nearest = get_close_matches(name.lower(), known, n=1)
     if nearest:
         hint = f"did you mean {nearest[0]!r}?"
@@ -92,9 +92,9 @@ def _unknown(path: Sequence[str], known: Iterable[str]) -> ApiError:
     return ApiError(422, "malformed_body", f"{param}: no parameter of this route; {hint}", param)
 
 
-def _written(path: Iterable[str]) -> str:
-    written = ".".join(path)
-    return written if len(written) <= _LONGEST else f"{written[:_LONGEST]}..."
+def _dotted(path: Iterable[str]) -> str:
+    name = ".".join(path)
+    return name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..."
 
 
 def _may_hold_surrogates(content: bytes) -> bool:
@@ -122,7 +122,7 @@ def _check_texts(body: Body) -> None:
 
 def _check_text(text: str, place: Place | None) -> None:
     if problem := lone_surrogate(text):
-        param = None if place is None else _written(place.path)
+        param = None if place is None else _dotted(place.path)
         raise ApiError(422, "malformed_body", f"{param or 'body'}: {problem}", param)
 
 

@@ -77,10 +77,10 @@ def _description(engine_app: FastAPI) -> _Document:
 def _merge(document: _Document, theirs: _Document) -> None:
     """Add vLLM's paths to our document, and what our layers make of them."""
     schemas = document["components"]["schemas"]
-    found = theirs.get("components", {}).get("schemas", {})
-    names = {name: f"VLLM{name}" if name in schemas else name for name in found if name not in _FASTAPI_ERRORS}
+    their_schemas = theirs.get("components", {}).get("schemas", {})
+    names = {name: f"VLLM{name}" if name in schemas else name for name in their_schemas if name not in _FASTAPI_ERRORS}
     renamed = {_SCHEMAS + name: _SCHEMAS + new for name, new in names.items()}
-    schemas.update({new: _rename(found[name], renamed) for name, new in names.items()})
+    schemas.update({new: _rename(their_schemas[name], renamed) for name, new in names.items()})
     for path, item in theirs["paths"].items():
         operation = _rename(item[ROUTES[path].lower()], renamed)
         statuses = {"GET": (400,), "POST": (400, 404, 409)}[ROUTES[path]] if path != MODEL else (400, 404)

@@ -97,12 +97,12 @@ class Decoder:
 @cache
 def available() -> Mapping[str, Family]:
     """The families in the files of this package by the class names of their models, in alphabetical order."""
-    found: dict[str, Family] = {}
+    families: dict[str, Family] = {}
     for module_info in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
         for member in vars(importlib.import_module(module_info.name)).values():
             if isinstance(member, Family):
-                found.update(dict.fromkeys(member.architectures, member))
-    return MappingProxyType(dict(sorted(found.items())))
+                families.update(dict.fromkeys(member.architectures, member))
+    return MappingProxyType(dict(sorted(families.items())))
 
 
 def require_family(architecture: str) -> Family:
