@@ -1,4 +1,5 @@
-"""The `crane` command. Each command lives beside what it runs; here they get their names and their error lines."""
+"""The `crane` command. Commands are defined in the package that they run; here they get their names and error
+handling."""
 
 import functools
 import json
@@ -84,7 +85,7 @@ def fetch(
     to: Annotated[Path, typer.Option("--to", help="Directory to make")],
 ) -> None:
     """Fetch a small demonstration model and make it a Hugging Face checkpoint."""
-    with bar("fetch", "steps", on_terminal=False):  # says itself what it does
+    with bar("fetch", "steps", on_terminal=False):  # it reports its own steps
         fetch_model(name, to, report=typer.echo)
 
 
@@ -193,7 +194,7 @@ def serve(
     API keys can be set only there (user_key, admin_key).
     """
     engine_flags: list[str] = context.args
-    if model is not None and model.startswith("-"):  # no model is given, and a flag of vLLM stands in its place
+    if model is not None and model.startswith("-"):  # no model is given: typer took a flag of vLLM for it
         engine_flags, model = [model, *engine_flags], None
     flags: dict[str, Any] = {**options, "model": model, "engine_flags": tuple(engine_flags) or None}
     try:

@@ -15,12 +15,12 @@ _SLOT_BYTES = 8  # int64
 
 
 class SizeError(ValueError):
-    """There is no config, or it lacks what sizes are computed from."""
+    """There is no config, or it lacks a field that sizes are computed from."""
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What sizes are computed from.
+    """The numbers that sizes are computed from.
 
     neurons: MLP neurons of each layer. full_layers: attention layers that keep the keys and values of every token;
     window_layers: those that keep the last `window` tokens' (None without such layers). dtype: the checkpoint's.
@@ -40,7 +40,7 @@ class ModelSizes:
     def of(cls, model: str | Path) -> "ModelSizes":
         """Sizes of a checkpoint directory, a config file, or a hub id, of which only the config is fetched.
 
-        Of a model that also sees or hears, the language model alone. Raises SizeError.
+        Of a multimodal model, only the language model counts. Raises SizeError.
         """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -103,7 +103,7 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes on one rank, but for mask files, which are on the disk and, whole, in the memory of every process."""
+    """Bytes on one rank, except of mask files, which are on the disk and completely in the memory of every process."""
 
     parameters: int
     neurons: int

@@ -64,8 +64,8 @@ def _comparisons(evaluation: Evaluation) -> str:
         f"{len(tested):,} changes were tested, those of random controls left out. If no mask did anything, about "
         f"{number_text(SIGNIFICANT * len(tested), 1)} of them would have p < {SIGNIFICANT:g} by chance; {small:,} "
         f"have. q is p after Benjamini and Hochberg over all of them: of the {discoveries:,} with q < {SIGNIFICANT:g}, "
-        f"about {number_text(SIGNIFICANT * discoveries, 1)} or fewer are expected to be chance. Tests of one task share "
-        "their items and are not independent."
+        f"about {number_text(SIGNIFICANT * discoveries, 1)} or fewer are expected to be chance. Tests of one task "
+        "share their items and are not independent."
     )
 
 

@@ -1,4 +1,4 @@
-"""Bars: how far a long job is, on stderr: a bar on a terminal, and lines at sensible times in a log."""
+"""Bars: the progress of a long job, on stderr: a bar on a terminal, and occasional lines in a log."""
 
 import sys
 import threading
@@ -12,19 +12,19 @@ if TYPE_CHECKING:
 
 _TICK_S = 5.0
 _SOONEST_S = 30.0  # between two lines of a log
-_SHARE = 0.1  # of the work, after which a line is due
-_LATEST_S = 180.0  # by when a line is due, however little was done
-_SLOWING = 15  # so much of the time passed may pass until the next: a week gives about 100 lines
+_SHARE = 0.1  # of the work; after it a line is due
+_LATEST_S = 180.0  # a line is due after this time, however little was done
+_SLOWING = 15  # a line is due after a 15th of the time passed so far: a week gives about 100 lines
 
 
 class Bar(Protocol):
-    """How far a job is."""
+    """The progress of a job."""
 
     def start(self, total: int, done: int = 0, what: str = "") -> None:
-        """The work begins: `total` units, `done` of them by an earlier run. what: said in a log, such as for whom."""
+        """The work begins: `total` units, `done` of them by an earlier run. what: more about the work, for a log."""
 
     def advance(self, units: int = 1, note: str = "") -> None:
-        """So many more units are done. note: stands beside the figures."""
+        """`units` more units are done. note: shown beside the figures."""
 
     def say(self, line: str) -> None:
         """A warning or notice in between."""
@@ -32,10 +32,10 @@ class Bar(Protocol):
 
 @contextmanager
 def bar(name: str, unit: str, what: str = "", *, on_terminal: bool = True) -> Iterator[Bar]:
-    """Show how far the job `name` is while the context lasts, in `unit` (a plural, such as documents).
+    """Show the progress of the job `name` while the context lasts, in `unit` (a plural, such as documents).
 
-    what: the first line of a log, about what is to come. on_terminal: whether there is a bar on a terminal; else
-    notices only.
+    what: the first line of a log, about the job. on_terminal: whether there is a bar on a terminal; else only notices
+    are shown there.
     """
     from rich.console import Console
 
@@ -53,7 +53,7 @@ def bar(name: str, unit: str, what: str = "", *, on_terminal: bool = True) -> It
 class LogLines:
     """A bar as lines of a log: when at least 30 s have passed and a tenth of the work is done, or after 3 minutes.
 
-    These grow with the time passed, so that a week takes about 100 lines.
+    These intervals grow with the time passed, so that a week gives about 100 lines.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class LogLines:
             self._write(line)
 
     def end(self) -> None:
-        """The last line, of a job that was not cut short."""
+        """Write the last line, of a job that has ended without an error."""
         count = f"{self._done} {self._unit}" if self._total is None else f"{self._done} of {self._total} {self._unit}"
         done = f"{count}, " if self._done or self._total is not None else ""
         self._write(f"{self._name}: done, {done}{duration(self._now() - self._start)}")

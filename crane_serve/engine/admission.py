@@ -10,7 +10,7 @@ MASK_ARGUMENT = "crane_mask"
 POSITIONS_ARGUMENT = "crane_positions"
 _ARGUMENTS = (MASK_ARGUMENT, POSITIONS_ARGUMENT)
 OUR_WORDS = ("crane", "mask", "maks", "msak", "amsk")
-"""What a name that asks for a mask holds, rightly spelt or with two letters exchanged."""
+"""Parts of a parameter's name that show that it asks for a mask; also misspellings with two letters exchanged."""
 
 
 class MaskRequest(NamedTuple):
@@ -21,7 +21,7 @@ class MaskRequest(NamedTuple):
 
 
 def looks_like_ours(argument: str) -> bool:
-    """Whether an argument asks for a mask, rightly spelt or not."""
+    """Whether an argument asks for a mask, even if its name is misspelt."""
     lower = argument.lower()
     return any(word in lower for word in OUR_WORDS) or lower.startswith("position")
 
@@ -29,7 +29,8 @@ def looks_like_ours(argument: str) -> bool:
 def requested_mask(sampling_params: Any) -> MaskRequest | None:
     """The mask that a request asks for, or None.
 
-    Raises MaskError for malformed arguments, and for others of that look: a misspelt one must not run unmasked.
+    Raises MaskError for malformed arguments, and for unknown arguments with a similar name: a request with a misspelt
+    argument must not run unmasked.
     """
     extra_args = getattr(sampling_params, "extra_args", None)
     if not extra_args:
@@ -58,9 +59,9 @@ def mask_arguments(mask: ResolvedMask) -> dict[str, str]:
 
 
 def admit(vllm_config: Any, sampling_params: Any, *, resumable: bool) -> ResolvedMask | None:
-    """Resolve the mask of a request, or raise MaskError; None only if the request asks for no mask.
+    """The mask of a request; None only if the request asks for no mask. Raises MaskError.
 
-    Rewrites the request's `extra_args` so that the mask travels on by content digest.
+    Rewrites the request's `extra_args`, so that later stages get the mask by its content digest.
     """
     request = requested_mask(sampling_params)
     if request is None:
@@ -70,7 +71,7 @@ def admit(vllm_config: Any, sampling_params: Any, *, resumable: bool) -> Resolve
     if config is None:
         reason = f"{DISABLE_VARIABLE} is set" if masks_disabled() else f"start it with {MASKS_VARIABLE}=DIRECTORY"
         raise MaskError(f"{what}: this engine serves no masks ({reason})")
-    # Content that was replaced a moment ago is admitted by its digest: the request may have been on its way.
+    # A mask that was just replaced is still admitted by its digest: the request may have been sent before.
     resolved = config.library().resolve(request.expression, request.positions, retired=True)
     others = {key: value for key, value in sampling_params.extra_args.items() if key not in _ARGUMENTS}
     if resolved is None:
@@ -85,12 +86,12 @@ def admit(vllm_config: Any, sampling_params: Any, *, resumable: bool) -> Resolve
 
 
 def require_row(vllm_config: Any, mask: ResolvedMask, in_use: Collection[str]) -> None:
-    """Raise MaskTableFull if the engine has no row for `mask` beside those `in_use`, by digest, by other requests.
+    """Raise MaskTableFull if the engine has no free row for `mask`. in_use: digests of the masks of other requests.
 
-    With a row for every request that can run at once, none has to be refused.
+    Never raised if there is a row for every request that can run at once.
     """
     config = mask_config(vllm_config)
     if config is None or config.rows >= vllm_config.scheduler_config.max_num_seqs or mask.mask.digest in in_use:
         return
     if len(in_use) >= config.rows:
-        raise MaskTableFull(f"mask {mask.name}: {config.rows} others are in use, as many as this engine has rows for")
+        raise MaskTableFull(f"mask {mask.name}: {config.rows} other masks are in use, and the engine has no more rows")

@@ -1,4 +1,4 @@
-"""BatchMasks: a patched model and the masks of the batch it is about to run; what both model runners share."""
+"""BatchMasks: a patched model and the masks of its next batch. Both model runners use it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -45,8 +45,8 @@ class BatchMasks:
         """Give each token of the batch the row of its request's mask; padding behind the batch becomes unmasked.
 
         All arguments are [requests] in the order of the batch: the mask each asks for, the tokens scheduled, the tokens
-        computed before, and the length of the prompt. Raises MaskError for a mask that does not resolve. That stops the
-        engine, rightly: admission has resolved it already, so it cannot happen, and if it did the request must not run
+        computed before, and the length of the prompt. Raises MaskError for a mask that does not resolve. Admission has
+        resolved it before, so this should never happen; if it does, the engine stops, because the request must not run
         unmasked.
         """
         if not any(requests):

@@ -12,7 +12,7 @@ from crane_serve.engine.wrapping import wrap
 def meter(engine: Any, library: MaskLibrary, on_tokens: Callable[[str | None, int, int], object]) -> None:
     """Call `on_tokens(name of the mask or None, prompt tokens, completion tokens)` when a request of `engine` ends.
 
-    Requests that end early count with what they had been given by then.
+    A request that ends early counts with the tokens that it had received by then.
     """
 
     async def generate(
@@ -23,7 +23,7 @@ def meter(engine: Any, library: MaskLibrary, on_tokens: Callable[[str | None, in
             request = requested_mask(sampling_params)
             name = None if request is None else _name(library, request.expression)
         except MaskError:
-            name = None  # and the engine will say why it refuses it
+            name = None  # the engine refuses the request, and says why
         try:
             async with aclosing(original(prompt, sampling_params, *args, **kwargs)) as results:
                 async for result in results:

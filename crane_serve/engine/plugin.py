@@ -6,11 +6,11 @@ What is wrapped, each once per process:
   beyond the model's vocabulary;
 - BaseRenderer.validate_token_ids (front end): says which token is beyond which vocabulary;
 - to_beam_search_params of vLLM's own HTTP requests (front end): beam search would drop the mask, so it is refused;
-- what vLLM's own server and offline classes would drop a mask in: see `vllm_routes`;
+- places where vLLM's own server and offline classes would drop a mask: see `vllm_routes`;
 - EngineCore.preprocess_add_request (engine core): admission again, and the prefix-cache salt;
 - generate_block_hash_extra_keys (engine core): the salt of blocks with generated tokens, if only some are masked, in
   hashes and in KV events;
-- EngineCore.add_request (engine core): a mask without a row is refused, content that nobody needs any more forgotten;
+- EngineCore.add_request (engine core): refuses a mask if there is no row for it, and forgets content that no request needs any more;
 - WorkerWrapperBase.init_device (worker): gives the model runner its masks, through MaskedRunner (V1)
   or MaskedModelState (V2).
 Added to EngineCore and WorkerWrapperBase: the methods of `live_masks`.
@@ -59,7 +59,7 @@ def register() -> None:
 
 
 def install() -> None:
-    """Wrap what masks need in this process; once is enough, and more does no harm.
+    """Wrap what masks need in this process. Calling it again has no effect.
 
     Raises UnsupportedEngine on an untested vLLM version.
     """
@@ -90,7 +90,8 @@ def install() -> None:
 
 
 def _refuse_masks() -> None:
-    """On a vLLM that the plugin is not installed in: refuse requests for masks, if requests pass where they used to."""
+    """For a vLLM in which the plugin is not installed: refuse requests for masks, if the functions that requests pass
+    through still exist."""
     try:
         from vllm.v1.engine.input_processor import InputProcessor
 
@@ -167,7 +168,7 @@ def _add_request(original: Callable[..., Any], self: Any, request: Any, *args: A
         try:
             require_row(self.vllm_config, mask, {lease.mask.digest for lease in leases if lease is not None})
         except MaskTableFull:
-            # In a process of its own the engine core must not raise here; in the caller's process it may.
+            # The engine core may raise here only if it runs in the caller's process.
             if not hasattr(self, "_send_error_outputs_to_client"):
                 raise
             self._send_error_outputs_to_client([request.request_id], request.client_index)

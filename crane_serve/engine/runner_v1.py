@@ -1,4 +1,4 @@
-"""The seam to vLLM's V1 model runner (`v1/worker/gpu_model_runner.py` and its CPU subclass, vLLM 0.32)."""
+"""The interface to vLLM's V1 model runner (`v1/worker/gpu_model_runner.py` and its CPU subclass, vLLM 0.32)."""
 
 from typing import Any
 
@@ -49,7 +49,8 @@ class MaskedRunner:
 
 
 def _mask_request(state: Any) -> MaskRequest | None:
-    """What vLLM's state of a request says about its mask; read once, for it is asked for in every step."""
+    """The mask that a request asks for, from vLLM's state of the request. Read once and kept, since every step needs
+    it."""
     try:
         return state.crane_mask_request  # type: ignore[no-any-return]
     except AttributeError:

@@ -1,4 +1,4 @@
-"""The seam to vLLM's V2 model runner (`v1/worker/gpu/model_runner.py`, vLLM 0.32): its ModelState.
+"""The interface to vLLM's V2 model runner (`v1/worker/gpu/model_runner.py`, vLLM 0.32): its ModelState.
 
 V2 asks `resolve_model_state_cls` which class holds a model's per-request state, makes one when the weights are loaded,
 and calls it for every request and every batch. Written from vLLM's source and tested against its classes; V2 needs
@@ -23,7 +23,7 @@ class MaskedModelState:
         self._crane_prompts: dict[str, int] = {}  # length in tokens
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
-        """A preempted request comes back through here too, as a new one."""
+        """Also called for a preempted request when it resumes, as for a new one."""
         super().add_request(req_index, new_req_data)  # type: ignore[misc]
         request = requested_mask(new_req_data.sampling_params)
         self._crane_requests[new_req_data.req_id] = request
@@ -37,7 +37,7 @@ class MaskedModelState:
         self._crane_prompts.pop(req_id, None)
 
     def prepare_inputs(self, input_batch: Any, *args: Any) -> Any:
-        """Called for dummy batches too; their ids are nobody's, so they are unmasked."""
+        """Called for dummy batches too; their ids belong to no request, so they are unmasked."""
         ids = input_batch.req_ids
         tokens = np.diff(input_batch.query_start_loc_np[: len(ids) + 1])
         requests = [self._crane_requests.get(req_id) for req_id in ids]

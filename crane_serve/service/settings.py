@@ -137,7 +137,8 @@ class ServeSettings(ApiSettings, BaseSettings):
     ssl_certfile: Path | None = Field(default=None, description="Certificate, to serve over TLS")
     ssl_keyfile: Path | None = Field(default=None, description="Key of the certificate")
     engine_flags: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_as_in_a_shell)] = Field(
-        default=(), description="Flags of vLLM; those of the command line replace all of a lower source"
+        default=(),
+        description="Flags of vLLM; any on the command line replace all flags from the environment or a file",
     )
 
     @field_validator("masks")
@@ -151,7 +152,7 @@ class ServeSettings(ApiSettings, BaseSettings):
     @classmethod
     def _has_a_certificate(cls, key: Path | None, info: ValidationInfo) -> Path | None:
         if key is not None and info.data.get("ssl_certfile") is None:
-            raise ValueError("expected ssl_certfile beside it")
+            raise ValueError("expected ssl_certfile, too")
         return key
 
 
@@ -202,7 +203,7 @@ def _read(file: Path) -> PydanticBaseSettingsSource:
         raise ValueError(f"configuration {file} does not exist")
     try:
         return kind(ServeSettings, file)
-    except Exception as error:  # each format has errors of its own; YAML's quotes the line, which may hold a key
+    except Exception as error:  # each format has errors of its own; YAML's error quotes the line, which may hold a key
         mark = getattr(error, "problem_mark", None)
         problem = str(error) if mark is None else f"{getattr(error, 'problem', '')}, line {mark.line + 1}"
         raise ValueError(f"configuration {file}: not a readable mapping: {problem}") from None

@@ -1,4 +1,4 @@
-"""The masks that are tried: some made for the purpose, and the user's own."""
+"""The masks of a verification: generated ones, and the user's own."""
 
 import random
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class TrialMasks:
     """Names of the masks of a trial directory.
 
     layers: each switches all neurons of one layer off; slices: each switches one part of every layer off, so that with
-    tensor parallelism every rank has some of its own; random: some of every layer; from_user: the user's;
-    unusable: messages about files of the user's.
+    tensor parallelism every rank has some of its own; random: some of every layer; from_user: the user's; unusable:
+    messages about the user's files that cannot be used.
     """
 
     layers: tuple[str, ...]

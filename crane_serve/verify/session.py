@@ -31,7 +31,7 @@ Launch = Callable[[str, Path, Mapping[str, str], Path], str | None]
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What a verification is to look at. flags: vLLM's own engine flags."""
+    """The options of a verification. flags: vLLM's own engine flags."""
 
     model: str
     masks: Path | None = None
@@ -86,7 +86,7 @@ def _run(
         plain=plain,
         reference=reference,
     )
-    # What the shell says about masks is not for these engines.
+    # These engines must not see the shell's own CRANE_* variables.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CRANE_")}
 
     def process(what: str, module: str, plan: ProcessPlan, **extra: str) -> str | None:
@@ -105,7 +105,7 @@ def _run(
         results[checks.THROUGHPUT] = checks.skipped(checks.THROUGHPUT, "--no-throughput")
 
     plain_plan = plan.model_copy(update={"outcome": plain, "masks": None})
-    allowed = {"CRANE_ALLOW_UNTESTED_VLLM": "1"}  # whether an untested vLLM works is what is asked here
+    allowed = {"CRANE_ALLOW_UNTESTED_VLLM": "1"}  # verifying an untested vLLM is what this command is for
     lives = {
         "vLLM without the plugin": process("vLLM without the plugin", WORKER, plain_plan, VLLM_PLUGINS=""),
         "vLLM with masks": process("vLLM with masks", WORKER, plan, CRANE_MASKS=str(plan.directory), **allowed),
@@ -150,7 +150,7 @@ def run_process(module: str, plan: Path, environment: Mapping[str, str], log: Pa
         return error
     ended = f"gave no answer for {_TIMEOUT_S} s" if code is None else f"died with exit code {code}"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"the process {ended}; its last words: {lines[-1].strip() if lines else 'none'}"
+    return f"the process {ended}; its last line: {lines[-1].strip() if lines else 'none'}"
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class _ReferenceFlags:
 
 
 def _reference_flags(flags: tuple[str, ...]) -> _ReferenceFlags:
-    """The engine flags that transformers needs to know as well."""
+    """The engine flags that the reference by transformers needs, too."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--trust-remote-code", "--trust_remote_code", action="store_true")
@@ -169,7 +169,8 @@ def _reference_flags(flags: tuple[str, ...]) -> _ReferenceFlags:
 
 
 def _default_flags(checkpoint: Path, flags: tuple[str, ...]) -> tuple[str, ...]:
-    """Small batches start quickly and are cut into chunks; a flag that the user gives is left to the user."""
+    """Flags for small batches, which start quickly and are cut into chunks. Flags that the user gives are not
+    overridden."""
     config = load_config(checkpoint).get_text_config()
     longest = min(_MAX_MODEL_TOKENS, int(getattr(config, "max_position_embeddings", None) or _MAX_MODEL_TOKENS))
     defaults = {"--max-model-len": longest, "--max-num-seqs": 32, "--max-num-batched-tokens": 512}

@@ -34,7 +34,7 @@ class Engine(Protocol):
 
 
 def measure_plain(engine: Engine, *, rates: bool) -> Plain:
-    """Run what is to be compared with an idle plugin, on an engine without it."""
+    """Run the batch for the comparison with an idle plugin, on an engine without the plugin."""
     requests = probes.batch(engine.encode, engine.facts.max_model_tokens)
     unmasked = [None] * len(requests)
     batch, again = (tuple(engine.run(probes.masked(requests, unmasked, run))) for run in ("plain", "plain-again"))
@@ -58,7 +58,8 @@ class Trial:
         self._exact = engine.facts.dtype == "float32"
 
     def checks(self) -> Iterator[Check]:
-        """Make the checks one by one. After one that raises, the rest fail unmade: the engine may be in pieces."""
+        """Make the checks one by one. After a check that raises, the engine may be broken: the remaining checks fail
+        without being run."""
         steps: dict[str, Callable[[], Check]] = {
             checks.LAYERS: self.layers,
             checks.NEIGHBOURS: self.neighbours,
@@ -84,7 +85,7 @@ class Trial:
                 yield checks.failed(name, f"expected answers, got {describe(error)}")
 
     def layers(self) -> Check:
-        """Requests one at a time, so that all have the same shapes and rounding cannot pass for an effect."""
+        """Requests one at a time, so that all have the same shapes, and rounding cannot look like an effect."""
         prompt = self._engine.encode(" ".join(probes.TEXTS[::2]))[: self._engine.facts.max_model_tokens - 1]
 
         def score(mask: str | None) -> Logprobs:
@@ -173,7 +174,7 @@ class Trial:
         )
 
     def reference(self) -> Check:
-        """All texts under all masks in one batch, so that mixing is held against transformers too."""
+        """All texts under all masks in one batch, so that mixed batches are compared with transformers, too."""
         assert self._reference is not None
         theirs = _by_mask(self._reference.masks, self._reference.logprobs)
         rounded = self._reference.rounded and _by_mask(self._reference.masks, self._reference.rounded)
@@ -193,7 +194,7 @@ class Trial:
         )
 
     def throughput(self) -> Check:
-        """The speed without masks, with one, and with several, in turns, so that a slow moment hits all alike."""
+        """The speed without masks, with one, and with several, in turns, so that a slow moment affects all equally."""
         speed = _Speed(self._engine)
         ways: dict[str, list[str | None]] = {
             "idle": [None],

@@ -10,7 +10,7 @@ from crane_serve.verify.trial import Engine, Trial, measure_plain
 
 
 def work(plan: ProcessPlan, engine: Engine) -> None:
-    """Put a started engine through what the plan wants, recording each result as it comes."""
+    """Run the plan on a started engine, and record each result at once."""
     outcome = Outcome(plan.outcome)
     outcome.record(facts=engine.facts)
     if plan.masks is None:

@@ -1,4 +1,5 @@
-"""Family: where the parts of a decoder sit in the models of one architecture. It holds names and imports no model."""
+"""Family: the locations of a decoder's parts in the models of one architecture. It has names only and imports no
+model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +7,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class NormKind:
-    """How an architecture normalises: y = (offset + weight) * x' / sqrt(mean(x'^2) + epsilon), perhaps plus a bias.
+    """The normalisation of an architecture: y = (offset + weight) * x' / sqrt(mean(x'^2) + epsilon), perhaps plus a
+    bias.
 
     epsilon: the attribute that holds it; centred: x' is x minus its mean (LayerNorm), else x (RMSNorm).
     """

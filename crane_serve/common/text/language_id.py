@@ -12,9 +12,9 @@ SAMPLE = 50  # documents of a language that are identified
 
 @dataclass(frozen=True)
 class Suspicion:
-    """Most documents of a sample look like other languages than the one they stand under.
+    """Most documents of a sample look like other languages than the one of their file.
 
-    source: where the texts came from; sampled: documents looked at; differing: how many of them look like
+    source: where the texts came from; sampled: number of documents in the sample; differing: how many of them look like
     `looks_like`, the commonest of the other languages.
     """
 

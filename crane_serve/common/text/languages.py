@@ -43,7 +43,7 @@ def same_language(code: str, other: str) -> bool:
 
 @cache
 def _identifier() -> tuple[Callable[[str], str], frozenset[str]]:
-    """What says the code of a text's language, and the codes it knows."""
+    """A function from a text to the code of its language, and the codes that it knows."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=_UNSURE)

@@ -31,7 +31,7 @@ async def get_context(request: Request) -> RequestContext:
 
 
 def check_headers(scope: Scope) -> None:
-    """Raises ApiError for a header that asks for a mask: answers name theirs in one, but requests have other places."""
+    """Raises ApiError for a header that asks for a mask: only answers name their mask in a header."""
     for name, _ in scope["headers"]:
         header = name.decode("latin-1")
         if "crane" in header or "mask" in header:
@@ -91,7 +91,7 @@ def choose_mask(
 
 
 def named_masks(query: list[str] | None, body: str | None) -> list[tuple[str, str]]:
-    """What `choose_mask` takes, of a query and a body. Raises BadRequest if the query names a mask twice."""
+    """The arguments of `choose_mask` from a query and a body. Raises BadRequest if the query names a mask twice."""
     if query is not None and len(query) > 1:
         raise BadRequest("mask_conflict", "'mask' is given twice in the query; join names with commas", "mask")
     named = [("the query", expression) for expression in query or []]

@@ -77,7 +77,7 @@ async def generate(
 
 
 class Generation:
-    """The prompts of one request on their way through the engine; `answer` or `events`, once.
+    """Runs the prompts of one request. Call `answer` or `events`, once.
 
     encoded: their token ids without special tokens. Raises BadRequest for a start token that the model lacks.
     """
@@ -173,7 +173,7 @@ class Generation:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events. However the connection ends, the events are closed, and with them the generation."""
+    """Server-sent events. However the connection ends, the iterator of events is closed, which ends the generation."""
 
     def __init__(self, first: str, rest: AsyncGenerator[str]) -> None:
         super().__init__(_chain(first, rest), media_type="text/event-stream")

@@ -1,7 +1,7 @@
-"""The OpenAI-compatible routes: vLLM's own application, behind a translation of every way to name a mask into its own.
+"""The OpenAI-compatible routes: vLLM's own application. All ways to name a mask are translated into vLLM's own.
 
 A mask may be named in the query (`?mask=zh`), in the body (`"mask": "zh"`), in the model's name (`tiny:zh`), and where
-vLLM's own server takes it (`vllm_xargs.crane_mask`); all that are given must mean the same.
+vLLM's own server takes it (`vllm_xargs.crane_mask`); if several places name one, they must mean the same.
 """
 
 import json
@@ -35,17 +35,17 @@ ROUTES: Mapping[str, str] = {
     **dict.fromkeys((*CARRYING, *_WITHOUT_MODEL), "POST"),
     **dict.fromkeys(("/v1/models", MODEL, "/tokenizer_info", "/version"), "GET"),
 }
-"""The paths of vLLM's that are answered, and the one method of each."""
+"""The paths of vLLM that are served, with the method of each."""
 
-# Sent by clients' libraries, and ignored by vLLM.
+# Query parameters that client libraries send, and vLLM ignores.
 _HARMLESS_PARAMETERS = frozenset({"api-version", "beta"})
 
 
 class OpenAIRoutes:
-    """ASGI application for the paths that no other route of the service has.
+    """ASGI application for all paths without another route in the service.
 
-    otherwise: answers what is not listed; by default everything there is a 404. Found in the application's state:
-    `engine`, whose `openai` answers, and `gate`.
+    otherwise: the application for paths that are not in ROUTES; by default they get 404. Uses `engine` (its `openai`
+    answers) and `gate` of the application's state.
     """
 
     def __init__(self, otherwise: ASGIApp | None = None) -> None:
@@ -105,7 +105,7 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """The whole body, None if the client has gone. How long it may be is for a middleware to say."""
+    """The whole body, None if the client has gone. A middleware limits its length."""
     parts, more = [], True
     while more:
         message = await receive()
@@ -119,14 +119,14 @@ async def _read(receive: Receive) -> bytes | None:
 class _Answer:
     """`send` for an answer of vLLM.
 
-    What fails because the engine has died says so, also in the middle of a stream. A stream whose first event is a
-    refusal becomes an error with its status: vLLM looks at some requests only after it has begun to answer.
+    If the engine dies, the answer says so, also in the middle of a stream. A stream whose first event is a refusal
+    becomes an error with the matching status: vLLM checks some requests only after it has begun to answer.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, engine: EngineService) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self._engine = engine
-        self._head: Message | None = None  # of a stream of events, until the first has come
+        self._head: Message | None = None  # of a stream of events, held back until the first event
         self._has_begun = False
         self._is_of_events = False
         self._is_over = False
@@ -159,7 +159,8 @@ class _Answer:
         await self._send(message)
 
     async def end(self) -> None:
-        """Say that the engine has died, if the answer is not over. Raises EngineDead where it can no longer say so."""
+        """Say that the engine has died, if the answer is not over. Raises EngineDead if the answer cannot say it any
+        more."""
         if self._is_over:
             return
         self._is_over = True
@@ -174,7 +175,7 @@ class _Answer:
 
 
 def _refusal(event: bytes) -> dict[str, Any] | None:
-    """The error in a server-sent event, if it is one that a client has caused."""
+    """The error in a server-sent event, if the client has caused it."""
     _, is_data, data = event.partition(b"data: ")
     if not is_data or b'"error"' not in data:
         return None
@@ -187,10 +188,10 @@ def _refusal(event: bytes) -> dict[str, Any] | None:
 
 
 class _TranslatedRequest:
-    """What a request asks for, and the request as vLLM takes it.
+    """The mask and model that a request asks for, and the request in vLLM's form.
 
-    mask: what it shall run under; model: the name to answer under, None for the model's own; body: the JSON object;
-    content: its bytes, those that came if nothing has to be translated; query: without what is for the service.
+    mask: that it runs under; model: the name to answer under, None for the model's own; body: the JSON object; content:
+    the bytes of the body, unchanged if nothing has to be translated; query: without the service's own parameters.
     Raises MaskError, or ApiError for a request that is malformed or contradicts itself.
     """
 
@@ -224,7 +225,7 @@ class _TranslatedRequest:
         return cast(Body, parent)
 
     def _named(self, parameters: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-        """Where the request names masks, and positions, apart from its model's name: pairs of a place and a value."""
+        """The masks and the positions that the request names outside its model's name: pairs of a place and a value."""
         pairs = []
         for name, argument in ((MASK, MASK_ARGUMENT), (POSITIONS, POSITIONS_ARGUMENT)):
             in_query = [value for key, value in parameters if key == name]
@@ -275,14 +276,15 @@ def _parameters(query: str) -> list[tuple[str, str]]:
 
 
 def _check_page_query(query: str) -> None:
-    """The page takes no mask. Who puts a path behind an address that ends in `?mask=` must not get the page for it."""
+    """Refuses a mask in a request for the page. A client whose base address ends in `?mask=` sends its paths inside the
+    query, and must not get the page as an answer."""
     if any(name == MASK for name, _ in parse_qsl(query, keep_blank_values=True)):
         message = "the page takes no mask; where a path follows the address, name the mask in the model: MODEL:MASK"
         raise ApiError(422, "malformed_query", message, MASK)
 
 
 def _check_model(model: str, engine: EngineService) -> None:
-    """Raises ApiError, as OpenAI has it, if a request could not name this model."""
+    """Raises ApiError, in the form of OpenAI's API, if a request could not name this model."""
     base, expression = split_model(model, engine.model_names)
     reason = None
     try:
@@ -307,7 +309,7 @@ def _text(content: Body, name: str) -> str | None:
 def _choose(
     library: MaskLibrary, masks: Sequence[tuple[str, str]], positions: Sequence[tuple[str, str]]
 ) -> ResolvedMask | None:
-    """The mask that is named, if all places agree. Each is a pair of a place and what it says."""
+    """The requested mask, if all places agree. masks, positions: pairs of a place and its value."""
     for place, value in positions:
         if value not in set(Positions):
             expected = ", ".join(Positions)

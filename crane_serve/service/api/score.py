@@ -27,7 +27,7 @@ async def score(body: ScoreRequest, engine: Engine, gate: TheGate, context: Cont
 
 
 class Scoring:
-    """The texts of one request on their way through the engine.
+    """Runs the texts of one request.
 
     encoded: the token ids of `body.texts` without special tokens. Raises BadRequest if there is nothing to score.
     """
