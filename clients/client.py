@@ -35,7 +35,7 @@ _POOL_CONNECTIONS = 8
 
 
 class _Client:
-    """What both clients share: the address, the API key, the time-outs, the retry policy."""
+    """The common part of both clients: the address, the API key, the time-outs, the retry policy."""
 
     def __init__(
         self, server: str, api_key: str | None, read_timeout_s: float, connect_timeout_s: float, retries: RetryPolicy
@@ -59,12 +59,12 @@ class _Client:
 class CraneClient(_Client):
     """Blocking client.
 
-    Every method raises CraneError: at once for refusals (400, 404, 422, ...), and once `retries` is exhausted for
-    429, 503 and failed connections. mask: a name, names joined with commas (their union), or None for unmasked.
-    add_bos: what stands before a text that does not begin with it: True the model's start token, False nothing, "auto"
-    what lm-evaluation-harness puts there; join: "length" for the harness's reading of a token that reaches across.
-    api_key: sent with every request; default: the environment variable CRANE_API_KEY, if it is set. Raises ValueError
-    if `server` is not an http address, or the key cannot be one.
+    Every method raises CraneError: at once for refusals (400, 404, 422, ...), and once `retries` is exhausted for 429,
+    503 and failed connections. mask: a name, names joined with commas (their union), or None for unmasked. add_bos:
+    what stands before a text that does not begin with it: True the model's start token, False nothing, "auto" what
+    lm-evaluation-harness puts there; join: "length" for the harness's reading of a token that reaches across. api_key:
+    sent with every request; default: the environment variable CRANE_API_KEY, if it is set. Raises ValueError if
+    `server` is not an http address, or the key is not a valid one.
     """
 
     def __init__(
@@ -332,7 +332,7 @@ def _checked_url(server: str) -> httpx.URL:
     except httpx.InvalidURL as error:
         raise ValueError(f"server address cannot be read ({error}); expected one like {DEFAULT_SERVER}") from error
     if url.scheme not in {"http", "https"} or not url.host:
-        raise ValueError(f"server address {url!r} is not one; expected one like {DEFAULT_SERVER}")
+        raise ValueError(f"{url!r} is not a server address; expected one like {DEFAULT_SERVER}")
     return url
 
 
@@ -340,7 +340,7 @@ def _authorization(api_key: str | None) -> dict[str, str]:
     if not api_key:
         return {}
     if not all("!" <= character <= "~" for character in api_key):
-        raise ValueError("the API key holds blanks or characters beyond ASCII, so it is none")
+        raise ValueError("the API key is not valid: it contains blanks or characters beyond ASCII")
     return {"Authorization": f"Bearer {api_key}"}
 
 

@@ -84,11 +84,11 @@ def evaluate(
     ] = 60.0,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of intervals and tests.", show_default="0")] = None,
 ) -> None:
-    """Measure which language each mask takes away: masks x languages x tasks.
+    """Measure what each mask does to each language: masks x languages x tasks.
 
     Writes results.json, report.html, report.md, matrix.png, cells.csv, cells.parquet and items.parquet. Exits with 1 if
-    some items failed, which the same command asks again. A server that wants an API key gets the one in the environment
-    variable CRANE_API_KEY; on the command line others could see it.
+    some items failed; the same command asks them again. The API key is read from the environment variable
+    CRANE_API_KEY, since other users could see it on the command line.
     """
     from rich.console import Console
 
@@ -131,7 +131,7 @@ def evaluate(
 
                 def advance(progress: run.Progress) -> None:
                     nonlocal began, reached
-                    if began is None:  # the asking starts here, and so do the clocks
+                    if began is None:  # the first request is sent now: start the clocks
                         began, reached = time.monotonic(), progress.done
                         progress_bar.start(progress.total, reached, f"to get from {server}")
                     seconds = time.monotonic() - began
@@ -162,7 +162,7 @@ def evaluate(
 def render(
     directory: Annotated[Path, typer.Argument(help="Directory of an evaluation, finished or not.")],
 ) -> None:
-    """Compute the figures of an evaluation again from its answers, print them and write the reports."""
+    """Recompute the figures of an evaluation from its answers, print them and write the reports."""
     from rich.console import Console
 
     from clients.evaluation import EVALUATION_FILE, Evaluation
@@ -206,7 +206,7 @@ def compare(
 
 
 def _plan_of(flags: Mapping[str, Any]) -> "Plan":
-    """The plan that flags stand for: presets, or perplexity on a corpus."""
+    """The plan from flags: presets, or perplexity on a corpus."""
     from clients.errors import EvaluationError
     from clients.plan import Plan
     from clients.sources import EMBEDDED

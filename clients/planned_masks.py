@@ -1,4 +1,4 @@
-"""Which masks of a server a plan means, checked before any item is asked."""
+"""The masks of a server that a plan means, checked before any item is asked."""
 
 from collections.abc import Sequence
 
@@ -17,8 +17,8 @@ _PROBE = "a"
 async def find_masks(client: AsyncCraneClient, plan: Plan) -> dict[str, PlannedMask]:
     """The masks that a plan means, by name, `none` first.
 
-    Raises EvaluationError, naming the masks that there are, for one that the server lacks or cannot use, and for a
-    pattern or choice that fits none.
+    Raises EvaluationError, naming the available masks, for a mask that the server lacks or cannot use, and for a
+    pattern or choice without a match.
     """
     listing = await client.masks()
     planned = {UNMASKED: PlannedMask(name=UNMASKED)}
@@ -74,7 +74,7 @@ def _planned(summary: MaskSummary) -> PlannedMask:
 
 
 async def _composed(client: AsyncCraneClient, expression: str, listing: MaskListing) -> PlannedMask:
-    """A union or a scaled mask: what it comes to, the server says when it answers under it."""
+    """A union or a scaled mask. Its digest and its number of neurons come from an answer of the server under it."""
     try:
         used = (await client.score_text(_PROBE, mask=expression)).mask
     except CraneError as error:

@@ -1,4 +1,4 @@
-"""Replay: run the plan of an evaluation again, on the same model, masks and items, and say how far it agrees."""
+"""Replay: run the plan of an evaluation again, on the same model, masks and items, and compare the results."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from clients.results import Settings, changed_keys, short
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a replay agrees. cells: changes that both have; identical: those that are equal to the last digit;
-    largest: the largest difference between two changes, with the name of its cell."""
+    """The agreement of a replay. cells: number of changes that both have; identical: of those, how many are exactly
+    equal; largest: the largest difference between two changes, with the name of its cell."""
 
     cells: int
     identical: int
@@ -30,7 +30,7 @@ class Agreement:
 
 
 class Replay:
-    """An evaluation that is to be repeated. Raises EvaluationError if its plan is none."""
+    """An evaluation to be repeated. Raises EvaluationError if its plan is not valid."""
 
     def __init__(self, evaluation: Evaluation, where: str) -> None:
         self.plan = Plan.parse(evaluation.plan, where)

@@ -22,17 +22,16 @@ _T = TypeVar("_T")
 class RowTask(Task):
     """A task over rows. Its templates see a row's fields, `lang` (the language) and `words` (wording in the language).
 
-    source: of the rows; where: a template that gives something true for the rows to keep (items and examples), None for
-    all; limit: at most
-    how many items; pick: `spread` takes them at even distances, so from the same places in parallel languages, `first`
-    the first ones; words: language -> name -> wording; add_bos: what stands before a text, a context or a prompt that
-    does not begin with it: true the start token that the model was trained with, false nothing, `auto` what
-    lm-evaluation-harness puts there.
+    source: of the rows; where: a template whose value is true for the rows to keep (items and examples), None for all;
+    limit: at most how many items; pick: `spread` takes them at even distances, so from the same places in parallel
+    languages, `first` the first ones; words: language -> name -> wording; add_bos: what stands before a text, a context
+    or a prompt that does not begin with it: true the start token that the model was trained with, false nothing, `auto`
+    what lm-evaluation-harness puts there.
 
     Few-shot: shots: how many solved examples stand before each item; shots_source: where they come from, None for the
-    rows themselves; shots_by: a field that examples share with the item, such as the subject; shot_separator: follows
-    each example; description: a template that stands before them, with whatever separates it. The examples are the
-    first ones that fit and are not the item itself, so that they are the same in every run.
+    rows themselves; shots_by: a field that examples share with the item, such as the subject; shot_separator: put after
+    each example; description: a template, put before the examples, with its own separator. The examples are the first
+    fitting rows that are not the item itself, so they are the same in every run.
     """
 
     source: RowSource
@@ -49,15 +48,15 @@ class RowTask(Task):
 
     @abstractmethod
     def item(self, row: Row, language: str, shots: str) -> Item:
-        """The item that a row makes. row: with `lang` and `words`; shots: what its prompt begins with: the description
-        and the examples, which end in a separator. Raises EvaluationError, to which the row's place is added."""
+        """The item that a row makes. row: with `lang` and `words`; shots: the beginning of its prompt: the description
+        and the examples, each with a separator. Raises EvaluationError, to which the row's place is added."""
 
     @abstractmethod
     def example(self, row: Row) -> str:
         """A row as a solved example: its prompt and right answer, without the separator."""
 
     def shared(self, rows: Sequence[Row]) -> dict[str, JsonValue]:
-        """Further fields that all rows and examples of a language get, made of all of its rows."""
+        """Further fields for all rows and examples of a language, computed from all of its rows."""
         return {}
 
     def load(self, language: str, base: Path) -> tuple[Item, ...]:
@@ -126,7 +125,7 @@ def scores_of(item: Item, answer: Scored | Generated, expected: int) -> tuple[Sc
 
 
 def at_row(work: Callable[[Row], _T], row: Row, source: RowSource, language: str) -> _T:
-    """What `work` makes of a row; an EvaluationError gets the row's place."""
+    """The result of `work` for a row; the row's place is added to an EvaluationError."""
     try:
         return work(row)
     except EvaluationError as error:

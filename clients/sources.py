@@ -30,13 +30,13 @@ class RowSource(BaseModel):
     for the one that comes with this package; rows of id and text. dataset: name on the Hugging Face Hub, `{lang}`
     allowed, which needs the package `datasets`.
 
-    config: of a dataset, `{lang}` allowed; of several ones the rows follow each other, with the name in a field
-    `config` and before their ids. revision: of a dataset's repository: a commit, branch or tag. `datasets` 4 and later
-    refuse data sets with a loading script; of some the Hub has a copy of its own, refs/convert/parquet.
-    split: of a dataset or corpus, or of files whose rows have a field `split`;
-    columns: field of the row -> column of the source that it comes from, `{lang}` allowed; codes: language -> what
-    `{lang}` stands for, where that is not its name (vi: vie_Latn); id: the column that identifies a row, or several;
-    normalise: NFC, the normal form of Unicode that all texts but ids are brought into.
+    config: of a dataset, `{lang}` allowed; if there are several, their rows are joined, with the config's name in a
+    field `config` and before their ids. revision: of a dataset's repository: a commit, branch or tag. `datasets` 4 and
+    later refuse data sets with a loading script; the Hub has copies of some as revision refs/convert/parquet. split: of
+    a dataset or corpus, or of files whose rows have a field `split`; columns: field of the row -> column of the source
+    that it comes from, `{lang}` allowed; codes: language -> value of `{lang}`, if that is not its name (vi: vie_Latn);
+    id: the column that identifies a row, or several; normalise: NFC, the normal form of Unicode that all texts except
+    ids are converted to.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,7 +64,7 @@ class RowSource(BaseModel):
         return self
 
     def describe(self, language: str) -> str:
-        """What messages call it in a language, such as `hf:facebook/xnli:vi (split test)`."""
+        """Its name in messages, such as `hf:facebook/xnli:vi (split test)`."""
         if self.files is not None:
             place = self.files if isinstance(self.files, str) else self.files.get(language, f"files of {language}")
         elif self.corpus is not None:
@@ -77,8 +77,8 @@ class RowSource(BaseModel):
     def rows(self, language: str, base: Path) -> list[Row]:
         """All rows of a language in the order of the source, each with a string `id` that no other row has.
 
-        The id is of the column(s) `id` names (several are joined by `/`), else of a column id or idx, else `row-N` and
-        in text files `line-N`, counted from 1. base: what relative paths start from.
+        The id comes from the columns that `id` names (several are joined by `/`), else from a column id or idx; else it
+        is `row-N`, and in text files `line-N`, counted from 1. base: directory for relative paths.
 
         Raises EvaluationError naming the source, the place in it, and what was expected.
         """
@@ -95,7 +95,7 @@ class RowSource(BaseModel):
             identifier = self._identifier(renamed if self.id is None else row, number, where)
             if identifier in identified:
                 raise EvaluationError(
-                    f"{where}, row {number}: id {identifier!r} stands there already; expected different ones, "
+                    f"{where}, row {number}: id {identifier!r} is already used; expected different ones, "
                     "for which `id` may name other columns"
                 )
             identified[identifier] = {**_normalised(renamed, self.normalise), "id": identifier}
@@ -119,7 +119,7 @@ class RowSource(BaseModel):
 
     def _path(self, language: str, base: Path) -> Path:
         if isinstance(self.files, dict) and language not in self.files:
-            raise EvaluationError(f"no file for the language {language!r}; files are given of {', '.join(self.files)}")
+            raise EvaluationError(f"no file for the language {language!r}; there are files for {', '.join(self.files)}")
         pattern = self.files[language] if isinstance(self.files, dict) else str(self.files)
         return base / self._placed(pattern, language)
 
@@ -151,7 +151,7 @@ class RowSource(BaseModel):
             ) from error
         try:
             return _rows_of(load_dataset(name, placed, split=self.split, revision=self.revision))
-        except (OSError, ValueError, RuntimeError) as error:  # what its own errors and those of networks derive from
+        except (OSError, ValueError, RuntimeError) as error:  # base classes of its own errors and of network errors
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             advice = "check its name and the network"
             if "scripts are no longer supported" in reason:
@@ -203,7 +203,7 @@ def _require(row: Row, column: str, where: str) -> JsonValue:
 
 
 def _rows_of(records: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Records with what JSON does not have, such as dates, as text."""
+    """Records where values without a form in JSON, such as dates, are text."""
     return [to_jsonable_python(dict(record), bytes_mode="base64", fallback=str) for record in records]
 
 

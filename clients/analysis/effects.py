@@ -17,7 +17,7 @@ _RATIO_NEEDS = (1 + CONFIDENCE) / 2
 
 @dataclass(frozen=True)
 class Damage:
-    """What one mask does by one metric. own, others, f1: [1 + resamples], the items themselves first."""
+    """The damage of one mask by one metric. own, others, f1: [1 + resamples], the items themselves first."""
 
     task: str
     metric: str
@@ -41,18 +41,18 @@ class Damage:
 
     @property
     def collateral(self) -> Values:
-        """others / own, infinite where own is not above 0: nothing was had for it."""
+        """others / own, infinite where own is not above 0, since then there was damage without any effect."""
         ratio = self.others / np.where(self.own > 0, self.own, np.nan)
         return np.where(self.own <= 0, np.inf, ratio)
 
     @property
     def measures(self) -> dict[str, Values]:
-        """What methods are ranked by, under the names of MethodRank."""
+        """The measures by which methods are ranked, under the names of MethodRank."""
         f1 = {f"f1 {form}": values for form, values in self.f1.items()}
         return {"selectivity": self.selectivity, "index": self.index, "collateral": self.collateral, **f1}
 
     def effect(self) -> Effect:
-        """With intervals."""
+        """The damage with intervals."""
         f1 = {form: estimate(values) for form, values in self.f1.items()}
         return Effect(
             task=self.task,
@@ -78,7 +78,7 @@ def estimate_collateral(collateral: Values) -> Estimate | None:
 def damages(
     task: str, metric: Metric, pairs: Mapping[str, Mapping[str, Pair]], masks: Iterable[PlannedMask], beta: float
 ) -> list[Damage]:
-    """Of masks made for a language that was asked, where another was asked too.
+    """The damages of masks whose own language was evaluated, together with at least one other language.
 
     pairs: language -> mask -> levels with and without it.
     """
@@ -106,7 +106,7 @@ def damages(
 
 
 def _f1(score: ScoreOf | None, pairs: list[Pair], beta: float) -> dict[Form, Values]:
-    """LangSpec-F1 of the first pair against the others, by form; nothing without a score or with a baseline of 0."""
+    """LangSpec-F1 of the first pair against the others, by form; empty without a score or with a baseline of 0."""
     if score is None:
         return {}
     baseline = _SCORES[score](np.stack([pair.unmasked for pair in pairs]))  # [languages, 1 + resamples]

@@ -19,7 +19,7 @@ MATCHED_EFFECTS: Mapping[str, float] = MappingProxyType({"nats_per_token": 1.0})
 
 @dataclass(frozen=True)
 class Findings:
-    """What `analyse` found, in the order of tasks, languages, metrics and masks."""
+    """The results of `analyse`, in the order of tasks, languages, metrics and masks."""
 
     cells: tuple[Cell, ...]
     effects: tuple[Effect, ...]
@@ -41,10 +41,10 @@ def analyse(
     masks: by name; answers under others are left out. seed: of resamples and permutations. beta: of LangSpec-F1.
     matched_effects: metric -> damage in its unit that budgets are matched at.
 
-    Items are drawn anew once for each task and language, for all masks and metrics together, and everything is
+    Items are resampled once for each task and language, for all masks and metrics together, and all figures are
     computed on these draws. So figures made of several cells (effects, ranks, matched effects) have joint intervals.
     Languages with equally many items have the same draws, as parallel texts need. An item without an answer under a
-    mask is left out of what compares that mask.
+    mask is left out of comparisons with that mask.
 
     Raises EvaluationError for a beta or an effect that is not above 0, or a task's value that is not finite.
     """

@@ -16,11 +16,11 @@ _CELLS_AT_ONCE = 1024
 def p_values(sample: Sample, *, seed: int = 0) -> dict[str, Values]:
     """Two-sided p-values of no change of each metric, by mask: [metrics], NaN where fewer than two items have weight.
 
-    Under the null hypothesis, which of an item's two answers came with the mask does not matter. So the answers of
-    each item are swapped or not, and the change of level is computed anew. Where both have the same weight that is
-    the sign-flip test of the differences of totals; where weights differ they are swapped with the totals. A swap that
-    leaves one side without any weight counts as extreme. All masks and metrics share the swaps: all of them if there
-    are at most `PERMUTATIONS`, and so many at random otherwise.
+    Under the null hypothesis, which of an item's two answers came with the mask does not matter. So the answers of each
+    item are swapped or not, and the change of level is computed anew. If both have the same weight, this is the
+    sign-flip test of the differences of totals; if weights differ, they are swapped with the totals. A swap that leaves
+    one side without any weight counts as extreme. All masks and metrics share the swaps: all possible swaps if there
+    are at most `PERMUTATIONS`, and so many random ones otherwise.
     """
     plain, items = sample.row(UNMASKED), sample.answered.shape[1]
     if plain is None or items < 2:

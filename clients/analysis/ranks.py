@@ -9,7 +9,7 @@ from clients.analysis.effects import Damage, estimate_collateral
 from clients.evaluation import MethodRank
 from crane_serve.common.numbers.bootstrap import Values, estimate
 
-COLLATERAL = "collateral"  # the measure of which less is better
+COLLATERAL = "collateral"  # the only measure where less is better
 ByMethod = dict[str, list[Damage]]
 
 
@@ -39,7 +39,7 @@ def _comparable(damages: Iterable[Damage]) -> dict[tuple[float | None, tuple[str
 
 
 def _measures(methods: ByMethod) -> list[str]:
-    """Those that all masks have."""
+    """The measures that all masks have."""
     each = [damage.measures for of_method in methods.values() for damage in of_method]
     return [measure for measure in each[0] if all(measure in measures for measures in each)]
 
@@ -71,7 +71,8 @@ def _ranked(measure: str, budget: float | None, languages: tuple[str, ...], meth
 
 
 def _mean(damages: Iterable[Damage], measure: str) -> Values:
-    """[1 + resamples]: mean over languages of the mean over draws. A collateral is infinite where any of them is."""
+    """[1 + resamples]: mean over languages of the mean over draws. A mean collateral is infinite if any collateral in
+    it is."""
     by_language: dict[str, list[Values]] = defaultdict(list)
     for damage in damages:
         by_language[damage.language].append(damage.measures[measure])

@@ -1,4 +1,4 @@
-"""What every mask changed in every language: heat maps as tables, one set for each task."""
+"""The changes by every mask in every language: heat maps as tables, one set for each task."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ _ABOUT = (
 
 
 def changes_section(evaluation: Evaluation, pictures: tuple[Picture, ...] = ()) -> Section:
-    """A part for each task, its headline open and its other metrics folded. pictures: shown with the first task."""
+    """A part for each task: the headline metric open, the others folded. pictures: shown with the first task."""
     parts = tuple(
         _task_part(evaluation, task, () if number else pictures) for number, task in enumerate(evaluation.tasks)
     )

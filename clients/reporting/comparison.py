@@ -39,7 +39,7 @@ def terminal_tables(comparison: Comparison) -> list[rich.table.Table]:
 
 
 def comparison_sections(comparison: Comparison) -> list[Section]:
-    """What differs in how they were made, and in what they found: for each metric a matrix, and both changes folded."""
+    """The differences in settings and in results: for each metric a matrix, and both changes folded."""
     return [_overview(comparison), _findings(comparison)]
 
 
@@ -91,7 +91,7 @@ def _of(comparison: Comparison, task: str, metric: Metric) -> list[ComparedCell]
 
 
 def difference_table(comparison: Comparison, task: str, metric: Metric) -> Table:
-    """Masks by languages: what the second found minus what the first found, coloured by damage."""
+    """Masks by languages: the change in the second minus the change in the first, coloured by damage."""
     cells = _of(comparison, task, metric)
     scale = Scale.of(cell.difference.mean for cell in cells)
     languages = tuple(dict.fromkeys(cell.language for cell in cells))

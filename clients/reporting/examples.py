@@ -1,4 +1,4 @@
-"""Drill-down: items whose answer, as readers see it, is another one under a mask."""
+"""Drill-down: items whose answer, as shown to readers, changes under a mask."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ class Extent:
 
 FULL = Extent(12, 800)
 FEW = Extent(2, 200, own=True)
-_MOST_ROWS = 3000  # of a page; with more masks each shows fewer items, but two at least
+_MOST_ROWS = 3000  # of a page; with more masks each shows fewer items, but at least two
 _FEWEST = 2
 
 
 @dataclass(frozen=True)
 class Changed:
-    """An item answered differently under a mask. All answers are those that readers see."""
+    """An item that is answered differently under a mask. Answers are in the form shown to readers."""
 
     item: Item
     expected: str
@@ -37,7 +37,7 @@ class Changed:
 
 
 def examples_section(evaluation: Evaluation, answers: Answers, extent: Extent) -> Section:
-    """A part for each task with answers to read, in it one for each mask, folded."""
+    """A part for each task with readable answers, with a folded part for each mask."""
     places = sum(len(task.masks) * len(task.languages) for task in evaluation.tasks)
     items = extent.items if places * extent.items <= _MOST_ROWS else max(_FEWEST, _MOST_ROWS // places)
     limits = Extent(min(items, extent.items), extent.characters, extent.own)

@@ -1,4 +1,4 @@
-"""Overview: model, masks, tasks, settings, and what the figures can and cannot show."""
+"""Overview: model, masks, tasks, settings, and the limits of the figures."""
 
 from collections.abc import Iterator
 
@@ -31,7 +31,7 @@ def overview_section(evaluation: Evaluation) -> Section:
 
 
 def at_chance(level: Estimate, chance: float, metric: Metric) -> str:
-    """How an unmasked level stands to guessing, in words; empty where it is better than chance."""
+    """A warning if an unmasked level is not better than guessing; empty if it is."""
     low = level.mean if level.low is None else level.low
     high = level.mean if level.high is None else level.high
     if low <= chance <= high:

@@ -1,4 +1,4 @@
-"""What each mask does to its own language against the others, and how the methods rank."""
+"""The damage of each mask to its own language compared with the others, and the ranks of the methods."""
 
 from clients.evaluation import Effect, Evaluation, MethodRank, TaskInfo
 from clients.reporting.figures import NOTHING, Scale, budget_text, estimate_cell, metric_title
@@ -16,7 +16,7 @@ _ABOUT = (
 
 
 def selectivity_section(evaluation: Evaluation) -> Section:
-    """A part for each task that has effects, its headline open and its other metrics folded."""
+    """A part for each task that has effects: the headline metric open, the others folded."""
     parts = [part for task in evaluation.tasks if (part := _task_part(evaluation, task)) is not None]
     if not parts:
         return Section("Selectivity", ("No mask was made for one of several languages that were asked.",))

@@ -20,7 +20,8 @@ def summary_tables(evaluation: Evaluation) -> list[Table]:
 def terminal_table(
     content_table: content.Table, title: str, *, caption: str = "", breaks: Collection[str] = ()
 ) -> Table:
-    """A table of a page for the terminal, where its texts have no effect. breaks: rows with a line below, by name."""
+    """A table of a page for the terminal; markup and control characters in it have no effect. breaks: names of rows
+    with a line below."""
     table = Table(title=Text(visible(title)), caption=Text(caption) if caption else None)
     for number, column in enumerate(content_table.columns):
         table.add_column(Text(visible(column)), justify="right" if number else "left")
@@ -30,7 +31,7 @@ def terminal_table(
 
 
 def _text(cell: content.Cell) -> Text:
-    """On one line, bold if it stands out."""
+    """The cell on one line, bold if it is strong."""
     return Text(visible(f"{cell.text} {cell.detail}".strip()), style="bold" if cell.strong else "")
 
 

@@ -16,7 +16,7 @@ from clients.sources import PLACES
 from clients.task import Task
 
 _MERGED = ("source", "shots_source", "words")  # settings whose own keys override a preset's one by one
-_OF_PLACE = ("config", "revision", "split", "codes")  # settings of a source that mean nothing at another place
+_OF_PLACE = ("config", "revision", "split", "codes")  # settings of a source that make no sense for another place
 _FOUND_CHARACTERS = 60
 
 
@@ -42,7 +42,7 @@ def find(kind: str) -> type[Task]:
 
 
 def parse_task(raw: Mapping[str, Any], where: str) -> Task:
-    """A task as a plan file gives it: its `kind` and the settings of that, or a `preset` and what differs from it.
+    """A task from a plan file: a `kind` with its settings, or a `preset` with changes to it.
 
     Keys of `source`, `shots_source` and `words` override a preset's one by one; a source at another place (files
     instead of a dataset) takes over only columns and id, and drops a preset's shots_source. `name` defaults to the
@@ -64,7 +64,7 @@ def parse_task(raw: Mapping[str, Any], where: str) -> Task:
 
 
 def _with_preset(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings given, over those of the preset that they name, if any."""
+    """The given settings, merged over those of the preset that they name, if any."""
     own_settings = dict(raw)
     name = own_settings.pop("preset", None)
     if name is None:
@@ -101,12 +101,12 @@ def _problem(task: type[Task], error: ValidationError) -> str:
         return f"{'.'.join(map(str, path))}: missing, but {task.kind} needs it"
     value_text = repr(problem["input"])
     excerpt = value_text if len(value_text) <= _FOUND_CHARACTERS else f"{value_text[:_FOUND_CHARACTERS]}..."
-    of_ours = problem["type"] == "value_error"  # says itself what was found
+    of_ours = problem["type"] == "value_error"  # its message has the value already
     return f"{'.'.join(map(str, path)) or task.kind}: {message}" + ("" if of_ours else f"; found {excerpt}")
 
 
 def _model_at(model: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:
-    """The model that a path of fields leads to."""
+    """The pydantic model at the end of a path of fields."""
     for part in path:
         annotation = model.model_fields[str(part)].annotation
         model = next(
