@@ -52,7 +52,7 @@ class _Client:
             "base_url": url,
             "headers": headers,
             "timeout": httpx.Timeout(read_timeout_s, connect=connect_timeout_s, pool=None),
-            "trust_env": not _is_loopback(url.host),  # a proxy cannot reach this machine's loopback
+            "trust_env": not _is_loopback(url.host),  # proxies cannot reach loopback addresses
         }
 
 
@@ -60,11 +60,11 @@ class CraneClient(_Client):
     """Blocking client.
 
     Every method raises CraneError: at once for refusals (400, 404, 422, ...), and once `retries` is exhausted for 429,
-    503 and failed connections. mask: a name, names joined with commas (their union), or None for unmasked. add_bos:
-    what stands before a text that does not begin with it: True the model's start token, False nothing, "auto" what
-    lm-evaluation-harness puts there; join: "length" for the harness's reading of a token that reaches across. api_key:
-    sent with every request; default: the environment variable CRANE_API_KEY, if it is set. Raises ValueError if
-    `server` is not an http address, or the key is not a valid one.
+    503 and failed connections. mask: a name, names joined with commas (their union), or None for unmasked. add_bos: the
+    token that is put before a text that does not begin with it: True the model's start token, False nothing, "auto" the
+    one that lm-evaluation-harness puts there; join: "length" treats a token that spans context and continuation as the
+    harness does. api_key: sent with every request; default: the environment variable CRANE_API_KEY, if it is set.
+    Raises ValueError if `server` is not an http address, or the key is not a valid one.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class CraneClient(_Client):
     def generate_stream(
         self, prompt: str | Sequence[str], *, mask: str | None = None, **sampling: Unpack[Sampling]
     ) -> GenerationStream:
-        """Complete prompts and hand out the text as it is made. Retries end when the server starts to answer."""
+        """Complete prompts and yield the text while it is generated. Nothing is retried once an answer has begun."""
         call = calls.generate(prompt, mask, sampling, stream=True)
         return self._retries.blocking()(self._open, call)
 
@@ -138,7 +138,7 @@ class CraneClient(_Client):
         return self._send(calls.ready())
 
     def wait_until_ready(self, timeout_s: float) -> Readiness:
-        """`ready`, asked again and again for `timeout_s` seconds; raises the last CraneError after that."""
+        """Repeat `ready` for at most `timeout_s` seconds; raises the last CraneError after that."""
         answer: Readiness = Patience(total_s=timeout_s).blocking()(self._once, calls.ready(), _PROBE_TIMEOUT_S)
         return answer
 
@@ -184,7 +184,7 @@ class CraneClient(_Client):
 class AsyncCraneClient(_Client):
     """CraneClient for asyncio, with at most `concurrency` requests under way; further ones wait their turn.
 
-    A request keeps its slot while it backs off, so that an overloaded server is asked less.
+    A request keeps its slot while it waits for a retry, so that an overloaded server gets fewer requests.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class AsyncCraneClient(_Client):
         self._slots = asyncio.Semaphore(concurrency)
         # Several small pools: the time that httpx takes for a request grows with the square of a pool's connections.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=_POOL_CONNECTIONS)
-        certificates = transport is not None or httpx.create_ssl_context()  # which takes long, for nothing here
+        certificates = transport is not None or httpx.create_ssl_context()  # slow; a transport needs none
         self._pools = [
             httpx.AsyncClient(**self._settings, limits=limits, verify=certificates, transport=transport)
             for _ in range(math.ceil(concurrency / _POOL_CONNECTIONS))
@@ -221,7 +221,7 @@ class AsyncCraneClient(_Client):
     async def generate_stream(
         self, prompt: str | Sequence[str], *, mask: str | None = None, **sampling: Unpack[Sampling]
     ) -> AsyncGenerationStream:
-        """Complete prompts and hand out the text as it is made. Retries end when the server starts to answer."""
+        """Complete prompts and yield the text while it is generated. Nothing is retried once an answer has begun."""
         call = calls.generate(prompt, mask, sampling, stream=True)
         await self._slots.acquire()
         try:
@@ -279,7 +279,7 @@ class AsyncCraneClient(_Client):
         return await self._send(calls.ready())
 
     async def wait_until_ready(self, timeout_s: float) -> Readiness:
-        """`ready`, asked again and again for `timeout_s` seconds; raises the last CraneError after that.
+        """Repeat `ready` for at most `timeout_s` seconds; raises the last CraneError after that.
 
         Takes no slot, so it may be called while requests are under way.
         """

@@ -217,7 +217,7 @@ class Run:
             )
         try:
             answer = await self._tasks[question.task].finish(item, answer)
-        except CraneError as error:  # for example of a judge, after its own retries: waiting for the server would not help
+        except CraneError as error:  # of a judge, say, after its own retries: waiting does not help
             raise CraneError(_FAILED_DEPENDENCY, "answer_not_completed", error.message) from error
         return ItemResult(
             task=question.task,

@@ -74,7 +74,7 @@ class GenerationStream(Iterator[Delta]):
 
     @property
     def end(self) -> Generation | None:
-        """The last event, None until it came."""
+        """The last event, None until it has arrived."""
         return self._reader.end
 
     def __next__(self) -> Delta:
@@ -115,7 +115,7 @@ class AsyncGenerationStream(AsyncIterator[Delta]):
 
     @property
     def end(self) -> Generation | None:
-        """The last event, None until it came."""
+        """The last event, None until it has arrived."""
         return self._reader.end
 
     async def __anext__(self) -> Delta:

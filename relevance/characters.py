@@ -1,4 +1,4 @@
-"""Characters: what in the encoding of texts a method could mistake for their language."""
+"""Characters: peculiarities in the encoding of texts that a method could mistake for their language."""
 
 import re
 import unicodedata
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from crane_serve.common.text.corpus import Corpus, Document
 
 _LINES_SHOWN = 5
-_NOTICEABLE = 0.1  # the share of a language's documents from which on those in the other Chinese script are said
+_NOTICEABLE = 0.1  # from this share on, documents in the other Chinese script are reported
 
 _STRAY = {
     "\ufeff": "a byte order mark",
@@ -15,7 +15,7 @@ _STRAY = {
     "\u200b": "a space of no width",
     "\u2060": "a joiner of no width",
 }
-_SPACED_BY_NO_WIDTH = ("bo", "dz", "km", "lo", "my", "th")  # U+200B sets words apart there
+_SPACED_BY_NO_WIDTH = ("bo", "dz", "km", "lo", "my", "th")  # U+200B separates words in these languages
 
 _SIMPLIFIED = re.compile(r"(?:zh|zho|cmn|chi)[_-](?:hans\b|hans[_-]|cn\b|sg\b).*|zhs|chs|.*[_-]hans")
 _TRADITIONAL = re.compile(r"(?:zh|zho|cmn|chi)[_-](?:hant\b|hant[_-]|tw\b|hk\b|mo\b).*|zht|cht|.*[_-]hant")
@@ -25,10 +25,10 @@ _SCRIPTS = ("Simplified", "Traditional")
 
 
 def remarks(corpus: Corpus) -> list[str]:
-    """What is odd about the characters of a corpus, a line each, with the number of documents and an example.
+    """Warnings about the characters of a corpus, a line each, with the number of documents and an example.
 
-    Texts that are not in Unicode's normal form NFC, byte order marks and other characters that no text has, and Chinese
-    in the other script than the language's name says, or in both.
+    They are about texts that are not in Unicode's normal form NFC, byte order marks and other characters that do not
+    belong in texts, and Chinese in another script than the language's name says, or in both.
     """
     warnings = [*_normal_forms(corpus)]
     for language, documents in corpus.documents.items():
@@ -39,7 +39,7 @@ def remarks(corpus: Corpus) -> list[str]:
 
 
 def chinese_script(text: str) -> str | None:
-    """`Simplified` or `Traditional`, None for a text with too few characters that only one of them has.
+    """`Simplified` or `Traditional`, None for a text with too few characters that belong to only one of them.
 
     Characters of GB 2312 that Big5 lacks are Simplified, those of Big5 that GB 2312 lacks are Traditional.
     """
@@ -107,7 +107,7 @@ def _joints(corpus: Corpus, language: str, source: str) -> Iterator[str]:
 
 
 def joints_remark(source: str, lines: Sequence[int]) -> str:
-    """What is said of lines of `source` that began with a byte order mark."""
+    """The warning about lines of `source` that began with a byte order mark."""
     numbers = ", ".join(map(str, lines[:_LINES_SHOWN])) + (", ..." if len(lines) > _LINES_SHOWN else "")
     return (
         f"{source}: line{'s' * (len(lines) > 1)} {numbers} began with a byte order mark (U+FEFF), as where files are "

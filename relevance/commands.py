@@ -1,4 +1,4 @@
-"""`crane relevance`, `select` and `corpus import`. What is wrong with the input is raised as a ValueError."""
+"""`crane relevance`, `select` and `corpus import`. Problems with the input are raised as ValueError."""
 
 from pathlib import Path
 from shutil import rmtree
@@ -66,12 +66,12 @@ def relevance(
         ),
     ] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Discard what an earlier, unfinished run left in OUT.progress.")
+        bool, typer.Option("--restart", help="Discard the progress of an earlier, unfinished run in OUT.progress.")
     ] = False,
 ) -> None:
     """Score how much each language needs each MLP neuron of MODEL.
 
-    What is done is kept in OUT.progress: the same command goes on after the last batch.
+    Progress is saved in OUT.progress: the same command continues after the last batch.
     """
     texts = load_corpus(corpus, split, _names(languages), text_column, normalise).spread(limit)
 

@@ -15,11 +15,11 @@ from relevance.characters import joints_remark
 from relevance.repeats import text_key
 
 _PLACE = "{lang}"
-_ROUNDING = 1e-6  # by which the fractions of splits may miss 1
+_ROUNDING = 1e-6  # tolerance of the sum of the fractions, which must be 1
 
 
 class Unit(StrEnum):
-    """What becomes a document of a line-aligned text: a line, or the consecutive lines with one document id."""
+    """The document of a line-aligned text: a line, or the consecutive lines with one document id."""
 
     LINE = "line"
     DOCUMENT = "document"
@@ -27,7 +27,7 @@ class Unit(StrEnum):
 
 @dataclass(frozen=True)
 class Part:
-    """A document on its way into a corpus directory. Parts of one group never come into different splits."""
+    """A document to be written to a corpus directory. Parts of one group are never put into different splits."""
 
     id: str
     group: str
@@ -77,10 +77,10 @@ def line_parts(
 
     document_ids: a file that gives the document of each line; its consecutive lines are a group, and, by
     `Unit.DOCUMENT`, one document, joined with line feeds. By `Unit.LINE` each line is a document. None: by document
-    where there are ids. A line that is blank in some language is left out in all. notice: hears of byte order marks at
-    the start of lines, which are taken away.
+    where there are ids. A line that is blank in some language is left out in all. notice: called with a warning about
+    byte order marks at the start of lines, which are removed.
 
-    Raises CorpusError for missing files, files of different lengths, and ids that return after others.
+    Raises CorpusError for missing files, files of different lengths, and ids whose lines are not consecutive.
     """
     files = _files(pattern, languages)
     lines = {language: _aligned_lines(path, notice) for language, path in files.items()}
@@ -103,7 +103,7 @@ def line_parts(
 
 
 def _aligned_lines(path: Path, notice: Callable[[str], None]) -> list[str]:
-    """All lines of a file, the last of which may or may not end in a line feed."""
+    """All lines of a file; a line feed at the end of the last is optional."""
     text = read_text(path)
     if text.joints:
         notice(joints_remark(str(path), text.joints))
@@ -130,7 +130,7 @@ def _groups(ids: Sequence[str], where: str) -> dict[str, range]:
             raise CorpusError(f"{where}:{number + 1}: expected a document id, found a blank line")
         start = groups[identifier].start if identifier in groups else number
         if identifier in groups and groups[identifier].stop != number:
-            raise CorpusError(f"{where}:{number + 1}: document {identifier!r} comes back after another")
+            raise CorpusError(f"{where}:{number + 1}: document {identifier!r} occurs again after another")
         groups[identifier] = range(start, number + 1)
     return groups
 
@@ -144,11 +144,12 @@ def write_corpus(
 ) -> list[Path]:
     """Write `{lang}.jsonl` for every language of parallel `parts` into `directory`; returns the paths.
 
-    splits: name -> fraction of the groups, which are cut in their order and so always in the same way; empty for
-    documents without a split. A part that repeats one of an earlier split word for word in some language is left out in
-    all, so that they stay parallel; notice: hears of that. normalise: the form of Unicode that texts are brought into.
+    splits: name -> fraction of the groups, which are divided in their order, so always in the same way; empty for
+    documents without a split. A part that repeats a part of an earlier split word for word in some language is left out
+    in all languages, so that they stay parallel; notice: called with a message about that. normalise: the form of
+    Unicode that texts are converted to.
 
-    Raises CorpusError for impossible splits, for languages without text, and for splits of which nothing is left.
+    Raises CorpusError for impossible splits, for languages without text, and for splits without a remaining document.
     """
     for language, of_language in parts.items():
         check_language(language, str(directory))
@@ -183,7 +184,8 @@ def write_corpus(
 
 
 def _repeating(parts: Parts, split_of: Mapping[str, str], order: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Id of a part that repeats one of an earlier split -> the id of that one, and the language in which it does."""
+    """Id of a part that repeats a part of an earlier split -> the id of that part, and the language in which it
+    does."""
     repeating: dict[str, tuple[str, str]] = {}
     for language, of_language in parts.items() if order else ():
         first: dict[str, Part] = {}

@@ -36,8 +36,8 @@ def encode(
 ) -> EncodedDocuments:
     """Encode `documents`, cut to `max_tokens` with the start token; those without a target token are skipped.
 
-    vocabulary: how many tokens the model has. Raises UnknownTokenError for a document with another token, and
-    CorpusError when nothing is left.
+    vocabulary: how many tokens the model has. Raises UnknownTokenError for a document with an unknown token, and
+    CorpusError if no document is left.
     """
     encoded: list[list[int]] = []
     skipped: list[str] = []
@@ -103,14 +103,14 @@ class Batch:
 
     @cached_property
     def keys(self) -> Tensor:
-        """int64 [documents] on the CPU: a hash of each document's tokens, the same in whatever batch it stands."""
+        """int64 [documents] on the CPU: a hash of each document's tokens, independent of its batch."""
         rows = zip(self.token_ids.tolist(), self.lengths.tolist(), strict=True)
         return torch.tensor([_hash(token_ids[:length]) for token_ids, length in rows])
 
     def sum_of(self, values: Tensor) -> Tensor:
         """Sums over the counted tokens of each document. values: [documents, tokens, n] -> [documents, n].
 
-        In float32, or float64 for values of that dtype.
+        Sums are in float32, or in float64 for values of that dtype.
         """
         wide = torch.promote_types(values.dtype, torch.float32)
         return (self.counted.to(wide).unsqueeze(1) @ values.to(wide)).squeeze(1)

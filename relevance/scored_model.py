@@ -1,4 +1,4 @@
-"""ScoredModel: a model opened together with scores that were made for it."""
+"""ScoredModel: a model together with scores that were made for it."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from relevance.sources import TextSource, load_corpus
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """Token ids of documents by language, beginning with the start token, and where they come from."""
+    """Token ids of documents by language, each beginning with the start token, and their origin."""
 
     documents: Mapping[str, tuple[list[int], ...]]
     corpus_digest: str
@@ -44,7 +44,7 @@ class ScoredModel:
 
     @classmethod
     def open(cls, model: str, scores: Path, dtype: str | None, device: str | None) -> "ScoredModel":
-        """Open both. dtype: None is bfloat16, in which sets of neurons are compared more than twice as fast.
+        """Load both. dtype: None is bfloat16, which makes comparing sets of neurons more than twice as fast.
 
         Raises ScoresError or FingerprintError, before the weights are read, for scores of another model.
         """
@@ -62,7 +62,8 @@ class ScoredModel:
         return self.scores.info.languages
 
     def search_texts(self, texts: TextSource, split: str, limit: int | None, max_tokens: int) -> EncodedTexts:
-        """The texts that the scores come from: a search must see no others. Raises ScoresError for other texts."""
+        """The texts that the scores come from, the only ones that a search may use. Raises ScoresError for other
+        texts."""
         corpus = self._load(texts, split).spread(limit)
         if corpus.digest != self.scores.info.corpus_digest:
             forms = f"form {corpus.normalised}, of the scores {self.scores.info.normalised}"
@@ -79,10 +80,10 @@ class ScoredModel:
     ) -> dict[str, EncodedTexts]:
         """Texts for choices ("validation") and for reporting ("test"), `limit` documents of each language of a split.
 
-        Raises ScoresError when one of them is what the scores come from, or when they are the same.
+        Raises ScoresError if the scores come from one of them, or if the two are the same.
         """
         info = self.scores.info
-        # Scores may come from as many documents of a split, at even distances, and none of the others.
+        # Scores may come from only so many documents of a split, at even distances.
         limit_of_scores = max(used + skipped for used, skipped in zip(info.documents, info.skipped, strict=True))
         encoded: dict[str, EncodedTexts] = {}
         corpora: list[Corpus] = []
@@ -102,12 +103,14 @@ class ScoredModel:
         return encoded
 
     def require_absent(self, method: str, *, replace: bool) -> None:
-        """Raise ScoresError, before a search begins, if its scores are there already and not to be replaced."""
+        """Raise ScoresError, before a search begins, if the file already has its scores and they must not be
+        replaced."""
         if method in self.scores.by_method and not replace:
             raise ScoresError(f"the file holds scores of {method} already; pass --replace to replace them")
 
     def add_scores(self, path: Path, method: str, values: Mapping[str, Tensor], *, replace: bool) -> None:
-        """Add scores [layers, widest] of every language to the file they belong to, read again for what others added.
+        """Add scores [layers, widest] of every language to their file, which is read again, since others may have added
+        to it.
 
         Raises ScoresError for a method that is there already, unless `replace`.
         """
@@ -132,7 +135,7 @@ class ScoredModel:
         return loaded
 
     def identity(self, texts: Mapping[str, EncodedTexts], batch_tokens: int) -> str:
-        """What losses under a mask depend on besides the mask, as one digest."""
+        """A digest of everything that losses under a mask depend on, except the mask."""
         parts = {
             "fingerprint": self.scores.info.fingerprint.model_dump(mode="json"),
             "dtype": str(self.dtype),
@@ -156,9 +159,9 @@ class ScoredModel:
         return load_corpus(texts.place, split, list(self.languages), texts.text_column, form)
 
     def _doubts(self, choice: Corpus, report: Corpus, limit_of_scores: int) -> list[str]:
-        """Doubts about both splits, and what they repeat of each other and of the texts that the scores come from.
+        """Doubts about both splits, and their repeats of each other and of the texts that the scores come from.
 
-        The latter are in the same files, or only the keys are there that the scores keep.
+        The latter are in the same files; otherwise only the keys in the scores file are compared.
         """
         info, split = self.scores.info, self.scores.info.split or ""
         others = choice.others or {of: {report.split or "": texts} for of, texts in report.documents.items()}

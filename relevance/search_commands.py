@@ -1,4 +1,5 @@
-"""`crane refine`, `learn` and `validate`: the commands that switch neurons off to see what happens."""
+"""`crane refine`, `learn`, `validate` and `masks compare`: the commands that switch neurons off and measure the
+effect."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +22,7 @@ _Tokens = Annotated[int, typer.Option(min=8, help="Documents are cut to so many 
 _Seed = Annotated[int, typer.Option(help="Which documents are drawn, and in what order.")]
 _Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; default: bfloat16.")]
 _Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda where there is one.")]
-_Replace = Annotated[bool, typer.Option("--replace", help="Replace scores of this method that are there already.")]
+_Replace = Annotated[bool, typer.Option("--replace", help="Replace existing scores of this method.")]
 
 
 def refine(
@@ -45,7 +46,7 @@ def refine(
     device: _Device = None,
     replace: _Replace = False,
 ) -> None:
-    """Refine a ranking by ablation: what hurts a language more than the others comes first."""
+    """Refine a ranking by ablation: neurons that matter to one language more than to the others come first."""
     from relevance.scored_model import ScoredModel
     from relevance.search.refinement import Refinement, refine_scores
     from relevance.selection import order
@@ -88,7 +89,7 @@ def learn(
     device: _Device = None,
     replace: _Replace = False,
 ) -> None:
-    """Learn masks by gradient descent: the target language is to lose, the others to keep their predictions."""
+    """Learn masks by gradient descent: the target language should lose, the others keep their predictions."""
     from relevance.scored_model import ScoredModel
     from relevance.search.learning import Learning, learn_scores
     from relevance.selection_options import neurons_of_budget
@@ -141,7 +142,7 @@ def validate(
         str | None,
         typer.Option(help="Two files of scores from halves of a corpus, joined with a comma: stability."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Directory for the results; what is there already goes on.")] = Path(
+    out: Annotated[Path, typer.Option(help="Directory for the results; an unfinished run in it is continued.")] = Path(
         "validation"
     ),
     dtype: _Dtype = None,
@@ -202,7 +203,7 @@ def compare_masks(
     dtype: _Dtype = None,
     device: _Device = None,
 ) -> None:
-    """Compare what masks of BASE cost BASE and, transferred, CHAT. The two fingerprints stand in the result."""
+    """Measure what masks of BASE cost BASE and, transferred, CHAT. The result has both fingerprints."""
     from relevance.doubts import doubts
     from relevance.model import pick_device, pick_dtype
     from relevance.transfer_effects import compare
@@ -235,4 +236,4 @@ def _numbers(listed: str) -> tuple[float, ...]:
     try:
         return tuple(float(number) for number in listed.split(","))
     except ValueError as error:
-        raise ValueError(f"{listed!r} is no list of numbers; expected fractions joined with commas") from error
+        raise ValueError(f"{listed!r} is not a list of numbers; expected fractions joined with commas") from error

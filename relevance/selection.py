@@ -16,7 +16,7 @@ from relevance.selection_options import GLOBAL, UNIFORM, Overlap, Rule, Selectio
 
 NAME = "{method}-{language}"
 
-_ROUNDING = 1e-9  # relative size of differences between scores that are none
+_ROUNDING = 1e-9  # relative differences between scores up to this size count as rounding
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Selection:
     def write(self, directory: Path, scores: Scores, name: str = NAME) -> list[Path]:
         """Write a mask file for every language; returns the paths.
 
-        name: what to call them; {method}, {language}, {rule} and {seed} stand for what was chosen.
-        The recorded budget is the fraction asked for, or the one that the rule came to.
-        Raises SelectionError when two languages get one name, MaskFileError for a name that is not allowed.
+        name: of the masks; {method}, {language}, {rule} and {seed} are filled in. The recorded budget is the requested
+        fraction, or the fraction that the rule selected. Raises SelectionError if two languages get the same name,
+        MaskFileError for a name that is not allowed.
         """
         names = [self._name(name, language) for language in self.masks]
         if len(set(names)) < len(names):
@@ -79,20 +79,21 @@ class Selection:
 def select(scores: Scores, options: SelectionOptions) -> Selection:
     """For every language the neurons that `options` select from the ranking of its method.
 
-    Rules. `budget`: the first so many in `order`. `z`: those whose contrasted score exceeds the mean over all neurons
-    of the language by more than z standard deviations. `published`: those that the method's own rule takes. Output
-    dimensions come under the same rule; z is then taken over neurons and output dimensions together.
+    Rules. `budget`: the first neurons in `order`, as many as the budget allows. `z`: those whose contrasted score
+    exceeds the mean over all neurons of the language by more than z standard deviations. `published`: those that the
+    method's own rule selects. The same rule applies to output dimensions; z is then computed over neurons and output
+    dimensions together.
 
-    Quotas. `global`: the ranking is free of layers. `uniform`: as equal a number from each layer as there is, the
-    remainder going to the best ranked. `like:METHOD`: from each layer as many as METHOD takes under the same rule,
-    contrast and overlap, the best ranked of those that METHOD leaves: a control for the choice within the layers.
+    Quotas. `global`: the ranking ignores layers. `uniform`: the same number from each layer, as far as possible, and
+    the remainder from the best ranked. `like:METHOD`: from each layer as many as METHOD takes under the same rule,
+    contrast and overlap, but only neurons that METHOD does not take: a control for the choice within the layers.
 
-    Overlap. `exclusive` gives each neuron to the language that has it furthest ahead in its ranking, to the first of
-    several; the rule, or the budget, then takes a language's neurons from its own.
+    Overlap. `exclusive` assigns each neuron to the language that ranks it highest, to the first language in a tie; the
+    rule, or the budget, then selects among the neurons of the language.
 
     Raises MethodError for an unknown method and for one without a published rule, ContrastError, ScoresError for
     missing scores, and SelectionError for scores that are not finite, an impossible budget, too few neurons in a layer
-    or for a language, or a rule that takes nothing.
+    or for a language, or a rule that selects no neuron.
     """
     neurons, dimensions = _chosen(scores, options)
     masks = {}
@@ -117,8 +118,8 @@ def order(
 ) -> dict[str, Tensor]:
     """Per language its neurons, best first: int64 [neurons, 2], layer and index. Ties go to the lower layer and index.
 
-    A selection by budget is the beginning of this, so the sets of growing budgets are nested. quotas: "global" or
-    "uniform"; a matched selection is no beginning of anything, since what its model takes is not there to be chosen.
+    A selection by budget is a prefix of this order, so the sets of growing budgets are nested. quotas: "global" or
+    "uniform"; a matched selection is not a prefix of any order, since it depends on the neurons of the other method.
 
     Raises SelectionError for a matched method, and what `select` raises.
     """
@@ -130,7 +131,7 @@ def order(
 
 @dataclass(frozen=True)
 class _Units:
-    """What is ranked: neurons, or output dimensions.
+    """The ranked units: neurons, or output dimensions.
 
     shape: of the tensors, padding included; raw: the method's scores, ranking: the higher the sooner, both float64
     [languages, layers, widest]; own: bool of the same shape, the units that a language may take.
@@ -151,7 +152,7 @@ class _Units:
 
     @classmethod
     def of_outputs(cls, scores: Scores, options: SelectionOptions) -> "_Units":
-        """The output dimensions, as if they were neurons. A matched control needs no scores of them, it draws."""
+        """The output dimensions, as if they were neurons. A matched random control needs no scores of them."""
         kind = find(options.method)
         shape = Shape(scores.info.languages, (scores.info.fingerprint.hidden_size,) * len(scores.shape.sizes))
         drawn = kind.matched_to is not None and options.matched_to is not None
@@ -176,7 +177,7 @@ class _Units:
         return [evenly(places) for places in ordered] if quotas == UNIFORM else ordered
 
     def published(self) -> Tensor:
-        """bool [languages, layers, widest]: those that the method's own rule takes."""
+        """bool [languages, layers, widest]: the units that the method's own rule selects."""
         return find(self.options.method).published(self.raw, self.shape) & self.own
 
     def matched(self, model: Tensor) -> Tensor:
@@ -238,8 +239,8 @@ def best_first(ranking: Tensor, eligible: Tensor) -> Tensor:
 def evenly(places: Tensor) -> Tensor:
     """`places` (int64 [units, 2], best first) in rounds: the best of every layer, then the second of every layer, ...
 
-    Within a round the order stays. So every beginning has as equal a number of each layer as the layers allow, and its
-    last, incomplete round holds the best ranked.
+    Within a round the order is kept. So every prefix has nearly the same number of each layer, as far as the layers
+    allow, and its last, incomplete round has the best ranked units.
     """
     layers = places[:, 0]
     by_layer = torch.argsort(layers, stable=True)
@@ -251,7 +252,8 @@ def evenly(places: Tensor) -> Tensor:
 
 
 def exclusive(ranking: Tensor, exists: Tensor) -> Tensor:
-    """The language that ranks each unit best, by its place in the ranking and not by its score; the first of several.
+    """The language that ranks each unit best, by its place in the ranking and not by its score; the first language in a
+    tie.
 
     ranking: [languages, layers, widest]; exists: bool [layers, widest]. Returns bool of the shape of `ranking`.
     """
@@ -267,7 +269,7 @@ def outstanding(contrasted: Tensor, exists: Tensor, z: float) -> Tensor:
     """Units more than z standard deviations above the mean of all units of their language.
 
     contrasted: [languages, layers, widest]; exists: bool [layers, widest]. Returns bool of the shape of `contrasted`.
-    Where all units of a language are equal but for rounding, none stands out.
+    If all units of a language are equal except for rounding, none is selected.
     """
     units = contrasted[:, exists]  # [languages, units]
     mean, deviation = units.mean(dim=1), units.std(dim=1, correction=0)
@@ -276,7 +278,7 @@ def outstanding(contrasted: Tensor, exists: Tensor, z: float) -> Tensor:
 
 
 def matched_top(ranking: Tensor, model: Tensor, eligible: Tensor) -> Tensor:
-    """As many units of each layer as `model` has, the highest ranked of the eligible that `model` leaves.
+    """As many units of each layer as `model` has: the highest ranked eligible units that are not in `model`.
 
     All are [layers, widest], the last two bool. Raises SelectionError when a layer has too few left.
     """

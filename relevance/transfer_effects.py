@@ -37,7 +37,7 @@ class ModelSide(BaseModel):
 
 
 class TransferEffect(BaseModel):
-    """What one mask costs both models: changes in nats per token by language, above 0 for a loss."""
+    """The cost of one mask for both models: changes in nats per token by language, above 0 for a loss."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -123,9 +123,9 @@ def compare(
 ) -> TransferEffects:
     """Measure every mask of the directory `masks` (or those of `names`) on both models; the result is saved.
 
-    start: hears how many masks are to be measured, counted on each model; advance: hears of each that is. A journal per
-    model in `directory` lets the same run go on after it was killed. Raises MaskFileError for no masks,
-    FingerprintError for masks of another model than `base`, TransferError when `chat` has another shape.
+    start: called with the number of measurements, one per mask and model; advance: called after each. A journal per
+    model in `directory` lets a killed run continue. Raises MaskFileError for no masks, FingerprintError for masks of
+    another model than `base`, TransferError when `chat` has another shape.
     """
     checkpoints = [resolve_checkpoint(base), resolve_checkpoint(chat)]
     prints = [Fingerprint.of(checkpoint) for checkpoint in checkpoints]

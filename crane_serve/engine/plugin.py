@@ -10,7 +10,7 @@ What is wrapped, each once per process:
 - EngineCore.preprocess_add_request (engine core): admission again, and the prefix-cache salt;
 - generate_block_hash_extra_keys (engine core): the salt of blocks with generated tokens, if only some are masked, in
   hashes and in KV events;
-- EngineCore.add_request (engine core): refuses a mask if there is no row for it, and forgets content that no request needs any more;
+- EngineCore.add_request (engine core): refuses a mask without a free row, and forgets content that no request needs;
 - WorkerWrapperBase.init_device (worker): gives the model runner its masks, through MaskedRunner (V1)
   or MaskedModelState (V2).
 Added to EngineCore and WorkerWrapperBase: the methods of `live_masks`.

@@ -6,7 +6,7 @@ from relevance.rules import ATTNLRP
 
 
 class AttnLRP(Attribution):
-    """In logits: by how much, on average, the logit of the true next token is owed to this neuron."""
+    """In logits: this neuron's average contribution to the logit of the true next token."""
 
     name = "attnlrp"
     source = Pass(ATTNLRP, AttributionTarget.TARGET_LOGIT)

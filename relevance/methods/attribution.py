@@ -1,4 +1,4 @@
-"""Activation times gradient: the base of the methods that differ in their pass alone."""
+"""Activation times gradient: the base class of the methods that differ only in their pass."""
 
 import torch
 from torch import Tensor

@@ -81,7 +81,7 @@ class Crane(OfGradients):
 
 
 def z_scores(values: Tensor) -> Tensor:
-    """`values`, of any shape, less their mean, in (population) standard deviations; NaN counts as missing, z = 0."""
+    """`values`, of any shape, minus their mean, in (population) standard deviations; NaN counts as missing, z = 0."""
     present = values[~values.isnan()]
     deviation = present.std(correction=0) if present.numel() else present.new_zeros(())
     if not deviation > 0:

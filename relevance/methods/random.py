@@ -1,4 +1,4 @@
-"""Random scores: the control. What neurons cost that nothing was known about."""
+"""Random scores: the control, which shows the cost of arbitrary neurons."""
 
 from collections.abc import Sequence
 

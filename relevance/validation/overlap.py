@@ -1,4 +1,4 @@
-"""Overlap: how alike the sets of two languages, two methods or two halves of a corpus are, and where they lie."""
+"""Overlap: the similarity of the sets of two languages, two methods or two halves of a corpus, and their layers."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from relevance.validation.result import Overlap
 
 
 def overlaps(scores: Scores, methods: Sequence[str], budget: float) -> list[Overlap]:
-    """Jaccard overlap of every two sets that any of `methods` gives any language at `budget`."""
+    """Jaccard overlap of every two sets of any of `methods` and languages at `budget`."""
     count = neurons_of_budget(budget, scores.shape.neurons)
     chosen = {
         (method, language): _members(ordered[:count], scores.shape.tensor[1:])
@@ -29,7 +29,8 @@ def overlaps(scores: Scores, methods: Sequence[str], budget: float) -> list[Over
 
 
 def stability(halves: Sequence[Scores], budget: float) -> dict[str, dict[str, float]]:
-    """method -> language -> Jaccard overlap of what the two `halves` choose at `budget`; empty without halves."""
+    """method -> language -> Jaccard overlap of the sets that the two `halves` select at `budget`; empty without
+    halves."""
     if not halves:
         return {}
     first, second = halves

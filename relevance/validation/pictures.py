@@ -57,7 +57,7 @@ class _Point:
 
 @dataclass(frozen=True)
 class _Line:
-    """What one method costs, by language points in the order of budgets; and at matched effect."""
+    """The cost of one method: points by language in the order of budgets, and at matched effect."""
 
     name: str
     style: dict[str, Any]
@@ -66,7 +66,7 @@ class _Line:
 
 
 def draw(result: Validation) -> list[Picture]:
-    """All pictures for which `result` has something to show, in the order in which reports show them."""
+    """All pictures that `result` has data for, in the order of the reports."""
     pictures = []
     lines = _lines(result)
     if any(effect.collateral is not None for effect in result.of_rule(MATCHED)):
@@ -206,7 +206,7 @@ def _collateral(result: Validation) -> Figure:
 
 
 def _spread(result: Validation, by_language: dict[str, Draws]) -> Iterator[tuple[float, str, Draws]]:
-    """Where in a method's bar each language's point stands, -0.25 to 0.25, with its colour."""
+    """The position of each language's point in a method's bar, -0.25 to 0.25, with its colour."""
     last = max(len(result.languages) - 1, 1)
     for number, language in enumerate(result.languages):
         if language in by_language:
@@ -238,7 +238,7 @@ def _collateral_limits(axes: Axes, result: Validation) -> None:
 
 
 def _name_with_missing(result: Validation, method: str, draws_by_language: dict[str, Draws]) -> str:
-    """The method, and below it the languages that do not lose as much with all neurons."""
+    """The method, and below it the languages that do not reach the effect with all neurons."""
     notes = []
     for language in result.languages:
         if short := result.unreached.count((method, language)):

@@ -1,4 +1,4 @@
-"""Validation: the plan, and its result as it is kept in a file."""
+"""Validation: the plan, and its result as it is saved in a file."""
 
 from pathlib import Path
 
@@ -20,11 +20,11 @@ class ValidationError(ValueError):
 
 
 class ValidationPlan(BaseModel):
-    """What is validated.
+    """The plan of a validation.
 
     methods: of which scores there are. budgets: fractions of all neurons. effect: nats per token that the target loses
-    at matched effect, or None to leave that out. seeds: of methods that draw. matched_to: the method whose numbers per
-    layer random controls take over too. published: whether the methods' own rules are tried.
+    at matched effect, or None to leave that out. seeds: of methods that draw. matched_to: the method whose numbers of
+    neurons per layer random controls use, too. published: whether the methods' own rules are tried.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,13 +38,12 @@ class ValidationPlan(BaseModel):
 
 
 class MaskEffect(BaseModel):
-    """What one mask costs every language on the reported texts.
+    """The cost of one mask for every language on the texts for reporting.
 
     rule: "budget", "published", "like:METHOD" (a layer-matched control) or "matched effect"; budget: the fraction of
-    all neurons that it came to.
-    changes: nats per token by language, above 0 for a loss. collateral: nats per token that the other languages lose,
-    on average, for each that the target loses; None where the target loses nothing.
-    f1: LangSpec-F1 at b = 1 by form, of the scores exp(-nats per token), the geometric mean probability of a token.
+    all neurons that it has. changes: nats per token by language, above 0 for a loss. collateral: nats per token that
+    the other languages lose, on average, for each that the target loses; None where the target loses nothing. f1:
+    LangSpec-F1 at b = 1 by form, of the scores exp(-nats per token), the geometric mean probability of a token.
     """
 
     model_config = ConfigDict(frozen=True)

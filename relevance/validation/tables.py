@@ -1,4 +1,4 @@
-"""The tables of a validation; changes in nats per token, 5 of which get the deepest colour."""
+"""The tables of a validation. Changes are in nats per token; 5 and more have the deepest colour."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ _SHORT = 16  # characters of a digest that readers see
 
 @dataclass(frozen=True)
 class Draws:
-    """Effects of masks that differ only in their seed: several of a method that draws, one of any other."""
+    """Effects of masks that differ only in their seed: several for a method that draws, one for any other."""
 
     effects: tuple[MaskEffect, ...]
 
@@ -37,7 +37,7 @@ class Draws:
 
     @property
     def name(self) -> str:
-        """The method, and for controls the method whose neurons per layer they take over."""
+        """The method, and for controls the method whose numbers of neurons per layer they use."""
         first = self.effects[0]
         return f"{first.method} like {first.rule.removeprefix(LIKE)}" if first.rule.startswith(LIKE) else first.method
 
@@ -72,7 +72,7 @@ def settings_table(result: Validation) -> Table:
 
 
 def texts_table(result: Validation) -> Table:
-    """What the masks were measured on, one row for each part and language."""
+    """The texts that the masks were measured on, one row for each part and language."""
     uses = {CHOICE: "choosing numbers of neurons", REPORT: "everything reported"}
     return Table(
         ("used for", "split", "corpus", "language", "documents", "tokens", "unmasked nats per token"),
@@ -93,7 +93,7 @@ def texts_table(result: Validation) -> Table:
 
 
 def matched_table(result: Validation) -> Table:
-    """Per method what the others lose for each nat that the target loses, least first."""
+    """Per method the loss of the others for each nat that the target loses, least first."""
     per_language = ("neurons", "own change", "collateral")
     columns = ["method", "mean collateral", *(f"{name}: {what}" for name in result.languages for what in per_language)]
     methods = [method for method in result.plan.methods if _was_matched(result, method)]
@@ -115,7 +115,7 @@ def collateral_order(result: Validation) -> Callable[[str], float]:
 def by_budget(result: Validation) -> dict[float, list[Draws]]:
     """Draws under each of the plan's budgets, controls included, at the budget whose number of neurons is nearest.
 
-    Of budgets that come to the same number of neurons, the first stands for all.
+    Budgets that mean the same number of neurons are shown once, as the first of them.
     """
     total = sum(result.fingerprint.intermediate_sizes)
     budgets: dict[int, float] = {}
@@ -139,7 +139,7 @@ def budget_tables(result: Validation) -> list[Table]:
 
 
 def mask_table(result: Validation, draws: Iterable[Draws], title: str = "") -> Table:
-    """What masks cost every language, a row for each."""
+    """The cost of masks for every language, a row for each mask."""
     return Table(
         (
             "method",

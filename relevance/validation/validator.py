@@ -33,14 +33,14 @@ OVERLAP_BUDGET = 0.01
 
 _FIRST_COUNT = 8
 _WIDENING = 4
-_PRECISION = 1.07  # how far apart two numbers of neurons may be, as a ratio, when the search stops
+_PRECISION = 1.07  # the search stops when two numbers of neurons are within this ratio
 
 
 class Validator:
     """Runs a plan: masks of every method, their effects on the texts for reporting, and at matched effect.
 
-    How many neurons a matched effect takes is chosen on the part "validation"; everything is reported on "test".
-    Raises ValidationError for a plan that cannot be run, before anything is.
+    The number of neurons for a matched effect is chosen on the part "validation"; everything is reported on "test".
+    Raises ValidationError, before the first measurement, for a plan that cannot be run.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Validator:
 
     @property
     def masks(self) -> int:
-        """How many masks the plan has; `advance` hears as often, also where there is no such mask."""
+        """The number of masks in the plan, which is how often `advance` is called, also for masks that do not exist."""
         draws = sum(len(self._seeds(method)) for method in self.plan.methods)
         random = sum(len(self.plan.seeds) for method in self.plan.methods if self._draws(method))
         of_language = draws * (len(self.plan.budgets) + (self.plan.effect is not None))
@@ -92,7 +92,7 @@ class Validator:
                 yield from self._published(method)
 
     def matched(self) -> tuple[list[MaskEffect], list[tuple[str, str]]]:
-        """Effects where the target loses `plan.effect`, and the (method, language) that never does."""
+        """Effects where the target loses `plan.effect`, and the pairs (method, language) that never reach it."""
         effects: list[MaskEffect] = []
         unreached: list[tuple[str, str]] = []
         if self.plan.effect is None:
@@ -155,7 +155,8 @@ class Validator:
         return NeuronMask.switching_off(off, sizes)
 
     def _count_for(self, effect: float, ordered: Tensor, language: str) -> int | None:
-        """The fewest neurons, to within 7 %, that cost `language` so many nats per token on the part for choices."""
+        """The smallest number of neurons, to within 7 %, that costs `language` so many nats per token on the part for
+        choices."""
 
         def costs(count: int) -> bool:
             return self.ablations.loss(self._mask(ordered, count), CHOICE, language) >= effect
@@ -200,11 +201,11 @@ def run(
     advance: Callable[[str], None] = lambda done: None,
     start: Callable[[int], None] = lambda masks: None,
 ) -> Validation:
-    """Run `plan` and save the result in `directory`, where a journal lets the same run go on after it was killed.
+    """Run `plan` and save the result in `directory`, where a journal lets a killed run continue.
 
-    texts: of the parts "validation" and "test"; halves: scores from two halves of a corpus, or none.
-    start: hears how many masks there are at most; advance: hears of each that is measured, or that there is not.
-    Raises ValidationError, JournalError, and whatever the selection of a plan's neurons raises.
+    texts: of the parts "validation" and "test"; halves: scores from two halves of a corpus, or none. start: called with
+    the largest number of masks; advance: called for each mask that is measured or does not exist. Raises
+    ValidationError, JournalError, and the errors of `select`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     ablations = Ablations(
@@ -250,9 +251,9 @@ def _described(ablations: Ablations, part: str, texts: EncodedTexts) -> Texts:
 
 
 def fewest(enough: Callable[[int], bool], most: int) -> int | None:
-    """The smallest count from 1 to `most` that is `enough`, to within a ratio of 1.07, or None if `most` is not.
+    """The smallest count from 1 to `most` that is `enough`, to within a ratio of 1.07; None if `most` is not enough.
 
-    Assumes that what is enough stays enough with more. Asks about a dozen times.
+    Assumes that larger counts than a sufficient one are sufficient, too. Calls `enough` about a dozen times.
     """
     too_few, count = 0, min(_FIRST_COUNT, most)
     while not enough(count):
@@ -275,8 +276,8 @@ def collateral(
     """Mean loss per token of the other languages over that of `target`, with a bootstrap over documents.
 
     changes: nats that each document loses, [documents] by language; tokens: their lengths. A resample draws documents
-    of every language, the same places in all languages that have equally many, since those may be parallel.
-    None where the target loses nothing. The interval is left out where a resample has the target lose nothing.
+    of every language, the same places in all languages that have equally many, since those may be parallel. None if the
+    target loses nothing. There is no interval if the target loses nothing in some resample.
     """
     sums = {name: resampled_sums(np.stack([changes[name], tokens[name]], axis=1), seed=seed) for name in changes}
     losses = {name: of_language[:, 0] / of_language[:, 1] for name, of_language in sums.items()}  # [1 + resamples]

@@ -221,7 +221,7 @@ def test_a_mask_without_a_row_is_refused_only_where_rows_can_run_out(
         scheduler_config=SimpleNamespace(max_num_seqs=running),
     )
     if full:
-        with pytest.raises(MaskTableFull, match="mask a: 2 others are in use, as many as this engine has rows for"):
+        with pytest.raises(MaskTableFull, match="mask a: 2 other masks are in use"):
             require_row(config, mask, in_use)
     else:
         require_row(config, mask, in_use)

@@ -137,7 +137,7 @@ class TestRefusals:
             ("log_format", "xml", "log_format: Input should be 'text' or 'json', found 'xml'"),
             ("log_level", "loud", "log_level: Input should be 'debug', 'info', 'warning' or 'error', found 'loud'"),
             ("masks", "/nowhere", "masks: directory '/nowhere' does not exist, found '/nowhere' (from CRANE_MASKS)"),
-            ("ssl_keyfile", "key.pem", "ssl_keyfile: expected ssl_certfile beside it"),
+            ("ssl_keyfile", "key.pem", "ssl_keyfile: expected ssl_certfile"),
         ],
     )
     def test_values(self, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:

@@ -314,7 +314,7 @@ def test_searches_keep_to_the_texts_of_the_scores(files: dict[str, Path]) -> Non
     [
         (("--report-split", "relevance"), "split 'relevance'"),
         (("--report-split", "validation"), "split 'validation'"),
-        (("--budgets", "a"), "'a' is no list of numbers"),
+        (("--budgets", "a"), "'a' is not a list of numbers"),
         (("--budgets", "0"), "budget is 0.0"),
         (("--methods", "gradient"), "no scores of method 'gradient'"),
         (("--halves", "one"), "names 1 files; expected two"),

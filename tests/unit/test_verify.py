@@ -404,7 +404,7 @@ def processes(masked: Callable[[], FakeEngine], calls: list[dict[str, object]] |
             return None
         if plan.masks is not None and masked is Dies:
             work(plan, Dies())
-            return "the process died with exit code -9; its last words: Killed"
+            return "the process died with exit code -9; its last line: Killed"
         work(plan, FakeEngine() if plan.masks is None else masked())
         return None
 
@@ -453,7 +453,7 @@ def test_the_command_reports_and_exits_with_0(
         (MissesLayer, "layer 1 switched off: expected other log-probabilities"),
         (MasksANeighbour, "request 2 is unmasked: expected"),
         (LeaksCache, "run 1 (mask None, first): expected no cached tokens, got 48"),
-        (Dies, "vLLM with masks: the process died with exit code -9; its last words: Killed"),
+        (Dies, "vLLM with masks: the process died with exit code -9; its last line: Killed"),
     ],
 )
 def test_the_command_exits_with_1_and_says_what_failed(
@@ -485,7 +485,7 @@ def test_a_process_that_dies_leaves_its_last_words(checkpoint: Path, tmp_path: P
     ).save(plan)  # fmt: skip
     problem = session.run_process("crane_serve.verify.no_such_module", plan, {}, tmp_path / "log")
     assert problem is not None
-    assert problem.startswith("the process died with exit code 1; its last words: ")
+    assert problem.startswith("the process died with exit code 1; its last line: ")
     assert "No module named" in problem
 
 

@@ -32,7 +32,7 @@ class Gate:
             raise ApiError(503, "shutting_down", "the server is shutting down", headers={"Connection": "close"})
         if self.sequences >= self._max_sequences:
             raise TooBusy(
-                "queue_full", f"{self.sequences} prompts are waiting or running, the most is {self._max_sequences}"
+                "queue_full", f"{self.sequences} prompts are waiting or running; the limit is {self._max_sequences}"
             )
         if context.key is not None:
             name = context.key.name
