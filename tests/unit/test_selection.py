@@ -390,7 +390,7 @@ def test_a_contrast_needs_a_second_language() -> None:
         chosen(random_scores(("en",)), "crane", contrast="share")
 
 
-def test_options_that_contradict_each_other() -> None:
+def test_selection_options_that_contradict_each_other() -> None:
     with pytest.raises(SelectionError, match="uniform quotas spread a budget over the layers; the rule z has none"):
         SelectionOptions("crane", rule=Rule.Z, quotas="uniform")
     with pytest.raises(SelectionError, match="z is nan"):
