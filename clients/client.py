@@ -340,7 +340,7 @@ def _authorization(api_key: str | None) -> dict[str, str]:
     if not api_key:
         return {}
     if not all("!" <= character <= "~" for character in api_key):
-        raise ValueError("the API key is not valid: it contains blanks or characters beyond ASCII")
+        raise ValueError("the API key holds blanks or characters beyond ASCII, so it is not valid")
     return {"Authorization": f"Bearer {api_key}"}
 
 

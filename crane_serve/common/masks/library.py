@@ -236,7 +236,7 @@ class MaskLibrary:
         except ValueError:
             factor = math.nan
         if not 0 <= factor <= MAX_FACTOR:
-            raise MaskError(f"mask {part!r}: {text!r} is not a factor; expected a number from 0 to {MAX_FACTOR:g}")
+            raise MaskError(f"mask {part!r}: {text!r} is no factor; expected a number from 0 to {MAX_FACTOR:g}")
         digest = stored.mask.digest
         return _Member(f"{stored.name}@{factor!r}", f"{digest}@{factor!r}", stored.mask, factor, digest)
 
