@@ -35,12 +35,12 @@ from crane_serve.common.models.load import load_tokenizer
 from crane_serve.common.models.resolve import resolve_checkpoint
 from crane_serve.common.text.corpus import EMBEDDED_CORPUS, Corpus
 from relevance.encoding import Batch, batches, encode
-from relevance.measurement import Measurement, last_hidden, units_of
 from relevance.method import Measured
 from relevance.methods import find_scored
 from relevance.model import DTYPES, load_model, pick_device
-from relevance.objective import per_document, target_logits
+from relevance.model_passes import ModelPasses, last_hidden, units_of
 from relevance.rules import ATTNLRP, propagation
+from relevance.targets import per_document, target_logits
 
 BASELINE = "plain"
 MEMORY_ARMS = ("plain", "attnlrp", "checkpointed", "one-pass", "one-by-one")
@@ -64,10 +64,10 @@ def arms(model: nn.Module, batch_tokens: int) -> dict[str, Arm]:
         kinds = [kind for kind in find_scored(names) if issubclass(kind, Measured)]
 
         def run(documents: Sequence[list[int]]) -> None:
-            with Measurement(model, checkpointing) as measurement:
-                methods = [kind(units_of(measurement.decoder), device) for kind in kinds]
+            with ModelPasses(model, checkpointing) as passes:
+                methods = [kind(units_of(passes.decoder), device) for kind in kinds]
                 for batch in batches(documents, batch_tokens, device):
-                    measurement.run(batch, methods)
+                    passes.run(batch, methods)
             for method in methods:
                 method.finalise()
 

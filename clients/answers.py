@@ -4,7 +4,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, JsonValue
 
 
 class Answer(BaseModel):
-    """Base of everything the server sends."""
+    """Base of all answers of the server."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -41,7 +41,7 @@ class Output(Answer):
 
 
 class Generation(Answer):
-    """Answer of /generate; at the end of a stream the outputs have no text, which came as deltas."""
+    """Answer of /generate; at the end of a stream the outputs have no text, since the deltas had it."""
 
     model: str
     mask: MaskReference | None = None
@@ -106,7 +106,7 @@ class MaskSummary(Answer):
 
 
 class LayerNeurons(Answer):
-    """Neurons of one layer that a mask scales; `scales`: by what, None if it switches all of them off."""
+    """Neurons of one layer that a mask scales; scales: the factors, None if it switches all of them off."""
 
     layer: int
     neurons: tuple[int, ...]
@@ -114,7 +114,7 @@ class LayerNeurons(Answer):
 
 
 class LayerDimensions(Answer):
-    """Dimensions of one layer's MLP output that a mask scales; `scales`: by what, None if it removes all of them."""
+    """Dimensions of one layer's MLP output that a mask scales; scales: the factors, None if it removes all of them."""
 
     layer: int
     dimensions: tuple[int, ...]
@@ -122,7 +122,7 @@ class LayerDimensions(Answer):
 
 
 class MaskNeurons(Answer):
-    """Answer of /masks/{name}/neurons: all that a mask scales. output: None if it leaves the MLPs' output alone."""
+    """Answer of /masks/{name}/neurons: all that a mask scales. output: None if it does not change the MLPs' output."""
 
     name: str
     digest: str
@@ -146,7 +146,7 @@ class MaskListing(Answer):
 
 
 class Readiness(Answer):
-    """Answer of /ready: the model, its fingerprint (what masks are checked against) and the server's version.
+    """Answer of /ready: the model, its fingerprint (which masks must match) and the server's version.
 
     prompt_start: token ids before a prompt or a context by default, text_start: the one before a text that is scored
     from its start; None for a server that does not say.

@@ -23,9 +23,9 @@ def run_evaluation(
     concurrency: int = CONCURRENCY,
     wait_s: float = 60.0,
 ) -> Evaluation:
-    """Run a plan to its end, or go on with it, and write results.json and the reports into `out`.
+    """Run a plan to its end, or continue an unfinished run, and write results.json and the reports into `out`.
 
-    Not to be called where an event loop runs. Arguments and errors: `clients.run.Run.start`.
+    Must not be called in a running event loop. Arguments and errors: `clients.run.Run.start`.
     """
 
     async def run() -> Evaluation:
@@ -44,9 +44,9 @@ def iterate_answers(
     concurrency: int = CONCURRENCY,
     wait_s: float = 60.0,
 ) -> Iterator[ItemResult]:
-    """The missing answers of a plan, each as it comes and already kept in `out`; leave whenever you like.
+    """The missing answers of a plan, one by one. Each is already saved in `out`, so the iteration can stop at any time.
 
-    Further requests go on only while the next answer is waited for. Arguments and errors: `clients.run.Run.start`.
+    Requests run only while the iterator waits for the next answer. Arguments and errors: `clients.run.Run.start`.
     """
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()

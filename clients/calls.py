@@ -17,7 +17,7 @@ _DEFAULTS = {"add_bos": "auto", "join": "shared", "return_tokens": False}  # the
 
 
 class Sampling(TypedDict, total=False):
-    """Sampling options of /generate; what is left out is the server's default."""
+    """Sampling options of /generate; an option that is left out has the server's default."""
 
     max_tokens: int
     temperature: float
@@ -26,13 +26,13 @@ class Sampling(TypedDict, total=False):
     stop: str | list[str]
     logprobs: int
     repetition_penalty: float  # above 1, tokens of the prompt and of the text so far become less likely
-    positions: str  # which tokens the mask is for: all, prompt or generated
+    positions: str  # the tokens that the mask applies to: all, prompt or generated
     add_bos: AddBos  # whether the model's start token stands before the prompt; "auto" is as the tokenizer does
 
 
 @dataclass(frozen=True)
 class Call(Generic[AnswerType]):
-    """A request: method, path, what reads its answer, query parameters, and a body as JSON or as it is."""
+    """A request: method, path, a function that reads its answer, query parameters, and a body as JSON or as bytes."""
 
     method: str
     path: str
@@ -72,7 +72,8 @@ class Call(Generic[AnswerType]):
 
 
 def chosen(**options: Any) -> dict[str, Any]:
-    """The options without how texts are read by default, so that what was asked before there was a choice stays so."""
+    """The options without `add_bos` and `join` at their defaults, so that requests look as they did before these
+    options existed."""
     return {name: value for name, value in options.items() if name not in _DEFAULTS or value != _DEFAULTS[name]}
 
 

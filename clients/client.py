@@ -35,7 +35,7 @@ _POOL_CONNECTIONS = 8
 
 
 class _Client:
-    """What both clients share: the address, the API key, the time-outs, the retry policy."""
+    """The common part of both clients: the address, the API key, the time-outs, the retry policy."""
 
     def __init__(
         self, server: str, api_key: str | None, read_timeout_s: float, connect_timeout_s: float, retries: RetryPolicy
@@ -52,19 +52,19 @@ class _Client:
             "base_url": url,
             "headers": headers,
             "timeout": httpx.Timeout(read_timeout_s, connect=connect_timeout_s, pool=None),
-            "trust_env": not _is_loopback(url.host),  # a proxy cannot reach this machine's loopback
+            "trust_env": not _is_loopback(url.host),  # proxies cannot reach loopback addresses
         }
 
 
 class CraneClient(_Client):
     """Blocking client.
 
-    Every method raises CraneError: at once for refusals (400, 404, 422, ...), and once `retries` is exhausted for
-    429, 503 and failed connections. mask: a name, names joined with commas (their union), or None for unmasked.
-    add_bos: what stands before a text that does not begin with it: True the model's start token, False nothing, "auto"
-    what lm-evaluation-harness puts there; join: "length" for the harness's reading of a token that reaches across.
-    api_key: sent with every request; default: the environment variable CRANE_API_KEY, if it is set. Raises ValueError
-    if `server` is not an http address, or the key cannot be one.
+    Every method raises CraneError: at once for refusals (400, 404, 422, ...), and once `retries` is exhausted for 429,
+    503 and failed connections. mask: a name, names joined with commas (their union), or None for unmasked. add_bos: the
+    token that is put before a text that does not begin with it: True the model's start token, False nothing, "auto" the
+    one that lm-evaluation-harness puts there; join: "length" treats a token that spans context and continuation as the
+    harness does. api_key: sent with every request; default: the environment variable CRANE_API_KEY, if it is set.
+    Raises ValueError if `server` is not an http address, or the key is not a valid one.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class CraneClient(_Client):
     def generate_stream(
         self, prompt: str | Sequence[str], *, mask: str | None = None, **sampling: Unpack[Sampling]
     ) -> GenerationStream:
-        """Complete prompts and hand out the text as it is made. Retries end when the server starts to answer."""
+        """Complete prompts and yield the text while it is generated. Nothing is retried once an answer has begun."""
         call = calls.generate(prompt, mask, sampling, stream=True)
         return self._retries.blocking()(self._open, call)
 
@@ -146,7 +146,7 @@ class CraneClient(_Client):
         return self._send(calls.ready())
 
     def wait_until_ready(self, timeout_s: float) -> Readiness:
-        """`ready`, asked again and again for `timeout_s` seconds; raises the last CraneError after that."""
+        """Repeat `ready` for at most `timeout_s` seconds; raises the last CraneError after that."""
         answer: Readiness = Patience(total_s=timeout_s).blocking()(self._once, calls.ready(), _PROBE_TIMEOUT_S)
         return answer
 
@@ -192,7 +192,7 @@ class CraneClient(_Client):
 class AsyncCraneClient(_Client):
     """CraneClient for asyncio, with at most `concurrency` requests under way; further ones wait their turn.
 
-    A request keeps its slot while it backs off, so that an overloaded server is asked less.
+    A request keeps its slot while it waits for a retry, so that an overloaded server gets fewer requests.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class AsyncCraneClient(_Client):
         self._slots = asyncio.Semaphore(concurrency)
         # Several small pools: the time that httpx takes for a request grows with the square of a pool's connections.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=_POOL_CONNECTIONS)
-        certificates = transport is not None or httpx.create_ssl_context()  # which takes long, for nothing here
+        certificates = transport is not None or httpx.create_ssl_context()  # slow; a transport needs none
         self._pools = [
             httpx.AsyncClient(**self._settings, limits=limits, verify=certificates, transport=transport)
             for _ in range(math.ceil(concurrency / _POOL_CONNECTIONS))
@@ -229,7 +229,7 @@ class AsyncCraneClient(_Client):
     async def generate_stream(
         self, prompt: str | Sequence[str], *, mask: str | None = None, **sampling: Unpack[Sampling]
     ) -> AsyncGenerationStream:
-        """Complete prompts and hand out the text as it is made. Retries end when the server starts to answer."""
+        """Complete prompts and yield the text while it is generated. Nothing is retried once an answer has begun."""
         call = calls.generate(prompt, mask, sampling, stream=True)
         await self._slots.acquire()
         try:
@@ -293,7 +293,7 @@ class AsyncCraneClient(_Client):
         return await self._send(calls.ready())
 
     async def wait_until_ready(self, timeout_s: float) -> Readiness:
-        """`ready`, asked again and again for `timeout_s` seconds; raises the last CraneError after that.
+        """Repeat `ready` for at most `timeout_s` seconds; raises the last CraneError after that.
 
         Takes no slot, so it may be called while requests are under way.
         """
@@ -346,7 +346,7 @@ def _checked_url(server: str) -> httpx.URL:
     except httpx.InvalidURL as error:
         raise ValueError(f"server address cannot be read ({error}); expected one like {DEFAULT_SERVER}") from error
     if url.scheme not in {"http", "https"} or not url.host:
-        raise ValueError(f"server address {url!r} is not one; expected one like {DEFAULT_SERVER}")
+        raise ValueError(f"{url!r} is not a server address; expected one like {DEFAULT_SERVER}")
     return url
 
 
@@ -354,7 +354,7 @@ def _authorization(api_key: str | None) -> dict[str, str]:
     if not api_key:
         return {}
     if not all("!" <= character <= "~" for character in api_key):
-        raise ValueError("the API key holds blanks or characters beyond ASCII, so it is none")
+        raise ValueError("the API key holds blanks or characters beyond ASCII, so it is not valid")
     return {"Authorization": f"Bearer {api_key}"}
 
 

@@ -84,11 +84,11 @@ def evaluate(
     ] = 60.0,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of intervals and tests.", show_default="0")] = None,
 ) -> None:
-    """Measure which language each mask takes away: masks x languages x tasks.
+    """Measure what each mask does to each language: masks x languages x tasks.
 
     Writes results.json, report.html, report.md, matrix.png, cells.csv, cells.parquet and items.parquet. Exits with 1 if
-    some items failed, which the same command asks again. A server that wants an API key gets the one in the environment
-    variable CRANE_API_KEY; on the command line others could see it.
+    some items failed; the same command asks them again. The API key is read from the environment variable
+    CRANE_API_KEY, since other users could see it on the command line.
     """
     from rich.console import Console
 
@@ -105,9 +105,9 @@ def evaluate(
         "task": task, "shots": shots, "languages": languages, "corpus": corpus, "split": split,
         "normalise": normalise, "limit": limit,
     }  # fmt: skip
-    given = [f"--{option}" for option, value in instead.items() if value is not None]
-    if given and (plan or replay):
-        raise EvaluationError(f"{', '.join(given)}: for evaluations without a plan")
+    flags = [f"--{option}" for option, value in instead.items() if value is not None]
+    if flags and (plan or replay):
+        raise EvaluationError(f"{', '.join(flags)}: for evaluations without a plan")
     changes = {"masks": mask, "budgets": budget, "seed": seed}
     if replay is not None and any(value is not None for value in changes.values()):
         raise EvaluationError(
@@ -117,27 +117,27 @@ def evaluate(
     if repeated is not None:
         wanted = repeated.plan
     else:
-        asked = Plan.read(plan) if plan is not None else _plan_of(instead)
-        content = asked.content() | {name: value for name, value in changes.items() if value is not None}
+        original = Plan.read(plan) if plan is not None else _plan_of(instead)
+        content = original.content() | {name: value for name, value in changes.items() if value is not None}
         wanted = Plan.parse(content, "the flags" if plan is None else str(plan))
     start = base or (plan.parent if plan is not None else Path())
     console = Console()
 
     async def measure() -> Evaluation:
         async with AsyncCraneClient(server, concurrency=concurrency) as client:
-            with bar("eval", "answers", f"waiting for {server}") as shown:
+            with bar("eval", "answers", f"waiting for {server}") as progress_bar:
                 began: float | None = None
                 reached = 0
 
                 def advance(progress: run.Progress) -> None:
                     nonlocal began, reached
-                    if began is None:  # the asking starts here, and so do the clocks
+                    if began is None:  # the first request is sent now: start the clocks
                         began, reached = time.monotonic(), progress.done
-                        shown.start(progress.total, reached, f"to get from {server}")
+                        progress_bar.start(progress.total, reached, f"to get from {server}")
                     seconds = time.monotonic() - began
                     rate = f"{progress.tokens / seconds:,.0f} tokens/s" if seconds and progress.tokens else ""
                     failed = f", {progress.failed} failed" if progress.failed else ""
-                    shown.advance(progress.done - reached, rate + failed)
+                    progress_bar.advance(progress.done - reached, rate + failed)
                     reached = progress.done
 
                 return await run.evaluate(
@@ -148,7 +148,7 @@ def evaluate(
                     wait_s=wait,
                     expect=None if repeated is None else repeated.expect,
                     on_progress=advance,
-                    on_notice=shown.say,
+                    on_notice=progress_bar.say,
                 )
 
     evaluation = asyncio.run(measure())
@@ -162,7 +162,7 @@ def evaluate(
 def render(
     directory: Annotated[Path, typer.Argument(help="Directory of an evaluation, finished or not.")],
 ) -> None:
-    """Compute the figures of an evaluation again from its answers, print them and write the reports."""
+    """Recompute the figures of an evaluation from its answers, print them and write the reports."""
     from rich.console import Console
 
     from clients.evaluation import EVALUATION_FILE, Evaluation
@@ -206,7 +206,7 @@ def compare(
 
 
 def _plan_of(flags: Mapping[str, Any]) -> "Plan":
-    """The plan that flags stand for: presets, or perplexity on a corpus."""
+    """The plan from flags: presets, or perplexity on a corpus."""
     from clients.errors import EvaluationError
     from clients.plan import Plan
     from clients.sources import EMBEDDED

@@ -1,4 +1,4 @@
-"""Compare two evaluations: what differs in how they were made, and in what they found."""
+"""Compare two evaluations: their settings, and their results."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from clients.task import Answers, Metric
 from crane_serve.common.numbers.bootstrap import Estimate, Values, estimate, resampled_sums
 from crane_serve.common.reports.settings import brief, flat
 
-_NAMED = 5  # of many, so many are named
+_NAMED = 5  # at most so many names of a long list are shown
 
 
 class ComparedCell(BaseModel):
@@ -48,8 +48,8 @@ class ComparedCell(BaseModel):
 class Comparison:
     """Two evaluations side by side.
 
-    first, second: their names; metrics: by task, those compared, the headline first; differences: what differs in how
-    they were made, a phrase each; only_first, only_second: what one alone has.
+    first, second: their names; metrics: by task, those compared, the headline first; differences: between their
+    settings, a phrase each; only_first, only_second: tasks and metrics that only one of them has.
     """
 
     first: str
@@ -69,11 +69,11 @@ def compare(
     *,
     seed: int = 0,
 ) -> Comparison:
-    """What two evaluations found, for every task, metric, language and mask that both have.
+    """The results of two evaluations, for every task, metric, language and mask that both have.
 
     Tasks and metrics are matched by name; masks by name, or if they share none, by method, language, budget and seed.
-    seed: of the joint bootstrap of paired differences. Differences are paired where the items of a task and language
-    have the same digest in both and both answers are given.
+    seed: of the joint bootstrap of paired differences. Differences are paired if both evaluations have the answers, and
+    the items of a task and language have the same digest in both.
 
     Raises EvaluationError, saying why, if nothing can be compared.
     """
@@ -109,10 +109,11 @@ def compare(
 
 
 def independent_difference(first: Estimate, second: Estimate) -> Estimate:
-    """second - first of independent samples, from their intervals alone.
+    """second - first of independent samples, computed from their intervals only.
 
     MOVER, the method of variance estimates recovery (Zou and Donner, Statistics in Medicine 27, 2008): the lower end is
-    d - sqrt((second - second.low)^2 + (first.high - first)^2), the upper one likewise. No interval if one lacks its.
+    d - sqrt((second - second.low)^2 + (first.high - first)^2), the upper one likewise. No interval if one of the two
+    has none.
     """
     mean = second.mean - first.mean
     if first.low is None or first.high is None or second.low is None or second.high is None:
@@ -153,7 +154,7 @@ def _compared(cell: Cell, other: Cell, paired: tuple[Estimate, int] | None) -> C
 
 
 def _matched_masks(first: Evaluation, second: Evaluation) -> dict[str, str]:
-    """Names in the second by names in the first."""
+    """Mask names of the second evaluation by those of the first."""
     names = [name for name in first.masks if name != UNMASKED]
     if common := {name: name for name in names if name in second.masks}:
         return common
@@ -168,12 +169,12 @@ def _matched_masks(first: Evaluation, second: Evaluation) -> dict[str, str]:
 
 
 def _by_origin(evaluation: Evaluation) -> dict[tuple[object, ...], str]:
-    """Names of masks by how they were made, without those made alike."""
-    found: dict[tuple[object, ...], list[str]] = {}
+    """Names of masks by their origin, without masks that share an origin."""
+    names_by_origin: dict[tuple[object, ...], list[str]] = {}
     for name, mask in evaluation.masks.items():
         if mask.method is not None:
-            found.setdefault((mask.method, mask.language, mask.budget, mask.seed), []).append(name)
-    return {origin: names[0] for origin, names in found.items() if len(names) == 1}
+            names_by_origin.setdefault((mask.method, mask.language, mask.budget, mask.seed), []).append(name)
+    return {origin: names[0] for origin, names in names_by_origin.items() if len(names) == 1}
 
 
 def _common_tasks(first: Evaluation, second: Evaluation) -> list[TaskInfo]:
@@ -210,7 +211,7 @@ def _paired_differences(
 
 
 def _same_items(task: TaskInfo, other: TaskInfo) -> list[str]:
-    """Languages in which both asked the same."""
+    """Languages in which both evaluations have the same items."""
     theirs = other.digests
     return [language for language in task.languages if task.digests.get(language, "") == theirs.get(language)]
 
@@ -255,17 +256,17 @@ def _sample_differences(
         levels = sums[..., 0] / sums[..., 1]  # [1 + resamples, places, 4]
     differences = levels[..., 2] - levels[..., 3] - (levels[..., 0] - levels[..., 1])
     for number, (place, items, few) in enumerate(places):
-        found = estimate(differences[:, number])
-        if found is not None:
-            yield place, (found.model_copy(update={"low": None, "high": None}) if few else found, items)
+        interval = estimate(differences[:, number])
+        if interval is not None:
+            yield place, (interval.model_copy(update={"low": None, "high": None}) if few else interval, items)
 
 
 def _differences(
     first: Evaluation, second: Evaluation, tasks: Sequence[TaskInfo], masks: Mapping[str, str]
 ) -> Iterator[str]:
     yield from _unlike("model", dict(flat(first.model)), dict(flat(second.model)))
-    made = ("server_version", "created_by")
-    yield from _unlike("", *({name: getattr(of, name) for name in made} for of in (first, second)))
+    fields = ("server_version", "created_by")
+    yield from _unlike("", *({name: getattr(of, name) for name in fields} for of in (first, second)))
     yield from _unlike("version of", first.versions, second.versions)
     yield from _unlike("intervals", first.intervals.model_dump(), second.intervals.model_dump())
     if any(name != other for name, other in masks.items()):
@@ -283,7 +284,7 @@ def _differences(
 
 
 def _unlike(what: str, first: Mapping[str, object], second: Mapping[str, object]) -> Iterator[str]:
-    """A phrase for each entry that is not the same."""
+    """A phrase for each entry that differs."""
     for name in dict.fromkeys((*first, *second)):
         ours, theirs = first.get(name), second.get(name)
         if ours != theirs:
@@ -296,7 +297,7 @@ def _value(value: object) -> str:
 
 
 def _only(evaluation: Evaluation, other: Evaluation, matched: set[str]) -> Iterator[str]:
-    """What an evaluation has and the other has not."""
+    """Tasks, languages and metrics that only one of the evaluations has."""
     theirs = {task.name: task for task in other.tasks}
     for task in evaluation.tasks:
         if (known := theirs.get(task.name)) is None:

@@ -1,4 +1,4 @@
-"""CraneError and EvaluationError: what can go wrong between a client and a crane server."""
+"""CraneError and EvaluationError: the errors of clients and evaluations."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -11,11 +11,11 @@ _TRANSIENT_STATUS = frozenset({429, 503})
 
 
 class EvaluationError(ValueError):
-    """An evaluation cannot start or go on; the message names what is wrong and what was expected."""
+    """An evaluation cannot start or continue; the message names the problem and what was expected."""
 
 
 class CraneError(Exception):
-    """A request that the server refused, or that never got an answer.
+    """A request that the server refused, or that got no answer.
 
     status: the HTTP status, None if no answer came or it broke off; code, message, param, type: from the server's error
     body, or for a missing answer the code `connection_failed`, `read_timeout` or `connection_lost`; retry_after_s: the
@@ -41,7 +41,7 @@ class CraneError(Exception):
 
     @property
     def transient(self) -> bool:
-        """Whether the same request may well succeed later: 429, 503, or a connection that failed."""
+        """Whether the same request may succeed later: 429, 503, or a connection that failed."""
         if self.status is None:
             return self.code != "read_timeout"
         return self.status in _TRANSIENT_STATUS
@@ -56,8 +56,8 @@ class CraneError(Exception):
             body = None
         if isinstance(body, dict) and isinstance(body.get("error"), dict):
             return cls.of_body(body["error"], response.status_code, retry_after_s)
-        said = body.get("detail", body) if isinstance(body, dict) else response.text
-        message = str(said)[:500] or response.reason_phrase
+        detail = body.get("detail", body) if isinstance(body, dict) else response.text
+        message = str(detail)[:500] or response.reason_phrase
         return cls(response.status_code, f"http_{response.status_code}", message, retry_after_s=retry_after_s)
 
     @classmethod
@@ -85,7 +85,7 @@ class CraneError(Exception):
 
 
 def _retry_after_s(header: str | None) -> float | None:
-    """Seconds to wait by a Retry-After header, which holds seconds or a date."""
+    """Seconds to wait according to a Retry-After header, whose value is seconds or a date."""
     if header is None:
         return None
     try:

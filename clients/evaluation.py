@@ -1,4 +1,4 @@
-"""Evaluation: what a run found, with everything that a second person needs to repeat it. Kept in results.json."""
+"""Evaluation: the results of a run, with everything that is needed to repeat it. Saved in results.json."""
 
 import platform
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from crane_serve.common.numbers.langspec import Form
 
 EVALUATION_FILE = "results.json"
 UNMASKED = "none"
-RANDOM = "random"  # the method whose masks are the control
+RANDOM = "random"  # the method of the control masks
 
 
 class _Frozen(BaseModel):
@@ -26,10 +26,10 @@ class _Frozen(BaseModel):
 
 
 class PlannedMask(_Frozen):
-    """A mask as the server described it when the run began; of `none` everything but the name is absent.
+    """A mask as the server described it when the run began; `none` has only a name.
 
-    name: as the plan and the tables call it: a mask's name, or an expression (`zh,vi@0.5`); language: the one it was
-    made for, None for expressions; budget: the fraction of all neurons it was allowed; seed: of methods that draw;
+    name: in the plan and the tables: a mask's name, or an expression (`zh,vi@0.5`); language: that it was made for,
+    None for expressions; budget: the fraction of all neurons that it was allowed; seed: of methods that draw;
     neurons_per_layer: how many it scales in each layer.
     """
 
@@ -47,7 +47,7 @@ class TaskInfo(_Frozen):
     """A task as it was run.
 
     settings: of the plan file; digests: by language, of all items asked; items: by language; chance: by metric and
-    language, what guessing scores.
+    language, the expected score of guessing.
     """
 
     name: str
@@ -66,7 +66,7 @@ class TaskInfo(_Frozen):
 
 
 class Band(_Frozen):
-    """What random masks do to the same cell: mean, lowest and highest change over their draws."""
+    """The changes of the same cell by random masks: mean, lowest and highest over their draws."""
 
     mean: float
     low: float
@@ -100,11 +100,12 @@ class Cell(_Frozen):
 
 
 class Effect(_Frozen):
-    """What a mask does to the language it was made for, against the others. Above 0 is damage, whatever the metric.
+    """The damage of a mask to the language that it was made for, compared with the others. Above 0 is damage, for every
+    metric.
 
     own, others: damage to its own language, and on average to the others, in the metric's unit; selectivity: own minus
     others; index: (own - others) / (|own| + |others|), from -1 to 1; collateral: others / own, None where own is not
-    above 0; f1: LangSpec-F1 at `beta` by form, where the metric makes a score.
+    above 0; f1: LangSpec-F1 at `beta` by form, if the metric has a score.
     """
 
     task: str
@@ -125,8 +126,8 @@ class MethodRank(_Frozen):
     for (and over the draws of methods that draw).
 
     measure: "selectivity", "index", "collateral", "f1 relative" or "f1 absolute"; value: its mean, None for a
-    collateral where some mask does its own language no damage, which ranks last; rank: from 1 for the best, with the
-    middle 95 % of its ranks over resamples.
+    collateral if some mask does no damage to its own language; such a method ranks last; rank: from 1 for the best,
+    with the middle 95 % of its ranks over resamples.
     """
 
     task: str
@@ -140,11 +141,11 @@ class MethodRank(_Frozen):
 
 
 class MatchedEffect(_Frozen):
-    """What the others lose where the own language loses `effect`, found between the budgets of one method.
+    """The loss of the others where the own language loses `effect`, interpolated between the budgets of one method.
 
-    budget: at which the own language loses so much, interpolated in the logarithm of the budget; collateral: what the
-    others lose there for each unit that the own language loses. Both None if no budget loses so much, or the smallest
-    loses more. Resamples of which that is true are left out of the intervals.
+    budget: where the own language loses `effect`, interpolated in the logarithm of the budget; collateral: the loss of
+    the others there, for each unit that the own language loses. Both are None if no budget has so large an effect, or
+    if the smallest already has a larger one. Resamples without a matched effect are left out of the intervals.
     """
 
     task: str
@@ -158,7 +159,7 @@ class MatchedEffect(_Frozen):
 
 
 class Failure(_Frozen):
-    """An item without an answer, and why."""
+    """An item without an answer, and the reason."""
 
     task: str
     mask: str
@@ -168,7 +169,7 @@ class Failure(_Frozen):
 
 
 class Intervals(_Frozen):
-    """How the intervals and tests were made."""
+    """Parameters of the intervals and tests."""
 
     method: str = "paired percentile bootstrap over items"
     confidence: float = CONFIDENCE
@@ -177,7 +178,7 @@ class Intervals(_Frozen):
 
 
 class Throughput(_Frozen):
-    """Work of all sessions of a run. answers: items asked and answered; tokens: read and written by the model."""
+    """Work of all sessions of a run. answers: number of answered items; tokens: read and generated by the model."""
 
     answers: int
     tokens: int
@@ -186,14 +187,15 @@ class Throughput(_Frozen):
 
     @property
     def answers_per_s(self) -> float:
-        """Answers per second of asking; 0 before there was any."""
+        """Answers per second; 0 before the first answer."""
         return self.answers / self.seconds if self.seconds else 0.0
 
 
 class Evaluation(_Frozen):
-    """Everything.
+    """All results of a run.
 
-    plan: the plan file's content; model: name and fingerprint; masks: `none` first; versions: of what ran here.
+    plan: the plan file's content; model: name and fingerprint; masks: `none` first; versions: of the software that
+    computed the figures.
     """
 
     name: str
@@ -233,7 +235,7 @@ class Evaluation(_Frozen):
 
     @classmethod
     def read(cls, path: Path) -> "Evaluation":
-        """The evaluation in a directory, or in its `results.json`. Raises EvaluationError if that holds none."""
+        """The evaluation in a directory, or in its `results.json`. Raises EvaluationError if there is none."""
         file = path / EVALUATION_FILE if path.is_dir() else path
         try:
             return cls.model_validate_json(file.read_bytes())
@@ -247,10 +249,10 @@ class Evaluation(_Frozen):
 
 def versions_here(packages: Iterable[str] = ("numpy", "scipy", "httpx", "pydantic")) -> dict[str, str]:
     """Versions of Python, this project and what computed the figures."""
-    found = {"python": platform.python_version(), "crane-serve": crane_serve.__version__}
+    versions = {"python": platform.python_version(), "crane-serve": crane_serve.__version__}
     for package in packages:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

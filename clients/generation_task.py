@@ -30,7 +30,7 @@ class GenerationTask(RowTask):
 
     @abstractmethod
     def reference(self, row: Row, language: str) -> dict[str, JsonValue]:
-        """What the answer to a row is compared with. Raises EvaluationError saying what was expected."""
+        """The reference that the answer to a row is compared with. Raises EvaluationError saying what was expected."""
 
     def item(self, row: Row, language: str, shots: str) -> Item:
         """The examples and the prompt, to be continued. Raises EvaluationError if they are empty."""
@@ -46,7 +46,7 @@ class GenerationTask(RowTask):
 
 
 def generated(item: Item, answer: Scored | Generated) -> Generated:
-    """An answer as the generated text that it is. Raises EvaluationError if it holds scores."""
+    """An answer that must be a generated text. Raises EvaluationError if it has scores instead."""
     if not isinstance(answer, Generated):
         raise EvaluationError(f"item {item.id!r} in {item.language}: the answer is scores; expected a generated text")
     return answer

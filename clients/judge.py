@@ -49,10 +49,10 @@ class _Completion(BaseModel):
 class Judge(BaseModel):
     """Settings of a judge, as a plan gives them.
 
-    base_url: what `/chat/completions` is put behind; template: of the prompt, with `question`, `answer` and `language`;
+    base_url: the address before `/chat/completions`; template: of the prompt, with `question`, `answer` and `language`;
     lowest, highest: of the marks; pattern: a regular expression whose first group is the mark; key_variable: the
-    environment variable that holds the API key, which is read from there alone and stands in no plan, result or
-    message; temperature: None to send none, for models that refuse it.
+    environment variable with the API key, which is never written to a plan, result or message; temperature: None to
+    send no temperature, for models that refuse it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,7 +87,7 @@ class Judge(BaseModel):
         try:
             groups = re.compile(value).groups
         except re.error as error:
-            raise ValueError(f"{value!r} is no regular expression: {error}") from error
+            raise ValueError(f"{value!r} is not a regular expression: {error}") from error
         if not groups:
             raise ValueError(f"{value!r} has no group; expected one that holds the mark")
         return value
@@ -100,15 +100,15 @@ class Judge(BaseModel):
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of what decides on a reply: the model, how it is asked, and how it samples."""
+        """SHA-256 (hex) of the settings that a reply depends on: model, prompt and sampling."""
         content = [self.model, str(self.template), self.max_tokens, self.temperature]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     async def ask(self, question: str, answer: str, language: str) -> str:
-        """What the judge replies, word for word; empty if it replies with nothing.
+        """The judge's reply, word for word; empty if the reply has no text.
 
-        429, 503 and failed connections are tried again. Raises CraneError naming the judge for a refusal or what is no
-        chat completion, EvaluationError where `key_variable` is not set or holds no key.
+        429, 503 and failed connections are retried. Raises CraneError naming the judge for a refusal or an answer that
+        is not a chat completion; EvaluationError if `key_variable` is not set or does not contain a key.
         """
         prompt = self.template.render({"question": question, "answer": answer, "language": language})
         body: dict[str, Any] = {
@@ -119,13 +119,13 @@ class Judge(BaseModel):
         if self.temperature is not None:
             body["temperature"] = self.temperature
         key = self._key()
-        # A client of its own for each question: it is closed with it, and belongs to no event loop after that. What is
-        # dear about a client, its certificates, is shared; a connection costs little beside a generation.
+        # A new client for each question, closed after it, so that none is bound to an old event loop. The costly part
+        # of a client, its certificates, is shared; a connection costs little compared with a generation.
         async with httpx.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(self.timeout_s, connect=min(self.timeout_s, 10.0)),
             verify=_certificates(),
-            trust_env=httpx.URL(self.base_url).host not in _LOOPBACK,  # which no proxy reaches
+            trust_env=httpx.URL(self.base_url).host not in _LOOPBACK,  # proxies cannot reach loopback addresses
         ) as client:
             try:
                 reply: str = await self._retries.awaiting()(self._once, client, body)
@@ -161,14 +161,15 @@ class Judge(BaseModel):
         try:
             completion = _Completion.model_validate_json(response.content)
         except ValidationError as error:
-            problem = "its answer is no chat completion; expected choices with a message"
+            problem = "its answer is not a chat completion; expected choices with a message"
             raise CraneError(response.status_code, "invalid_answer", problem) from error
         return completion.choices[0].message.content or ""
 
     def _named(self, error: CraneError, key: str | None) -> CraneError:
-        """The error as one of this judge. Servers may repeat a key that they refuse: it is taken out."""
-        said = error.message.replace(key, "***") if key else error.message
-        message = f"judge {self.model} at {self.base_url}: {said}"
+        """The error with the judge's name. The key is removed from the message, since servers may repeat a key that
+        they refuse."""
+        reason = error.message.replace(key, "***") if key else error.message
+        message = f"judge {self.model} at {self.base_url}: {reason}"
         return CraneError(error.status, error.code, message, error.param, error.retry_after_s, error.type)
 
 

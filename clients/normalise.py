@@ -1,10 +1,11 @@
 """Normalisation of short answers before they are compared: words by script, F1 and exact match, numbers in texts.
 
 Words are SQuAD v1.1's (Rajpurkar et al., arXiv:1606.05250) in the multilingual form of MLQA (Lewis et al.,
-arXiv:1910.07475): lower case, no punctuation, none of the language's articles. Two things are our own. Unicode's
-compatibility form (NFKC) comes first, so that full-width letters, half-width kana and Vietnamese in combining marks
-equal the usual ones. And scripts without spaces are split by character in every language, not in Chinese alone, so
-that words depend on the text and a Chinese answer to an English question has as many as anywhere else.
+arXiv:1910.07475): lower case, no punctuation, none of the language's articles. Two rules are additions. First, texts
+are converted to Unicode's compatibility form (NFKC), so that full-width letters, half-width kana and Vietnamese in
+combining marks equal the usual forms. Second, scripts without spaces are split by character in every language, not only
+in Chinese. So the words depend only on the text: a Chinese answer to an English question has as many words as one to a
+Chinese question.
 """
 
 import re
@@ -46,8 +47,8 @@ _COMMA_NUMBER = re.compile(rf"{_MINUS}(?:{_BY_POINT}|{_BY_COMMA}|\d+(?:[.,]\d+)?
 def words(text: str) -> list[str]:
     """The words of a text as F1 and repetition count them, in lower case and without punctuation.
 
-    One character is a word in scripts without spaces; elsewhere a run between spaces is. Of a text that is all
-    punctuation, that stays.
+    In scripts without spaces each character is a word; elsewhere a run between spaces is. Punctuation is kept if the
+    text has nothing else.
     """
     lowered = unicodedata.normalize("NFKC", text).lower()
     bare = "".join(character for character in lowered if not _is_punctuation(character))
@@ -56,21 +57,21 @@ def words(text: str) -> list[str]:
 
 def answer_words(text: str, language: str) -> list[str]:
     """The words of an answer without its language's articles, unless it has no others."""
-    found = words(text)
+    all_words = words(text)
     articles = _ARTICLES.get(code_of(language), ())
-    return [word for word in found if word not in articles] or found
+    return [word for word in all_words if word not in articles] or all_words
 
 
 def exact_match(answer: str, accepted: Sequence[str], language: str) -> float:
-    """1 if an answer has the words of one that is accepted in the same order, else 0."""
-    found = answer_words(answer, language)
-    return float(any(found == answer_words(text, language) for text in accepted))
+    """1 if an answer has the same words in the same order as an accepted answer, else 0."""
+    words_of_answer = answer_words(answer, language)
+    return float(any(words_of_answer == answer_words(text, language) for text in accepted))
 
 
 def f1(answer: str, accepted: Sequence[str], language: str) -> float:
-    """The best F1 of an answer's words against one that is accepted, 0 to 1; a word counts as often as it stands."""
-    found = answer_words(answer, language)
-    return max(_f1(found, answer_words(text, language)) for text in accepted)
+    """The best F1 of an answer's words against an accepted answer, 0 to 1; repeated words count repeatedly."""
+    words_of_answer = answer_words(answer, language)
+    return max(_f1(words_of_answer, answer_words(text, language)) for text in accepted)
 
 
 def last_number(text: str, language: str) -> Decimal | None:
@@ -82,21 +83,21 @@ def last_number(text: str, language: str) -> Decimal | None:
     """
     digits = "".join(str(unicodedata.decimal(character, character)) for character in _NO_BREAK_SPACE.sub("", text))
     decimal_comma = code_of(language) in _DECIMAL_COMMA
-    found = (_COMMA_NUMBER if decimal_comma else _POINT_NUMBER).findall(digits.translate(_NUMBER_SIGNS))
-    return _decimal(found[-1], decimal_comma) if found else None
+    numbers = (_COMMA_NUMBER if decimal_comma else _POINT_NUMBER).findall(digits.translate(_NUMBER_SIGNS))
+    return _decimal(numbers[-1], decimal_comma) if numbers else None
 
 
 def _is_punctuation(character: str) -> bool:
     return character in string.punctuation or unicodedata.category(character).startswith("P")
 
 
-def _f1(found: list[str], expected: list[str]) -> float:
-    shared = (Counter(found) & Counter(expected)).total()
-    return 2 * shared / (len(found) + len(expected)) if shared else 0.0
+def _f1(actual: list[str], expected: list[str]) -> float:
+    shared = (Counter(actual) & Counter(expected)).total()
+    return 2 * shared / (len(actual) + len(expected)) if shared else 0.0
 
 
 def _decimal(number: str, decimal_comma: bool) -> Decimal:
-    """A number that one of the patterns has found."""
+    """The value of a match of one of the patterns."""
     if re.fullmatch("-?" + _BY_COMMA, number):
         return Decimal(number.replace(",", ""))
     if decimal_comma and re.fullmatch("-?" + _BY_POINT, number):

@@ -1,4 +1,4 @@
-"""Plan: masks x languages x tasks, from a YAML file or from flags, checked before anything is asked."""
+"""Plan: masks x languages x tasks, from a YAML file or from flags, checked before any request is sent."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ _Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class MaskChoice(BaseModel):
-    """Masks of the server by where they come from; what is not given does not matter.
+    """Masks of the server by provenance; a field that is None does not restrict the choice.
 
     methods, languages: names; budgets: fractions of all neurons that the masks were allowed.
     """
@@ -31,7 +31,7 @@ class MaskChoice(BaseModel):
     budgets: tuple[_Fraction, ...] | None = None
 
     def fits(self, mask: MaskSummary) -> bool:
-        """Whether a mask is one of these."""
+        """Whether a mask fits all fields."""
         return (
             (self.methods is None or mask.method in self.methods)
             and (self.languages is None or mask.language in self.languages)
@@ -43,10 +43,10 @@ class Plan(BaseModel):
     """What is to be evaluated.
 
     languages: in the order of the tables; masks: names, patterns (`lape-*`), expressions (`zh,vi@0.5`) or choices by
-    provenance, None for all masks of the server; `none` is always evaluated. budgets: of the masks that patterns and
-    choices stand for, only those that were allowed one of these fractions; None for any. model: the name under which
-    the server must serve, None for any. seed: of the bootstrap and of tests. beta: of LangSpec-F1. matched_effects:
-    metric -> the damage to the own language at which methods are compared.
+    provenance, None for all masks of the server; `none` is always evaluated. budgets: restrict patterns and choices to
+    masks that were allowed one of these fractions; None for any. model: the name under which the server must serve,
+    None for any. seed: of the bootstrap and of tests. beta: of LangSpec-F1. matched_effects: metric -> the damage to
+    the own language at which methods are compared.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -103,7 +103,7 @@ class Plan(BaseModel):
         return plan
 
     def content(self) -> dict[str, Any]:
-        """As in a plan file; `parse` makes the same plan of it."""
+        """The plan in the form of a plan file; `parse` reads it back."""
         plain = self.model_dump(mode="json", exclude={_TASKS}, exclude_defaults=True)
         return {**plain, "languages": list(self.languages), _TASKS: [task.settings() for task in self.tasks]}
 
@@ -126,7 +126,7 @@ class Plan(BaseModel):
 
 
 def matching(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Those of `names` that are named or fit a pattern, in their order."""
+    """Those of `names` that fit a pattern, in their order."""
     wanted = tuple(patterns)
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]
 
@@ -145,11 +145,11 @@ def _task(raw: Any, where: str) -> Task:
 
 
 def _check_distinct(names: Iterable[str], where: str) -> None:
-    seen = set()
+    distinct = set()
     for name in names:
-        if name in seen:
-            raise EvaluationError(f"{where}: {name!r} stands there twice; expected each once")
-        seen.add(name)
+        if name in distinct:
+            raise EvaluationError(f"{where}: {name!r} is given twice; expected each once")
+        distinct.add(name)
 
 
 def _problem(error: ValidationError, model: type[BaseModel]) -> str:

@@ -1,4 +1,4 @@
-"""Which masks of a server a plan means, checked before any item is asked."""
+"""The masks of a server that a plan means, checked before any item is asked."""
 
 from collections.abc import Sequence
 
@@ -17,16 +17,16 @@ _PROBE = "a"
 async def find_masks(client: AsyncCraneClient, plan: Plan) -> dict[str, PlannedMask]:
     """The masks that a plan means, by name, `none` first.
 
-    Raises EvaluationError, naming the masks that there are, for one that the server lacks or cannot use, and for a
-    pattern or choice that fits none.
+    Raises EvaluationError, naming the available masks, for a mask that the server lacks or cannot use, and for a
+    pattern or choice without a match.
     """
     listing = await client.masks()
-    found = {UNMASKED: PlannedMask(name=UNMASKED)}
+    planned = {UNMASKED: PlannedMask(name=UNMASKED)}
     everything = (_ALL,) if listing.masks else ()
     for choice in everything if plan.masks is None else plan.masks:
         for mask in await _chosen(client, choice, plan.budgets, listing):
-            found.setdefault(mask.name, mask)
-    return found
+            planned.setdefault(mask.name, mask)
+    return planned
 
 
 async def _chosen(
@@ -44,9 +44,9 @@ async def _chosen(
     else:
         return [await _named(client, choice, listing)]
     if not names:
-        said = choice if isinstance(choice, str) else choice.model_dump(exclude_none=True)
+        label = choice if isinstance(choice, str) else choice.model_dump(exclude_none=True)
         of_budgets = "" if budgets is None else f" at the budgets {', '.join(f'{budget:g}' for budget in budgets)}"
-        raise EvaluationError(f"no mask of the server fits {said!r}{of_budgets}; it has {_known(listing)}")
+        raise EvaluationError(f"no mask of the server fits {label!r}{of_budgets}; it has {_known(listing)}")
     return [await _named(client, name, listing) for name in names]
 
 
@@ -74,7 +74,7 @@ def _planned(summary: MaskSummary) -> PlannedMask:
 
 
 async def _composed(client: AsyncCraneClient, expression: str, listing: MaskListing) -> PlannedMask:
-    """A union or a scaled mask: what it comes to, the server says when it answers under it."""
+    """A union or a scaled mask. Its digest and its number of neurons come from an answer of the server under it."""
     try:
         used = (await client.score_text(_PROBE, mask=expression)).mask
     except CraneError as error:

@@ -1,4 +1,4 @@
-"""Record: what a run asked and was answered, read back from its directory, and the figures that it comes to."""
+"""Record: the questions and answers of a run, read back from its directory, and the figures computed from them."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +28,7 @@ Items = Mapping[str, Mapping[str, tuple[Item, ...]]]
 
 @dataclass(frozen=True)
 class Record:
-    """settings, plan, items: what was asked; results: those of its questions that were answered."""
+    """settings, plan, items: the questions; results: the answers so far."""
 
     settings: Settings
     plan: Plan
@@ -37,7 +37,7 @@ class Record:
 
     @classmethod
     def read(cls, directory: Path) -> "Record":
-        """The record of a run, of any process, finished or not. Raises EvaluationError if `directory` holds none."""
+        """The record of a run, of any process, finished or not. Raises EvaluationError if `directory` has none."""
         settings = read_settings(directory / RUN_FILE)
         plan = Plan.parse(settings.plan, str(directory / RUN_FILE))
         items = read_items(directory / ITEMS_FILE)
@@ -67,7 +67,7 @@ class Record:
         return Answers(tasks, self.items, {result.question: result.answer for result in self.results})
 
     def evaluation(self, failures: Sequence[Failure] = ()) -> Evaluation:
-        """The figures. failures: items that were asked in vain."""
+        """The figures. failures: items that failed after all retries."""
         findings = analyse(
             self.answers,
             self.settings.masks,

@@ -1,4 +1,4 @@
-"""Replay: run the plan of an evaluation again, on the same model, masks and items, and say how far it agrees."""
+"""Replay: run the plan of an evaluation again, on the same model, masks and items, and compare the results."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from clients.results import Settings, changed_keys, short
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a replay agrees. cells: changes that both have; identical: those that are equal to the last digit;
-    largest: the largest difference between two changes, with the name of its cell."""
+    """The agreement of a replay. cells: number of changes that both have; identical: of those, how many are exactly
+    equal; largest: the largest difference between two changes, with the name of its cell."""
 
     cells: int
     identical: int
@@ -21,16 +21,16 @@ class Agreement:
     where: str
 
     def __str__(self) -> str:
-        said = f"{self.identical} of {self.cells} changes are identical to those replayed"
+        agreement = f"{self.identical} of {self.cells} changes are identical to those replayed"
         return (
-            said
+            agreement
             if self.identical == self.cells
-            else f"{said}; the largest difference is {self.largest:.3g} ({self.where})"
+            else f"{agreement}; the largest difference is {self.largest:.3g} ({self.where})"
         )
 
 
 class Replay:
-    """An evaluation that is to be repeated. Raises EvaluationError if its plan is none."""
+    """An evaluation to be repeated. Raises EvaluationError if its plan is not valid."""
 
     def __init__(self, evaluation: Evaluation, where: str) -> None:
         self.plan = Plan.parse(evaluation.plan, where)
@@ -48,10 +48,10 @@ class Replay:
         for name, mask in before.masks.items():
             now = settings.masks.get(name)
             if now is None or now.digest != mask.digest:
-                found = "missing" if now is None else short(now.digest)
+                theirs = "missing" if now is None else short(now.digest)
                 raise EvaluationError(
                     f"mask {name!r} of the evaluation to replay has digest {short(mask.digest)}; "
-                    f"the server's is {found}"
+                    f"the server's is {theirs}"
                 )
         for task in before.tasks:
             digests = digests_of(items[task.name])

@@ -1,4 +1,4 @@
-"""RetryPolicy: which failures are tried again, how often, and after how long."""
+"""RetryPolicy: which failures are retried, how often, and after how long."""
 
 import random
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from clients.errors import CraneError
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Exponential back-off with full jitter for transient errors; a Retry-After is waited out on top.
+    """Exponential back-off with full jitter for transient errors; a Retry-After is added to the wait.
 
     attempts: in total, the first one included. An error whose Retry-After is above `longest_wait_s` is not retried.
     """
@@ -54,13 +54,13 @@ class RetryPolicy:
         return {"wait": self._wait_s, "retry": retry_if_exception(self._is_worth_retrying), "reraise": True}
 
     def _is_worth_retrying(self, error: BaseException) -> bool:
-        """Whether an attempt that ended with `error` is followed by another, if there is one left."""
+        """Whether an attempt that ended with `error` is retried, if an attempt is left."""
         return isinstance(error, CraneError) and error.transient and (error.retry_after_s or 0.0) <= self.longest_wait_s
 
 
 @dataclass(frozen=True)
 class Patience(RetryPolicy):
-    """Waiting for a server to come up: tries on for `total_s` seconds, also after read timeouts."""
+    """Retries while a server starts: for `total_s` seconds, also after read timeouts."""
 
     total_s: float = 60.0
     first_wait_s: float = 0.1

@@ -1,4 +1,4 @@
-"""Source: where a task's rows come from: files, a corpus directory or a data set of the Hugging Face Hub."""
+"""RowSource: where a task's rows come from: files, a corpus directory or a data set of the Hugging Face Hub."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ _ID_COLUMNS = ("id", "idx")
 _Text = Annotated[str, Field(min_length=1)]
 
 
-class Source(BaseModel):
+class RowSource(BaseModel):
     """Where rows come from: exactly one of files, corpus and dataset.
 
     files: a path with `{lang}` for the language, or language -> path; relative paths start from the plan's directory.
@@ -30,13 +30,13 @@ class Source(BaseModel):
     for the one that comes with this package; rows of id and text. dataset: name on the Hugging Face Hub, `{lang}`
     allowed, which needs the package `datasets`.
 
-    config: of a dataset, `{lang}` allowed; of several ones the rows follow each other, with the name in a field
-    `config` and before their ids. revision: of a dataset's repository: a commit, branch or tag. `datasets` 4 and later
-    refuse data sets with a loading script; of some the Hub has a copy of its own, refs/convert/parquet.
-    split: of a dataset or corpus, or of files whose rows have a field `split`;
-    columns: field of the row -> column of the source that it comes from, `{lang}` allowed; codes: language -> what
-    `{lang}` stands for, where that is not its name (vi: vie_Latn); id: the column that identifies a row, or several;
-    normalise: NFC, the normal form of Unicode that all texts but ids are brought into.
+    config: of a dataset, `{lang}` allowed; if there are several, their rows are joined, with the config's name in a
+    field `config` and before their ids. revision: of a dataset's repository: a commit, branch or tag. `datasets` 4 and
+    later refuse data sets with a loading script; the Hub has copies of some as revision refs/convert/parquet. split: of
+    a dataset or corpus, or of files whose rows have a field `split`; columns: field of the row -> column of the source
+    that it comes from, `{lang}` allowed; codes: language -> value of `{lang}`, if that is not its name (vi: vie_Latn);
+    id: the column that identifies a row, or several; normalise: NFC, the normal form of Unicode that all texts except
+    ids are converted to.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,9 +54,9 @@ class Source(BaseModel):
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
-        given = [place for place in PLACES if getattr(self, place) is not None]
-        if len(given) != 1:
-            raise ValueError(f"expected one of {', '.join(PLACES)}; found {' and '.join(given) or 'none'}")
+        places = [place for place in PLACES if getattr(self, place) is not None]
+        if len(places) != 1:
+            raise ValueError(f"expected one of {', '.join(PLACES)}; found {' and '.join(places) or 'none'}")
         if self.dataset is not None and self.split is None:
             raise ValueError("a dataset needs a split, such as test")
         if self.dataset is None and (self.config is not None or self.revision is not None):
@@ -64,7 +64,7 @@ class Source(BaseModel):
         return self
 
     def describe(self, language: str) -> str:
-        """What messages call it in a language, such as `hf:facebook/xnli:vi (split test)`."""
+        """Its name in messages, such as `hf:facebook/xnli:vi (split test)`."""
         if self.files is not None:
             place = self.files if isinstance(self.files, str) else self.files.get(language, f"files of {language}")
         elif self.corpus is not None:
@@ -77,8 +77,8 @@ class Source(BaseModel):
     def rows(self, language: str, base: Path) -> list[Row]:
         """All rows of a language in the order of the source, each with a string `id` that no other row has.
 
-        The id is of the column(s) `id` names (several are joined by `/`), else of a column id or idx, else `row-N` and
-        in text files `line-N`, counted from 1. base: what relative paths start from.
+        The id comes from the columns that `id` names (several are joined by `/`), else from a column id or idx; else it
+        is `row-N`, and in text files `line-N`, counted from 1. base: directory for relative paths.
 
         Raises EvaluationError naming the source, the place in it, and what was expected.
         """
@@ -95,7 +95,7 @@ class Source(BaseModel):
             identifier = self._identifier(renamed if self.id is None else row, number, where)
             if identifier in identified:
                 raise EvaluationError(
-                    f"{where}, row {number}: id {identifier!r} stands there already; expected different ones, "
+                    f"{where}, row {number}: id {identifier!r} is already used; expected different ones, "
                     "for which `id` may name other columns"
                 )
             identified[identifier] = {**_normalised(renamed, self.normalise), "id": identifier}
@@ -119,7 +119,7 @@ class Source(BaseModel):
 
     def _path(self, language: str, base: Path) -> Path:
         if isinstance(self.files, dict) and language not in self.files:
-            raise EvaluationError(f"no file for the language {language!r}; files are given of {', '.join(self.files)}")
+            raise EvaluationError(f"no file for the language {language!r}; there are files for {', '.join(self.files)}")
         pattern = self.files[language] if isinstance(self.files, dict) else str(self.files)
         return base / self._placed(pattern, language)
 
@@ -128,8 +128,8 @@ class Source(BaseModel):
             return rows
         splits = dict.fromkeys(str(row["split"]) for row in rows if "split" in row)
         if self.split not in splits:
-            found = f"there are {', '.join(splits)}" if splits else "its rows have no field `split`"
-            raise EvaluationError(f"{self.describe(language)}: no row is of this split; {found}")
+            available = f"there are {', '.join(splits)}" if splits else "its rows have no field `split`"
+            raise EvaluationError(f"{self.describe(language)}: no row is of this split; {available}")
         return [row for row in rows if row.get("split") == self.split]
 
     def _dataset_rows(self, language: str) -> list[Row]:
@@ -151,7 +151,7 @@ class Source(BaseModel):
             ) from error
         try:
             return _rows_of(load_dataset(name, placed, split=self.split, revision=self.revision))
-        except (OSError, ValueError, RuntimeError) as error:  # what its own errors and those of networks derive from
+        except (OSError, ValueError, RuntimeError) as error:  # base classes of its own errors and of network errors
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             advice = "check its name and the network"
             if "scripts are no longer supported" in reason:
@@ -164,8 +164,8 @@ class Source(BaseModel):
         taken = {field: self._placed(column, language) for field, column in self.columns.items()}
         for column in taken.values():
             _require(row, column, where)
-        kept = {column: value for column, value in row.items() if column not in taken.values()}
-        return {**kept, **{field: row[column] for field, column in taken.items()}}
+        rest = {column: value for column, value in row.items() if column not in taken.values()}
+        return {**rest, **{field: row[column] for field, column in taken.items()}}
 
     def _identifier(self, row: Row, number: int, where: str) -> str:
         if self.id is None:
@@ -203,7 +203,7 @@ def _require(row: Row, column: str, where: str) -> JsonValue:
 
 
 def _rows_of(records: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Records with what JSON does not have, such as dates, as text."""
+    """Records where values without a form in JSON, such as dates, are text."""
     return [to_jsonable_python(dict(record), bytes_mode="base64", fallback=str) for record in records]
 
 

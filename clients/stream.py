@@ -1,4 +1,4 @@
-"""GenerationStream: the deltas of a streamed generation, and what is known only at its end."""
+"""GenerationStream: the deltas of a streamed generation, and the data that comes at its end."""
 
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -15,9 +15,10 @@ _DONE = b"[DONE]"
 
 
 class EventReader:
-    """Server-sent events in arbitrary chunks of bytes -> deltas; `end` holds the last event once it came.
+    """Parses server-sent events, in arbitrary chunks of bytes, into deltas; `end` has the last event once it has
+    arrived.
 
-    Lines end at LF or CRLF only: generated text may hold other characters that count as line ends elsewhere.
+    Only LF and CRLF end a line: generated text may contain other characters that count as line ends elsewhere.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class EventReader:
                     yield from self._event(data)
 
     def close(self) -> None:
-        """Say that no more bytes will come. Raises CraneError if the stream was cut off."""
+        """End the input. Raises CraneError if the stream was cut off."""
         if not self.done:
             raise CraneError(None, "connection_lost", "the stream ended before its last event")
 
@@ -55,7 +56,7 @@ class EventReader:
             else:
                 yield Delta.model_validate(event)
         except (ValidationError, ValueError, TypeError, AttributeError) as error:
-            message = f"the stream holds an event that is none: {data[:200].decode(errors='replace')}"
+            message = f"the stream has an event that cannot be read: {data[:200].decode(errors='replace')}"
             raise CraneError(200, "invalid_answer", message) from error
 
 
@@ -73,7 +74,7 @@ class GenerationStream(Iterator[Delta]):
 
     @property
     def end(self) -> Generation | None:
-        """The last event, None until it came."""
+        """The last event, None until it has arrived."""
         return self._reader.end
 
     def __next__(self) -> Delta:
@@ -114,7 +115,7 @@ class AsyncGenerationStream(AsyncIterator[Delta]):
 
     @property
     def end(self) -> Generation | None:
-        """The last event, None until it came."""
+        """The last event, None until it has arrived."""
         return self._reader.end
 
     async def __anext__(self) -> Delta:

@@ -1,4 +1,5 @@
-"""Task: what is asked of the model in each language, and what an answer is worth. One file of `clients/tasks` each."""
+"""Task: the questions to the model in each language, and the scoring of the answers. Each is a file of
+`clients/tasks`."""
 
 import hashlib
 import json
@@ -52,8 +53,8 @@ Request = ScoreText | ScoreContinuations | Generate
 class Item:
     """One question in one language.
 
-    id: unique within its task and language; parallel items of several languages have the same one. reference: what an
-    answer is compared with, as JSON.
+    id: unique within its task and language; parallel items of several languages have the same one. reference: for the
+    scoring of an answer, as JSON.
     """
 
     id: str
@@ -63,13 +64,13 @@ class Item:
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of what is asked and of what the answer is compared with."""
+        """SHA-256 (hex) of the request and of the reference."""
         content = [type(self.request).__name__, chosen(**asdict(self.request)), dict(self.reference)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def prompt(self) -> str:
-        """What a reader is shown of the question."""
+        """The question as shown to readers."""
         match self.request:
             case ScoreText(text=prompt) | ScoreContinuations(context=prompt) | Generate(prompt=prompt):
                 return prompt
@@ -87,7 +88,7 @@ class Scored(BaseModel):
 class Generated(BaseModel):
     """A generated text, how many tokens it has, and why it ended ("stop" or "length").
 
-    judgement: what a judge replied about it, word for word; None where none was asked.
+    judgement: a judge's reply about it, word for word; None without a judge.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -103,17 +104,17 @@ Answer = Annotated[Scored | Generated, Field(discriminator="kind")]
 
 
 class ScoreOf(StrEnum):
-    """How a metric becomes a score above 0, the higher the better, as LangSpec-F1 needs: LEVEL as it is, EXP_NEGATIVE
-    exp(-level), which makes nats per token the geometric mean probability of a token."""
+    """The score above 0, the higher the better, that LangSpec-F1 needs, from a metric. LEVEL: the level itself;
+    EXP_NEGATIVE: exp(-level), which turns nats per token into the geometric mean probability of a token."""
 
     LEVEL = "level"
     EXP_NEGATIVE = "exp(-level)"
 
 
 class Metric(BaseModel):
-    """A figure that a task yields: the sum of its items' totals divided by the sum of their weights.
+    """A metric of a task: the sum of its items' totals divided by the sum of their weights.
 
-    name: as in tables and files; unit: of its values; score: how it becomes a LangSpec-F1 score, None if it does not.
+    name: in tables and files; unit: of its values; score: its LangSpec-F1 score, None if it has none.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -125,12 +126,12 @@ class Metric(BaseModel):
     score: ScoreOf | None = None
 
     def damage(self, change: float) -> float:
-        """A signed change turned so that above 0 is worse."""
+        """A signed change with the sign that makes values above 0 worse."""
         return -change if self.higher_is_better else change
 
 
 class Value(NamedTuple):
-    """What one answer adds to a metric. A weight of 0 leaves the item out of it."""
+    """The contribution of one answer to a metric. A weight of 0 leaves the item out."""
 
     total: float
     weight: float = 1.0
@@ -145,7 +146,7 @@ class Task(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: ClassVar[str]  # as plan files call it
+    kind: ClassVar[str]  # its name in plan files
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64)]
     languages: tuple[str, ...] | None = None
@@ -154,7 +155,7 @@ class Task(BaseModel, ABC):
     @property
     @abstractmethod
     def metrics(self) -> tuple[Metric, ...]:
-        """The figures it yields, the headline first."""
+        """Its metrics, the headline first."""
 
     @abstractmethod
     def load(self, language: str, base: Path) -> tuple[Item, ...]:
@@ -164,33 +165,33 @@ class Task(BaseModel, ABC):
         """
 
     async def finish(self, item: Item, answer: Scored | Generated) -> Scored | Generated:
-        """Complete an answer before it is kept, for instance by asking a judge. Raises CraneError to be retried."""
+        """Complete an answer before it is saved, for instance by asking a judge. A CraneError is retried."""
         return answer
 
     @abstractmethod
     def measure(self, item: Item, answer: Scored | Generated) -> dict[str, Value]:
-        """What an answer adds to each metric, by its name."""
+        """The contribution of an answer to each metric, by its name."""
 
     def shown(self, item: Item, answer: Scored | Generated) -> str:
-        """The answer as readers see it, such as the choice taken; empty where there is nothing to read."""
+        """The answer as shown to readers, such as the selected choice; empty if there is nothing to show."""
         return ""
 
     def expected(self, item: Item) -> str:
-        """What would have been right, as readers see it; empty where nothing is."""
+        """The right answer as shown to readers; empty if there is none."""
         return ""
 
     def chance(self, items: Sequence[Item]) -> dict[str, float]:
-        """What guessing scores, for the metrics where that makes sense."""
+        """The expected score of guessing, for the metrics where that makes sense."""
         return {}
 
     def settings(self) -> dict[str, Any]:
-        """As in a plan file."""
+        """The settings in the form of a plan file."""
         return {"kind": self.kind, **self.model_dump(mode="json", exclude_defaults=True)}
 
 
 @dataclass(frozen=True)
 class Question:
-    """One item under one mask: what a run asks, and what an answer belongs to."""
+    """One item under one mask: the unit that a run asks, and that an answer belongs to."""
 
     task: str
     language: str
@@ -200,9 +201,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a run asked and what it was answered.
+    """The questions and answers of a run.
 
-    tasks: by name; items: task -> language -> items, in the order asked; answers: those that there are.
+    tasks: by name; items: task -> language -> items, in the order asked; answers: all so far.
     """
 
     tasks: Mapping[str, Task]

@@ -20,11 +20,12 @@ _SHOWN_CHARACTERS = 100
 
 
 class Template(str):
-    """A Jinja2 template over the fields of a row, checked when it is made; a str with the template's text.
+    """A Jinja2 template over the fields of a row, whose syntax is checked at once. It is a str with the template's
+    text.
 
-    It runs in Jinja2's immutable sandbox without autoescape. A field that is not there is an error, a line feed at the
-    end is kept, and there is the filter `regex_replace(pattern, replacement)`: as in lm-evaluation-harness, whose
-    templates do the same here. Its methods raise EvaluationError naming the template, the problem and the row's fields.
+    It runs in Jinja2's immutable sandbox without autoescape. A missing field is an error, a line feed at the end is
+    kept, and there is a filter `regex_replace(pattern, replacement)`, as in lm-evaluation-harness, whose templates can
+    be used here. Its methods raise EvaluationError naming the template, the problem and the row's fields.
     """
 
     __slots__ = ()
@@ -39,12 +40,13 @@ class Template(str):
         return core_schema.no_info_after_validator_function(cls, core_schema.str_schema())
 
     def render(self, row: Mapping[str, Any], **extra: Any) -> str:
-        """The text it makes of a row; `extra` are further fields, which hide those of the row."""
+        """The text for a row. extra: further fields, which override those of the row."""
         fields = {**row, **extra}
         return cast(str, self._guarded(lambda: _compiled(str(self)).render(fields), fields))
 
     def value(self, row: Mapping[str, Any], **extra: Any) -> JsonValue:
-        """What its expression gives, such as a list or a number, if all of it is one `{{ expression }}`; else the text.
+        """The value of its expression, such as a list or a number, if the whole template is one `{{ expression }}`;
+        else the text.
 
         Spaces around the braces do not count.
         """
@@ -55,14 +57,14 @@ class Template(str):
         return cast(JsonValue, self._guarded(lambda: _json_value(expression(fields)), fields))
 
     def _guarded(self, work: Callable[[], Any], fields: Mapping[str, Any]) -> Any:
-        """The result of `work`. A template may fail in any way that an expression can, so that anything is caught."""
+        """The result of `work`. All exceptions are caught, since an expression in a template may raise any."""
         try:
             return work()
         except Exception as error:
             text = json.dumps(str(self), ensure_ascii=False)
-            shown = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+            excerpt = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
             has = f"; the row has {', '.join(fields)}" if fields else ""
-            raise EvaluationError(f"template {shown}: {str(error) or type(error).__name__}{has}") from error
+            raise EvaluationError(f"template {excerpt}: {str(error) or type(error).__name__}{has}") from error
 
 
 @cache
@@ -82,7 +84,7 @@ def _compiled(text: str) -> Any:
 
 @lru_cache(maxsize=1024)
 def _compiled_expression(text: str) -> Callable[[Mapping[str, Any]], Any] | None:
-    """The expression that a template consists of, None if it is more than one."""
+    """The expression of a template that is a single one, else None."""
     from jinja2 import nodes
 
     text = text.strip()

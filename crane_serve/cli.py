@@ -1,4 +1,5 @@
-"""The `crane` command. Each command lives beside what it runs; here they get their names and their error lines."""
+"""The `crane` command. Commands are defined in the package that they run; here they get their names and error
+handling."""
 
 import functools
 import json
@@ -21,7 +22,7 @@ from crane_serve.common.models.fetch import SOURCES, FetchError
 from crane_serve.common.models.fetch import fetch as fetch_model
 from crane_serve.demo import DemoError, run_demo
 from crane_serve.service.options import option_name, with_options
-from crane_serve.service.settings import SECRETS, ServeSettings, SettingError, Source, load_settings
+from crane_serve.service.settings import SECRETS, ServeSettings, SettingError, SettingSource, load_settings
 from crane_serve.verify.command import verify
 from relevance import commands as relevance_commands
 from relevance import search_commands
@@ -53,6 +54,17 @@ def one_line_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
     return run
 
 
+def _renamed(command: Callable[_P, _R], name: str) -> Callable[_P, _R]:
+    """A command under its old name, which says the new one on stderr."""
+
+    @functools.wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        typer.echo(f"this command is now `{name}`", err=True)
+        return command(*args, **kwargs)
+
+    return run
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(crane_serve.__version__)
@@ -73,7 +85,7 @@ def fetch(
     to: Annotated[Path, typer.Option("--to", help="Directory to make")],
 ) -> None:
     """Fetch a small demonstration model and make it a Hugging Face checkpoint."""
-    with bar("fetch", "steps", on_terminal=False):  # says itself what it does
+    with bar("fetch", "steps", on_terminal=False):  # it reports its own steps
         fetch_model(name, to, report=typer.echo)
 
 
@@ -120,8 +132,8 @@ def show_masks(
         raise MaskFileError(f"{path} holds no mask files")
     for file in files:
         stored = read_mask(file)
-        shown = {"name": stored.name, "digest": stored.mask.digest, **stored.info.model_dump(mode="json")}
-        Console(soft_wrap=True).print_json(data={**shown, "neurons": stored.mask.neuron_sets()}, indent=None)
+        content = {"name": stored.name, "digest": stored.mask.digest, **stored.info.model_dump(mode="json")}
+        Console(soft_wrap=True).print_json(data={**content, "neurons": stored.mask.neuron_sets()}, indent=None)
 
 
 @masks_app.command("transfer")
@@ -174,7 +186,7 @@ def serve(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the effective settings as JSON, and start nothing")
     ] = False,
-    **given: str | bool | None,
+    **options: str | bool | None,
 ) -> None:
     """Serve a model with its masks. Further options (--dtype, --max-model-len, ...) are vLLM's flags.
 
@@ -182,19 +194,19 @@ def serve(
     API keys can be set only there (user_key, admin_key).
     """
     engine_flags: list[str] = context.args
-    if model is not None and model.startswith("-"):  # no model is given, and a flag of vLLM stands in its place
+    if model is not None and model.startswith("-"):  # no model is given: typer took a flag of vLLM for it
         engine_flags, model = [model, *engine_flags], None
-    flags: dict[str, Any] = {**given, "model": model, "engine_flags": tuple(engine_flags) or None}
+    flags: dict[str, Any] = {**options, "model": model, "engine_flags": tuple(engine_flags) or None}
     try:
         loaded = load_settings({name: value for name, value in flags.items() if value is not None}, config)
     except SettingError as error:
-        if error.source in (Source.FLAG, None):
+        if error.source in (SettingSource.FLAG, None):
             hint = "'MODEL'" if error.setting == "model" else f"'{option_name(error.setting)}'"
             raise typer.BadParameter(str(error), param_hint=hint) from None
         raise
     if print_config:
-        shown = {"settings": loaded.settings.model_dump(mode="json"), "sources": loaded.sources}
-        typer.echo(json.dumps(shown, indent=2))
+        content = {"settings": loaded.settings.model_dump(mode="json"), "sources": loaded.sources}
+        typer.echo(json.dumps(content, indent=2))
         return
     from crane_serve.service.process import serve as run_server
 
@@ -219,7 +231,8 @@ app.command("relevance")(one_line_errors(relevance_commands.relevance))
 app.command("refine")(one_line_errors(search_commands.refine))
 app.command("learn")(one_line_errors(search_commands.learn))
 app.command("select")(one_line_errors(relevance_commands.select))
-app.command("transfer")(one_line_errors(search_commands.compare_pair))
+masks_app.command("compare")(one_line_errors(search_commands.compare_masks))
+app.command("transfer", hidden=True)(one_line_errors(_renamed(search_commands.compare_masks, "crane masks compare")))
 app.command("validate")(one_line_errors(search_commands.validate))
 corpus_app.command("import")(one_line_errors(relevance_commands.import_corpus))
 app.command("eval")(one_line_errors(client_commands.evaluate))

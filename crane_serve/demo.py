@@ -1,4 +1,5 @@
-"""The whole path on a small model: fetch, relevance, select, serve, evaluate. Each step is a command to repeat."""
+"""The whole path on a small model: fetch, relevance, select, serve, evaluate. Each step is a command that a user can
+repeat."""
 
 import os
 import shlex
@@ -90,7 +91,7 @@ def _serve(
 
 
 def _dtype_flags() -> list[str]:
-    """float32 on processors that have nothing faster for bfloat16, which they are slow at."""
+    """Flags for float32 on processors without instructions for bfloat16, which is slow on them."""
     import torch
 
     is_slow = not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"

@@ -15,12 +15,12 @@ _SLOT_BYTES = 8  # int64
 
 
 class SizeError(ValueError):
-    """There is no config, or it lacks what sizes are computed from."""
+    """There is no config, or it lacks a field that sizes are computed from."""
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What sizes are computed from.
+    """The numbers that sizes are computed from.
 
     neurons: MLP neurons of each layer. full_layers: attention layers that keep the keys and values of every token;
     window_layers: those that keep the last `window` tokens' (None without such layers). dtype: the checkpoint's.
@@ -40,7 +40,7 @@ class ModelSizes:
     def of(cls, model: str | Path) -> "ModelSizes":
         """Sizes of a checkpoint directory, a config file, or a hub id, of which only the config is fetched.
 
-        Of a model that also sees or hears, the language model alone. Raises SizeError.
+        Of a multimodal model, only the language model counts. Raises SizeError.
         """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -97,13 +97,13 @@ class ModelSizes:
 
     def kv_bytes(self, tokens: int, dtype: str, ranks: int = 1) -> int:
         """Keys and values of a sequence of so many tokens, in all layers, on one rank."""
-        kept = self.full_layers * tokens + self.window_layers * min(tokens, self.window or 0)
-        return kept * self.kv_bytes_per_token(dtype, ranks)
+        cached_tokens = self.full_layers * tokens + self.window_layers * min(tokens, self.window or 0)
+        return cached_tokens * self.kv_bytes_per_token(dtype, ranks)
 
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes on one rank, but for mask files, which are on the disk and, whole, in the memory of every process."""
+    """Bytes on one rank, except of mask files, which are on the disk and completely in the memory of every process."""
 
     parameters: int
     neurons: int
@@ -154,7 +154,7 @@ def size_of(
     )
 
 
-def written(count: int) -> str:
+def byte_text(count: int) -> str:
     """Bytes in the unit that leaves one to three digits before the point."""
     size, units = float(count), iter(("B", "KiB", "MiB", "GiB"))
     unit = next(units)
@@ -186,7 +186,7 @@ def size(
         raise SizeError(
             f"{tensor_parallel_size} ranks: expected a divisor of the {sizes.neurons[0]} neurons of a layer"
         )
-    found = size_of(
+    estimate = size_of(
         sizes,
         rows=rows,
         masks=masks,
@@ -199,21 +199,21 @@ def size(
         outputs=outputs,
     )
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=2))
+        typer.echo(json.dumps(asdict(estimate), indent=2))
         return
     window = f"; {sizes.window_layers} layers keep the last {sizes.window} tokens" if sizes.window else ""
     lines = {
-        f"weights, {found.parameters:,} parameters, {dtype}": found.weights,
-        f"mask table, {rows} rows and one of ones": found.table,
-        f"    a row, {found.neurons:,} neurons": found.table_row,
-        f"slots, {max_num_batched_tokens} tokens": found.slots,
-        f"KV cache, {max_num_seqs} sequences of {max_model_len} tokens": found.kv,
-        f"    a token, in all layers{window}": found.kv_per_token,
-        f"    a sequence of {max_model_len} tokens": found.kv_of_a_sequence,
-        "total on each rank": found.total,
-        "a mask file, on the disk": found.mask_file,
-        f"{masks} masks, in the memory of every process": found.masks_in_memory,
+        f"weights, {estimate.parameters:,} parameters, {dtype}": estimate.weights,
+        f"mask table, {rows} rows and one of ones": estimate.table,
+        f"    a row, {estimate.neurons:,} neurons": estimate.table_row,
+        f"slots, {max_num_batched_tokens} tokens": estimate.slots,
+        f"KV cache, {max_num_seqs} sequences of {max_model_len} tokens": estimate.kv,
+        f"    a token, in all layers{window}": estimate.kv_per_token,
+        f"    a sequence of {max_model_len} tokens": estimate.kv_of_a_sequence,
+        "total on each rank": estimate.total,
+        "a mask file, on the disk": estimate.mask_file,
+        f"{masks} masks, in the memory of every process": estimate.masks_in_memory,
     }
     width = max(map(len, lines))
     for line, count in lines.items():
-        typer.echo(f"{line.ljust(width)}  {written(count):>9}")
+        typer.echo(f"{line.ljust(width)}  {byte_text(count):>9}")

@@ -16,12 +16,12 @@ from crane_serve.common.models.load import load_tokenizer
 from crane_serve.common.models.resolve import resolve_checkpoint
 from crane_serve.common.text.corpus import EMBEDDED_CORPUS
 from relevance.causal import losses, masked
-from relevance.criteria import Criteria
 from relevance.encoding import encode
 from relevance.methods import find_scored
 from relevance.model import load_model, pick_device, pick_dtype
 from relevance.scoring import score
 from relevance.selection import select
+from relevance.selection_options import SelectionOptions
 from relevance.sources import load_corpus
 
 # A checkpoint directory or a hub id; a directory of {lang}.jsonl or {lang}.txt, or hf:NAME.
@@ -61,7 +61,7 @@ print(
 # %%
 masks = {}
 for method in ("attnlrp", "lape", "random"):
-    selection = select(scores, Criteria(method, budget=BUDGET))
+    selection = select(scores, SelectionOptions(method, budget=BUDGET))
     selection.write(OUT / "masks", scores)
     masks |= {f"{method}-{language}": mask for language, mask in selection.masks.items()}
 

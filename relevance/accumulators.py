@@ -1,4 +1,4 @@
-"""Streaming statistics of neurons, each of which can be saved, loaded and merged with another of its kind."""
+"""Streaming statistics of neurons, which can be saved, loaded and merged with others of their kind."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class NonFiniteError(ValueError):
-    """Activations, gradients or log-probabilities are not finite; the message names the layer where it is known."""
+    """Activations, gradients or log-probabilities are not finite; the message names the layer if it is known."""
 
 
 class StatisticError(ValueError):
@@ -16,7 +16,7 @@ class StatisticError(ValueError):
 
 
 class Statistic(ABC):
-    """Something that is known about every neuron after some documents."""
+    """A statistic of every neuron over some documents."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -24,26 +24,26 @@ class Statistic(ABC):
 
     @abstractmethod
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a state that `tensors` gave. Raises StatisticError for any other."""
+        """Load a state from `tensors`. Raises StatisticError for any other."""
 
     @abstractmethod
     def merge(self, other: "Statistic") -> None:
-        """Take in what `other`, of the same kind and sizes, has seen. Raises StatisticError otherwise."""
+        """Add the observations of `other`, which must have the same kind and sizes. Raises StatisticError otherwise."""
 
 
 class GrowingStatistic(Statistic):
-    """A statistic whose state is many rows, so that it is saved in pieces: `news` after `news`.
+    """A statistic with many rows, which is saved in pieces: each call of `news` gives the next piece.
 
     A piece is a state of its own: loading the pieces one by one and merging them gives the whole.
     """
 
     @abstractmethod
     def news(self) -> dict[str, Tensor]:
-        """The state of what has come since the last call, on the CPU."""
+        """The rows that are new since the last call, on the CPU."""
 
     @abstractmethod
     def empty(self) -> "GrowingStatistic":
-        """A statistic of the same kind and sizes that has seen nothing."""
+        """A statistic of the same kind and sizes without observations."""
 
 
 class RunningMean(Statistic):
@@ -96,7 +96,7 @@ class Moments(Statistic):
         self.count = torch.zeros(layers, dtype=torch.int64)
 
     def add(self, layer: int, values: Tensor) -> None:
-        """Take in `values` [documents, units] of one layer."""
+        """Add `values` [documents, units] of one layer."""
         values = values.double()
         mean = values.mean(dim=0)
         deviation = values - mean
@@ -120,7 +120,7 @@ class Moments(Statistic):
     def _take_in(
         self, layer: int, units: int, count: int, mean: Tensor, second: Tensor, third: Tensor, fourth: Tensor
     ) -> None:
-        """Join a set of `count` documents with the moments given, [units] each, to the one that is here."""
+        """Merge in a set of `count` documents with the given moments, [units] each."""
         before = int(self.count[layer])
         if count == 0:
             return
@@ -168,13 +168,13 @@ class DocumentSample(GrowingStatistic):
         self.size = size
         self.keys = torch.zeros(0, dtype=torch.int64)
         self.rows = torch.zeros(0, layers, widest)
-        self._saved = torch.zeros(0, dtype=torch.bool)  # [documents], what `news` has given
+        self._saved = torch.zeros(0, dtype=torch.bool)  # [documents], whether `news` has returned the row
         self._arriving: dict[int, Tensor] = {}
 
     def add(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Take in one layer of a batch of documents, keys [documents] and values [documents, neurons].
+        """Add one layer of a batch of documents, keys [documents] and values [documents, neurons].
 
-        The documents count when all layers of the batch have come, in any order.
+        The documents count once all layers of the batch have been added, in any order.
         """
         self._arriving[layer] = values
         if len(self._arriving) < self.rows.shape[1]:
@@ -223,14 +223,14 @@ class DocumentSample(GrowingStatistic):
 
 
 class FiniteCheck:
-    """Whether what every layer gave is finite, asked of the device once for all layers."""
+    """Checks that the values of every layer are finite, with one read from the device for all layers."""
 
     def __init__(self, layers: int, device: torch.device) -> None:
         self.sums = torch.zeros(layers, device=device)
         self.dtype = torch.float32
 
     def see(self, layer: int, values: Tensor) -> None:
-        """Remember a sum that is finite only if `values`, of any shape, are."""
+        """Accumulate a sum that is finite only if `values`, of any shape, are finite."""
         self.sums[layer] += values.detach().sum(dtype=torch.float32)
         self.dtype = values.dtype
 
@@ -243,9 +243,9 @@ class FiniteCheck:
 
 
 def _fitting(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
-    """The tensor `name`, on the device of `like`. Raises StatisticError unless its shape and dtype are those of it."""
-    found = tensors.get(name)
-    if found is None or found.shape != like.shape or found.dtype != like.dtype:
-        what = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+    """The tensor `name`, on the device of `like`. Raises StatisticError unless it has the shape and dtype of `like`."""
+    tensor = tensors.get(name)
+    if tensor is None or tensor.shape != like.shape or tensor.dtype != like.dtype:
+        what = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
         raise StatisticError(f"{name} is {what}; expected {like.dtype} {list(like.shape)}")
-    return found.to(like.device)
+    return tensor.to(like.device)

@@ -1,4 +1,4 @@
-"""Causal effects: what a model's predictions lose while MLP neurons are switched off."""
+"""Causal effects: the loss of a model's predictions while MLP neurons are switched off."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,8 +14,8 @@ from crane_serve.common.masks import NeuronMask
 from crane_serve.common.models.families import Decoder
 from relevance.accumulators import NonFiniteError
 from relevance.encoding import Batch, batches
-from relevance.measurement import last_hidden
-from relevance.objective import log_probabilities
+from relevance.model_passes import last_hidden
+from relevance.targets import log_probabilities
 
 Values = NDArray[np.float64]
 
@@ -43,7 +43,7 @@ def scaled(decoder: Decoder, neurons: Tensor, outputs: Tensor | None = None) -> 
     """Multiply every MLP neuron (the inputs of down_proj), and perhaps the MLPs' outputs, while the context lasts.
 
     neurons: [layers, widest]; outputs: [layers, hidden]. Gradients flow back to both. Layers whose factors are all 1
-    and need no gradient are left alone.
+    and need no gradient are not changed.
     """
     with ExitStack() as stack:
         for index, layer in enumerate(decoder.layers):
@@ -57,7 +57,7 @@ def scaled(decoder: Decoder, neurons: Tensor, outputs: Tensor | None = None) -> 
 
 @contextmanager
 def masked(decoder: Decoder, mask: NeuronMask | None) -> Iterator[None]:
-    """Run the model under `mask` while the context lasts; None is the whole model."""
+    """Run the model under `mask` while the context lasts; None for the unmasked model."""
     if mask is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Characters: what in the encoding of texts a method could mistake for their language."""
+"""Characters: peculiarities in the encoding of texts that a method could mistake for their language."""
 
 import re
 import unicodedata
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from crane_serve.common.text.corpus import Corpus, Document
 
 _LINES_SHOWN = 5
-_NOTICEABLE = 0.1  # the share of a language's documents from which on those in the other Chinese script are said
+_NOTICEABLE = 0.1  # from this share on, documents in the other Chinese script are reported
 
 _STRAY = {
     "\ufeff": "a byte order mark",
@@ -15,7 +15,7 @@ _STRAY = {
     "\u200b": "a space of no width",
     "\u2060": "a joiner of no width",
 }
-_SPACED_BY_NO_WIDTH = ("bo", "dz", "km", "lo", "my", "th")  # U+200B sets words apart there
+_SPACED_BY_NO_WIDTH = ("bo", "dz", "km", "lo", "my", "th")  # U+200B separates words in these languages
 
 _SIMPLIFIED = re.compile(r"(?:zh|zho|cmn|chi)[_-](?:hans\b|hans[_-]|cn\b|sg\b).*|zhs|chs|.*[_-]hans")
 _TRADITIONAL = re.compile(r"(?:zh|zho|cmn|chi)[_-](?:hant\b|hant[_-]|tw\b|hk\b|mo\b).*|zht|cht|.*[_-]hant")
@@ -25,21 +25,21 @@ _SCRIPTS = ("Simplified", "Traditional")
 
 
 def remarks(corpus: Corpus) -> list[str]:
-    """What is odd about the characters of a corpus, a line each, with the number of documents and an example.
+    """Warnings about the characters of a corpus, a line each, with the number of documents and an example.
 
-    Texts that are not in Unicode's normal form NFC, byte order marks and other characters that no text has, and Chinese
-    in the other script than the language's name says, or in both.
+    They are about texts that are not in Unicode's normal form NFC, byte order marks and other characters that do not
+    belong in texts, and Chinese in another script than the language's name says, or in both.
     """
-    found = [*_normal_forms(corpus)]
+    warnings = [*_normal_forms(corpus)]
     for language, documents in corpus.documents.items():
         source = corpus.sources.get(language, language)
-        found += [*_joints(corpus, language, source), *_strays(documents, language, source)]
-        found += _chinese(documents, language, source)
-    return found
+        warnings += [*_joints(corpus, language, source), *_strays(documents, language, source)]
+        warnings += _chinese(documents, language, source)
+    return warnings
 
 
 def chinese_script(text: str) -> str | None:
-    """`Simplified` or `Traditional`, None for a text with too few characters that only one of them has.
+    """`Simplified` or `Traditional`, None for a text with too few characters that belong to only one of them.
 
     Characters of GB 2312 that Big5 lacks are Simplified, those of Big5 that GB 2312 lacks are Traditional.
     """
@@ -69,16 +69,16 @@ def _normal_forms(corpus: Corpus) -> Iterator[str]:
     if not any(decomposed.values()):
         return
     composed = {language: _composed(_all_documents(corpus, language)) for language in corpus.languages}
-    for language, found in decomposed.items():
-        if not found:
+    for language, documents in decomposed.items():
+        if not documents:
             continue
         source = corpus.sources.get(language, language)
         others = [other for other in corpus.languages if composed[other] and other != language]
-        count = f"{len(found)} of {len(corpus.documents[language])} documents"
-        inside = sum(not unicodedata.is_normalized("NFD", document.text) for document in found)
+        count = f"{len(documents)} of {len(corpus.documents[language])} documents"
+        inside = sum(not unicodedata.is_normalized("NFD", document.text) for document in documents)
         if composed[language] or inside:
             what = f"{source} MIXES Unicode's normal forms: {count} are not"
-            what += f" in NFC, such as {found[0].id!r}, {composed[language]} of the file's are"
+            what += f" in NFC, such as {documents[0].id!r}, {composed[language]} of the file's are"
         else:
             what = f"{source} has {count} that are not in Unicode's normal "
             what += "form NFC" + (f", which {', '.join(others)} is in" if others else "")
@@ -107,10 +107,10 @@ def _joints(corpus: Corpus, language: str, source: str) -> Iterator[str]:
 
 
 def joints_remark(source: str, lines: Sequence[int]) -> str:
-    """What is said of lines of `source` that began with a byte order mark."""
-    shown = ", ".join(map(str, lines[:_LINES_SHOWN])) + (", ..." if len(lines) > _LINES_SHOWN else "")
+    """The warning about lines of `source` that began with a byte order mark."""
+    numbers = ", ".join(map(str, lines[:_LINES_SHOWN])) + (", ..." if len(lines) > _LINES_SHOWN else "")
     return (
-        f"{source}: line{'s' * (len(lines) > 1)} {shown} began with a byte order mark (U+FEFF), as where files are "
+        f"{source}: line{'s' * (len(lines) > 1)} {numbers} began with a byte order mark (U+FEFF), as where files are "
         "joined; it was taken away"
     )
 

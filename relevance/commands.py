@@ -1,4 +1,4 @@
-"""`crane relevance`, `select` and `corpus import`. What is wrong with the input is raised as a ValueError."""
+"""`crane relevance`, `select` and `corpus import`. Problems with the input are raised as ValueError."""
 
 from pathlib import Path
 from shutil import rmtree
@@ -66,12 +66,12 @@ def relevance(
         ),
     ] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Discard what an earlier, unfinished run left in OUT.progress.")
+        bool, typer.Option("--restart", help="Discard the progress of an earlier, unfinished run in OUT.progress.")
     ] = False,
 ) -> None:
     """Score how much each language needs each MLP neuron of MODEL.
 
-    What is done is kept in OUT.progress: the same command goes on after the last batch.
+    Progress is saved in OUT.progress: the same command continues after the last batch.
     """
     texts = load_corpus(corpus, split, _names(languages), text_column, normalise).spread(limit)
 
@@ -86,9 +86,9 @@ def relevance(
     unfinished = out.with_name(f"{out.name}.progress")
     torch_device = pick_device(device)
     of_halves: list[Scores] = []
-    with bar("relevance", "documents", f"{', '.join(method.name for method in chosen)} of {model}") as shown:
+    with bar("relevance", "documents", f"{', '.join(method.name for method in chosen)} of {model}") as progress_bar:
         for doubt in doubts(texts):
-            shown.say(f"warning: {doubt}")
+            progress_bar.say(f"warning: {doubt}")
         scores = score(
             resolve_checkpoint(model),
             texts,
@@ -100,15 +100,15 @@ def relevance(
             output_dimensions=output_dimensions,
             execution=Execution(checkpointing, workers, ray_address, unfinished, restart),
             each_half=of_halves.append if halves else None,
-            start=lambda documents: shown.start(documents, what=f"in {', '.join(texts.languages)}"),
-            advance=shown.advance,
+            start=lambda documents: progress_bar.start(documents, what=f"in {', '.join(texts.languages)}"),
+            advance=progress_bar.advance,
         )
         info = scores.info
         for language, truncated, skipped in zip(info.languages, info.truncated, info.skipped, strict=True):
             if truncated:
-                shown.say(f"{language}: {truncated} document(s) cut to {info.max_tokens} tokens")
+                progress_bar.say(f"{language}: {truncated} document(s) cut to {info.max_tokens} tokens")
             if skipped:
-                shown.say(f"{language}: {skipped} document(s) without a token to predict skipped")
+                progress_bar.say(f"{language}: {skipped} document(s) without a token to predict skipped")
     for name, half in zip(("first", "second"), of_halves, strict=False):
         half.save(out.with_stem(f"{out.stem}-{name}"))
     scores.save(out)
@@ -166,19 +166,25 @@ def select(
     ] = "{method}-{language}",
 ) -> None:
     """Write one mask per language: the neurons that METHOD ranks highest."""
-    from relevance.criteria import Criteria, Overlap, Rule, SelectionError
     from relevance.scores import Scores
     from relevance.selection import select as select_neurons
+    from relevance.selection_options import Overlap, Rule, SelectionError, SelectionOptions
 
-    given = {option: value for option, value in (("budget", budget), ("count", count), ("z", z)) if value is not None}
-    if len(given) > 1 or (given and (rule == "z") != ("z" in given)) or (given and rule == "published"):
-        raise SelectionError(f"--{', --'.join(given)} and the rule {rule} do not go together")
+    thresholds = {
+        option: value for option, value in (("budget", budget), ("count", count), ("z", z)) if value is not None
+    }
+    if (
+        len(thresholds) > 1
+        or (thresholds and (rule == "z") != ("z" in thresholds))
+        or (thresholds and rule == "published")
+    ):
+        raise SelectionError(f"--{', --'.join(thresholds)} and the rule {rule} do not go together")
     if match is not None and quotas is not None:
         raise SelectionError("--match and --quotas do not go together")
     if match is not None:
         quotas = "global" if match == "none" else f"like:{match}"
     loaded = Scores.load(scores)
-    criteria = Criteria(
+    options = SelectionOptions(
         method=method,
         rule=Rule(rule),
         budget=0.01 if budget is None else budget,
@@ -190,7 +196,7 @@ def select(
         seed=seed,
         output_dimensions=output_dimensions,
     )
-    selection = select_neurons(loaded, criteria)
+    selection = select_neurons(loaded, options)
     for path, mask in zip(selection.write(out, loaded, name), selection.masks.values(), strict=True):
         dimensions = "" if mask.output is None else f", {int((mask.output != 1).sum())} output dimensions"
         typer.echo(f"{path}: {mask.neurons} neurons of {loaded.shape.neurons}{dimensions}")
@@ -238,13 +244,13 @@ def import_corpus(
     from relevance.doubts import doubts
 
     names = list(shares)
-    written = Corpus.load(out, languages=list(parts))
+    whole = Corpus.load(out, languages=list(parts))
     for number, split in enumerate(names or [None]):
-        corpus = Corpus.load(out, split, list(parts)) if split else written
+        corpus = Corpus.load(out, split, list(parts)) if split else whole
         for doubt in doubts(corpus, names[number + 1 :]):
             _warn(doubt)
     for path, language in zip(paths, parts, strict=True):
-        typer.echo(f"{path}: {len(written.documents[language])} documents")
+        typer.echo(f"{path}: {len(whole.documents[language])} documents")
 
 
 def _warn(line: str) -> None:

@@ -1,4 +1,4 @@
-"""Contrasts: from scores of every language to what sets one language apart."""
+"""Contrasts: turn scores of every language into scores that distinguish one language from the others."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -41,7 +41,7 @@ def minus_max(scores: Tensor) -> Tensor:
 
 
 def share(scores: Tensor) -> Tensor:
-    """This language's part of what the neuron has in all: R_g / sum over languages of |R|, and 0 where that is 0.
+    """This language's share of the neuron's scores: R_g / sum over languages of |R|, and 0 where that sum is 0.
 
     scores: [languages >= 2, layers, neurons]; the result, of the same shape, lies between -1 and 1.
     The size of the scores cancels, so a ranking by share alone prefers tiny neurons: one with 1e-9 in one language and
@@ -53,7 +53,7 @@ def share(scores: Tensor) -> Tensor:
 
 
 def margin(scores: Tensor) -> Tensor:
-    """`minus_max` of scores that each language has divided by its own total.
+    """`minus_max` of scores that are divided by their language's total.
 
     R_g(l, i) is divided by the sum of |R_g| over all neurons of all layers, which makes languages comparable whose
     logits, and so whose relevances, differ in size. [languages >= 2, layers, neurons]. Raises ContrastError.
@@ -77,7 +77,7 @@ def find_contrast(name: str) -> Contrast:
 
 
 def _require_others(name: str, scores: Tensor) -> int:
-    """Number of languages to compare each with."""
+    """The number of other languages that each language is compared with."""
     if len(scores) < 2:
         raise ContrastError(f"contrast {name} compares languages and needs at least 2, found {len(scores)}")
     return len(scores) - 1

@@ -15,11 +15,11 @@ from relevance.characters import joints_remark
 from relevance.repeats import text_key
 
 _PLACE = "{lang}"
-_ROUNDING = 1e-6  # by which the fractions of splits may miss 1
+_ROUNDING = 1e-6  # tolerance of the sum of the fractions, which must be 1
 
 
 class Unit(StrEnum):
-    """What becomes a document of a line-aligned text: a line, or the consecutive lines with one document id."""
+    """The document of a line-aligned text: a line, or the consecutive lines with one document id."""
 
     LINE = "line"
     DOCUMENT = "document"
@@ -27,7 +27,7 @@ class Unit(StrEnum):
 
 @dataclass(frozen=True)
 class Part:
-    """A document on its way into a corpus directory. Parts of one group never come into different splits."""
+    """A document to be written to a corpus directory. Parts of one group are never put into different splits."""
 
     id: str
     group: str
@@ -77,10 +77,10 @@ def line_parts(
 
     document_ids: a file that gives the document of each line; its consecutive lines are a group, and, by
     `Unit.DOCUMENT`, one document, joined with line feeds. By `Unit.LINE` each line is a document. None: by document
-    where there are ids. A line that is blank in some language is left out in all. notice: hears of byte order marks at
-    the start of lines, which are taken away.
+    where there are ids. A line that is blank in some language is left out in all. notice: called with a warning about
+    byte order marks at the start of lines, which are removed.
 
-    Raises CorpusError for missing files, files of different lengths, and ids that return after others.
+    Raises CorpusError for missing files, files of different lengths, and ids whose lines are not consecutive.
     """
     files = _files(pattern, languages)
     lines = {language: _aligned_lines(path, notice) for language, path in files.items()}
@@ -91,19 +91,19 @@ def line_parts(
     length = len(next(iter(lines.values())))
     if ids is not None:
         _require_equal_lengths({str(next(iter(files.values()))): length, str(document_ids): len(ids)})
-    kept = [number for number in range(length) if all(of_language[number] for of_language in lines.values())]
+    complete = [number for number in range(length) if all(of_language[number] for of_language in lines.values())]
     if ids is None:
         return {
-            language: [Part(f"line-{number + 1}", f"line-{number + 1}", of_language[number]) for number in kept]
+            language: [Part(f"line-{number + 1}", f"line-{number + 1}", of_language[number]) for number in complete]
             for language, of_language in lines.items()
         }
     groups = _groups(ids, str(document_ids))
     by_line = unit is Unit.LINE
-    return {language: _grouped(of_language, groups, set(kept), by_line) for language, of_language in lines.items()}
+    return {language: _grouped(of_language, groups, set(complete), by_line) for language, of_language in lines.items()}
 
 
 def _aligned_lines(path: Path, notice: Callable[[str], None]) -> list[str]:
-    """All lines of a file, the last of which may or may not end in a line feed."""
+    """All lines of a file; a line feed at the end of the last is optional."""
     text = read_text(path)
     if text.joints:
         notice(joints_remark(str(path), text.joints))
@@ -111,10 +111,10 @@ def _aligned_lines(path: Path, notice: Callable[[str], None]) -> list[str]:
     return lines if lines[-1] else lines[:-1]
 
 
-def _grouped(lines: list[str], groups: Mapping[str, range], kept: set[int], by_line: bool) -> list[Part]:
+def _grouped(lines: list[str], groups: Mapping[str, range], complete: set[int], by_line: bool) -> list[Part]:
     parts = []
     for group, numbers in groups.items():
-        of_group = [number for number in numbers if number in kept]
+        of_group = [number for number in numbers if number in complete]
         if by_line:
             parts += [Part(f"{group}:{number - numbers.start + 1}", group, lines[number]) for number in of_group]
         elif of_group:
@@ -130,7 +130,7 @@ def _groups(ids: Sequence[str], where: str) -> dict[str, range]:
             raise CorpusError(f"{where}:{number + 1}: expected a document id, found a blank line")
         start = groups[identifier].start if identifier in groups else number
         if identifier in groups and groups[identifier].stop != number:
-            raise CorpusError(f"{where}:{number + 1}: document {identifier!r} comes back after another")
+            raise CorpusError(f"{where}:{number + 1}: document {identifier!r} occurs again after another")
         groups[identifier] = range(start, number + 1)
     return groups
 
@@ -144,11 +144,12 @@ def write_corpus(
 ) -> list[Path]:
     """Write `{lang}.jsonl` for every language of parallel `parts` into `directory`; returns the paths.
 
-    splits: name -> fraction of the groups, which are cut in their order and so always in the same way; empty for
-    documents without a split. A part that repeats one of an earlier split word for word in some language is left out in
-    all, so that they stay parallel; notice: hears of that. normalise: the form of Unicode that texts are brought into.
+    splits: name -> fraction of the groups, which are divided in their order, so always in the same way; empty for
+    documents without a split. A part that repeats a part of an earlier split word for word in some language is left out
+    in all languages, so that they stay parallel; notice: called with a message about that. normalise: the form of
+    Unicode that texts are converted to.
 
-    Raises CorpusError for impossible splits, for languages without text, and for splits of which nothing is left.
+    Raises CorpusError for impossible splits, for languages without text, and for splits without a remaining document.
     """
     for language, of_language in parts.items():
         check_language(language, str(directory))
@@ -162,12 +163,12 @@ def write_corpus(
             f"{len(repeating)} documents are left out in all languages, since they repeat one of an earlier split word "
             f"for word, such as {identifier!r}, which repeats {repeated!r} in {language}"
         )
-    kept = {language: [part for part in of if part.id not in repeating] for language, of in parts.items()}
+    distinct = {language: [part for part in of if part.id not in repeating] for language, of in parts.items()}
     for split in splits:
-        if not any(split_of[part.group] == split for part in next(iter(kept.values()))):
+        if not any(split_of[part.group] == split for part in next(iter(distinct.values()))):
             raise CorpusError(f"all documents of split {split!r} repeat one of an earlier split word for word")
     paths = []
-    for language, of_language in kept.items():
+    for language, of_language in distinct.items():
         rows = (
             {
                 "id": part.id,
@@ -183,7 +184,8 @@ def write_corpus(
 
 
 def _repeating(parts: Parts, split_of: Mapping[str, str], order: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Id of a part that repeats one of an earlier split -> the id of that one, and the language in which it does."""
+    """Id of a part that repeats a part of an earlier split -> the id of that part, and the language in which it
+    does."""
     repeating: dict[str, tuple[str, str]] = {}
     for language, of_language in parts.items() if order else ():
         first: dict[str, Part] = {}

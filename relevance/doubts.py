@@ -1,4 +1,4 @@
-"""Doubts: what makes a corpus look as if it could not be trusted, said in warnings before it is used."""
+"""Doubts: warnings about a corpus that may not be what it should be, shown before it is used."""
 
 from collections.abc import Sequence
 

@@ -36,10 +36,10 @@ def encode(
 ) -> EncodedDocuments:
     """Encode `documents`, cut to `max_tokens` with the start token; those without a target token are skipped.
 
-    vocabulary: how many tokens the model has. Raises UnknownTokenError for a document with another token, and
-    CorpusError when nothing is left.
+    vocabulary: how many tokens the model has. Raises UnknownTokenError for a document with an unknown token, and
+    CorpusError if no document is left.
     """
-    kept: list[list[int]] = []
+    encoded: list[list[int]] = []
     skipped: list[str] = []
     truncated: list[str] = []
     for document in documents:
@@ -49,11 +49,11 @@ def encode(
             continue
         if len(token_ids) > max_tokens:
             truncated.append(document.id)
-        kept.append(token_ids[:max_tokens])
-        require_known(tokenizer, kept[-1], vocabulary, f"{language}: document {document.id!r}")
-    if not kept:
+        encoded.append(token_ids[:max_tokens])
+        require_known(tokenizer, encoded[-1], vocabulary, f"{language}: document {document.id!r}")
+    if not encoded:
         raise CorpusError(f"no document of {language} has a token to predict")
-    return EncodedDocuments(tuple(kept), tuple(skipped), tuple(truncated))
+    return EncodedDocuments(tuple(encoded), tuple(skipped), tuple(truncated))
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,14 @@ class Batch:
 
     @cached_property
     def keys(self) -> Tensor:
-        """int64 [documents] on the CPU: a hash of each document's tokens, the same in whatever batch it stands."""
+        """int64 [documents] on the CPU: a hash of each document's tokens, independent of its batch."""
         rows = zip(self.token_ids.tolist(), self.lengths.tolist(), strict=True)
         return torch.tensor([_hash(token_ids[:length]) for token_ids, length in rows])
 
     def sum_of(self, values: Tensor) -> Tensor:
         """Sums over the counted tokens of each document. values: [documents, tokens, n] -> [documents, n].
 
-        In float32, or float64 for values of that dtype.
+        Sums are in float32, or in float64 for values of that dtype.
         """
         wide = torch.promote_types(values.dtype, torch.float32)
         return (self.counted.to(wide).unsqueeze(1) @ values.to(wide)).squeeze(1)

@@ -20,8 +20,8 @@ class MethodError(ValueError):
     """A method does not exist, or cannot work with what it is given."""
 
 
-class Objective(StrEnum):
-    """What is differentiated: the mean of this over a document's predicted tokens."""
+class AttributionTarget(StrEnum):
+    """The quantity that is differentiated: its mean over a document's predicted tokens."""
 
     TARGET_LOGIT = "target logit"
     LOG_PROBABILITY = "log-probability"
@@ -29,14 +29,14 @@ class Objective(StrEnum):
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward and backward pass: how the gradients are modified, and of what they are."""
+    """One forward and backward pass: the rules that modify the gradients, and the target that is differentiated."""
 
     rules: Rules
-    objective: Objective
+    target: AttributionTarget
 
 
-class Source(Enum):
-    """Where the scores of a method come from that needs no backward pass."""
+class ScoreSource(Enum):
+    """The source of the scores of a method that needs no backward pass."""
 
     NOTHING = "no model at all"
     FORWARD = "any pass, or a forward pass"
@@ -78,13 +78,13 @@ class Shape:
 
     @cached_property
     def exists(self) -> Tensor:
-        """bool [layers, widest]: which places hold a neuron and not padding."""
+        """bool [layers, widest]: whether a place is a neuron and not padding."""
         return torch.arange(max(self.sizes)) < torch.tensor(self.sizes).unsqueeze(1)
 
 
 @dataclass(frozen=True)
 class Units:
-    """What there is to measure in a model.
+    """The units of a model that methods measure.
 
     sizes: number of neurons of each layer; hidden: width of the residual stream; gated: whether the MLPs have an up
     projection beside the gate; outputs: whether the dimensions of the MLPs' outputs are to be scored too.
@@ -107,13 +107,13 @@ class Units:
 
     @cached_property
     def exists(self) -> Tensor:
-        """bool [layers, widest]: which places hold a neuron and not padding."""
+        """bool [layers, widest]: whether a place is a neuron and not padding."""
         return torch.arange(self.widest) < torch.tensor(self.sizes).unsqueeze(1)
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What one layer computed on a batch of documents. All tensors but `batch` are [documents, tokens, neurons].
+    """The activations of one layer on a batch of documents. All tensors but `batch` are [documents, tokens, neurons].
 
     act: act(gate); up: raw output of the up projection (of the first linear layer where the MLP is not gated);
     neurons: the input of down_proj.
@@ -128,7 +128,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class Gradients:
-    """The gradient of each document's objective at one site of one layer, under the rules of the method's pass.
+    """The gradient of each document's target at one site of one layer, under the rules of the method's pass.
 
     value, gradient: [documents, tokens, units], the tensor at the site and its gradient;
     input_sum: [documents, tokens], sum over the inputs of the linear layer whose output the site is; None at NEURONS.
@@ -146,13 +146,13 @@ class Gradients:
 class Method(ABC):
     """Scores every neuron for every language. A subclass in a file of `relevance/methods` is found by its name.
 
-    source: the pass that it needs, or where its scores come from otherwise; languages_needed: fewer make no sense;
-    contrast: which of CONTRASTS turns its scores into a ranking per language unless another is asked for;
+    source: the pass that it needs, or the other source of its scores; languages_needed: the least number that makes
+    sense; contrast: which of CONTRASTS turns its scores into a ranking per language unless another is asked for;
     matched_to: the method whose number of neurons in each layer a selection takes over unless told otherwise.
     """
 
     name: ClassVar[str]
-    source: ClassVar[Pass | Source]
+    source: ClassVar[Pass | ScoreSource]
     languages_needed: ClassVar[int] = 2
     documents_needed: ClassVar[int] = 1
     contrast: ClassVar[str] = "none"
@@ -187,7 +187,7 @@ class ScoredMethod(Method):
 class Measured(ScoredMethod):
     """A method that accumulates. An instance holds the statistics of ONE language as its attributes.
 
-    sites: where it wants gradients; none for a method that listens to activations.
+    sites: whose gradients it needs; empty for a method that listens to activations.
     """
 
     sites: ClassVar[frozenset[Site]] = frozenset()
@@ -198,17 +198,18 @@ class Measured(ScoredMethod):
 
     @property
     def wanted(self) -> frozenset[Site]:
-        """The sites that it wants of this model."""
+        """The sites that it needs of this model."""
         return self.sites
 
     @property
     def statistics(self) -> dict[str, Statistic]:
-        """Everything that it has accumulated, by name."""
+        """All accumulated statistics, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Statistic)}
 
     @abstractmethod
     def finalise(self) -> Tensor:
-        """What this language's documents came to, float64 on the CPU: [layers, widest], unless a method says more."""
+        """The result for this language's documents, float64 on the CPU: [layers, widest], unless a method says
+        otherwise."""
 
     @classmethod
     def score(cls, finalised: Sequence[Tensor], shape: Shape) -> Tensor:
@@ -220,7 +221,7 @@ class Measured(ScoredMethod):
         return None
 
     def merge(self, other: "Measured") -> None:
-        """Take in what `other`, of the same kind, has accumulated on other documents of the language."""
+        """Add the statistics of `other`, of the same kind, on other documents of the language."""
         for name, statistic in self.statistics.items():
             statistic.merge(other.statistics[name])
 
@@ -228,23 +229,23 @@ class Measured(ScoredMethod):
 class OfActivations(Measured):
     """A method that listens to the forward pass."""
 
-    source = Source.FORWARD
+    source = ScoreSource.FORWARD
 
     @abstractmethod
-    def accumulate(self, seen: Activations) -> None:
-        """Take in one layer of a batch. Every layer comes once per batch; memory is bounded."""
+    def accumulate(self, activations: Activations) -> None:
+        """Add one layer of a batch. It is called once per layer and batch; memory is bounded."""
 
 
 class OfGradients(Measured):
     """A method that listens to the backward pass."""
 
     @abstractmethod
-    def accumulate(self, seen: Gradients) -> None:
-        """Take in one of the wanted sites of one layer of a batch. Memory does not grow with the number of calls."""
+    def accumulate(self, gradients: Gradients) -> None:
+        """Add one of the wanted sites of one layer of a batch. Memory does not grow with the number of calls."""
 
 
 def require_languages(methods: Sequence[type[Method]], languages: Sequence[str]) -> None:
-    """Raise MethodError if a method compares languages and there is none to compare with."""
+    """Raise MethodError if a method compares languages and there are too few."""
     for method in methods:
         if len(languages) < method.languages_needed:
             raise MethodError(

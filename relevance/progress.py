@@ -1,4 +1,4 @@
-"""Progress: what has been accumulated so far, on disk, so that a run that was killed goes on where it stopped."""
+"""Progress: the accumulated state on disk, so that a killed run can continue where it stopped."""
 
 import hashlib
 import shutil
@@ -22,10 +22,10 @@ _METADATA_KEY = "crane-progress"
 
 
 class ProgressError(ValueError):
-    """Progress of another run, or that cannot be read; the message names the file and the way out."""
+    """The progress is of another run, or cannot be read; the message names the file and says what to do."""
 
 
-class Plan(BaseModel):
+class ScoringPlan(BaseModel):
     """Everything that determines what is accumulated. Runs with equal plans may continue each other."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,12 +45,13 @@ class Plan(BaseModel):
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of all of it."""
+        """SHA-256 (hex) of the plan."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
 class Done(BaseModel):
-    """How far one shard of one language has come: batches and documents in its state, and pieces beside it."""
+    """The progress of one shard of one language: numbers of batches and documents in its state, and of pieces beside
+    it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -66,17 +67,17 @@ class _Metadata(Done):
 class Progress:
     """A directory with the state of every shard and language after its last batch.
 
-    `{language}-{shard}-of-{shards}.safetensors` is replaced after every batch; growing statistics add a piece
-    `....piece-{n}.safetensors` before it, which counts once the state says so. All files are written atomically.
+    `{language}-{shard}-of-{shards}.safetensors` is replaced after every batch. Before that, growing statistics write a
+    piece `....piece-{n}.safetensors`, which is valid once the state counts it. All files are written atomically.
     """
 
-    def __init__(self, directory: Path, plan: Plan) -> None:
+    def __init__(self, directory: Path, plan: ScoringPlan) -> None:
         self.directory = directory
         self.plan = plan
 
     @classmethod
-    def open(cls, directory: Path, plan: Plan, restart: bool = False) -> "Progress":
-        """The progress of `plan`, from where an earlier run with the same plan left it; with `restart` from nothing.
+    def open(cls, directory: Path, plan: ScoringPlan, restart: bool = False) -> "Progress":
+        """The progress of `plan`, continued from an earlier run with the same plan; with `restart` it begins empty.
 
         Raises ProgressError when the directory holds the progress of another plan, naming the differences.
         """
@@ -85,10 +86,10 @@ class Progress:
         file = directory / "plan.json"
         if file.exists():
             try:
-                before = Plan.model_validate_json(file.read_bytes())
+                before = ScoringPlan.model_validate_json(file.read_bytes())
             except ValidationError as error:
                 raise _unreadable(file, "not the plan of a run") from error
-            if different := [name for name in Plan.model_fields if getattr(before, name) != getattr(plan, name)]:
+            if different := [name for name in ScoringPlan.model_fields if getattr(before, name) != getattr(plan, name)]:
                 raise ProgressError(
                     f"{directory} holds the progress of another run ({', '.join(different)} differ); finish that run, "
                     "or pass --restart to discard it"
@@ -98,7 +99,7 @@ class Progress:
         return cls(directory, plan)
 
     def save(self, shard: int, language: str, done: Done, methods: Sequence[Measured]) -> Done:
-        """Write what `methods` have accumulated after so many batches; returns `done` with its pieces."""
+        """Write the state of `methods` after so many batches; returns `done` with its pieces."""
         if news := _tensors(methods, growing=True):
             write_atomically(self._piece(shard, language, done.pieces), save(news))
             done = done.model_copy(update={"pieces": done.pieces + 1})
@@ -108,7 +109,7 @@ class Progress:
         return done
 
     def load(self, shard: int, language: str, methods: Sequence[Measured]) -> Done:
-        """Put into `methods`, which have seen nothing yet, what was saved last. Raises ProgressError."""
+        """Load the last saved state into `methods`, which must be empty. Raises ProgressError."""
         file = self._state(shard, language)
         if not file.exists():
             return Done()
@@ -158,16 +159,16 @@ class Progress:
 
 
 def _tensors(methods: Sequence[Measured], growing: bool) -> dict[str, Tensor]:
-    """The state of all statistics by `{method}/{statistic}/{tensor}`; of the growing ones, what is new."""
-    found: dict[str, Tensor] = {}
+    """The state of all statistics by `{method}/{statistic}/{tensor}`; of growing statistics, only the new rows."""
+    state: dict[str, Tensor] = {}
     for method in methods:
         for name, statistic in method.statistics.items():
             if isinstance(statistic, GrowingStatistic):
                 parts = statistic.news() if growing else {}
             else:
                 parts = {} if growing else statistic.tensors()
-            found |= {f"{method.name}/{name}/{part}": tensor.contiguous() for part, tensor in parts.items()}
-    return found
+            state |= {f"{method.name}/{name}/{part}": tensor.contiguous() for part, tensor in parts.items()}
+    return state
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Repeats: documents of one split that stand in another as well, word for word or nearly."""
+"""Repeats: documents of one split that are also in another, word for word or nearly."""
 
 import hashlib
 import re
@@ -11,18 +11,20 @@ from numpy.typing import NDArray
 
 from crane_serve.common.text.corpus import Corpus, Document
 
-NEAR = 0.8  # Jaccard similarity of two texts' n-grams of characters, from which on one nearly repeats the other
+NEAR = 0.8  # two texts nearly repeat each other from this Jaccard similarity of their character n-grams on
 
 _Hashes = NDArray[np.uint64]
 
-_CHARACTERS = 4_000  # of a text that are compared
-_DOCUMENTS = 20_000  # of a split in which near repeats are sought
-_FEWEST = 20  # n-grams of a text, below which only repeats word for word count
+_CHARACTERS = 4_000  # only the beginning of a text is compared
+_DOCUMENTS = 20_000  # of a split are searched for near repeats
+_FEWEST = 20  # texts with fewer n-grams have no near repeats
 _BANDS, _ROWS = 16, 4  # of MinHash: texts of similarity 0.8 share a band with probability 0.9998
 _BUCKET, _CANDIDATES = 16, 32  # texts kept by band, and compared with one text
 _KEY_BYTES = 8
 
-_DENSE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]")  # a character says more there
+_DENSE = re.compile(
+    r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]"
+)  # characters with more information
 _DENSE_N, _N = 3, 5
 
 _draw = np.random.default_rng(0)
@@ -34,8 +36,8 @@ _MINHASHES: _Hashes = _draw.integers(2**64, size=(_BANDS * _ROWS, 1), dtype=np.u
 class Repeats:
     """Documents of other splits that repeat documents of `split` in one language.
 
-    source: where the texts came from; exact: how many do so word for word, near: how many nearly; by_split: how many
-    stand in which split; example: the split and id of one of them, and the id of the document that it repeats.
+    source: origin of the texts; exact: number of word-for-word repeats; near: number of near repeats; by_split: number
+    per split; example: the split and id of one of them, and the id of the document that it repeats.
     """
 
     source: str
@@ -57,29 +59,29 @@ class Repeats:
 
 
 def repeats(corpus: Corpus, among: Sequence[str] | None = None) -> list[Repeats]:
-    """What other splits of each language's file repeat of the documents of `corpus`. among: of these splits only.
+    """Repeats of the documents of `corpus` in other splits of each language's file. among: in these splits only.
 
-    Word for word is up to white space, case and canonical equivalence of Unicode. Nearly: `NEAR` of the n-grams of
-    characters are the same (n = 5, 3 in Chinese, Japanese and Korean), of the first 4,000 characters; candidates come
-    from MinHash with locality-sensitive hashing (Broder 1997; Leskovec, Rajaraman and Ullman, Mining of Massive
-    Datasets, chapter 3). Texts of fewer than 20 n-grams have no near repeats.
+    Word for word: equal except for white space, case and canonical equivalence of Unicode. Nearly: a share `NEAR` of
+    the character n-grams is equal (n = 5, or 3 in Chinese, Japanese and Korean), within the first 4,000 characters.
+    Candidates come from MinHash with locality-sensitive hashing (Broder 1997; Leskovec, Rajaraman and Ullman, Mining of
+    Massive Datasets, chapter 3). Texts of fewer than 20 n-grams have no near repeats.
     """
-    found = []
+    lines = []
     for language, others in corpus.others.items():
         compared = {split: of for split, of in others.items() if among is None or split in among}
         source = corpus.sources.get(language, language)
         if compared and (repeated := _of_language(corpus.documents[language], corpus.split or "", compared, source)):
-            found.append(repeated)
-    return found
+            lines.append(repeated)
+    return lines
 
 
 def text_key(text: str) -> str:
-    """A short digest (16 hexadecimal digits) that texts have in common when one repeats the other word for word."""
+    """A short digest (16 hexadecimal digits), equal for texts that repeat each other word for word."""
     return hashlib.blake2b(_folded(text).encode(), digest_size=_KEY_BYTES).hexdigest()
 
 
 def text_keys(corpus: Corpus) -> dict[str, str]:
-    """Language -> the `text_key` of its documents, sorted, the 20,000 smallest, one behind the other."""
+    """Language -> the 20,000 smallest `text_key` of its documents, sorted and concatenated."""
     return {
         language: "".join(sorted({text_key(document.text) for document in documents})[:_DOCUMENTS])
         for language, documents in corpus.documents.items()
@@ -87,18 +89,19 @@ def text_keys(corpus: Corpus) -> dict[str, str]:
 
 
 def repeated_keys(corpus: Corpus, keys: Mapping[str, str]) -> list[str]:
-    """A line for each language with documents that other texts hold word for word. keys: `text_keys` of those texts."""
-    found = []
+    """A warning for each language with documents that are also in other texts, word for word. keys: `text_keys` of
+    those texts."""
+    lines = []
     for language, documents in corpus.documents.items():
         of_language, width = keys.get(language, ""), 2 * _KEY_BYTES
         known = {of_language[start : start + width] for start in range(0, len(of_language), width)}
         repeating = [document.id for document in documents if text_key(document.text) in known]
         if repeating:
-            found.append(
+            lines.append(
                 f"{corpus.sources.get(language, language)}: {len(repeating)} documents of split {corpus.split!r} stand "
                 f"word for word in the texts that the scores come from, such as {repeating[0]!r}"
             )
-    return found
+    return lines
 
 
 def _of_language(

@@ -1,10 +1,11 @@
-"""Relevance as modified gradients: inside `propagation(model, rules)` an activation's relevance is itself * gradient.
+"""Relevance as modified gradients: inside `propagation(model, rules)` the relevance of an activation is activation *
+gradient.
 
 AttnLRP: Achtibat et al. 2024, "AttnLRP: Attention-Aware Layer-Wise Relevance Propagation for Transformers",
-arXiv:2402.05602. A rule that sends relevance R_j to R_i is here the factor by which the gradient R / activation has to
-be multiplied on its way back. The forward values are untouched; linear layers (epsilon rule with a vanishing epsilon,
-equation 8) and the softmax (its Taylor expansion, proposition 3.1) keep their ordinary gradients. What relevance a bias
-receives stays there.
+arXiv:2402.05602. A rule that maps relevance R_j to R_i becomes a factor, by which the gradient R / activation is
+multiplied in the backward pass. The forward values are untouched; linear layers (epsilon rule with a vanishing epsilon,
+equation 8) and the softmax (its Taylor expansion, proposition 3.1) keep their ordinary gradients. Relevance of a bias
+is not passed on.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ _Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 
 @dataclass(frozen=True)
 class Rules:
-    """How gradients are modified on their way back.
+    """The modifications of gradients in the backward pass.
 
     norms: the reciprocal standard deviation of a normalisation is a constant. activation: f(z) has the gradient f(z)/z
     at the MLP's activation function and at tanh soft caps. The others are factors of the gradient: query_key at
@@ -60,7 +61,7 @@ class IdentityRule(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, value: Tensor, slope: float, factor: float) -> Tensor:
-        """z, value: one shape, which is that of the result: `value` as it is."""
+        """z, value: of one shape. Returns `value` unchanged, of the same shape."""
         ratio = (value / z).masked_fill_(z == 0, slope)
         ctx.save_for_backward(ratio if factor == 1 else ratio.mul_(factor))
         return value.view_as(value)
@@ -80,7 +81,7 @@ class ScaledGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float | Tensor) -> Tensor:
-        """x: [..., width], returned as it is."""
+        """x: [..., width], returned unchanged."""
         ctx.factor = factor
         return x.view_as(x)
 
@@ -99,7 +100,7 @@ class NormRule(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, scale: Tensor, epsilon: float, centred: bool) -> Tensor:
-        """x, value: [..., width]; scale: [width]. Returns `value` as it is."""
+        """x, value: [..., width]; scale: [width]. Returns `value` unchanged."""
         exact = _wide(x)
         if centred:
             mean_square = exact.var(-1, correction=0, keepdim=True)  # [..., 1]
@@ -143,7 +144,7 @@ def soft_cap(z: Tensor, cap: float, rules: Rules) -> Tensor:
 def slope_at_zero(activation: Callable[[Tensor], Tensor]) -> float:
     """f'(0) of an element-wise function, which is the limit of f(z) / z.
 
-    Raises UnsupportedModelError naming the function if f(0) is not 0, for then there is no limit.
+    Raises UnsupportedModelError naming the function if f(0) is not 0, since there is no limit then.
     """
     with torch.enable_grad():
         z = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -167,10 +168,10 @@ def _apply(rule: type[torch.autograd.Function], *arguments: object) -> Tensor:
 def propagation(model: nn.Module, rules: Rules) -> Iterator[None]:
     """Give `model`, a Hugging Face causal language model, the backward pass of `rules`.
 
-    The rules are forward hooks on this model's own modules, taken away on leaving, also by an exception. Hooks that
-    were registered before see outputs before the rules do, so their gradients are those that the rules have modified.
-    A backward step is linear in the gradient that it receives, so factors at queries, keys and values may act at the
-    outputs of the projections, behind query and key norms and rotary embeddings, whatever attention kernel runs.
+    The rules are forward hooks on this model's own modules, which are removed at the end, also after an exception.
+    Hooks that were registered before see outputs before the rules do, so their gradients are those that the rules have
+    modified. A backward step is linear in the gradient that it receives, so factors at queries, keys and values may act
+    at the outputs of the projections, behind query and key norms and rotary embeddings, whatever attention kernel runs.
     Parameters of normalisations receive no gradient.
 
     Raises UnsupportedModelError for a model of an unknown family.
@@ -256,7 +257,7 @@ _CAPPED_ATTENTION = "eager_softcap_identity_rule"
 
 @contextmanager
 def _identity_rule_at_attention_softcaps(model: nn.Module) -> Iterator[None]:
-    """Let `model` compute its attention by `_capped_attention`, by a name in the registries of transformers."""
+    """Let `model` compute its attention by `_capped_attention`, which is registered in transformers under a name."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 

@@ -1,4 +1,4 @@
-"""Scores: what each method says about every neuron and language, with where it comes from."""
+"""Scores of every neuron and language by each method, with their provenance."""
 
 import hashlib
 from collections.abc import Mapping
@@ -25,11 +25,12 @@ _OUTPUTS = "outputs/"  # in the file, a tensor with this prefix belongs to `outp
 
 
 class ScoresError(ValueError):
-    """A scores file cannot be read, or does not hold what is asked for; the message names the file or method."""
+    """A scores file cannot be read, or does not have the requested scores; the message names the file or method."""
 
 
 class Texts(BaseModel):
-    """The texts that scores come from: the digest of a corpus, its split and its normal form if it was put in one."""
+    """The texts that scores come from: the digest of a corpus, its split, and its normal form if it was converted to
+    one."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -39,11 +40,11 @@ class Texts(BaseModel):
 
 
 class ScoresInfo(BaseModel):
-    """Which model and texts the scores come from. The counts are per language, in the order of `languages`.
+    """The model and the texts that the scores come from. The counts are per language, in the order of `languages`.
 
-    normalised: the form of Unicode that the texts were brought into. text_keys: language -> the sorted `text_key` of
-    its documents, one behind the other, of 20,000 documents at most, those with the smallest; empty in older files.
-    other_texts: the texts of those methods that come from others than `corpus_digest` and `split` say.
+    normalised: the form of Unicode that the texts were converted to. text_keys: language -> the 20,000 smallest
+    `text_key` of its documents, sorted and concatenated; empty in older files. other_texts: by method, for methods
+    whose scores come from other texts than `corpus_digest` and `split` describe.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -69,7 +70,7 @@ class ScoresInfo(BaseModel):
 
     @property
     def own_texts(self) -> Texts:
-        """The texts that the scores come from of methods that `other_texts` does not list."""
+        """The texts of the methods that `other_texts` does not list."""
         return Texts(corpus_digest=self.corpus_digest, split=self.split, normalised=self.normalised)
 
 
@@ -126,7 +127,7 @@ class Scores:
         return scores
 
     def merged(self, other: "Scores") -> "Scores":
-        """The scores of both, which have no method in common. What `info` counts stays that of this one.
+        """The scores of both, which must have no method in common. The counts in `info` remain those of this one.
 
         Methods of `other` keep the texts they come from (`ScoresInfo.texts`).
         Raises ScoresError for another model, other languages, or a method that both have.

@@ -1,4 +1,4 @@
-"""Scoring: from a model and a corpus to Scores, by every method asked for in as few passes as they need."""
+"""Scoring: computes Scores from a model and a corpus, by all requested methods in as few passes as possible."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from crane_serve.common.models.families import UnsupportedModelError, take_apart
 from crane_serve.common.models.load import load_tokenizer
 from crane_serve.common.text.corpus import Corpus
 from relevance.encoding import EncodedDocuments, encode
-from relevance.measurement import units_of
 from relevance.method import Measured, MethodError, ScoredMethod, Shape, require_documents, require_languages
 from relevance.model import load_skeleton
-from relevance.progress import Plan, Progress
+from relevance.model_passes import units_of
+from relevance.progress import Progress, ScoringPlan
 from relevance.repeats import text_keys
 from relevance.scores import Scores, ScoresInfo
 from relevance.shards import Job, Shard, deal, measure_shard, measure_with_ray, merged
@@ -24,11 +24,11 @@ from relevance.shards import Job, Shard, deal, measure_shard, measure_with_ray, 
 
 @dataclass(frozen=True)
 class Execution:
-    """How the work is done; apart from rounding none of it changes the result.
+    """How the work is done. Apart from rounding, these options do not change the result.
 
-    checkpointing: compute activations again instead of keeping them; workers: Ray tasks among which the documents are
-    dealt out, 1 for this process alone; ray_address: of a cluster, None for this machine; progress: directory in which
-    what is done is kept, None to keep nothing; restart: discard what is kept there.
+    checkpointing: compute activations again instead of keeping them; workers: number of Ray tasks that share the
+    documents, 1 for this process alone; ray_address: of a cluster, None for this machine; progress: directory for the
+    progress, None to save none; restart: discard saved progress.
     """
 
     checkpointing: bool = False
@@ -55,11 +55,11 @@ def score(
 ) -> Scores:
     """Score the neurons of a local checkpoint on all documents of `corpus`.
 
-    batch_tokens: tokens of a batch with padding; max_tokens: where a document is cut, start token included, if the
-    model's learned positions do not end before; output_dimensions: score the MLPs' output dimensions too, by the
-    methods that can; each_half: deal the documents out into two halves and hand over the scores of each, too, which
-    tells how much the scores depend on the texts; start: hears the number of documents once; advance: hears of every
-    few documents done. Progress is left behind for the caller to remove once the scores are safe.
+    batch_tokens: tokens of a batch with padding; max_tokens: documents are cut to this length, start token included, or
+    to the number of the model's learned positions if that is smaller; output_dimensions: score the MLPs' output
+    dimensions too, by the methods that can; each_half: called with the scores of each half of the documents, too, which
+    shows how much the scores depend on the texts; start: called once with the number of documents; advance: called with
+    the number of further documents that are done. The caller removes the progress once the scores are saved.
 
     Raises MethodError, CheckpointError, FingerprintError, UnsupportedModelError, CorpusError, NonFiniteError,
     ProgressError and WorkerError.
@@ -82,7 +82,7 @@ def score(
     shards = deal(encoded, 2 if each_half else execution.workers)
     for shard in shards if each_half else [Shard(0, {name: of.token_ids for name, of in encoded.items()})]:
         require_documents(methods, {name: len(shard.documents.get(name, ())) for name in encoded})
-    plan = Plan(
+    plan = ScoringPlan(
         fingerprint=fingerprint,
         corpus_digest=corpus.digest,
         languages=corpus.languages,
@@ -129,7 +129,7 @@ def score(
 def _measure(
     job: Job, shards: Sequence[Shard], execution: Execution, advance: Callable[[int], None]
 ) -> Iterable[tuple[str, list[Measured]]]:
-    """Every language, in order, with its methods after all its documents."""
+    """Every language, in order, with its methods, which have seen all its documents."""
     if execution.workers > 1:
         return measure_with_ray(job, shards, execution.ray_address, advance)
     if len(shards) == 1:
@@ -168,5 +168,5 @@ def _info_of(shard: Shard, info: ScoresInfo) -> ScoresInfo:
 def _outputs(
     methods: Sequence[type[Measured]], finalised: Mapping[str, Sequence[Tensor]], shape: Shape
 ) -> dict[str, Tensor]:
-    found = {method.name: method.outputs(finalised[method.name], shape) for method in methods}
-    return {name: outputs.float() for name, outputs in found.items() if outputs is not None}
+    by_method = {method.name: method.outputs(finalised[method.name], shape) for method in methods}
+    return {name: outputs.float() for name, outputs in by_method.items() if outputs is not None}

@@ -1,4 +1,5 @@
-"""`crane refine`, `learn` and `validate`: the commands that switch neurons off to see what happens."""
+"""`crane refine`, `learn`, `validate` and `masks compare`: the commands that switch neurons off and measure the
+effect."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +22,7 @@ _Tokens = Annotated[int, typer.Option(min=8, help="Documents are cut to so many 
 _Seed = Annotated[int, typer.Option(help="Which documents are drawn, and in what order.")]
 _Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; default: bfloat16.")]
 _Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda where there is one.")]
-_Replace = Annotated[bool, typer.Option("--replace", help="Replace scores of this method that are there already.")]
+_Replace = Annotated[bool, typer.Option("--replace", help="Replace existing scores of this method.")]
 
 
 def refine(
@@ -45,25 +46,27 @@ def refine(
     device: _Device = None,
     replace: _Replace = False,
 ) -> None:
-    """Refine a ranking by ablation: what hurts a language more than the others comes first."""
+    """Refine a ranking by ablation: neurons that matter to one language more than to the others come first."""
+    from relevance.scored_model import ScoredModel
     from relevance.search.refinement import Refinement, refine_scores
     from relevance.selection import order
-    from relevance.workbench import Workbench
 
-    with bar("refine", "groups", f"{scores} of {model}") as shown:
-        bench = Workbench.open(model, scores, dtype, device)
-        bench.require_absent("ablation-refined", replace=replace)
+    with bar("refine", "groups", f"{scores} of {model}") as progress_bar:
+        scored_model = ScoredModel.open(model, scores, dtype, device)
+        scored_model.require_absent("ablation-refined", replace=replace)
         options = Refinement(candidates=candidates, group=group, price=price, documents=documents, seed=seed)
-        proposed = order(bench.scores, start)
-        source = TextSource(corpus, text_column, normalise, lambda doubt: shown.say(f"warning: {doubt}"))
-        texts = bench.search_texts(source, split, limit, max_tokens)
-        shown.start(
-            len(bench.languages) * 2 * -(-candidates // group),
-            what=f"of {group} neurons for {', '.join(bench.languages)}, each group alone and then together",
+        proposed = order(scored_model.scores, start)
+        source = TextSource(corpus, text_column, normalise, lambda doubt: progress_bar.say(f"warning: {doubt}"))
+        texts = scored_model.search_texts(source, split, limit, max_tokens)
+        progress_bar.start(
+            len(scored_model.languages) * 2 * -(-candidates // group),
+            what=f"of {group} neurons for {', '.join(scored_model.languages)}, each group alone and then together",
         )
-        found, kept = refine_scores(bench.decoder, texts.documents, proposed, options, lambda _: shown.advance())
-    bench.add_scores(scores, "ablation-refined", found, replace=replace)
-    for language, count in kept.items():
+        values, counts = refine_scores(
+            scored_model.decoder, texts.documents, proposed, options, lambda _: progress_bar.advance()
+        )
+    scored_model.add_scores(scores, "ablation-refined", values, replace=replace)
+    for language, count in counts.items():
         typer.echo(f"{scores}: ablation-refined for {language} keeps {count} of {candidates} neurons of {start}")
 
 
@@ -86,28 +89,30 @@ def learn(
     device: _Device = None,
     replace: _Replace = False,
 ) -> None:
-    """Learn masks by gradient descent: the target language is to lose, the others to keep their predictions."""
-    from relevance.criteria import neurons_of_budget
+    """Learn masks by gradient descent: the target language should lose, the others keep their predictions."""
+    from relevance.scored_model import ScoredModel
     from relevance.search.learning import Learning, learn_scores
-    from relevance.workbench import Workbench
+    from relevance.selection_options import neurons_of_budget
 
-    with bar("learn", "steps", f"{scores} of {model}") as shown:
-        bench = Workbench.open(model, scores, dtype, device)
-        bench.require_absent("learned", replace=replace)
+    with bar("learn", "steps", f"{scores} of {model}") as progress_bar:
+        scored_model = ScoredModel.open(model, scores, dtype, device)
+        scored_model.require_absent("learned", replace=replace)
         options = Learning(
-            neurons=neurons_of_budget(budget, bench.scores.shape.neurons),
+            neurons=neurons_of_budget(budget, scored_model.scores.shape.neurons),
             steps=steps,
             effect=effect,
             hold=hold,
             documents=documents,
             seed=seed,
         )
-        source = TextSource(corpus, text_column, normalise, lambda doubt: shown.say(f"warning: {doubt}"))
-        texts = bench.search_texts(source, split, limit, max_tokens)
-        shown.start(len(bench.languages) * steps, what=f"for {', '.join(bench.languages)}")
-        found = learn_scores(bench.decoder, texts.documents, options, lambda step: shown.advance(note=str(step)))
-    bench.add_scores(scores, "learned", found, replace=replace)
-    typer.echo(f"{scores}: learned {options.neurons} neurons for {', '.join(bench.languages)}")
+        source = TextSource(corpus, text_column, normalise, lambda doubt: progress_bar.say(f"warning: {doubt}"))
+        texts = scored_model.search_texts(source, split, limit, max_tokens)
+        progress_bar.start(len(scored_model.languages) * steps, what=f"for {', '.join(scored_model.languages)}")
+        values = learn_scores(
+            scored_model.decoder, texts.documents, options, lambda step: progress_bar.advance(note=str(step))
+        )
+    scored_model.add_scores(scores, "learned", values, replace=replace)
+    typer.echo(f"{scores}: learned {options.neurons} neurons for {', '.join(scored_model.languages)}")
 
 
 def validate(
@@ -137,22 +142,22 @@ def validate(
         str | None,
         typer.Option(help="Two files of scores from halves of a corpus, joined with a comma: stability."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Directory for the results; what is there already goes on.")] = Path(
+    out: Annotated[Path, typer.Option(help="Directory for the results; an unfinished run in it is continued.")] = Path(
         "validation"
     ),
     dtype: _Dtype = None,
     device: _Device = None,
 ) -> None:
     """Measure what the neurons of every method cost every language when they are switched off."""
+    from relevance.scored_model import ScoredModel
     from relevance.validation.report import write_all
-    from relevance.validation.result import Plan
+    from relevance.validation.result import ValidationPlan
     from relevance.validation.validator import run
-    from relevance.workbench import Workbench
 
-    with bar("validate", "masks", f"{scores} of {model}") as shown:
-        bench = Workbench.open(model, scores, dtype, device)
-        chosen = tuple(name.strip() for name in methods.split(",")) if methods else tuple(bench.scores.by_method)
-        plan = Plan(
+    with bar("validate", "masks", f"{scores} of {model}") as progress_bar:
+        scored_model = ScoredModel.open(model, scores, dtype, device)
+        chosen = tuple(name.strip() for name in methods.split(",")) if methods else tuple(scored_model.scores.by_method)
+        plan = ValidationPlan(
             methods=chosen,
             budgets=_numbers(budgets),
             effect=effect or None,
@@ -160,24 +165,26 @@ def validate(
             matched_to=like,
             published=published,
         )
-        source = TextSource(corpus, text_column, normalise, lambda doubt: shown.say(f"warning: {doubt}"))
-        texts = bench.validation_texts(source, choice_split, report_split, limit, max_tokens)
-        stability = bench.halves(halves)
+        source = TextSource(corpus, text_column, normalise, lambda doubt: progress_bar.say(f"warning: {doubt}"))
+        texts = scored_model.validation_texts(source, choice_split, report_split, limit, max_tokens)
+        stability = scored_model.halves(halves)
         result = run(
-            bench,
+            scored_model,
             texts,
             plan,
             out,
             batch_tokens,
             stability,
-            lambda done: shown.advance(note=done),
-            lambda masks: shown.start(masks, what=f"of {', '.join(chosen)} in {', '.join(bench.languages)}"),
+            lambda done: progress_bar.advance(note=done),
+            lambda masks: progress_bar.start(
+                masks, what=f"of {', '.join(chosen)} in {', '.join(scored_model.languages)}"
+            ),
         )
     for path in write_all(result, out):
         typer.echo(path)
 
 
-def compare_pair(
+def compare_masks(
     base: Annotated[str, typer.Argument(help="The model that the masks were made for.")],
     chat: Annotated[str, typer.Argument(help="A model of the same shape to use them on as well.")],
     masks: Annotated[Path, typer.Option(help="Directory of masks.")] = Path("masks"),
@@ -196,17 +203,17 @@ def compare_pair(
     dtype: _Dtype = None,
     device: _Device = None,
 ) -> None:
-    """Compare what masks of BASE cost BASE and, transferred, CHAT. The two fingerprints stand in the result."""
+    """Measure what masks of BASE cost BASE and, transferred, CHAT. The result has both fingerprints."""
     from relevance.doubts import doubts
     from relevance.model import pick_device, pick_dtype
-    from relevance.pair import compare
+    from relevance.transfer_effects import compare
 
     where = pick_device(device)
     listed = [name.strip() for name in languages.split(",")] if languages else None
     texts = load_corpus(corpus, split, listed, text_column, normalise).spread(limit)
-    with bar("transfer", "masks", f"{masks} on {base} and {chat}") as shown:
+    with bar("masks compare", "masks", f"{masks} on {base} and {chat}") as progress_bar:
         for doubt in doubts(texts):
-            shown.say(f"warning: {doubt}")
+            progress_bar.say(f"warning: {doubt}")
         result = compare(
             base,
             chat,
@@ -218,8 +225,8 @@ def compare_pair(
             batch_tokens=batch_tokens,
             dtype=pick_dtype(dtype or "bfloat16", where),
             device=where,
-            start=lambda count: shown.start(count, what=f"in {', '.join(texts.languages)}"),
-            advance=lambda done: shown.advance(note=done),
+            start=lambda count: progress_bar.start(count, what=f"in {', '.join(texts.languages)}"),
+            advance=lambda done: progress_bar.advance(note=done),
         )
     for path in result.save(out):
         typer.echo(path)
@@ -229,4 +236,4 @@ def _numbers(listed: str) -> tuple[float, ...]:
     try:
         return tuple(float(number) for number in listed.split(","))
     except ValueError as error:
-        raise ValueError(f"{listed!r} is no list of numbers; expected fractions joined with commas") from error
+        raise ValueError(f"{listed!r} is not a list of numbers; expected fractions joined with commas") from error

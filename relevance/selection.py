@@ -9,29 +9,29 @@ from torch import Tensor
 
 from crane_serve.common.masks import MaskInfo, NeuronMask, write_mask
 from relevance.contrast import find_contrast
-from relevance.criteria import GLOBAL, UNIFORM, Criteria, Overlap, Rule, SelectionError
 from relevance.method import Method, Shape, require_languages
 from relevance.methods import find
 from relevance.scores import Scores
+from relevance.selection_options import GLOBAL, UNIFORM, Overlap, Rule, SelectionError, SelectionOptions
 
 NAME = "{method}-{language}"
 
-_ROUNDING = 1e-9  # relative size of differences between scores that are none
+_ROUNDING = 1e-9  # relative differences between scores up to this size count as rounding
 
 
 @dataclass(frozen=True)
 class Selection:
-    """One mask per language, and the criteria it was chosen by."""
+    """One mask per language, and the options by which its neurons were selected."""
 
     masks: Mapping[str, NeuronMask]
-    criteria: Criteria
+    options: SelectionOptions
 
     def write(self, directory: Path, scores: Scores, name: str = NAME) -> list[Path]:
         """Write a mask file for every language; returns the paths.
 
-        name: what to call them; {method}, {language}, {rule} and {seed} stand for what was chosen.
-        The recorded budget is the fraction asked for, or the one that the rule came to.
-        Raises SelectionError when two languages get one name, MaskFileError for a name that is not allowed.
+        name: of the masks; {method}, {language}, {rule} and {seed} are filled in. The recorded budget is the requested
+        fraction, or the fraction that the rule selected. Raises SelectionError if two languages get the same name,
+        MaskFileError for a name that is not allowed.
         """
         names = [self._name(name, language) for language in self.masks]
         if len(set(names)) < len(names):
@@ -42,7 +42,7 @@ class Selection:
         ]
 
     def _name(self, pattern: str, language: str) -> str:
-        of = self.criteria
+        of = self.options
         fields = {"method": of.method, "language": language, "rule": of.rule, "seed": of.seed}
         for field, value in fields.items():
             pattern = pattern.replace(f"{{{field}}}", str(value))
@@ -52,7 +52,7 @@ class Selection:
         return pattern
 
     def _info(self, language: str, mask: NeuronMask, scores: Scores) -> MaskInfo:
-        of = self.criteria
+        of = self.options
         texts = scores.info.texts(of.method)
         by_fraction = of.rule is Rule.BUDGET and of.count is None
         return MaskInfo(
@@ -76,34 +76,35 @@ class Selection:
         )
 
 
-def select(scores: Scores, criteria: Criteria) -> Selection:
-    """For every language the neurons that `criteria` choose from the ranking of its method.
+def select(scores: Scores, options: SelectionOptions) -> Selection:
+    """For every language the neurons that `options` select from the ranking of its method.
 
-    Rules. `budget`: the first so many in `order`. `z`: those whose contrasted score exceeds the mean over all neurons
-    of the language by more than z standard deviations. `published`: those that the method's own rule takes. Output
-    dimensions come under the same rule; z is then taken over neurons and output dimensions together.
+    Rules. `budget`: the first neurons in `order`, as many as the budget allows. `z`: those whose contrasted score
+    exceeds the mean over all neurons of the language by more than z standard deviations. `published`: those that the
+    method's own rule selects. The same rule applies to output dimensions; z is then computed over neurons and output
+    dimensions together.
 
-    Quotas. `global`: the ranking is free of layers. `uniform`: as equal a number from each layer as there is, the
-    remainder going to the best ranked. `like:METHOD`: from each layer as many as METHOD takes under the same rule,
-    contrast and overlap, the best ranked of those that METHOD leaves: a control for the choice within the layers.
+    Quotas. `global`: the ranking ignores layers. `uniform`: the same number from each layer, as far as possible, and
+    the remainder from the best ranked. `like:METHOD`: from each layer as many as METHOD takes under the same rule,
+    contrast and overlap, but only neurons that METHOD does not take: a control for the choice within the layers.
 
-    Overlap. `exclusive` gives each neuron to the language that has it furthest ahead in its ranking, to the first of
-    several; the rule, or the budget, then takes a language's neurons from its own.
+    Overlap. `exclusive` assigns each neuron to the language that ranks it highest, to the first language in a tie; the
+    rule, or the budget, then selects among the neurons of the language.
 
     Raises MethodError for an unknown method and for one without a published rule, ContrastError, ScoresError for
     missing scores, and SelectionError for scores that are not finite, an impossible budget, too few neurons in a layer
-    or for a language, or a rule that takes nothing.
+    or for a language, or a rule that selects no neuron.
     """
-    neurons, dimensions = _chosen(scores, criteria)
+    neurons, dimensions = _chosen(scores, options)
     masks = {}
     for index, language in enumerate(scores.info.languages):
         off = neurons[index]
         outputs_off = None if dimensions is None else dimensions[index]
         if not bool(off.any()) and (outputs_off is None or not bool(outputs_off.any())):
-            raise SelectionError(f"the rule {criteria} of {criteria.method} takes no neuron for {language}")
+            raise SelectionError(f"the rule {options} of {options.method} takes no neuron for {language}")
         output = None if outputs_off is None else (~outputs_off).float()
         masks[language] = NeuronMask((~off).float(), scores.shape.sizes, output)
-    return Selection(masks, criteria)
+    return Selection(masks, options)
 
 
 def order(
@@ -117,58 +118,58 @@ def order(
 ) -> dict[str, Tensor]:
     """Per language its neurons, best first: int64 [neurons, 2], layer and index. Ties go to the lower layer and index.
 
-    A selection by budget is the beginning of this, so the sets of growing budgets are nested. quotas: "global" or
-    "uniform"; a matched selection is no beginning of anything, since what its model takes is not there to be chosen.
+    A selection by budget is a prefix of this order, so the sets of growing budgets are nested. quotas: "global" or
+    "uniform"; a matched selection is not a prefix of any order, since it depends on the neurons of the other method.
 
     Raises SelectionError for a matched method, and what `select` raises.
     """
-    criteria = Criteria(method, contrast=contrast, seed=seed, quotas=quotas, overlap=overlap)
-    if criteria.matched_to is not None:
+    options = SelectionOptions(method, contrast=contrast, seed=seed, quotas=quotas, overlap=overlap)
+    if options.matched_to is not None:
         raise SelectionError(f"matched neurons have no order; expected quotas {GLOBAL} or {UNIFORM}")
-    return dict(zip(scores.info.languages, _Units.of(scores, criteria).orders(quotas), strict=True))
+    return dict(zip(scores.info.languages, _Units.of(scores, options).orders(quotas), strict=True))
 
 
 @dataclass(frozen=True)
 class _Units:
-    """What is ranked: neurons, or output dimensions.
+    """The ranked units: neurons, or output dimensions.
 
     shape: of the tensors, padding included; raw: the method's scores, ranking: the higher the sooner, both float64
     [languages, layers, widest]; own: bool of the same shape, the units that a language may take.
     """
 
-    criteria: Criteria
+    options: SelectionOptions
     shape: Shape
     raw: Tensor
     ranking: Tensor
     own: Tensor
 
     @classmethod
-    def of(cls, scores: Scores, criteria: Criteria) -> "_Units":
+    def of(cls, scores: Scores, options: SelectionOptions) -> "_Units":
         """The neurons."""
-        kind = find(criteria.method)
+        kind = find(options.method)
         require_languages([kind], scores.info.languages)
-        return cls._ranked(criteria, kind, scores.shape, scores.of(criteria.method))
+        return cls._ranked(options, kind, scores.shape, scores.of(options.method))
 
     @classmethod
-    def of_outputs(cls, scores: Scores, criteria: Criteria) -> "_Units":
-        """The output dimensions, as if they were neurons. A matched control needs no scores of them, it draws."""
-        kind = find(criteria.method)
+    def of_outputs(cls, scores: Scores, options: SelectionOptions) -> "_Units":
+        """The output dimensions, as if they were neurons. A matched random control needs no scores of them."""
+        kind = find(options.method)
         shape = Shape(scores.info.languages, (scores.info.fingerprint.hidden_size,) * len(scores.shape.sizes))
-        drawn = kind.matched_to is not None and criteria.matched_to is not None
-        return cls._ranked(criteria, kind, shape, torch.zeros(shape.tensor) if drawn else scores.outputs_of(kind.name))
+        drawn = kind.matched_to is not None and options.matched_to is not None
+        return cls._ranked(options, kind, shape, torch.zeros(shape.tensor) if drawn else scores.outputs_of(kind.name))
 
     @classmethod
-    def _ranked(cls, criteria: Criteria, kind: type[Method], shape: Shape, scores: Tensor) -> "_Units":
+    def _ranked(cls, options: SelectionOptions, kind: type[Method], shape: Shape, scores: Tensor) -> "_Units":
         raw = scores.double()
         for language, of_language in zip(shape.languages, raw, strict=True):
             if not bool(torch.isfinite(of_language).all()):
-                raise SelectionError(f"scores of {criteria.method} for {language} are not all finite")
-        find_contrast(criteria.effective_contrast)
-        ranking = kind.ranking(raw, shape, criteria.seed, criteria.contrast)
+                raise SelectionError(f"scores of {options.method} for {language} are not all finite")
+        find_contrast(options.effective_contrast)
+        ranking = kind.ranking(raw, shape, options.seed, options.contrast)
         own = shape.exists.expand_as(ranking)
-        if criteria.overlap is Overlap.EXCLUSIVE:
+        if options.overlap is Overlap.EXCLUSIVE:
             own = exclusive(ranking, shape.exists)
-        return cls(criteria, shape, raw, ranking, own)
+        return cls(options, shape, raw, ranking, own)
 
     def orders(self, quotas: str) -> list[Tensor]:
         """Per language int64 [units, 2], best first."""
@@ -176,8 +177,8 @@ class _Units:
         return [evenly(places) for places in ordered] if quotas == UNIFORM else ordered
 
     def published(self) -> Tensor:
-        """bool [languages, layers, widest]: those that the method's own rule takes."""
-        return find(self.criteria.method).published(self.raw, self.shape) & self.own
+        """bool [languages, layers, widest]: the units that the method's own rule selects."""
+        return find(self.options.method).published(self.raw, self.shape) & self.own
 
     def matched(self, model: Tensor) -> Tensor:
         """As many from each layer as `model`, the best ranked of the others: bool [languages, layers, widest], both."""
@@ -185,28 +186,28 @@ class _Units:
         return torch.stack([matched_top(ranking, taken, own) for ranking, taken, own in languages])
 
 
-def _chosen(scores: Scores, criteria: Criteria) -> tuple[Tensor, Tensor | None]:
+def _chosen(scores: Scores, options: SelectionOptions) -> tuple[Tensor, Tensor | None]:
     """bool [languages, layers, widest] neurons and, where wanted, [languages, layers, hidden] output dimensions."""
-    neurons = _Units.of(scores, criteria)
-    dimensions = _Units.of_outputs(scores, criteria) if criteria.output_dimensions else None
-    if criteria.matched_to is not None:
-        model, of_outputs = _chosen(scores, replace(criteria, method=criteria.matched_to, quotas=GLOBAL))
+    neurons = _Units.of(scores, options)
+    dimensions = _Units.of_outputs(scores, options) if options.output_dimensions else None
+    if options.matched_to is not None:
+        model, of_outputs = _chosen(scores, replace(options, method=options.matched_to, quotas=GLOBAL))
         outputs = None if dimensions is None or of_outputs is None else dimensions.matched(of_outputs)
         return neurons.matched(model), outputs
-    if criteria.rule is Rule.PUBLISHED:
+    if options.rule is Rule.PUBLISHED:
         return neurons.published(), None if dimensions is None else dimensions.published()
-    if criteria.rule is Rule.Z:
-        return _outstanding(criteria, neurons, dimensions)
-    return _of_budget(criteria, neurons), None
+    if options.rule is Rule.Z:
+        return _outstanding(options, neurons, dimensions)
+    return _of_budget(options, neurons), None
 
 
-def _of_budget(criteria: Criteria, neurons: _Units) -> Tensor:
-    count = criteria.neurons(neurons.shape.neurons)
+def _of_budget(options: SelectionOptions, neurons: _Units) -> Tensor:
+    count = options.neurons(neurons.shape.neurons)
     chosen = torch.zeros(neurons.shape.tensor, dtype=torch.bool)
-    for index, places in enumerate(neurons.orders(criteria.effective_quotas)):
+    for index, places in enumerate(neurons.orders(options.effective_quotas)):
         if len(places) < count:
             raise SelectionError(
-                f"{criteria} asks for {count} neurons, but only {len(places)} rank best for "
+                f"{options} asks for {count} neurons, but only {len(places)} rank best for "
                 f"{neurons.shape.languages[index]}; choose a smaller budget, or let languages share"
             )
         layers, indices = places[:count].unbind(dim=1)
@@ -214,15 +215,15 @@ def _of_budget(criteria: Criteria, neurons: _Units) -> Tensor:
     return chosen
 
 
-def _outstanding(criteria: Criteria, neurons: _Units, dimensions: _Units | None) -> tuple[Tensor, Tensor | None]:
+def _outstanding(options: SelectionOptions, neurons: _Units, dimensions: _Units | None) -> tuple[Tensor, Tensor | None]:
     """Rule.Z. Output dimensions are contrasted with the neurons, as further ones of their layer."""
     if dimensions is None:
-        return outstanding(neurons.ranking, neurons.shape.exists, criteria.z) & neurons.own, None
-    contrast = find_contrast(criteria.effective_contrast)
+        return outstanding(neurons.ranking, neurons.shape.exists, options.z) & neurons.own, None
+    contrast = find_contrast(options.effective_contrast)
     contrasted = contrast(torch.cat((neurons.raw, dimensions.raw), dim=2))  # [languages, layers, widest + hidden]
     exists = torch.cat((neurons.shape.exists, dimensions.shape.exists), dim=1)
     widest = neurons.shape.tensor[2]
-    chosen = outstanding(contrasted, exists, criteria.z)
+    chosen = outstanding(contrasted, exists, options.z)
     return chosen[..., :widest] & neurons.own, chosen[..., widest:] & dimensions.own
 
 
@@ -238,8 +239,8 @@ def best_first(ranking: Tensor, eligible: Tensor) -> Tensor:
 def evenly(places: Tensor) -> Tensor:
     """`places` (int64 [units, 2], best first) in rounds: the best of every layer, then the second of every layer, ...
 
-    Within a round the order stays. So every beginning has as equal a number of each layer as the layers allow, and its
-    last, incomplete round holds the best ranked.
+    Within a round the order is kept. So every prefix has nearly the same number of each layer, as far as the layers
+    allow, and its last, incomplete round has the best ranked units.
     """
     layers = places[:, 0]
     by_layer = torch.argsort(layers, stable=True)
@@ -251,7 +252,8 @@ def evenly(places: Tensor) -> Tensor:
 
 
 def exclusive(ranking: Tensor, exists: Tensor) -> Tensor:
-    """The language that ranks each unit best, by its place in the ranking and not by its score; the first of several.
+    """The language that ranks each unit best, by its place in the ranking and not by its score; the first language in a
+    tie.
 
     ranking: [languages, layers, widest]; exists: bool [layers, widest]. Returns bool of the shape of `ranking`.
     """
@@ -267,7 +269,7 @@ def outstanding(contrasted: Tensor, exists: Tensor, z: float) -> Tensor:
     """Units more than z standard deviations above the mean of all units of their language.
 
     contrasted: [languages, layers, widest]; exists: bool [layers, widest]. Returns bool of the shape of `contrasted`.
-    Where all units of a language are equal but for rounding, none stands out.
+    If all units of a language are equal except for rounding, none is selected.
     """
     units = contrasted[:, exists]  # [languages, units]
     mean, deviation = units.mean(dim=1), units.std(dim=1, correction=0)
@@ -276,7 +278,7 @@ def outstanding(contrasted: Tensor, exists: Tensor, z: float) -> Tensor:
 
 
 def matched_top(ranking: Tensor, model: Tensor, eligible: Tensor) -> Tensor:
-    """As many units of each layer as `model` has, the highest ranked of the eligible that `model` leaves.
+    """As many units of each layer as `model` has: the highest ranked eligible units that are not in `model`.
 
     All are [layers, widest], the last two bool. Raises SelectionError when a layer has too few left.
     """

@@ -1,4 +1,4 @@
-"""Shards: the documents dealt out, and each share of them measured here or by a Ray worker."""
+"""Shards: parts of the documents, each measured in this process or by a Ray worker."""
 
 import logging
 import os
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from relevance.encoding import EncodedDocuments, batches
-from relevance.measurement import Measurement
 from relevance.method import Measured, MethodError, Units
 from relevance.model import load_model
+from relevance.model_passes import ModelPasses
 from relevance.progress import Done, Progress
 
 RETRIES = 3
@@ -24,12 +24,12 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 
 
 class WorkerError(ValueError):
-    """Ray is missing, cannot be reached, or has lost a worker more often than it was started again."""
+    """Ray is missing, cannot be reached, or has lost a worker more often than it is restarted."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every shard does: how to load the model, what to measure, and where progress is kept."""
+    """The common settings of all shards: how to load the model, what to measure, and where to save progress."""
 
     checkpoint: Path
     dtype: torch.dtype
@@ -41,20 +41,20 @@ class Job:
     progress: Progress | None
 
     def instances(self) -> list[Measured]:
-        """The methods of one language, which have seen nothing yet."""
+        """New methods for one language, without observations."""
         return [kind(self.units, self.device) for kind in self.kinds]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A share of the documents. documents: language -> token ids; a language without a document is left out."""
+    """A part of the documents. documents: language -> token ids; a language without a document is left out."""
 
     index: int
     documents: Mapping[str, Sequence[list[int]]]
 
 
 def deal(documents: Mapping[str, EncodedDocuments], shards: int) -> list[Shard]:
-    """Every language's documents dealt out one by one, longest first, so that shards have like work."""
+    """Distributes every language's documents one by one, longest first, so that shards have similar amounts of work."""
     ordered = {language: sorted(of.token_ids, key=len, reverse=True) for language, of in documents.items()}
     dealt = [{language: ids[index::shards] for language, ids in ordered.items()} for index in range(shards)]
     return [Shard(index, {lang: ids for lang, ids in of.items() if ids}) for index, of in enumerate(dealt)]
@@ -63,19 +63,20 @@ def deal(documents: Mapping[str, EncodedDocuments], shards: int) -> list[Shard]:
 def measure_shard(
     job: Job, shard: Shard, advance: Callable[[int], None] = lambda documents: None
 ) -> Iterator[tuple[str, list[Measured]]]:
-    """Measure one language after the other; gives each with its methods, which have seen all documents of the shard.
+    """Measure one language after the other; yields each with its methods, which have seen all documents of the shard.
 
-    Goes on after the last batch that progress has. advance: hears of every few documents done, also by earlier runs.
+    Continues after the last batch in the progress. advance: called with the number of further documents that are done,
+    also by earlier runs.
     """
-    with Measurement(load_model(job.checkpoint, job.dtype, job.device), job.checkpointing) as measurement:
+    with ModelPasses(load_model(job.checkpoint, job.dtype, job.device), job.checkpointing) as passes:
         for language, documents in shard.documents.items():
             methods = job.instances()
             done = job.progress.load(shard.index, language, methods) if job.progress else Done()
             advance(done.documents)
-            for number, batch in enumerate(batches(documents, job.batch_tokens, measurement.device)):
+            for number, batch in enumerate(batches(documents, job.batch_tokens, passes.device)):
                 if number < done.batches:
                     continue
-                measurement.run(batch, methods)
+                passes.run(batch, methods)
                 documents_done = done.documents + batch.documents
                 done = done.model_copy(update={"batches": number + 1, "documents": documents_done})
                 if job.progress:
@@ -85,9 +86,9 @@ def measure_shard(
 
 
 def merged(job: Job, shards: Sequence[Shard]) -> Iterator[tuple[str, list[Measured]]]:
-    """What finished shards have left in their progress, one language after the other.
+    """The results of finished shards, from their progress, one language after the other.
 
-    Raises WorkerError for a shard whose progress is not all here.
+    Raises WorkerError for a shard whose progress is not complete.
     """
     assert job.progress is not None
     for language in dict.fromkeys(language for shard in shards for language in shard.documents):
@@ -110,10 +111,10 @@ def merged(job: Job, shards: Sequence[Shard]) -> Iterator[tuple[str, list[Measur
 def measure_with_ray(
     job: Job, shards: Sequence[Shard], address: str | None, advance: Callable[[int], None] = lambda documents: None
 ) -> Iterator[tuple[str, list[Measured]]]:
-    """As `measure_shard`, for all shards at once, each a Ray task that is started again when its worker dies.
+    """Like `measure_shard`, for all shards at once, each in a Ray task that is restarted if its worker dies.
 
-    address: of a Ray cluster, or None for one on this machine alone. Workers hand over through the progress, which on
-    a cluster must be in a directory that all machines share, as must be the checkpoint.
+    address: of a Ray cluster, or None for one on this machine alone. Workers return their results through the progress.
+    On a cluster, its directory and the checkpoint must be on a file system that all machines share.
 
     Raises WorkerError, MethodError for a job without progress, and what `measure_shard` raises.
     """
@@ -135,7 +136,7 @@ def measure_with_ray(
 
 
 def _share(ray: Any, shards: int, device: torch.device) -> tuple[int, float]:
-    """Cores and GPUs of one of so many tasks: its share of the cluster, and no more than some node has."""
+    """Cores and GPUs of one of so many tasks: its share of the cluster, and at most as many as the largest node has."""
     cluster = ray.cluster_resources()
     largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
     cpus = max(1, int(min(cluster.get("CPU", 1) // shards, largest)))
@@ -189,7 +190,7 @@ def _init(ray: Any, address: str | None, cpus: int) -> None:
 
 
 def _require_answer(address: str) -> None:
-    """Ray itself waits minutes for a cluster that is not there."""
+    """Check that the cluster answers: Ray itself would wait minutes for one that does not exist."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
         return  # "auto", say

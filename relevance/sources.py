@@ -14,7 +14,7 @@ _PLACE = "{lang}"
 
 @dataclass(frozen=True)
 class TextSource:
-    """A place that `load_corpus` reads, and how. notice: hears what is doubtful about the texts, a line each."""
+    """A place for `load_corpus`, and how to read it. notice: called with warnings about the texts, a line each."""
 
     place: str
     text_column: str = "text"
@@ -31,11 +31,11 @@ def load_corpus(
 ) -> Corpus:
     """The corpus at `source`: a directory (see `Corpus.load`), or `hf:NAME[:CONFIG]` for a dataset of the Hub.
 
-    normalise: the form of Unicode that texts are brought into.
+    normalise: the form of Unicode that texts are converted to.
 
     In the name, configuration and `text_column` of a dataset, `{lang}` stands for the language; `languages` then names
-    them, or says how the dataset writes them: `vi=vie_Latn`. A column `id`, where there is one, gives the documents'
-    ids; else they are `row-1`, `row-2`, ... Rows without text are left out.
+    them, or gives the dataset's codes too: `vi=vie_Latn`. The documents' ids come from a column `id` if there is one;
+    else they are `row-1`, `row-2`, ... Rows without text are left out.
 
     Raises CorpusError, also when the package `datasets` is not installed or the dataset cannot be reached.
     """
@@ -49,7 +49,7 @@ def load_corpus(
     codes = _codes(languages, str(source))
     if len(codes) > 1 and _PLACE not in f"{name}{configuration}{text_column}":
         raise CorpusError(
-            f"{source}: {_PLACE} stands neither in it nor in the text column, but there are {len(codes)} languages"
+            f"{source}: neither it nor the text column contains {_PLACE}, but there are {len(codes)} languages"
         )
     documents, sources = {}, {}
     for language, code in codes.items():
@@ -61,7 +61,7 @@ def load_corpus(
 
 
 def _codes(languages: Sequence[str], where: str) -> dict[str, str]:
-    """Language -> how the dataset writes it, from `vi` or `vi=vie_Latn`."""
+    """Language -> the dataset's code for it, from `vi` or `vi=vie_Latn`."""
     codes = {}
     for entry in languages:
         language, _, code = entry.partition("=")
@@ -81,16 +81,16 @@ class _Dataset:
 
     def documents(self, normalise: Form | None) -> list[Document]:
         documents: list[Document] = []
-        seen: set[str] = set()
+        identifiers: set[str] = set()
         for number, row in enumerate(self._rows(), start=1):
             text = row.get(self.text_column)
             if not isinstance(text, str):
                 columns = ", ".join(row)
                 raise CorpusError(f"{self}: no text in column {self.text_column!r}; there are the columns {columns}")
             identifier = document_id(row["id"], f"{self}, row {number}") if "id" in row else f"row-{number}"
-            if identifier in seen:
+            if identifier in identifiers:
                 raise CorpusError(f"{self}: id {identifier!r} stands there more than once")
-            seen.add(identifier)
+            identifiers.add(identifier)
             if text.strip():
                 documents.append(Document(identifier, normalised(text.strip(), normalise)))
         require_words([document.text for document in documents], f"{self} (split {self.split})")

@@ -1,4 +1,4 @@
-"""Options that all commands have which read texts."""
+"""Options of all commands that read texts."""
 
 from typing import Annotated
 

@@ -15,14 +15,14 @@ _BAND_TOLERANCE = 0.1  # of a mask's number of neurons
 def cells_of(levels: Levels, masks: Mapping[str, PlannedMask], *, seed: int = 0) -> list[Cell]:
     """All cells of one task in one language, without q-values."""
     tested = p_values(levels.sample, seed=seed)
-    found: list[Cell] = []
+    cells: list[Cell] = []
     for place, metric in enumerate(levels.sample.task.metrics):
         changes = {mask: float(pair.change[0]) for mask, pair in levels.of_metric(place)}
         for mask in levels.sample.masks:
             p_value = tested[mask][place] if mask in changes and mask in tested else np.nan
             band = _band(masks[mask], changes, masks) if mask in changes else None
-            found.append(_cell(levels, mask, metric.name, place, float(p_value), band))
-    return found
+            cells.append(_cell(levels, mask, metric.name, place, float(p_value), band))
+    return cells
 
 
 def with_q_values(cells: Sequence[Cell], masks: Mapping[str, PlannedMask]) -> tuple[Cell, ...]:

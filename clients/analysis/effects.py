@@ -17,7 +17,7 @@ _RATIO_NEEDS = (1 + CONFIDENCE) / 2
 
 @dataclass(frozen=True)
 class Damage:
-    """What one mask does by one metric. own, others, f1: [1 + resamples], the items themselves first."""
+    """The damage of one mask by one metric. own, others, f1: [1 + resamples], the items themselves first."""
 
     task: str
     metric: str
@@ -41,18 +41,18 @@ class Damage:
 
     @property
     def collateral(self) -> Values:
-        """others / own, infinite where own is not above 0: nothing was had for it."""
+        """others / own, infinite where own is not above 0, since then there was damage without any effect."""
         ratio = self.others / np.where(self.own > 0, self.own, np.nan)
         return np.where(self.own <= 0, np.inf, ratio)
 
     @property
     def measures(self) -> dict[str, Values]:
-        """What methods are ranked by, under the names of MethodRank."""
+        """The measures by which methods are ranked, under the names of MethodRank."""
         f1 = {f"f1 {form}": values for form, values in self.f1.items()}
         return {"selectivity": self.selectivity, "index": self.index, "collateral": self.collateral, **f1}
 
     def effect(self) -> Effect:
-        """With intervals."""
+        """The damage with intervals."""
         f1 = {form: estimate(values) for form, values in self.f1.items()}
         return Effect(
             task=self.task,
@@ -64,7 +64,7 @@ class Damage:
             selectivity=_certain(self.selectivity),
             index=_certain(self.index),
             collateral=estimate_collateral(self.collateral),
-            f1={form: found for form, found in f1.items() if found is not None},
+            f1={form: interval for form, interval in f1.items() if interval is not None},
             beta=self.beta,
         )
 
@@ -78,19 +78,19 @@ def estimate_collateral(collateral: Values) -> Estimate | None:
 def damages(
     task: str, metric: Metric, pairs: Mapping[str, Mapping[str, Pair]], masks: Iterable[PlannedMask], beta: float
 ) -> list[Damage]:
-    """Of masks made for a language that was asked, where another was asked too.
+    """The damages of masks whose own language was evaluated, together with at least one other language.
 
     pairs: language -> mask -> levels with and without it.
     """
-    found: list[Damage] = []
+    results: list[Damage] = []
     for mask in masks:
-        asked = {language: by_mask[mask.name] for language, by_mask in pairs.items() if mask.name in by_mask}
-        if mask.language not in asked or len(asked) < 2:
+        pairs_of_mask = {language: by_mask[mask.name] for language, by_mask in pairs.items() if mask.name in by_mask}
+        if mask.language not in pairs_of_mask or len(pairs_of_mask) < 2:
             continue
-        own = asked.pop(mask.language)
-        others = list(asked.values())
+        own = pairs_of_mask.pop(mask.language)
+        others = list(pairs_of_mask.values())
         sign = metric.damage(1.0)
-        found.append(
+        results.append(
             Damage(
                 task,
                 metric.name,
@@ -102,21 +102,21 @@ def damages(
                 beta=beta,
             )
         )
-    return found
+    return results
 
 
 def _f1(score: ScoreOf | None, pairs: list[Pair], beta: float) -> dict[Form, Values]:
-    """LangSpec-F1 of the first pair against the others, by form; nothing without a score or with a baseline of 0."""
+    """LangSpec-F1 of the first pair against the others, by form; empty without a score or with a baseline of 0."""
     if score is None:
         return {}
     baseline = _SCORES[score](np.stack([pair.unmasked for pair in pairs]))  # [languages, 1 + resamples]
     masked = _SCORES[score](np.stack([pair.masked for pair in pairs]))
-    found = {form: langspec_f1_of_arrays(baseline, masked, form, beta) for form in Form}
-    return {form: values for form, values in found.items() if np.isfinite(values[0])}
+    scores = {form: langspec_f1_of_arrays(baseline, masked, form, beta) for form in Form}
+    return {form: values for form, values in scores.items() if np.isfinite(values[0])}
 
 
 def _certain(replicates: Values) -> Estimate:
-    found = estimate(replicates)
-    if found is None:
+    interval = estimate(replicates)
+    if interval is None:
         raise ValueError("a damage is not finite; expected those of pairs that have a change")
-    return found
+    return interval

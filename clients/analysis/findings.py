@@ -19,7 +19,7 @@ MATCHED_EFFECTS: Mapping[str, float] = MappingProxyType({"nats_per_token": 1.0})
 
 @dataclass(frozen=True)
 class Findings:
-    """What `analyse` found, in the order of tasks, languages, metrics and masks."""
+    """The results of `analyse`, in the order of tasks, languages, metrics and masks."""
 
     cells: tuple[Cell, ...]
     effects: tuple[Effect, ...]
@@ -41,10 +41,10 @@ def analyse(
     masks: by name; answers under others are left out. seed: of resamples and permutations. beta: of LangSpec-F1.
     matched_effects: metric -> damage in its unit that budgets are matched at.
 
-    Items are drawn anew once for each task and language, for all masks and metrics together, and everything is
+    Items are resampled once for each task and language, for all masks and metrics together, and all figures are
     computed on these draws. So figures made of several cells (effects, ranks, matched effects) have joint intervals.
     Languages with equally many items have the same draws, as parallel texts need. An item without an answer under a
-    mask is left out of what compares that mask.
+    mask is left out of comparisons with that mask.
 
     Raises EvaluationError for a beta or an effect that is not above 0, or a task's value that is not finite.
     """
@@ -68,9 +68,9 @@ def analyse(
             cells += cells_of(of_language, masks, seed=seed)
         for place, metric in enumerate(task.metrics):
             pairs = {language: dict(of_language.of_metric(place)) for language, of_language in levels.items()}
-            found = damages(name, metric, pairs, masks.values(), beta)
-            effects += [damage.effect() for damage in found]
-            ranks += ranks_of(found)
+            metric_damages = damages(name, metric, pairs, masks.values(), beta)
+            effects += [damage.effect() for damage in metric_damages]
+            ranks += ranks_of(metric_damages)
             if metric.name in matched_effects:
-                matched += matched_of(found, matched_effects[metric.name])
+                matched += matched_of(metric_damages, matched_effects[metric.name])
     return Findings(with_q_values(cells, masks), tuple(effects), tuple(ranks), tuple(matched), Intervals(seed=seed))

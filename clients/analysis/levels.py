@@ -48,7 +48,7 @@ class Levels:
         """Resample the items once for all masks and metrics.
 
         All samples with equally many items have the same draws, so that parallel texts of several languages are drawn
-        together. Where fewer than two items have weight, resamples tell nothing and are NaN.
+        together. If fewer than two items have weight, resamples have no meaning and are NaN.
         """
         columns = _Columns(sample)
         own = {mask: columns.add(row, sample.answered[row]) for row, mask in enumerate(sample.masks)}
@@ -78,7 +78,7 @@ class Levels:
 
 
 class _Columns:
-    """What is to be summed: masks over some of the items, each once."""
+    """The columns to sum: pairs of a mask and a set of items, each once."""
 
     def __init__(self, sample: Sample) -> None:
         self.sample = sample

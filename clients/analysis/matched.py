@@ -1,4 +1,4 @@
-"""Matched effects: what the others lose where the own language loses a given amount."""
+"""Matched effects: the loss of the other languages where the own language loses a given amount."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,8 @@ from crane_serve.common.numbers.bootstrap import Values, estimate
 
 
 def matched_of(damages: Iterable[Damage], effect: float) -> list[MatchedEffect]:
-    """Of methods (and of each draw of those that draw) with masks of at least two budgets for a language.
+    """Matched effects of methods with masks of at least two budgets for a language. Each draw of a random method counts
+    alone.
 
     damages: of one task and metric; effect: damage in the metric's unit, above 0.
     """
@@ -29,11 +30,11 @@ def matched_of(damages: Iterable[Damage], effect: float) -> list[MatchedEffect]:
 
 
 def crossing(budgets: Values, own: Values, others: Values, effect: float) -> tuple[Values, Values]:
-    """Where the damage to the own language first reaches `effect` from below, going up in budgets.
+    """The first budget, in rising order, where the damage to the own language reaches `effect` from below.
 
-    budgets: [budgets], rising; own, others: [budgets, ...]. Both damages are linear in the logarithm of the budget in
-    between. Returns the budget and the damage to the others there, [...] each; NaN where no budget reaches the effect,
-    or the smallest is already beyond it.
+    budgets: [budgets], rising; own, others: [budgets, ...]. Between two budgets both damages are interpolated, linearly
+    in the logarithm of the budget. Returns the budget and the damage to the others there, [...] each; NaN if no budget
+    reaches the effect, or if the smallest already exceeds it.
     """
     reached = own >= effect
     upper = reached.argmax(axis=0)[None]  # [1, ...]

@@ -16,16 +16,16 @@ _CELLS_AT_ONCE = 1024
 def p_values(sample: Sample, *, seed: int = 0) -> dict[str, Values]:
     """Two-sided p-values of no change of each metric, by mask: [metrics], NaN where fewer than two items have weight.
 
-    Under the null hypothesis, which of an item's two answers came with the mask does not matter. So the answers of
-    each item are swapped or not, and the change of level is computed anew. Where both have the same weight that is
-    the sign-flip test of the differences of totals; where weights differ they are swapped with the totals. A swap that
-    leaves one side without any weight counts as extreme. All masks and metrics share the swaps: all of them if there
-    are at most `PERMUTATIONS`, and so many at random otherwise.
+    Under the null hypothesis, which of an item's two answers came with the mask does not matter. So the answers of each
+    item are swapped or not, and the change of level is computed anew. If both have the same weight, this is the
+    sign-flip test of the differences of totals; if weights differ, they are swapped with the totals. A swap that leaves
+    one side without any weight counts as extreme. All masks and metrics share the swaps: all possible swaps if there
+    are at most `PERMUTATIONS`, and so many random ones otherwise.
     """
     plain, items = sample.row(UNMASKED), sample.answered.shape[1]
     if plain is None or items < 2:
         return {}
-    found: dict[str, Values] = {}
+    by_mask: dict[str, Values] = {}
     metrics = len(sample.task.metrics)
     rows = [row for row in range(len(sample.masks)) if row != plain]
     at_once = max(1, _CELLS_AT_ONCE // metrics)
@@ -35,8 +35,8 @@ def p_values(sample: Sample, *, seed: int = 0) -> dict[str, Values]:
         masked = [(values[some] * both).reshape(-1, items) for values in (sample.totals, sample.weights)]
         unmasked = [(values[plain] * both).reshape(-1, items) for values in (sample.totals, sample.weights)]
         tested = _tested(masked, unmasked, seed).reshape(-1, metrics)
-        found.update(zip((sample.masks[row] for row in some), tested, strict=True))
-    return found
+        by_mask.update(zip((sample.masks[row] for row in some), tested, strict=True))
+    return by_mask
 
 
 def _tested(masked: list[Values], unmasked: list[Values], seed: int) -> Values:
@@ -80,7 +80,7 @@ def _change_when_swapped(masked: list[Values], unmasked: list[Values]) -> Callab
     observed = change(np.ones(half_total.shape[0]))
 
     def defined_change(signs: Values, axis: int = -1) -> Values:
-        found = change(signs)
-        return np.where(np.isnan(found), observed, found)
+        changes = change(signs)
+        return np.where(np.isnan(changes), observed, changes)
 
     return defined_change

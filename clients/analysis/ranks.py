@@ -9,20 +9,20 @@ from clients.analysis.effects import Damage, estimate_collateral
 from clients.evaluation import MethodRank
 from crane_serve.common.numbers.bootstrap import Values, estimate
 
-COLLATERAL = "collateral"  # the measure of which less is better
+COLLATERAL = "collateral"  # the only measure where less is better
 ByMethod = dict[str, list[Damage]]
 
 
 def ranks_of(damages: Sequence[Damage]) -> list[MethodRank]:
     """Ranks of the methods of one task and metric, by every measure, where at least two have masks of the same budget
     for the same languages."""
-    found: list[MethodRank] = []
+    ranks: list[MethodRank] = []
     for (budget, languages), methods in _comparable(damages).items():
         if len(methods) < 2:
             continue
         for measure in _measures(methods):
-            found += _ranked(measure, budget, languages, methods)
-    return found
+            ranks += _ranked(measure, budget, languages, methods)
+    return ranks
 
 
 def _comparable(damages: Iterable[Damage]) -> dict[tuple[float | None, tuple[str, ...]], ByMethod]:
@@ -39,7 +39,7 @@ def _comparable(damages: Iterable[Damage]) -> dict[tuple[float | None, tuple[str
 
 
 def _measures(methods: ByMethod) -> list[str]:
-    """Those that all masks have."""
+    """The measures that all masks have."""
     each = [damage.measures for of_method in methods.values() for damage in of_method]
     return [measure for measure in each[0] if all(measure in measures for measures in each)]
 
@@ -51,11 +51,11 @@ def _ranked(measure: str, budget: float | None, languages: tuple[str, ...], meth
     if not np.isfinite(values[:, 0]).any():
         return []
     ranks = rankdata(values if measure == COLLATERAL else -values, axis=0, nan_policy="propagate")
-    found: list[MethodRank] = []
+    method_ranks: list[MethodRank] = []
     for (method, of_method), of_values, of_ranks in zip(methods.items(), values, ranks, strict=True):
         rank = estimate(of_ranks)
         if rank is not None:
-            found.append(
+            method_ranks.append(
                 MethodRank(
                     task=of_method[0].task,
                     metric=of_method[0].metric,
@@ -67,11 +67,12 @@ def _ranked(measure: str, budget: float | None, languages: tuple[str, ...], meth
                     rank=rank,
                 )
             )
-    return found
+    return method_ranks
 
 
 def _mean(damages: Iterable[Damage], measure: str) -> Values:
-    """[1 + resamples]: mean over languages of the mean over draws. A collateral is infinite where any of them is."""
+    """[1 + resamples]: mean over languages of the mean over draws. A mean collateral is infinite if any collateral in
+    it is."""
     by_language: dict[str, list[Values]] = defaultdict(list)
     for damage in damages:
         by_language[damage.language].append(damage.measures[measure])

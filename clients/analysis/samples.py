@@ -18,11 +18,11 @@ ByMask = Mapping[str, Mapping[str, Scored | Generated]]  # mask -> item -> answe
 
 @dataclass(frozen=True)
 class Sample:
-    """What each item adds to each metric under each mask.
+    """The contribution of each item to each metric under each mask.
 
     masks: those with any answers, in the order of the evaluation; totals, weights: [masks, metrics, items], 0 where
     there is no answer or the weight is 0; answered: [masks, items]. Items are ordered by their id, so that parallel
-    languages have theirs in the same order.
+    languages have the same order.
     """
 
     task: Task

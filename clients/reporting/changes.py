@@ -1,4 +1,4 @@
-"""What every mask changed in every language: heat maps as tables, one set for each task."""
+"""The changes by every mask in every language: heat maps as tables, one set for each task."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ _ABOUT = (
 
 
 def changes_section(evaluation: Evaluation, pictures: tuple[Picture, ...] = ()) -> Section:
-    """A part for each task, its headline open and its other metrics folded. pictures: shown with the first task."""
+    """A part for each task: the headline metric open, the others folded. pictures: shown with the first task."""
     parts = tuple(
         _task_part(evaluation, task, () if number else pictures) for number, task in enumerate(evaluation.tasks)
     )
@@ -35,10 +35,10 @@ def changes_section(evaluation: Evaluation, pictures: tuple[Picture, ...] = ()) 
 def change_table(evaluation: Evaluation, task: TaskInfo, metric: Metric) -> Table:
     """Masks by languages, the change in the metric's unit."""
     rows = _rows(evaluation, task)
-    found = [evaluation.cell(task.name, metric.name, language, mask) for mask in rows for language in task.languages]
-    scale = Scale.of(cell.change.mean for cell in found if cell is not None and cell.change is not None)
+    cells = [evaluation.cell(task.name, metric.name, language, mask) for mask in rows for language in task.languages]
+    scale = Scale.of(cell.change.mean for cell in cells if cell is not None and cell.change is not None)
 
-    def shown(mask: str, language: str) -> Cell:
+    def change_cell(mask: str, language: str) -> Cell:
         cell = evaluation.cell(task.name, metric.name, language, mask)
         own = evaluation.masks[mask].language == language
         if cell is None or cell.change is None:
@@ -48,31 +48,31 @@ def change_table(evaluation: Evaluation, task: TaskInfo, metric: Metric) -> Tabl
             cell.change, scale.digits, signed=True, strong=own, change=damage, full=scale.full, mark=mark(cell)
         )
 
-    return _matrix(task, rows, shown, f"Change in {metric.unit}: {_direction(metric)}")
+    return _matrix(task, rows, change_cell, f"Change in {metric.unit}: {_direction(metric)}")
 
 
 def _relative_table(evaluation: Evaluation, task: TaskInfo, metric: Metric) -> Table:
     rows = _rows(evaluation, task)
-    found = [evaluation.cell(task.name, metric.name, language, mask) for mask in rows for language in task.languages]
-    scale = Scale.of(cell.relative.mean for cell in found if cell is not None and cell.relative is not None)
+    cells = [evaluation.cell(task.name, metric.name, language, mask) for mask in rows for language in task.languages]
+    scale = Scale.of(cell.relative.mean for cell in cells if cell is not None and cell.relative is not None)
 
-    def shown(mask: str, language: str) -> Cell:
+    def relative_cell(mask: str, language: str) -> Cell:
         cell = evaluation.cell(task.name, metric.name, language, mask)
         own = evaluation.masks[mask].language == language
         relative = None if cell is None else cell.relative
         damage = None if relative is None else metric.damage(relative.mean)
         return percent_cell(relative, strong=own, change=damage, full=scale.full)
 
-    return _matrix(task, rows, shown, f"Change in percent of the unmasked level: {_direction(metric)}")
+    return _matrix(task, rows, relative_cell, f"Change in percent of the unmasked level: {_direction(metric)}")
 
 
 def _level_table(evaluation: Evaluation, task: TaskInfo, metric: Metric) -> Table:
-    def shown(mask: str, language: str) -> Cell:
+    def level_cell(mask: str, language: str) -> Cell:
         cell = evaluation.cell(task.name, metric.name, language, mask)
         own = evaluation.masks[mask].language == language
         return estimate_cell(None if cell is None else cell.level, 3, strong=own)
 
-    return _matrix(task, [UNMASKED, *_rows(evaluation, task)], shown, f"Level in {metric.unit}")
+    return _matrix(task, [UNMASKED, *_rows(evaluation, task)], level_cell, f"Level in {metric.unit}")
 
 
 def _task_part(evaluation: Evaluation, task: TaskInfo, pictures: tuple[Picture, ...]) -> Section:
@@ -94,8 +94,8 @@ def _task_part(evaluation: Evaluation, task: TaskInfo, pictures: tuple[Picture, 
     return Section(f"{task.name}: {metric_title(headline)}", (), tables, pictures, (levels, *folded))
 
 
-def _matrix(task: TaskInfo, masks: list[str], shown: Callable[[str, str], Cell], title: str) -> Table:
-    rows = tuple((Cell(mask), *(shown(mask, language) for language in task.languages)) for mask in masks)
+def _matrix(task: TaskInfo, masks: list[str], cell_of: Callable[[str, str], Cell], title: str) -> Table:
+    rows = tuple((Cell(mask), *(cell_of(mask, language) for language in task.languages)) for mask in masks)
     return Table(("mask", *task.languages), rows, title)
 
 

@@ -39,8 +39,8 @@ def terminal_tables(comparison: Comparison) -> list[rich.table.Table]:
 
 
 def comparison_sections(comparison: Comparison) -> list[Section]:
-    """What differs in how they were made, and in what they found: for each metric a matrix, and both changes folded."""
-    return [_made(comparison), _found(comparison)]
+    """The differences in settings and in results: for each metric a matrix, and both changes folded."""
+    return [_overview(comparison), _findings(comparison)]
 
 
 def comparison_rows(comparison: Comparison) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ def comparison_rows(comparison: Comparison) -> list[dict[str, Any]]:
     return [_row(comparison, cell) for cell in comparison.cells]
 
 
-def _made(comparison: Comparison) -> Section:
+def _overview(comparison: Comparison) -> Section:
     about = (
         f"first: {comparison.first}; second: {comparison.second}. A change is masked minus unmasked; a difference is "
         "the change in the second minus that in the first.",
@@ -61,10 +61,10 @@ def _made(comparison: Comparison) -> Section:
         ("Only in the first", comparison.only_first),
         ("Only in the second", comparison.only_second),
     )
-    return Section("What is compared", about, parts=tuple(Section(title, said) for title, said in lists if said))
+    return Section("What is compared", about, parts=tuple(Section(title, lines) for title, lines in lists if lines))
 
 
-def _found(comparison: Comparison) -> Section:
+def _findings(comparison: Comparison) -> Section:
     about = (
         "Signed, in the metric's unit. Orange: the mask does more damage in the second; blue: less; deeper is "
         f"more. {_INDEPENDENT} marks differences of independent samples.",
@@ -91,18 +91,18 @@ def _of(comparison: Comparison, task: str, metric: Metric) -> list[ComparedCell]
 
 
 def difference_table(comparison: Comparison, task: str, metric: Metric) -> Table:
-    """Masks by languages: what the second found minus what the first found, coloured by damage."""
+    """Masks by languages: the change in the second minus the change in the first, coloured by damage."""
     cells = _of(comparison, task, metric)
     scale = Scale.of(cell.difference.mean for cell in cells)
     languages = tuple(dict.fromkeys(cell.language for cell in cells))
-    found = {(cell.mask_name, cell.language): cell for cell in cells}
+    by_place = {(cell.mask_name, cell.language): cell for cell in cells}
 
-    def shown(mask: str, language: str) -> Cell:
-        cell = found.get((mask, language))
+    def difference_cell(mask: str, language: str) -> Cell:
+        cell = by_place.get((mask, language))
         return Cell(NOTHING) if cell is None else _difference_cell(cell, metric, scale)
 
     rows = tuple(
-        (Cell(mask), *(shown(mask, language) for language in languages))
+        (Cell(mask), *(difference_cell(mask, language) for language in languages))
         for mask in dict.fromkeys(cell.mask_name for cell in cells)
     )
     direction = "below 0: the second loses more" if metric.higher_is_better else "above 0: the second loses more"

@@ -1,4 +1,4 @@
-"""Dose-response: what methods cost by how many neurons they take."""
+"""Dose-response: the damage of methods by the number of neurons that they take."""
 
 from clients.evaluation import Evaluation, MatchedEffect
 from clients.reporting.figures import NOTHING, estimate_cell
@@ -7,7 +7,7 @@ from crane_serve.common.reports.numbers import interval_text
 
 
 def doses_section(evaluation: Evaluation, pictures: tuple[Picture, ...]) -> Section | None:
-    """Pictures and the effects at matched damage; None where no method has several budgets."""
+    """Pictures and the effects at matched damage; None if no method has several budgets."""
     if not pictures and not evaluation.matched:
         return None
     about = (

@@ -1,4 +1,4 @@
-"""Drill-down: items whose answer, as readers see it, is another one under a mask."""
+"""Drill-down: items whose answer, as shown to readers, changes under a mask."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ class Extent:
 
 FULL = Extent(12, 800)
 FEW = Extent(2, 200, own=True)
-_MOST_ROWS = 3000  # of a page; with more masks each shows fewer items, but two at least
+_MOST_ROWS = 3000  # of a page; with more masks each shows fewer items, but at least two
 _FEWEST = 2
 
 
 @dataclass(frozen=True)
 class Changed:
-    """An item answered differently under a mask. All answers are those that readers see."""
+    """An item that is answered differently under a mask. Answers are in the form shown to readers."""
 
     item: Item
     expected: str
@@ -37,37 +37,37 @@ class Changed:
 
 
 def examples_section(evaluation: Evaluation, answers: Answers, extent: Extent) -> Section:
-    """A part for each task with answers to read, in it one for each mask, folded."""
+    """A part for each task with readable answers, with a folded part for each mask."""
     places = sum(len(task.masks) * len(task.languages) for task in evaluation.tasks)
     items = extent.items if places * extent.items <= _MOST_ROWS else max(_FEWEST, _MOST_ROWS // places)
-    shown = Extent(min(items, extent.items), extent.characters, extent.own)
+    limits = Extent(min(items, extent.items), extent.characters, extent.own)
     parts = [
         part
         for task in evaluation.tasks
-        if task.name in answers.tasks and (part := _task_part(evaluation, answers, task, shown)) is not None
+        if task.name in answers.tasks and (part := _task_part(evaluation, answers, task, limits)) is not None
     ]
     if not parts:
         return Section("Answers that changed", ("No answer with something to read changed under a mask.",))
     where = "each mask and its own language" if extent.own else "each mask and language"
     about = (
         f"Items whose shown answer under a mask is not that of the unmasked model, in the order asked, at most "
-        f"{shown.items} for {where}; long texts are cut. items.parquet has all answers in full.",
+        f"{limits.items} for {where}; long texts are cut. items.parquet has all answers in full.",
     )
     return Section("Answers that changed", about, parts=tuple(parts))
 
 
 def changed(answers: Answers, task: str, language: str, mask: str) -> Iterator[Changed]:
     """Items of a task and language whose shown answer differs between `none` and a mask, in the order asked."""
-    asked = answers.tasks[task]
+    definition = answers.tasks[task]
     for item in answers.items.get(task, {}).get(language, ()):
         before = answers.answers.get(Question(task, language, item.id, UNMASKED))
         after = answers.answers.get(Question(task, language, item.id, mask))
         if before is None or after is None:
             continue
-        texts = asked.shown(item, before), asked.shown(item, after)
+        texts = definition.shown(item, before), definition.shown(item, after)
         if texts[0] != texts[1]:
-            scores = f"{_score(asked, item, before)} → {_score(asked, item, after)}"
-            yield Changed(item, asked.expected(item), *texts, scores)
+            scores = f"{_score(definition, item, before)} → {_score(definition, item, after)}"
+            yield Changed(item, definition.expected(item), *texts, scores)
 
 
 def _task_part(evaluation: Evaluation, answers: Answers, task: TaskInfo, extent: Extent) -> Section | None:
@@ -90,17 +90,17 @@ def _mask_tables(
     for language in task.languages:
         if extent.own and language != own:
             continue
-        found = list(changed(answers, task.name, language, mask))
-        if found:
-            yield _table(found, language, own == language, extent)
+        changes = list(changed(answers, task.name, language, mask))
+        if changes:
+            yield _table(changes, language, own == language, extent)
 
 
-def _table(found: list[Changed], language: str, own: bool, extent: Extent) -> Table:
-    shown = found[: extent.items]
+def _table(changes: list[Changed], language: str, own: bool, extent: Extent) -> Table:
+    rows_shown = changes[: extent.items]
     made_for = ", the mask's own language" if own else ""
-    title = f"{language}{made_for}: {len(shown):,} of {len(found):,} changed answers"
-    if len(found) > len(shown):
-        title += f"; {len(found) - len(shown):,} more are in items.parquet"
+    title = f"{language}{made_for}: {len(rows_shown):,} of {len(changes):,} changed answers"
+    if len(changes) > len(rows_shown):
+        title += f"; {len(changes) - len(rows_shown):,} more are in items.parquet"
     rows = tuple(
         (
             Cell(cut(example.item.id, 40)),
@@ -115,7 +115,7 @@ def _table(found: list[Changed], language: str, own: bool, extent: Extent) -> Ta
             ),
             Cell(example.score),
         )
-        for example in shown
+        for example in rows_shown
     )
     columns = ("item", "prompt", "right answer", "unmasked answer", "masked answer", "score")
     return Table(columns, rows, title, prose=True)

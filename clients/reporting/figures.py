@@ -1,4 +1,4 @@
-"""How the figures of an evaluation become cells of tables."""
+"""Table cells for the figures of an evaluation."""
 
 import math
 from collections.abc import Iterable
@@ -12,12 +12,12 @@ from crane_serve.common.reports.numbers import interval_text, number_text
 
 NOTHING = "-"
 SIGNIFICANT = 0.05  # q-values below are marked
-BEYOND, WITHIN = "●", "○"  # marks of significant changes, outside the random band and not shown to be
+BEYOND, WITHIN = "●", "○"  # marks of significant changes: outside the random band, and within it (or without a band)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How values of one kind are shown. digits: after the point; full: what gets the deepest colour."""
+    """The format of values of one kind. digits: after the point; full: the value with the deepest colour."""
 
     digits: int
     full: float
@@ -67,7 +67,7 @@ def percent_cell(estimate: Estimate | None, *, strong: bool, change: float | Non
 
 
 def mark(cell: Cell) -> str:
-    """The sign of a change that is unlikely to be chance; empty for others."""
+    """The mark of a significant change; empty for others."""
     if cell.q_value is None or cell.q_value >= SIGNIFICANT:
         return ""
     return BEYOND if cell.beyond_band else WITHIN

@@ -28,13 +28,15 @@ _DICTIONARY_BYTES = 64 << 20  # of one column and row group: room for all prompt
 def cell_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     """A row for each task, metric, language and mask, by column; None for what does not exist.
 
-    Estimates take three columns: the value, `_low` and `_high`. damage: the change turned so that above 0 is worse.
+    Estimates take three columns: the value, `_low` and `_high`. damage: the change with the sign that makes values
+    above 0 worse.
     """
     return [_cell_row(evaluation, cell) for cell in evaluation.cells]
 
 
 def csv_content(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Comma-separated values under the names of the columns, in UTF-8; empty for None. Nothing for no rows."""
+    """Comma-separated values under the names of the columns, in UTF-8; None is an empty value. Empty if there are no
+    rows."""
     buffer = io.StringIO()
     if rows:
         writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
@@ -111,11 +113,11 @@ def _item_rows(evaluation: Evaluation, answers: Answers, info: TaskInfo, languag
             answer = answers.answers.get(Question(info.name, language, item.id, mask.name))
             if answer is None:
                 continue
-            shown = task.shown(item, answer)
+            text = task.shown(item, answer)
             for metric, value in task.measure(item, answer).items():
                 yield (
                     *(info.name, language, item.id, digest, mask.name, mask.digest),
-                    *(item.prompt, shown, metric, value.total, value.weight),
+                    *(item.prompt, text, metric, value.total, value.weight),
                 )
 
 

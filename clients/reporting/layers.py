@@ -12,7 +12,7 @@ def masks_with_layers(evaluation: Evaluation) -> list[PlannedMask]:
 
 
 def layers_section(evaluation: Evaluation, pictures: tuple[Picture, ...]) -> Section | None:
-    """The picture, and the counts folded; None where no mask's layers are known."""
+    """The picture, and the counts in a folded part; None if no mask's layers are known."""
     masks = masks_with_layers(evaluation)
     if not masks:
         return None

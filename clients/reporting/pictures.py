@@ -55,17 +55,17 @@ class _Dose:
 
 def draw(evaluation: Evaluation) -> dict[str, tuple[Picture, ...]]:
     """Pictures by the section they belong to (MATRIX, DOSES, LAYERS), none where there is nothing to show."""
-    found: dict[str, tuple[Picture, ...]] = {MATRIX: (), DOSES: (), LAYERS: ()}
+    pictures: dict[str, tuple[Picture, ...]] = {MATRIX: (), DOSES: (), LAYERS: ()}
     if evaluation.tasks and evaluation.tasks[0].languages:
-        found[MATRIX] = (_matrix(evaluation, evaluation.tasks[0]),)
-    found[DOSES] = tuple(
+        pictures[MATRIX] = (_matrix(evaluation, evaluation.tasks[0]),)
+    pictures[DOSES] = tuple(
         _dose_picture(evaluation, task, doses)
         for task in evaluation.tasks
         if (doses := _doses(evaluation, task, task.metrics[0]))
     )
     if masks_with_layers(evaluation):
-        found[LAYERS] = (_layers(evaluation),)
-    return found
+        pictures[LAYERS] = (_layers(evaluation),)
+    return pictures
 
 
 def _matrix(evaluation: Evaluation, task: TaskInfo) -> Picture:
@@ -141,15 +141,15 @@ def _color_bar(figure: Figure, axes: Axes, image: AxesImage, label: str) -> None
 
 def _doses(evaluation: Evaluation, task: TaskInfo, metric: Metric) -> dict[str, dict[str, list[_Dose]]]:
     """By method and language, in the order of budgets; empty if no method has several budgets for a language."""
-    found: dict[tuple[str, str], dict[float, list[Effect]]] = {}
+    curves: dict[tuple[str, str], dict[float, list[Effect]]] = {}
     for effect in evaluation.effects:
         mask = evaluation.masks[effect.mask]
         if (effect.task, effect.metric) == (task.name, metric.name) and mask.method is not None and mask.budget:
-            found.setdefault((mask.method, effect.language), {}).setdefault(mask.budget, []).append(effect)
-    if not any(len(by_budget) > 1 for by_budget in found.values()):
+            curves.setdefault((mask.method, effect.language), {}).setdefault(mask.budget, []).append(effect)
+    if not any(len(by_budget) > 1 for by_budget in curves.values()):
         return {}
     doses: dict[str, dict[str, list[_Dose]]] = {}
-    for (method, language), by_budget in found.items():
+    for (method, language), by_budget in curves.items():
         doses.setdefault(method, {})[language] = [_dose(budget, by_budget[budget]) for budget in sorted(by_budget)]
     return doses
 

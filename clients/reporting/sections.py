@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 
 from clients.evaluation import Evaluation
-from clients.reporting.asked import asked_section
 from clients.reporting.changes import changes_section
 from clients.reporting.doses import doses_section
 from clients.reporting.examples import Extent, examples_section
 from clients.reporting.layers import layers_section
+from clients.reporting.overview import overview_section
 from clients.reporting.pictures import DOSES, LAYERS, MATRIX
 from clients.reporting.selectivity import selectivity_section
 from clients.task import Answers
@@ -19,7 +19,7 @@ def report_sections(
 ) -> list[Section]:
     """Everything that a page shows. pictures: by section, as `draw` returns them; extent: how many examples."""
     sections = (
-        asked_section(evaluation),
+        overview_section(evaluation),
         changes_section(evaluation, pictures[MATRIX]),
         selectivity_section(evaluation),
         doses_section(evaluation, pictures[DOSES]),

@@ -1,4 +1,4 @@
-"""What each mask does to its own language against the others, and how the methods rank."""
+"""The damage of each mask to its own language compared with the others, and the ranks of the methods."""
 
 from clients.evaluation import Effect, Evaluation, MethodRank, TaskInfo
 from clients.reporting.figures import NOTHING, Scale, budget_text, estimate_cell, metric_title
@@ -16,7 +16,7 @@ _ABOUT = (
 
 
 def selectivity_section(evaluation: Evaluation) -> Section:
-    """A part for each task that has effects, its headline open and its other metrics folded."""
+    """A part for each task that has effects: the headline metric open, the others folded."""
     parts = [part for task in evaluation.tasks if (part := _task_part(evaluation, task)) is not None]
     if not parts:
         return Section("Selectivity", ("No mask was made for one of several languages that were asked.",))
@@ -24,14 +24,16 @@ def selectivity_section(evaluation: Evaluation) -> Section:
 
 
 def _task_part(evaluation: Evaluation, task: TaskInfo) -> Section | None:
-    found = {metric.name: _tables(evaluation, task, metric) for metric in task.metrics}
-    if not any(found.values()):
+    tables = {metric.name: _tables(evaluation, task, metric) for metric in task.metrics}
+    if not any(tables.values()):
         return None
     headline, *others = task.metrics
     folded = tuple(
-        Section(metric_title(metric), tables=found[metric.name], folded=True) for metric in others if found[metric.name]
+        Section(metric_title(metric), tables=tables[metric.name], folded=True)
+        for metric in others
+        if tables[metric.name]
     )
-    return Section(f"{task.name}: {metric_title(headline)}", tables=found[headline.name], parts=folded)
+    return Section(f"{task.name}: {metric_title(headline)}", tables=tables[headline.name], parts=folded)
 
 
 def _tables(evaluation: Evaluation, task: TaskInfo, metric: Metric) -> tuple[Table, ...]:

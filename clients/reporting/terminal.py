@@ -17,18 +17,21 @@ def summary_tables(evaluation: Evaluation) -> list[Table]:
     return [_table(evaluation, task) for task in evaluation.tasks]
 
 
-def terminal_table(shown: content.Table, title: str, *, caption: str = "", breaks: Collection[str] = ()) -> Table:
-    """A table of a page for the terminal, where its texts have no effect. breaks: rows with a line below, by name."""
+def terminal_table(
+    content_table: content.Table, title: str, *, caption: str = "", breaks: Collection[str] = ()
+) -> Table:
+    """A table of a page for the terminal; markup and control characters in it have no effect. breaks: names of rows
+    with a line below."""
     table = Table(title=Text(visible(title)), caption=Text(caption) if caption else None)
-    for number, column in enumerate(shown.columns):
+    for number, column in enumerate(content_table.columns):
         table.add_column(Text(visible(column)), justify="right" if number else "left")
-    for row in shown.rows:
+    for row in content_table.rows:
         table.add_row(*map(_text, row), end_section=row[0].text in breaks)
     return table
 
 
 def _text(cell: content.Cell) -> Text:
-    """On one line, bold if it stands out."""
+    """The cell on one line, bold if it is strong."""
     return Text(visible(f"{cell.text} {cell.detail}".strip()), style="bold" if cell.strong else "")
 
 

@@ -16,21 +16,21 @@ from clients.sources import PLACES
 from clients.task import Task
 
 _MERGED = ("source", "shots_source", "words")  # settings whose own keys override a preset's one by one
-_OF_PLACE = ("config", "revision", "split", "codes")  # settings of a source that mean nothing at another place
+_OF_PLACE = ("config", "revision", "split", "codes")  # settings of a source that make no sense for another place
 _FOUND_CHARACTERS = 60
 
 
 @cache
 def available() -> Mapping[str, type[Task]]:
     """All tasks of this package by kind, in alphabetical order."""
-    found: dict[str, type[Task]] = {}
+    kinds: dict[str, type[Task]] = {}
     for module_info in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
         module = importlib.import_module(module_info.name)
         for member in vars(module).values():
             here = isinstance(member, type) and issubclass(member, Task) and member.__module__ == module.__name__
             if here and "kind" in vars(member):
-                found[member.kind] = member
-    return MappingProxyType(dict(sorted(found.items())))
+                kinds[member.kind] = member
+    return MappingProxyType(dict(sorted(kinds.items())))
 
 
 def find(kind: str) -> type[Task]:
@@ -42,7 +42,7 @@ def find(kind: str) -> type[Task]:
 
 
 def parse_task(raw: Mapping[str, Any], where: str) -> Task:
-    """A task as a plan file gives it: its `kind` and the settings of that, or a `preset` and what differs from it.
+    """A task from a plan file: a `kind` with its settings, or a `preset` with changes to it.
 
     Keys of `source`, `shots_source` and `words` override a preset's one by one; a source at another place (files
     instead of a dataset) takes over only columns and id, and drops a preset's shots_source. `name` defaults to the
@@ -64,21 +64,21 @@ def parse_task(raw: Mapping[str, Any], where: str) -> Task:
 
 
 def _with_preset(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings given, over those of the preset that they name, if any."""
-    given = dict(raw)
-    name = given.pop("preset", None)
+    """The given settings, merged over those of the preset that they name, if any."""
+    own_settings = dict(raw)
+    name = own_settings.pop("preset", None)
     if name is None:
-        return given
+        return own_settings
     settings: dict[str, Any] = {"name": name, **presets.load(str(name))}
-    if _moves(settings.get("source"), given.get("source")):
+    if _moves(settings.get("source"), own_settings.get("source")):
         settings.pop("shots_source", None)
-    for key, value in given.items():
+    for key, value in own_settings.items():
         before = settings.get(key)
         if key not in _MERGED or not isinstance(value, Mapping) or not isinstance(before, Mapping):
             settings[key] = value
         else:
-            kept = {own: before[own] for own in before if own not in (*PLACES, *_OF_PLACE)}
-            settings[key] = {**(kept if _moves(before, value) else before), **value}
+            rest = {own: before[own] for own in before if own not in (*PLACES, *_OF_PLACE)}
+            settings[key] = {**(rest if _moves(before, value) else before), **value}
     return settings
 
 
@@ -99,14 +99,14 @@ def _problem(task: type[Task], error: ValidationError) -> str:
         return f"{'.'.join(map(str, path))}: unknown setting; there are {known}"
     if problem["type"] == "missing":
         return f"{'.'.join(map(str, path))}: missing, but {task.kind} needs it"
-    found = repr(problem["input"])
-    shown = found if len(found) <= _FOUND_CHARACTERS else f"{found[:_FOUND_CHARACTERS]}..."
-    of_ours = problem["type"] == "value_error"  # says itself what was found
-    return f"{'.'.join(map(str, path)) or task.kind}: {message}" + ("" if of_ours else f"; found {shown}")
+    value_text = repr(problem["input"])
+    excerpt = value_text if len(value_text) <= _FOUND_CHARACTERS else f"{value_text[:_FOUND_CHARACTERS]}..."
+    of_ours = problem["type"] == "value_error"  # its message has the value already
+    return f"{'.'.join(map(str, path)) or task.kind}: {message}" + ("" if of_ours else f"; found {excerpt}")
 
 
 def _model_at(model: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:
-    """The model that a path of fields leads to."""
+    """The pydantic model at the end of a path of fields."""
     for part in path:
         annotation = model.model_fields[str(part)].annotation
         model = next(

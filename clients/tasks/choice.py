@@ -34,12 +34,12 @@ class Choice(RowTask):
 
     question is the harness's `doc_to_text`, choices `doc_to_choice`, answer `doc_to_target`, delimiter
     `target_delimiter`, shot_separator `fewshot_delimiter`, accuracy `acc` and accuracy_norm `acc_norm`. Both move white
-    space from the end of a context into its continuations. A token that reaches from the context into the choice is
-    scored with the choice; `join: length` reads it as the harness does, which drops what it has of the choice.
+    space from the end of a context into its continuations. A token that spans context and choice is scored with the
+    choice; `join: length` treats it as the harness does, which does not score it.
 
-    question: a template; choices: a template that gives a list, or a list of templates; they may be more or fewer from
-    row to row, two at least. answer: a template that gives the index of the right choice from 0, or its text; with
-    `letters`, its letter: A for the first.
+    question: a template; choices: a template that gives a list, or a list of templates; their number may differ from
+    row to row, and is at least two. answer: a template that gives the index of the right choice from 0, or its text;
+    with `letters`, its letter: A for the first.
     """
 
     kind: ClassVar[str] = "choice"
@@ -55,9 +55,9 @@ class Choice(RowTask):
     def metrics(self) -> tuple[Metric, ...]:
         """accuracy, accuracy_norm and margin.
 
-        accuracy: whether the right choice has the highest summed log-probability, of equals the first one; the same
-        divided by the choice's characters (without the delimiter) for accuracy_norm; margin: log-probability of the
-        right choice minus that of the best wrong one.
+        accuracy: whether the right choice has the highest summed log-probability (the first choice wins a tie);
+        accuracy_norm: the same with log-probabilities divided by the choice's number of characters (without the
+        delimiter); margin: log-probability of the right choice minus that of the best wrong one.
         """
         return _METRICS
 
@@ -86,7 +86,7 @@ class Choice(RowTask):
         }
 
     def shown(self, item: Item, answer: Scored | Generated) -> str:
-        """The choice taken, by summed log-probability."""
+        """The selected choice, by summed log-probability."""
         choices, _ = _reference(item)
         return choices[_first_best([score.logprob for score in scores_of(item, answer, len(choices))])]
 
@@ -96,7 +96,7 @@ class Choice(RowTask):
         return choices[right]
 
     def chance(self, items: Sequence[Item]) -> dict[str, float]:
-        """Both accuracies of guessing: the mean of 1 / number of choices."""
+        """The accuracies of guessing: the mean of 1 / number of choices."""
         if not items:
             return {}
         guessing = fmean(1 / len(_reference(item)[0]) for item in items)
@@ -104,15 +104,15 @@ class Choice(RowTask):
 
     def _choices(self, row: Row) -> tuple[str, ...]:
         if isinstance(self.choices, tuple):
-            found: JsonValue = [choice.render(row) for choice in self.choices]
+            choices: JsonValue = [choice.render(row) for choice in self.choices]
         else:
-            found = self.choices.value(row)
-        if not isinstance(found, list) or len(found) < 2:
-            raise EvaluationError(f"choices are {found!r}; expected a list of two at least")
-        for choice in found:
+            choices = self.choices.value(row)
+        if not isinstance(choices, list) or len(choices) < 2:
+            raise EvaluationError(f"choices are {choices!r}; expected a list of two at least")
+        for choice in choices:
             if isinstance(choice, bool) or not isinstance(choice, str | int | float) or not str(choice):
                 raise EvaluationError(f"one of the choices is {choice!r}; expected text")
-        return tuple(str(choice) for choice in found)
+        return tuple(str(choice) for choice in choices)
 
     def _right(self, row: Row, choices: tuple[str, ...]) -> int:
         answer = self.answer.value(row)
@@ -134,7 +134,7 @@ class Choice(RowTask):
 
 
 def _of_text(answer: str, choices: tuple[str, ...]) -> int | None:
-    """The index that an answer names as a choice's text, or as a number in digits (as in CSV files)."""
+    """The index for an answer that is a choice's text, or a number in digits (as in CSV files)."""
     by_text = choices.index(answer) if answer in choices else None
     by_number = int(answer) if answer.isdecimal() else None
     if by_text is not None and by_number is not None and by_text != by_number:

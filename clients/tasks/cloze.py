@@ -38,8 +38,8 @@ class Cloze(RowTask):
     prompt, by the summed log-probability of delimiter + candidate.
 
     prompt: a template; candidates: a list, a template that gives one, or the word `answers` for all answers of the rows
-    in the language; 2 to 1024 different ones, one of them the answer and one not. answer: a template that gives a text,
-    or a list of texts any of which is right. join: as of a `choice`.
+    in the language; 2 to 1024 different ones, at least one right and one wrong. answer: a template that gives a text,
+    or a list of texts, all of which are right. join: as of a `choice`.
     """
 
     kind: ClassVar[str] = "cloze"
@@ -52,7 +52,7 @@ class Cloze(RowTask):
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """hits_at_1, mrr, answer_nats and margin, all of the most probable right candidate.
+        """hits_at_1, mrr, answer_nats and margin, for the most probable right candidate.
 
         Its rank is 1 plus the number of wrong candidates that are at least as probable: ties count against it, and
         other right ones do not. margin: its log-probability minus that of the best wrong candidate.
@@ -60,7 +60,7 @@ class Cloze(RowTask):
         return _METRICS
 
     def shared(self, rows: Sequence[Row]) -> dict[str, JsonValue]:
-        """`all_answers` where they are the candidates."""
+        """`all_answers`, if the candidates are all answers."""
         if self.candidates != ALL_ANSWERS:
             return {}
         of_rows = (at_row(self._answers, row, self.source, str(row["lang"])) for row in rows)
@@ -88,7 +88,7 @@ class Cloze(RowTask):
         return self.prompt.render(row) + self.delimiter + self._answers(row)[0]
 
     def measure(self, item: Item, answer: Scored | Generated) -> dict[str, Value]:
-        """What the best right candidate scores; see `metrics`."""
+        """The values for the best right candidate; see `metrics`."""
         candidates, right = _reference(item)
         logprobs = [score.logprob for score in scores_of(item, answer, len(candidates))]
         best = max(logprobs[index] for index in right)
@@ -125,21 +125,21 @@ class Cloze(RowTask):
     def _candidates(self, row: Row) -> tuple[str, ...]:
         if isinstance(self.candidates, tuple):
             return _distinct(self.candidates)
-        found = self.candidates.value(row) if isinstance(self.candidates, Template) else row["all_answers"]
-        return _distinct(_texts(found, "candidates"))
+        candidates = self.candidates.value(row) if isinstance(self.candidates, Template) else row["all_answers"]
+        return _distinct(_texts(candidates, "candidates"))
 
     def _answers(self, row: Row) -> tuple[str, ...]:
-        found = self.answer.value(row)
-        return _distinct(_texts(found if isinstance(found, list) else [found], "answer"))
+        value = self.answer.value(row)
+        return _distinct(_texts(value if isinstance(value, list) else [value], "answer"))
 
 
-def _texts(found: JsonValue, name: str) -> list[str]:
-    if not isinstance(found, list) or not found:
-        raise EvaluationError(f"{name}: found {found!r}; expected a list of texts")
-    for text in found:
+def _texts(value: JsonValue, name: str) -> list[str]:
+    if not isinstance(value, list) or not value:
+        raise EvaluationError(f"{name}: found {value!r}; expected a list of texts")
+    for text in value:
         if isinstance(text, bool) or not isinstance(text, str | int | float) or not str(text).strip():
             raise EvaluationError(f"{name}: found {text!r}; expected text")
-    return [str(text) for text in found]
+    return [str(text) for text in value]
 
 
 def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
@@ -153,7 +153,8 @@ def _reference(item: Item) -> tuple[list[str], frozenset[int]]:
 
 @cache
 def _random_reciprocal_rank(of: int, right: int) -> float:
-    """Expected 1 / rank of the best of `right` among `of` candidates in random order, other right ones not counted.
+    """Expected 1 / rank of the best of `right` right candidates among `of` in random order; other right ones do not
+    count.
 
     P(rank = r) is the share of orders whose first right candidate has place r: C(of - r, right - 1) / C(of, right).
     """

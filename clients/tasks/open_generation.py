@@ -1,4 +1,4 @@
-"""open_generation: prompts continued freely: whether in their language, how repetitive, and what a judge thinks."""
+"""open_generation: free continuations of prompts: their language, their repetitiveness, and a judge's mark."""
 
 from typing import ClassVar, Self, cast
 
@@ -36,7 +36,7 @@ _UNPARSEABLE = Metric(
 class OpenGeneration(GenerationTask):
     """Free continuations of prompts. The repetition penalty is that of CRANE's published evaluation.
 
-    judge: marks every text, empty ones too; question: a template of what it is shown as the question, None for the
+    judge: marks every text, empty ones too; question: a template for the question in the judge's prompt, None for the
     prompt without the description. There are no examples, as no row has a right answer.
     """
 
@@ -60,10 +60,10 @@ class OpenGeneration(GenerationTask):
 
         in_language: whether the text is identified as of the item's language, or of one so close that identification
         confuses them. unidentified: whether it is too short or too mixed to tell; such a text is not in the language.
-        repetition: the share of its runs of four words (characters in scripts without spaces) that stood in it before;
-        0 with fewer words, which repeat nothing. length: in tokens; neither direction is good in itself, and shorter
-        is shown as worse since models that break tend to stop early. judged: the mean mark of the texts that have one.
-        unparseable: of the judge's replies, those without one mark in range; they count in nothing else.
+        repetition: the share of its runs of four words (characters in scripts without spaces) that occurred before in
+        it; 0 with fewer words. length: in tokens; neither direction is better in itself, but shorter is shown as worse,
+        since broken models tend to stop early. judged: the mean mark of the texts that have one. unparseable: the share
+        of the judge's replies without exactly one mark in range; they do not count for other metrics.
         """
         if self.judge is None:
             return _METRICS
@@ -72,7 +72,7 @@ class OpenGeneration(GenerationTask):
         return (*_METRICS, judged, _UNPARSEABLE)
 
     def reference(self, row: Row, language: str) -> dict[str, JsonValue]:
-        """What a judge needs, and which judge that is.
+        """The question for the judge, and the judge's digest.
 
         Raises EvaluationError for a language that cannot be identified.
         """
@@ -85,11 +85,11 @@ class OpenGeneration(GenerationTask):
         return {"question": question.render(row), "judge": self.judge.digest}
 
     def example(self, row: Row) -> str:
-        """None: EvaluationError, as no row has a right answer."""
+        """Raises EvaluationError, since no row has a right answer."""
         raise EvaluationError("open_generation has no examples")
 
     async def finish(self, item: Item, answer: Scored | Generated) -> Scored | Generated:
-        """The answer with what the judge replied, if there is one. Raises what Judge.ask does."""
+        """The answer with the judge's reply, if there is a judge. Raises what Judge.ask does."""
         if self.judge is None:
             return answer
         text = generated(item, answer).text
@@ -111,7 +111,8 @@ class OpenGeneration(GenerationTask):
 
 
 def _judged(judge: Judge, reply: str | None) -> dict[str, Value]:
-    """Of a reply without a mark nothing is judged; without a reply nothing is known."""
+    """The values for a judge's reply. A reply without a mark has no weight in `judged`; without a reply both have no
+    weight."""
     if reply is None:
         return {"judged": Value(0.0, 0.0), "unparseable": Value(0.0, 0.0)}
     mark = judge.score(reply)
@@ -119,7 +120,7 @@ def _judged(judge: Judge, reply: str | None) -> dict[str, Value]:
     return {"judged": judged, "unparseable": Value(float(mark is None))}
 
 
-def _repetition(found: list[str]) -> float:
-    """Share of the runs of four words that stood before: 1 - different runs / runs; 0 if there are none."""
-    runs = [tuple(found[start : start + _RUN]) for start in range(len(found) - _RUN + 1)]
+def _repetition(word_list: list[str]) -> float:
+    """Share of the runs of four words that occurred before: 1 - different runs / runs; 0 without runs."""
+    runs = [tuple(word_list[start : start + _RUN]) for start in range(len(word_list) - _RUN + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0

@@ -1,4 +1,4 @@
-"""perplexity: how surprised the model is by texts."""
+"""perplexity: the model's negative log-likelihood of texts."""
 
 import math
 from typing import ClassVar, Self
@@ -27,8 +27,8 @@ class Perplexity(RowTask):
     exp(nats_per_token) is the perplexity. With `add_bos: false` the first token has nothing before it and is left out.
 
     Both figures are corpus totals, so that each token (or byte) counts the same. Bits per byte compares models with
-    different tokenizers (lm-evaluation-harness's `bits_per_byte`). It makes no LangSpec-F1 score, since exp(-bits) is
-    no probability. text: a template. A text is scored from its start, so that there is no room for examples.
+    different tokenizers (lm-evaluation-harness's `bits_per_byte`). It has no LangSpec-F1 score, since exp(-bits) is not
+    a probability. text: a template. A text is scored from its start, so there are no examples.
     """
 
     kind: ClassVar[str] = "perplexity"
@@ -55,7 +55,7 @@ class Perplexity(RowTask):
         return self.text.render(row)
 
     def measure(self, item: Item, answer: Scored | Generated) -> dict[str, Value]:
-        """Totals in nats and bits, weighed by tokens and bytes; a text without tokens weighs nothing."""
+        """Totals in nats and bits, weighted by tokens and bytes; a text without tokens has no weight."""
         (score,) = scores_of(item, answer, 1)
         nats = -score.logprob
         return {

@@ -19,8 +19,8 @@ _UNANSWERED = Metric(name="unanswered", title="Unanswered", unit="share of answe
 
 
 class QuestionAnswering(GenerationTask):
-    """Extractive questions as in XQuAD (Artetxe et al., arXiv:1910.11856), or such with a number as answer as in MGSM
-    (Shi et al., arXiv:2210.03057).
+    """Extractive questions as in XQuAD (Artetxe et al., arXiv:1910.11856), or questions with a number as answer as in
+    MGSM (Shi et al., arXiv:2210.03057).
 
     answers: a template that gives the accepted answers as a list, or the only one. An example is its prompt, a space
     and the first of them. match: `text` compares words as clients.normalise finds them; `number` the last number of
@@ -70,15 +70,15 @@ class QuestionAnswering(GenerationTask):
         return generated(item, answer).text.strip()
 
     def _accepted(self, row: Row) -> list[str]:
-        given = self.answers.value(row)
-        answers = [_text(one) for one in (given if isinstance(given, list) else [given])]
+        value = self.answers.value(row)
+        answers = [_text(one) for one in (value if isinstance(value, list) else [value])]
         if not answers or not all(answers):
-            raise EvaluationError(f"`answers` gives {given!r}; expected a text or number, or a list of such")
+            raise EvaluationError(f"`answers` gives {value!r}; expected a text or number, or a list of such")
         if self.match == "number" and any(last_number(one, "en") is None for one in answers):
-            raise EvaluationError(f"`answers` gives {given!r}; expected numbers, as `match` says")
+            raise EvaluationError(f"`answers` gives {value!r}; expected numbers, as `match` says")
         return answers
 
 
 def _text(value: JsonValue) -> str:
-    """An answer as text; empty for what is none."""
+    """An answer as text; empty for values that cannot be an answer."""
     return "" if value is None or isinstance(value, bool | list | dict) else str(value).strip()

@@ -1,1 +1,1 @@
-"""The ground floor: what everything else may use, and what uses nothing of ours."""
+"""The lowest layer: every other package may use it, and it uses none of them."""

@@ -1,4 +1,4 @@
-"""Write a file whole or not at all."""
+"""Write a file completely or not at all."""
 
 import os
 import tempfile
@@ -11,8 +11,8 @@ from pathlib import Path
 def written_aside(path: Path, content: bytes) -> Iterator[Callable[[], None]]:
     """Write `content` to the disk beside `path`, making its directory if that is missing.
 
-    Yields what puts it in place; if that is not called, nothing is left or changed. Raises OSError, on a full disk
-    before anything is yielded.
+    Yields a function that moves the file into place; if it is not called, nothing is left or changed. Raises OSError;
+    on a full disk before the function is yielded.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
@@ -28,7 +28,7 @@ def written_aside(path: Path, content: bytes) -> Iterator[Callable[[], None]]:
             scratch.replace(path)
             directory = os.open(path.parent, os.O_RDONLY)
             try:
-                os.fsync(directory)  # the name, too, outlives a power cut
+                os.fsync(directory)  # so that the new name survives a power cut, too
             finally:
                 os.close(directory)
 

@@ -1,4 +1,4 @@
-"""Bars: how far a long job is, on stderr: a bar on a terminal, and lines at sensible times in a log."""
+"""Bars: the progress of a long job, on stderr: a bar on a terminal, and occasional lines in a log."""
 
 import sys
 import threading
@@ -12,19 +12,19 @@ if TYPE_CHECKING:
 
 _TICK_S = 5.0
 _SOONEST_S = 30.0  # between two lines of a log
-_SHARE = 0.1  # of the work, after which a line is due
-_LATEST_S = 180.0  # by when a line is due, however little was done
-_SLOWING = 15  # so much of the time passed may pass until the next: a week gives about 100 lines
+_SHARE = 0.1  # of the work; after it a line is due
+_LATEST_S = 180.0  # a line is due after this time, however little was done
+_SLOWING = 15  # a line is due after a 15th of the time passed so far: a week gives about 100 lines
 
 
 class Bar(Protocol):
-    """How far a job is."""
+    """The progress of a job."""
 
     def start(self, total: int, done: int = 0, what: str = "") -> None:
-        """The work begins: `total` units, `done` of them by an earlier run. what: said in a log, such as for whom."""
+        """The work begins: `total` units, `done` of them by an earlier run. what: more about the work, for a log."""
 
     def advance(self, units: int = 1, note: str = "") -> None:
-        """So many more units are done. note: stands beside the figures."""
+        """`units` more units are done. note: shown beside the figures."""
 
     def say(self, line: str) -> None:
         """A warning or notice in between."""
@@ -32,10 +32,10 @@ class Bar(Protocol):
 
 @contextmanager
 def bar(name: str, unit: str, what: str = "", *, on_terminal: bool = True) -> Iterator[Bar]:
-    """Show how far the job `name` is while the context lasts, in `unit` (a plural, such as documents).
+    """Show the progress of the job `name` while the context lasts, in `unit` (a plural, such as documents).
 
-    what: the first line of a log, about what is to come. on_terminal: whether there is a bar on a terminal; else
-    notices only.
+    what: the first line of a log, about the job. on_terminal: whether there is a bar on a terminal; else only notices
+    are shown there.
     """
     from rich.console import Console
 
@@ -44,8 +44,8 @@ def bar(name: str, unit: str, what: str = "", *, on_terminal: bool = True) -> It
         with _log(name, unit, what) as lines:
             yield lines
     elif on_terminal:
-        with _rich(name, console) as shown:
-            yield shown
+        with _rich(name, console) as progress_bar:
+            yield progress_bar
     else:
         yield _Notices()
 
@@ -53,14 +53,14 @@ def bar(name: str, unit: str, what: str = "", *, on_terminal: bool = True) -> It
 class LogLines:
     """A bar as lines of a log: when at least 30 s have passed and a tenth of the work is done, or after 3 minutes.
 
-    These grow with the time passed, so that a week takes about 100 lines.
+    These intervals grow with the time passed, so that a week gives about 100 lines.
     """
 
     def __init__(
         self, name: str, unit: str, write: Callable[[str], None], now: Callable[[], float] = time.monotonic
     ) -> None:
         self._name, self._unit, self._write, self._now = name, unit, write, now
-        self._began = self._asked = self._written = now()
+        self._start = self._work_start = self._last_line = now()
         self._total: int | None = None
         self._done = self._before = self._at_line = 0
         self._note = ""
@@ -70,7 +70,7 @@ class LogLines:
         """See Bar."""
         with self._lock:
             self._total, self._done, self._before, self._at_line = total, done, done, done
-            self._asked = self._written = self._now()
+            self._work_start = self._last_line = self._now()
             resumed = f", {done} of them done before" if done else ""
             self._write(f"{self._name}: {total} {self._unit}{f' {what}' if what else ''}{resumed}")
 
@@ -84,7 +84,7 @@ class LogLines:
     def tick(self) -> None:
         """Write a line if one is due."""
         with self._lock:
-            silent, passed = self._now() - self._written, self._now() - self._began
+            silent, passed = self._now() - self._last_line, self._now() - self._start
             is_step = (
                 silent >= _SOONEST_S and bool(self._total) and self._done - self._at_line >= _SHARE * (self._total or 0)
             )
@@ -97,10 +97,10 @@ class LogLines:
             self._write(line)
 
     def end(self) -> None:
-        """The last line, of a job that was not cut short."""
+        """Write the last line, of a job that has ended without an error."""
         count = f"{self._done} {self._unit}" if self._total is None else f"{self._done} of {self._total} {self._unit}"
         done = f"{count}, " if self._done or self._total is not None else ""
-        self._write(f"{self._name}: done, {done}{duration(self._now() - self._began)}")
+        self._write(f"{self._name}: done, {done}{duration(self._now() - self._start)}")
 
     def _line(self, passed: float) -> None:
         parts = [f"{self._name}: {self._done} {self._unit}"] if self._done else [f"{self._name}: under way"]
@@ -108,10 +108,10 @@ class LogLines:
             parts = [f"{self._name}: {self._done} of {self._total} {self._unit} ({self._done / self._total:.0%})"]
         parts.append(duration(passed))
         if self._total and self._done > self._before:
-            rate = (self._now() - self._asked) / (self._done - self._before)
+            rate = (self._now() - self._work_start) / (self._done - self._before)
             parts.append(f"about {duration((self._total - self._done) * rate)} left")
         self._write(", ".join([*parts, self._note] if self._note else parts))
-        self._written, self._at_line = self._now(), self._done
+        self._last_line, self._at_line = self._now(), self._done
 
 
 def duration(seconds: float) -> str:
@@ -170,17 +170,17 @@ def _rich(name: str, console: "Console") -> Iterator[Bar]:
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns, console=console) as shown:
-        task = shown.add_task(name, total=None, note="")
+    with progress.Progress(*columns, console=console) as display:
+        task = display.add_task(name, total=None, note="")
 
-        class Shown:
+        class RichBar:
             def start(self, total: int, done: int = 0, what: str = "") -> None:
-                shown.reset(task, total=total, completed=done)
+                display.reset(task, total=total, completed=done)
 
             def advance(self, units: int = 1, note: str = "") -> None:
-                shown.update(task, advance=units, note=note)
+                display.update(task, advance=units, note=note)
 
             def say(self, line: str) -> None:
                 console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
-        yield Shown()
+        yield RichBar()

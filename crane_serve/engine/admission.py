@@ -10,10 +10,10 @@ MASK_ARGUMENT = "crane_mask"
 POSITIONS_ARGUMENT = "crane_positions"
 _ARGUMENTS = (MASK_ARGUMENT, POSITIONS_ARGUMENT)
 OUR_WORDS = ("crane", "mask", "maks", "msak", "amsk")
-"""What a name that asks for a mask holds, rightly spelt or with two letters exchanged."""
+"""Parts of a parameter's name that show that it asks for a mask; also misspellings with two letters exchanged."""
 
 
-class Asked(NamedTuple):
+class MaskRequest(NamedTuple):
     """What a request's `extra_args` say: a mask expression, and which tokens it is for."""
 
     expression: str
@@ -21,15 +21,16 @@ class Asked(NamedTuple):
 
 
 def looks_like_ours(argument: str) -> bool:
-    """Whether an argument asks for a mask, rightly spelt or not."""
+    """Whether an argument asks for a mask, even if its name is misspelt."""
     lower = argument.lower()
     return any(word in lower for word in OUR_WORDS) or lower.startswith("position")
 
 
-def asked_mask(sampling_params: Any) -> Asked | None:
+def requested_mask(sampling_params: Any) -> MaskRequest | None:
     """The mask that a request asks for, or None.
 
-    Raises MaskError for malformed arguments, and for others of that look: a misspelt one must not run unmasked.
+    Raises MaskError for malformed arguments, and for unknown arguments with a similar name: a request with a misspelt
+    argument must not run unmasked.
     """
     extra_args = getattr(sampling_params, "extra_args", None)
     if not extra_args:
@@ -45,7 +46,7 @@ def asked_mask(sampling_params: Any) -> Asked | None:
     if not isinstance(expression, str):
         raise MaskError(f"{MASK_ARGUMENT} is {type(expression).__name__}, expected a mask name")
     try:
-        return Asked(expression, Positions.ALL if positions is None else Positions(positions))
+        return MaskRequest(expression, Positions.ALL if positions is None else Positions(positions))
     except ValueError:
         raise MaskError(
             f"{POSITIONS_ARGUMENT} is {positions!r}, expected {' or '.join(map(repr, map(str, Positions)))}"
@@ -58,20 +59,20 @@ def mask_arguments(mask: ResolvedMask) -> dict[str, str]:
 
 
 def admit(vllm_config: Any, sampling_params: Any, *, resumable: bool) -> ResolvedMask | None:
-    """Resolve the mask of a request, or raise MaskError; None only if the request asks for no mask.
+    """The mask of a request; None only if the request asks for no mask. Raises MaskError.
 
-    Rewrites the request's `extra_args` so that the mask travels on by content digest.
+    Rewrites the request's `extra_args`, so that later stages get the mask by its content digest.
     """
-    asked = asked_mask(sampling_params)
-    if asked is None:
+    request = requested_mask(sampling_params)
+    if request is None:
         return None
-    what = f"{MASK_ARGUMENT}={asked.expression!r}"
+    what = f"{MASK_ARGUMENT}={request.expression!r}"
     config = mask_config(vllm_config)
     if config is None:
         reason = f"{DISABLE_VARIABLE} is set" if masks_disabled() else f"start it with {MASKS_VARIABLE}=DIRECTORY"
         raise MaskError(f"{what}: this engine serves no masks ({reason})")
-    # Content that was replaced a moment ago is admitted by its digest: the request may have been on its way.
-    resolved = config.library().resolve(asked.expression, asked.positions, retired=True)
+    # A mask that was just replaced is still admitted by its digest: the request may have been sent before.
+    resolved = config.library().resolve(request.expression, request.positions, retired=True)
     others = {key: value for key, value in sampling_params.extra_args.items() if key not in _ARGUMENTS}
     if resolved is None:
         sampling_params.extra_args = others
@@ -85,12 +86,12 @@ def admit(vllm_config: Any, sampling_params: Any, *, resumable: bool) -> Resolve
 
 
 def require_row(vllm_config: Any, mask: ResolvedMask, in_use: Collection[str]) -> None:
-    """Raise MaskTableFull if the engine has no row for `mask` beside those `in_use`, by digest, by other requests.
+    """Raise MaskTableFull if the engine has no free row for `mask`. in_use: digests of the masks of other requests.
 
-    With a row for every request that can run at once, none has to be refused.
+    Never raised if there is a row for every request that can run at once.
     """
     config = mask_config(vllm_config)
     if config is None or config.rows >= vllm_config.scheduler_config.max_num_seqs or mask.mask.digest in in_use:
         return
     if len(in_use) >= config.rows:
-        raise MaskTableFull(f"mask {mask.name}: {config.rows} others are in use, as many as this engine has rows for")
+        raise MaskTableFull(f"mask {mask.name}: {config.rows} other masks are in use, and the engine has no more rows")

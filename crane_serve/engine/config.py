@@ -23,9 +23,9 @@ class MaskConfig(dict[str, Any]):
     """Entry of `VllmConfig.additional_config`.
 
     Its items change the compiled graph and so become part of vLLM's compile-cache key: without them an artefact that
-    was compiled without masks could serve a masked request. Its attributes travel along, but new masks need no new
-    compilation. A process that receives one installs the plugin or fails: vLLM would only log a plugin that does not
-    load, and run masked requests unmasked.
+    was compiled without masks could serve a masked request. Its attributes are sent to other processes too, but are not
+    part of the key, since new masks need no new compilation. A process that receives a MaskConfig installs the plugin
+    or fails: vLLM itself would only log that a plugin does not load, and run masked requests unmasked.
     """
 
     def __init__(self, rows: int, outputs: bool, model: str, masks: Path, default_method: str, manifest: str) -> None:
@@ -61,7 +61,7 @@ class MaskConfig(dict[str, Any]):
 
     @property
     def fields(self) -> tuple[Any, ...]:
-        """What makes an equal one."""
+        """The arguments of the constructor."""
         return (self.rows, self.outputs, self.model, self.masks, self.default_method, self.manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:

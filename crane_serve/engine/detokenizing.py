@@ -1,9 +1,9 @@
 """A completion's text without its prompt, also where the prompt's tokens end inside a character.
 
 vLLM 0.32 decodes a request's tokens with the `DecodeStream` of tokenizers, which begins with those of the prompt and
-returns what is new. It takes a text that ends in U+FFFD for an unfinished one: if that of the prompt does, because a
-character is cut in two or because it really ends so, nothing counts as old, and the first text it returns begins with
-the whole prompt. Stop strings are looked for in it, too.
+returns what is new. It takes a text that ends in U+FFFD for an unfinished one. If the text of the prompt ends so (a
+character is cut in two, or the prompt really ends with U+FFFD), the stream treats all of it as new: the first text that
+it returns begins with the whole prompt, and stop strings are searched in it, too.
 """
 
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from typing import Any
 
 from crane_serve.engine.wrapping import wrap
 
-_REPLACEMENT = "\ufffd"  # for bytes that are no character, or not yet
+_REPLACEMENT = "\ufffd"  # for bytes that are not a character, or not a complete one
 _UNFINISHED_TOKENS = 3  # a character has at most four bytes, and a token at least one
 _LAST_TOKENS = 8
 _PROMPT = "_crane_prompt"
 
 
 def mend_detokenizer() -> None:
-    """Have vLLM's detokenizer return no text of a prompt. Of this process; once is enough, and more does no harm."""
+    """Have vLLM's detokenizer return no text of a prompt. For this process; calling it again has no effect."""
     from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 
     wrap(FastIncrementalDetokenizer, "__init__", _init)
@@ -28,7 +28,7 @@ def mend_detokenizer() -> None:
 def _init(original: Callable[..., Any], self: Any, tokenizer: Any, request: Any) -> None:
     original(self, tokenizer, request)
     prompt_ids = request.prompt_token_ids or []
-    # The end alone tells, but for one of special tokens, which have no text.
+    # The last tokens suffice, unless they are special tokens, which have no text.
     end = _decode(self, prompt_ids[-_LAST_TOKENS:]) or _decode(self, prompt_ids)
     setattr(self, _PROMPT, prompt_ids if end.endswith(_REPLACEMENT) else None)
 
@@ -47,9 +47,9 @@ def _decode_next(original: Callable[..., Any], self: Any, next_token_id: int) ->
 
 
 def _without_prompt(detokenizer: Any, text: str, prompt_ids: list[int]) -> str:
-    """What is new in `text`, decoded from a prompt's tokens and those behind it.
+    """The new part of `text`, which is decoded from a prompt's tokens and the tokens after them.
 
-    If these have finished a character, it is new, and the text of the prompt is that of its tokens before.
+    If the tokens after the prompt complete a character, that character counts as new.
     """
     for unfinished in range(min(_UNFINISHED_TOKENS, len(prompt_ids)) + 1):
         prompt = _decode(detokenizer, prompt_ids[: len(prompt_ids) - unfinished])

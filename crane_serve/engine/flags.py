@@ -6,10 +6,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-# Of routes that are not served, and of adapters, whose place in a model's name is that of a mask.
+# Flags of routes that are not served, and of adapters: a model's name has the mask where vLLM has the adapter.
 _NOT_SERVED = {"lora_modules", "tokens_only", "enable_server_load_tracking"}
 # /tokenizer_info, for clients without a tokenizer of their own. vLLM does not serve it by default, since it shows the
-# chat template; here it is behind the same keys as all else.
+# chat template; here it needs a key like every other route.
 _SERVED = "enable_tokenizer_info_endpoint"
 
 
@@ -41,7 +41,7 @@ def serving_arguments(model: Path, flags: Sequence[str], *, program: str) -> Any
     refused = {field.name for field in fields(FrontendArgs)} - {field.name for field in fields(BaseFrontendArgs)}
     parser.set_defaults(**{_SERVED: True})
     defaults = {name: parser.get_default(name) for name in refused | _NOT_SERVED}
-    parser.set_defaults(**dict.fromkeys(defaults))  # what is None after parsing has not been given
+    parser.set_defaults(**dict.fromkeys(defaults))  # a value of None after parsing means that the flag was not used
     arguments = _parse(parser, model, flags, f"an option of {program}, or a flag of vLLM's engine or OpenAI front end")
     for name, default in defaults.items():
         if getattr(arguments, name) is not None:

@@ -1,4 +1,5 @@
-"""What the service says of a prompt that leaves no room for a token. vLLM names max_tokens, or the operator's flag."""
+"""The error for a prompt that leaves no room for a generated token. vLLM's own message names max_tokens, or a flag of
+the operator."""
 
 import inspect
 import sys
@@ -11,9 +12,10 @@ _LIMIT = "get_max_tokens"
 
 
 def explain_limits() -> None:
-    """Have vLLM's front end say how long a prompt is that is too long. Of this process; more than once does no harm.
+    """Have vLLM's front end say how long a prompt is if it is too long. For this process; calling it again has no
+    effect.
 
-    Runs when vLLM's routes have been imported: each of their modules has a name of its own for what is replaced.
+    Call it after vLLM's routes have been imported: each of their modules has imported the replaced function by name.
     """
     from vllm.entrypoints.serve.utils import api_utils
     from vllm.v1.engine.input_processor import InputProcessor
@@ -36,9 +38,9 @@ def no_room(prompt_tokens: int, context_tokens: int) -> str:
 def _max_tokens(original: Callable[..., int], *args: Any, **kwargs: Any) -> int:
     from vllm.exceptions import VLLMValidationError
 
-    asked = inspect.signature(original).bind(*args, **kwargs).arguments
-    length, limit = asked["input_length"], asked["max_model_len"]
-    if asked.get("truncate_prompt_tokens") is None and length >= limit and asked["max_tokens"] != 0:
+    arguments = inspect.signature(original).bind(*args, **kwargs).arguments
+    length, limit = arguments["input_length"], arguments["max_model_len"]
+    if arguments.get("truncate_prompt_tokens") is None and length >= limit and arguments["max_tokens"] != 0:
         raise VLLMValidationError(no_room(length, limit))
     return original(*args, **kwargs)
 

@@ -78,10 +78,10 @@ def install_masks(
 ) -> tuple[MaskTable, Tensor]:
     """Patch every decoder layer's MLP of a loaded model; return the mask table and the slots [max_tokens].
 
-    Structure decides, not class names: an MLP is a module of a decoder layer that has the parts of a known kind. Raises
-    UnsupportedModel unless there is exactly one per layer, of the size that `intermediate_sizes` says, and each is
-    shown to obey its mask. Layers keep their global index; those of other pipeline ranks are left out. `outputs`:
-    whether masks may also scale the MLP's output dimensions.
+    An MLP is recognised by its structure, not by its class name: it is a module of a decoder layer that has the parts
+    of a known kind. Raises UnsupportedModel unless there is exactly one per layer, of the size that
+    `intermediate_sizes` says, and each is shown to obey its mask. Layers keep their global index; those of other
+    pipeline ranks are left out. `outputs`: whether masks may also scale the MLP's output dimensions.
     """
     mlps, elsewhere = _find_mlps(model), _layers_of_other_ranks(model)
     owned = [layer for layer in range(len(intermediate_sizes)) if layer not in elsewhere]
@@ -108,7 +108,7 @@ def install_masks(
         offsets[layer] = int(projection.tp_rank) * neurons
         activation = getattr(mlp.module, parts.activation)
         setattr(mlp.module, parts.activation, MaskedActivation(activation, tables[layer], slots))
-        if parts.alone:
+        if parts.is_own_module:
             _prove(mlp, tables[layer], slots, hidden_size)
         if outputs:
             output_tables[layer] = new_table(rows, hidden_size, like=reference)
@@ -150,7 +150,8 @@ def _find_mlps(model: nn.Module) -> dict[int, _Mlp]:
 
 @torch.inference_mode()
 def _prove(mlp: _Mlp, table: Tensor, slots: Tensor, hidden_size: int) -> None:
-    """Run the MLP unmasked and with all neurons off; what is off must not depend on its input, what is on must."""
+    """Run the MLP unmasked and with all neurons off. Unmasked, its output must depend on the input; switched off, it
+    must not."""
     generator = torch.Generator().manual_seed(0)
     token, other = torch.randn(2, hidden_size, generator=generator).to(table.device, table.dtype)
     off = table.shape[0] - 1

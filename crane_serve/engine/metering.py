@@ -5,14 +5,14 @@ from contextlib import aclosing
 from typing import Any
 
 from crane_serve.common.masks import MaskError, MaskLibrary
-from crane_serve.engine.admission import asked_mask
+from crane_serve.engine.admission import requested_mask
 from crane_serve.engine.wrapping import wrap
 
 
 def meter(engine: Any, library: MaskLibrary, on_tokens: Callable[[str | None, int, int], object]) -> None:
     """Call `on_tokens(name of the mask or None, prompt tokens, completion tokens)` when a request of `engine` ends.
 
-    Requests that end early count with what they had been given by then.
+    A request that ends early counts with the tokens that it had received by then.
     """
 
     async def generate(
@@ -20,10 +20,10 @@ def meter(engine: Any, library: MaskLibrary, on_tokens: Callable[[str | None, in
     ) -> AsyncGenerator[Any]:
         prompt_tokens = completion_tokens = 0
         try:
-            asked = asked_mask(sampling_params)
-            name = None if asked is None else _name(library, asked.expression)
+            request = requested_mask(sampling_params)
+            name = None if request is None else _name(library, request.expression)
         except MaskError:
-            name = None  # and the engine will say why it refuses it
+            name = None  # the engine refuses the request, and says why
         try:
             async with aclosing(original(prompt, sampling_params, *args, **kwargs)) as results:
                 async for result in results:

@@ -44,7 +44,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What an engine turned out to be."""
+    """Facts about a running engine."""
 
     vllm: str
     device: str

@@ -1,7 +1,7 @@
 """vLLM's own OpenAI application over an engine with masks.
 
-It is put together of vLLM's own routes and handlers, without what vLLM's server has around them: that reads keys from
-the environment, answers origins, loads adapters and handlers of others, and registers metrics of its own.
+It consists of vLLM's own routes and handlers, without the rest of vLLM's server, which reads keys from the environment,
+handles CORS, loads adapters and third-party handlers, and registers metrics of its own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ _answering_as: ContextVar[str | None] = ContextVar("answering_as", default=None)
 
 
 RequestFields = Mapping[str, Mapping[str, frozenset[str]]]
-"""Per route, and per object of its body whose names are known: the names that vLLM has. "" is the body itself."""
+"""By route, then by object of the body: the field names that vLLM knows. "" is the body itself."""
 
 
 class OpenAIApp(NamedTuple):
@@ -38,7 +38,7 @@ class OpenAIApp(NamedTuple):
 
 @contextmanager
 def answering_as(model: str | None) -> Iterator[None]:
-    """Requests to the application made in this context are answered in the name of `model`, if it is not None."""
+    """Answers to requests made in this context name `model` as their model, if it is not None."""
     token = _answering_as.set(model)
     try:
         yield
@@ -56,7 +56,8 @@ def public_name(library: MaskLibrary, name: str) -> str:
 
 
 def split_model(model: Any, names: Sequence[str]) -> tuple[str | None, str | None]:
-    """The base model, and the mask expression, that a model's name stands for; None and None for another's name.
+    """The base model and the mask expression that a model's name stands for; (None, None) if it names no model of this
+    server.
 
     names: of the base model.
     """
@@ -72,9 +73,9 @@ async def build_openai_app(engine: Any, arguments: Any, model_names: Sequence[st
 
     model_names: of the base model, the first of which stands in answers; the list of models has a model NAME:MASK for
     each mask that `library` has at that time, and `/v1/models/{model}` answers for every name that a request may have.
-    The application's lifespan need not run: it only logs statistics. Of this process, vLLM's detokenizer and its
-    messages about prompts that are too long are mended.
-    Raises ValueError, TypeError or KeyError for flags that the model cannot be served with.
+    The application's lifespan need not run: it only logs statistics. Also corrects, in this process, vLLM's detokenizer
+    and its messages about prompts that are too long. Raises ValueError, TypeError or KeyError for flags that the model
+    cannot be served with.
     """
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.reasoning import ReasoningParserManager
@@ -127,7 +128,7 @@ def request_fields(app: Any) -> RequestFields:
         body = getattr(route, "body_field", None)
         if body is not None:
             fields[route.path] = {"": frozenset(_declared(body.field_info.annotation))}
-    if _CHAT_BATCH in fields:  # it makes a request of the other kind for each conversation, of all that it got
+    if _CHAT_BATCH in fields:  # for each conversation it makes a chat request with all fields of its own
         fields[_CHAT_BATCH][""] |= fields[_CHAT][""]
     if _TOKENS in fields:
         fields[_TOKENS]["sampling_params"] = frozenset(SamplingParams.__struct_fields__)
@@ -163,7 +164,7 @@ def _name_masks(app: Any, base_names: Sequence[str], library: MaskLibrary) -> No
         return ModelCard(id=model, root=root, parent=base.id, max_model_len=length, permission=[ModelPermission()])
 
     async def retrieve_model(model: str) -> JSONResponse:
-        """One model: the base model, or it under a mask. That there is such a one is the caller's to see."""
+        """One model: the base model, alone or under a mask. The caller has checked that it exists."""
         name, expression = split_model(model, base_names)
         cards = {card.id: card for card in (await base_models()).data}
         card = cards[model if name is None else name]

@@ -6,14 +6,14 @@ What is wrapped, each once per process:
   beyond the model's vocabulary;
 - BaseRenderer.validate_token_ids (front end): says which token is beyond which vocabulary;
 - to_beam_search_params of vLLM's own HTTP requests (front end): beam search would drop the mask, so it is refused;
-- what vLLM's own server and offline classes would drop a mask in: see `vllm_routes`;
+- places where vLLM's own server and offline classes would drop a mask: see `vllm_routes`;
 - EngineCore.preprocess_add_request (engine core): admission again, and the prefix-cache salt;
 - generate_block_hash_extra_keys (engine core): the salt of blocks with generated tokens, if only some are masked, in
   hashes and in KV events;
-- EngineCore.add_request (engine core): a mask without a row is refused, content that nobody needs any more forgotten;
+- EngineCore.add_request (engine core): refuses a mask without a free row, and forgets content that no request needs;
 - WorkerWrapperBase.init_device (worker): gives the model runner its masks, through MaskedRunner (V1)
   or MaskedModelState (V2).
-Added to EngineCore and WorkerWrapperBase: the methods of `changes`.
+Added to EngineCore and WorkerWrapperBase: the methods of `live_masks`.
 """
 
 import copyreg
@@ -22,8 +22,8 @@ from collections.abc import Callable
 from typing import Any
 
 from crane_serve.common.masks import MaskError, MaskTableFull, ResolvedMask
-from crane_serve.engine import changes, vllm_routes
-from crane_serve.engine.admission import MASK_ARGUMENT, admit, asked_mask, looks_like_ours, require_row
+from crane_serve.engine import live_masks, vllm_routes
+from crane_serve.engine.admission import MASK_ARGUMENT, admit, looks_like_ours, requested_mask, require_row
 from crane_serve.engine.config import MASKS_VARIABLE, MaskConfig, add_mask_config, mask_config, masks_disabled
 from crane_serve.engine.prefix_cache import check_salt, generated_salt, salted, with_generated_salt
 from crane_serve.engine.support import UnsupportedEngine, check_engine, check_version
@@ -59,7 +59,7 @@ def register() -> None:
 
 
 def install() -> None:
-    """Wrap what masks need in this process; once is enough, and more does no harm.
+    """Wrap what masks need in this process. Calling it again has no effect.
 
     Raises UnsupportedEngine on an untested vLLM version.
     """
@@ -82,15 +82,16 @@ def install() -> None:
     for module in (kv_cache_utils, block_pool):  # the second imports it by name, for KV events
         wrap(module, "generate_block_hash_extra_keys", _block_keys)
     wrap(WorkerWrapperBase, "init_device", _init_device)
-    setattr(EngineCore, changes.CHANGE_METHOD, changes.change_in_core)
-    setattr(EngineCore, changes.FORGET_METHOD, changes.forget_in_core)
-    setattr(WorkerWrapperBase, changes.CHANGE_METHOD, changes.change_in_worker)
-    setattr(WorkerWrapperBase, changes.FORGET_METHOD, changes.forget_in_worker)
+    setattr(EngineCore, live_masks.CHANGE_METHOD, live_masks.change_in_core)
+    setattr(EngineCore, live_masks.FORGET_METHOD, live_masks.forget_in_core)
+    setattr(WorkerWrapperBase, live_masks.CHANGE_METHOD, live_masks.change_in_worker)
+    setattr(WorkerWrapperBase, live_masks.FORGET_METHOD, live_masks.forget_in_worker)
     vllm_routes.install()
 
 
 def _refuse_masks() -> None:
-    """On a vLLM that the plugin is not installed in: refuse requests for masks, if requests pass where they used to."""
+    """For a vLLM in which the plugin is not installed: refuse requests for masks, if the functions that requests pass
+    through still exist."""
     try:
         from vllm.v1.engine.input_processor import InputProcessor
 
@@ -101,7 +102,7 @@ def _refuse_masks() -> None:
 
 def _refuse_masked_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     request = original(self, *args, **kwargs)
-    if asked_mask(getattr(request, "sampling_params", None)) is not None:
+    if requested_mask(getattr(request, "sampling_params", None)) is not None:
         raise ValueError(f"{MASK_ARGUMENT}: the crane plugin is not installed in this untested vLLM version")
     return request
 
@@ -160,14 +161,14 @@ def _preprocess_add_request(original: Callable[..., Any], self: Any, request: An
 
 
 def _add_request(original: Callable[..., Any], self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-    changes.forget_pending(self)
+    live_masks.forget_pending(self)
     mask: ResolvedMask | None = getattr(request, _LEASE, None)
     if mask is not None:
         leases = (getattr(other, _LEASE, None) for other in self.scheduler.requests.values())
         try:
             require_row(self.vllm_config, mask, {lease.mask.digest for lease in leases if lease is not None})
         except MaskTableFull:
-            # In a process of its own the engine core must not raise here; in the caller's process it may.
+            # The engine core may raise here only if it runs in the caller's process.
             if not hasattr(self, "_send_error_outputs_to_client"):
                 raise
             self._send_error_outputs_to_client([request.request_id], request.client_index)

@@ -27,10 +27,10 @@ def salted(mask: ResolvedMask | None, client_salt: str | None) -> str | None:
 
 
 def generated_salt(mask: ResolvedMask | None, prompt_tokens: int, end: int) -> str | None:
-    """A second salt, for a block that ends before token `end`; None if the first says all about it.
+    """A second salt, for a block that ends before token `end`; None if the first salt is enough.
 
-    Where prompt and generated tokens are treated differently, the same tokens have other KV depending on where the
-    prompt ended.
+    If only prompt tokens or only generated tokens are masked, the KV of the same tokens depends on where the prompt
+    ended.
     """
     if mask is None or mask.positions is Positions.ALL or end <= prompt_tokens:
         return None

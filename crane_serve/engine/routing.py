@@ -40,8 +40,8 @@ def row_per_token(
 def fill_slots(slots: Tensor, rows: NDArray[np.int64], used: int) -> int:
     """Write `rows` [tokens] to the front of `slots` [maximum tokens]; return how many slots are in use now.
 
-    `used`: how many were in use before; those that no longer are become unmasked. Raises ValueError if the batch is
-    longer than `slots`.
+    used: how many slots were in use before; slots that are no longer in use become unmasked. Raises ValueError if the
+    batch is longer than `slots`.
     """
     if len(rows) > len(slots):
         raise ValueError(f"{len(rows)} tokens in a batch, slots for {len(slots)}")

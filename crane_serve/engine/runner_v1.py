@@ -1,11 +1,11 @@
-"""The seam to vLLM's V1 model runner (`v1/worker/gpu_model_runner.py` and its CPU subclass, vLLM 0.32)."""
+"""The interface to vLLM's V1 model runner (`v1/worker/gpu_model_runner.py` and its CPU subclass, vLLM 0.32)."""
 
 from typing import Any
 
 import numpy as np
 
-from crane_serve.engine.admission import Asked, asked_mask
-from crane_serve.engine.batch import BatchMasks
+from crane_serve.engine.admission import MaskRequest, requested_mask
+from crane_serve.engine.batch_masks import BatchMasks
 
 
 class MaskedRunner:
@@ -33,10 +33,10 @@ class MaskedRunner:
         # Only now is the order of the batch final: _update_states and _prepare_inputs may change it.
         assert self._masks is not None
         batch, requests = self._runner.input_batch, self._runner.requests
-        asked = [_asked(requests[request_id]) for request_id in batch.req_ids]
-        count = len(asked)
+        mask_requests = [_mask_request(requests[request_id]) for request_id in batch.req_ids]
+        count = len(mask_requests)
         computed, prompts = batch.num_computed_tokens_cpu[:count], batch.num_prompt_tokens[:count]
-        self._masks.fill(asked, num_scheduled_tokens, computed, prompts)
+        self._masks.fill(mask_requests, num_scheduled_tokens, computed, prompts)
         if self._masks.slots.device.type == "cpu":
             _spare_seeds(self._runner)
         return prepared
@@ -48,13 +48,14 @@ class MaskedRunner:
         return self._dummy_run(*args, **kwargs)
 
 
-def _asked(state: Any) -> Asked | None:
-    """What vLLM's state of a request says about its mask; read once, for it is asked for in every step."""
+def _mask_request(state: Any) -> MaskRequest | None:
+    """The mask that a request asks for, from vLLM's state of the request. Read once and kept, since every step needs
+    it."""
     try:
-        return state.crane_asked  # type: ignore[no-any-return]
+        return state.crane_mask_request  # type: ignore[no-any-return]
     except AttributeError:
-        state.crane_asked = asked_mask(state.sampling_params)
-        return state.crane_asked  # type: ignore[no-any-return]
+        state.crane_mask_request = requested_mask(state.sampling_params)
+        return state.crane_mask_request  # type: ignore[no-any-return]
 
 
 def _spare_seeds(runner: Any) -> None:

@@ -25,7 +25,7 @@ class Logprobs(Protocol):
 
 
 class MaskedEngine(Protocol):
-    """What is checked: `EngineService` is one."""
+    """An engine to check, such as `EngineService`."""
 
     library: MaskLibrary
     tokenizer: Any
@@ -47,10 +47,10 @@ class MaskedEngine(Protocol):
 
 
 async def check_masks(service: MaskedEngine) -> None:
-    """Score a text unmasked and with each layer's MLP switched off, by masks that come and go for it.
+    """Score a text unmasked and with each layer's MLP switched off, by temporary masks.
 
-    Raises SelfCheckFailed naming the layers whose mask changes nothing, and if an unmasked request is not what it was
-    before masked ones ran.
+    Raises SelfCheckFailed naming the layers whose mask changes nothing, or if the score of an unmasked request differs
+    before and after masked requests.
     """
     fingerprint = service.library.fingerprint
     tokens = list(service.tokenizer(_TEXT)["input_ids"])[:_TOKENS]
@@ -88,7 +88,8 @@ async def check_masks(service: MaskedEngine) -> None:
 
 
 def _suspect(effects: Sequence[float]) -> str:
-    """Where damaged weights may be: they need not be in a layer that is idle, but can drown it from another."""
+    """Where damaged weights may be: not always in the layer without effect, since those of another layer can hide its
+    effect."""
     loudest = max(range(len(effects)), key=effects.__getitem__)
     if not effects[loudest]:
         return "no layer changes anything, as when the weights behind the last one are damaged"

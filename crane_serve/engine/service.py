@@ -34,7 +34,6 @@ from crane_serve.common.models.load import load_tokenizer, reason
 from crane_serve.common.models.prefix import StartTokens
 from crane_serve.common.text.tokens import token_texts
 from crane_serve.engine.admission import mask_arguments, require_row
-from crane_serve.engine.changes import CHANGE_METHOD, FORGET_METHOD
 from crane_serve.engine.config import (
     DEFAULT_METHOD_VARIABLE,
     DISABLE_VARIABLE,
@@ -44,6 +43,7 @@ from crane_serve.engine.config import (
     mask_config,
 )
 from crane_serve.engine.flags import serving_arguments
+from crane_serve.engine.live_masks import CHANGE_METHOD, FORGET_METHOD
 from crane_serve.engine.metering import meter
 from crane_serve.engine.openai_app import RequestFields, build_openai_app
 from crane_serve.engine.self_check import check_masks
@@ -96,7 +96,7 @@ class SampledToken:
 
 @dataclass(frozen=True)
 class Step:
-    """What has come since the previous step of a generation; `finish_reason` is None until the last."""
+    """New tokens since the previous step of a generation; `finish_reason` is None until the last step."""
 
     text: str
     tokens: int
@@ -189,10 +189,10 @@ class EngineService:
 
     @classmethod
     async def start(cls, config: EngineConfig, name: str) -> "EngineService":
-        """Start the engine's processes, and see that masks take effect in every layer of every rank.
+        """Start the engine's processes, and check that masks take effect in every layer of every rank.
 
-        name: the model's, if no flag gives it one. Must be called in the event loop that will serve. Raises
-        SelfCheckFailed if masks do not, ValueError, TypeError or KeyError for flags that do not suit the model.
+        name: the model's name, if no flag names it. Must be called in the event loop that will serve. Raises
+        SelfCheckFailed if masks have no effect; ValueError, TypeError or KeyError for flags that do not suit the model.
         """
         from vllm.logger import init_logger
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -293,8 +293,8 @@ class EngineService:
         """Add a mask while serving, or replace the one of its name; requests that use the old one finish with it.
 
         save: write it to the directory of masks, too, before any process has it. Returns when every process has it.
-        Raises FingerprintError for another model's mask, MaskFileError for one that this engine cannot run, OSError if
-        it cannot be written, EngineDead; then nothing has changed.
+        Raises FingerprintError for another model's mask, MaskFileError for a mask that this engine cannot run, OSError
+        if it cannot be written, EngineDead. After an error nothing has changed.
         """
         self.library.fingerprint.require(stored.info.fingerprint, f"mask {stored.name!r}")
         if stored.mask.output is not None and not self._config.outputs:
@@ -320,8 +320,8 @@ class EngineService:
     async def remove_mask(self, name: str, *, save: bool = False) -> None:
         """Remove the mask of exactly this name while serving; requests that use it finish with it.
 
-        save: remove its file, too; a file that holds no usable mask can be removed only so. Raises UnknownMask, OSError
-        if the file cannot be removed (then nothing has changed), EngineDead.
+        save: remove its file, too; the only way to remove a file without a usable mask. Raises UnknownMask, OSError if
+        the file cannot be removed (then nothing has changed), EngineDead.
         """
         await self._whole(self._remove(name, save))
 
@@ -338,7 +338,8 @@ class EngineService:
 
     @staticmethod
     async def _whole(change: Coroutine[Any, Any, None]) -> None:
-        """Run a change to its end, even if the caller is cancelled: half of one would leave processes apart."""
+        """Run a change to its end, even if the caller is cancelled: half a change would leave the processes with
+        different masks."""
         await asyncio.shield(asyncio.ensure_future(change))
 
     def _forget_soon(self) -> None:
@@ -352,7 +353,7 @@ class EngineService:
                     await self._tell_cores(FORGET_METHOD, digests)
 
     async def _tell_cores(self, method: str, *arguments: Any) -> None:
-        """Call a method of `changes` in every engine core."""
+        """Call a method of `live_masks` in every engine core."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
@@ -363,7 +364,7 @@ class EngineService:
     async def generate(
         self, prompt_ids: list[int], sampling: Sampling, mask: ResolvedMask | None, *, stream: bool
     ) -> AsyncGenerator[Step]:
-        """Continue a prompt; with `stream` in steps as they come, otherwise as one step.
+        """Continue a prompt. With `stream` each step is yielded when it is ready, otherwise all as one step.
 
         Raises RejectedRequest, MaskError or EngineDead. Closing the iterator aborts the request.
         """
@@ -442,7 +443,7 @@ class EngineService:
             raise RejectedRequest(str(error.__cause__ or error)) from error
         except (VLLMClientError, ValueError) as error:
             if isinstance(error.__cause__, MaskError):
-                # A new one: to raise the old one again would tie the two into a cycle.
+                # A new error: raising the old one again would make a reference cycle.
                 raise type(error.__cause__)(str(error.__cause__)) from error
             raise RejectedRequest(str(error)) from error
 
@@ -464,11 +465,11 @@ class EngineService:
 
 
 def configured_bos(model_config: Any) -> list[int]:
-    """What the configs in vLLM's `model_config` call the model's BOS, which its tokenizer need not have."""
+    """The BOS token of the model by the configs in vLLM's `model_config`; the tokenizer may have none."""
     configs = (model_config.hf_config, model_config.hf_text_config)
     of_generation = model_config.try_get_generation_config().get("bos_token_id")
-    found = (*(getattr(config, "bos_token_id", None) for config in configs), of_generation)
-    return [token_id for token_id in found if isinstance(token_id, int)]
+    start_tokens = (*(getattr(config, "bos_token_id", None) for config in configs), of_generation)
+    return [token_id for token_id in start_tokens if isinstance(token_id, int)]
 
 
 def _sampled_token(token_id: int, candidates: Any, sampling: Sampling) -> SampledToken:

@@ -33,7 +33,7 @@ class MaskTable:
             table.fill_(1.0)
 
     def assign(self, masks: list[NeuronMask]) -> list[int]:
-        """Row of each mask, filled if it was not resident; rows that no mask of this call needs may be reused.
+        """The row of each mask. A mask that is not resident gets a row that no mask of this call needs.
 
         Raises RuntimeError for more distinct masks than the table has rows.
         """

@@ -1,4 +1,4 @@
-"""MaskGuard: on vLLM's own server, a request that asks for a mask where vLLM would drop it is refused.
+"""MaskGuard: refuses, on vLLM's own server, a request that asks for a mask in a place where vLLM would ignore it.
 
 Most of vLLM's request models ignore fields they do not know, and several routes make sampling parameters of their own,
 so that a mask would be dropped in silence. Of vLLM 0.32, with the first three rows tested route by route:
@@ -18,9 +18,9 @@ so that a mask would be dropped in silence. Of vLLM 0.32, with the first three r
 | embeddings, score, rerank, classify, pooling          | nowhere: they have none                  |
 | all others: tokenize, count_tokens, derender, ...     | nowhere: they run no model               |
 
-A route that is not in `CARRYING` is refused a mask whatever it is, also one of an endpoint plugin. A name counts that
-begins with "crane", wherever it stands; in the query, at the top of a body and in objects that hold parameters also one
-that could be a misspelt mask, as `masks`, `neuron_mask` or `maks`.
+A mask on any route that is not in `CARRYING` is refused, also on a route of an endpoint plugin. Names that begin with
+"crane" count everywhere. In the query, at the top of a body and in objects that hold parameters, names that could be a
+misspelt mask count too, such as `masks`, `neuron_mask` or `maks`.
 """
 
 import json
@@ -53,9 +53,9 @@ CARRYING: Mapping[str, tuple[str, ...]] = {
 """Per route that carries a mask: the object of the body whose keys reach the engine."""
 
 _PREFIX = "crane"
-# Objects that hold parameters, or what a client takes for such. Elsewhere in a body "mask" is somebody's data.
+# Objects that hold parameters, or that a client may take for such. Elsewhere in a body "mask" is data of the user.
 _PARAMETERS = frozenset({"vllm_xargs", "extra_args", "extra_body", "sampling_params", "metadata"})
-# A schema's names are somebody's data too, also if they begin with "crane".
+# The names in a schema are data of the user too, even if they begin with "crane".
 _SCHEMA_NAMES = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 # \u004X to \u007X are letters; no common encoder writes them so.
 _SIGNS = (*(word.encode() for word in OUR_WORDS), b'"position', b"\\u004", b"\\u005", b"\\u006", b"\\u007")
@@ -64,7 +64,8 @@ _OVERLAP_BYTES = 32  # the longest text that `may_ask` looks for, in UTF-32
 
 
 def refusal(path: str, query: str, body: bytes, content_type: str = "application/json") -> str | None:
-    """Why vLLM would ignore a mask that this request asks for, or None if it asks for none or it arrives.
+    """Why vLLM would ignore the mask that this request asks for. None if it asks for no mask, or if the mask takes
+    effect.
 
     path: of the route, without the prefix of a mount. query: raw, without "?". body: JSON, or a form if `content_type`
     says so. Whether the mask exists is for admission to say.
@@ -95,11 +96,11 @@ def _misplaced(path: str, content: Any) -> str | None:
     return None
 
 
-def _reason(path: str, asked: str) -> str:
+def _reason(path: str, name: str) -> str:
     place = CARRYING.get(path.rstrip("/"))
     if place is None:
-        return f"{asked}: {path} cannot run under a mask; /v1/completions can, if it is in vllm_xargs.{MASK_ARGUMENT}"
-    return f"{asked} would be ignored; the place for a mask in {path} is {'.'.join((*place, MASK_ARGUMENT))}"
+        return f"{name}: {path} cannot run under a mask; /v1/completions can, if it is in vllm_xargs.{MASK_ARGUMENT}"
+    return f"{name} would be ignored; the place for a mask in {path} is {'.'.join((*place, MASK_ARGUMENT))}"
 
 
 def may_ask(body: bytes) -> bool:
@@ -109,7 +110,7 @@ def may_ask(body: bytes) -> bool:
 
 
 class _Object(list[tuple[str, Any]]):
-    """A JSON object as pairs: of a name that is given twice, both are seen."""
+    """A JSON object as pairs, so that both values of a duplicate name are seen."""
 
 
 def _json(body: bytes | str) -> Any:
@@ -157,19 +158,19 @@ class Place(NamedTuple):
 
 
 def asking_names(content: Any) -> Iterator[tuple[str, ...]]:
-    """The paths of all names in a JSON document that ask for a mask, rightly or not.
+    """The paths of all names in a JSON document that ask for a mask, in the right place or not.
 
-    Objects are dictionaries, or lists of pairs in which a name that is given twice says so in its path.
+    Objects are dictionaries, or lists of pairs; the path of a duplicate name says that it is one.
     """
     pending: list[tuple[Place | None, Any, bool]] = [(None, content, True)]
     while pending:
         place, value, are_parameters = pending.pop()
         if isinstance(value, dict | _Object):
             pairs = value.items() if isinstance(value, dict) else value
-            given = Counter(name for name, _ in pairs)
+            counts = Counter(name for name, _ in pairs)
             is_tool_call = ("type", "tool_use") in pairs
             for name, child in pairs:
-                inner = Place(place, name + _TWICE if given[name] > 1 else name)
+                inner = Place(place, name + _TWICE if counts[name] > 1 else name)
                 if name.lower().startswith(_PREFIX) or (are_parameters and looks_like_ours(name)):
                     yield inner.path
                 elif name not in _SCHEMA_NAMES and not (is_tool_call and name == "input"):
@@ -183,7 +184,7 @@ def asking_names(content: Any) -> Iterator[tuple[str, ...]]:
 
 
 class MaskGuard:
-    """ASGI middleware: 400 (a websocket is closed) if `refusal` has a reason. Responses pass through as they come.
+    """ASGI middleware: answers 400 (or closes a websocket) if `refusal` has a reason. Responses pass through unchanged.
 
     query: whether query parameters are examined; not needed by an app that translates them into the body.
     """
@@ -265,9 +266,10 @@ def _route(scope: Scope) -> str:
 
 
 def guard(app: Starlette, *, query: bool = True) -> None:
-    """Put a MaskGuard behind all other middleware of an app, in place of the one that may be there.
+    """Put a MaskGuard behind all other middleware of an app. An older one is replaced.
 
-    Behind: authentication comes first, and what other middleware makes of a body is seen.
+    It is the innermost middleware: authentication comes first, and the guard sees bodies as other middleware has
+    changed them.
     """
     guards: Any = MaskGuard
     others = [middleware for middleware in app.user_middleware if middleware.cls is not guards]
@@ -277,7 +279,8 @@ def guard(app: Starlette, *, query: bool = True) -> None:
 
 
 def install() -> None:
-    """Guard each app that vLLM builds, each line of its batch runner, and what beam search and prompts would ignore.
+    """Guard each app that vLLM builds and each line of its batch runner, and refuse masks where beam search and prompts
+    would ignore them.
 
     Runs when the plugin is loaded, and again when a front end is made, for modules imported in between.
     """

@@ -1,8 +1,9 @@
-"""Token ids that the model has no embedding for: a prompt with one is refused; what can never come is not looked for.
+"""Token ids that the model has no embedding for: a prompt with one is refused, and stop tokens among them are dropped.
 
 A tokenizer may know tokens that the model does not. vLLM compares a prompt with the larger of both vocabularies, since
-a placeholder of an image may lie beyond the model's; such an id in a text would end the engine, or be embedded as
-something else. The vocabulary is that of the model's config, which the embedding is checked against when it is loaded.
+a placeholder of an image may lie beyond the model's; such an id in a text would crash the engine, or be embedded as
+another token. The vocabulary is that of the model's config; when the weights are loaded, the embedding is checked
+against it.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +13,8 @@ from typing import Any
 def require_embeddings(vllm_config: Any, request: Any, tokenizer: Any = None) -> None:
     """Raise VLLMValidationError naming the first token of an EngineCoreRequest that the model has no embedding for.
 
-    Placeholders of images and the like, and positions of prompt embeddings, are not looked at: vLLM embeds them
-    otherwise. tokenizer: to name the token by its text, too.
+    Placeholders of images and the like, and positions of prompt embeddings, are not checked: vLLM embeds them
+    otherwise. tokenizer: to give the token's text in the message, too.
     """
     token_ids = request.prompt_token_ids
     vocabulary = _vocabulary(vllm_config.model_config)
@@ -32,7 +33,7 @@ def require_embeddings(vllm_config: Any, request: Any, tokenizer: Any = None) ->
 
 
 def validate_token_ids(original: Callable[..., None], self: Any, token_ids: Sequence[int], **arguments: Any) -> None:
-    """In place of a renderer's own: says what the vocabulary is when an id is in neither."""
+    """Replaces the renderer's own check: the error for an id in neither vocabulary says how large the vocabulary is."""
     from vllm.exceptions import VLLMValidationError
 
     try:
@@ -46,7 +47,7 @@ def validate_token_ids(original: Callable[..., None], self: Any, token_ids: Sequ
 
 
 def drop_impossible(vllm_config: Any, sampling_params: Any) -> None:
-    """Take stop tokens and bad words that the model can never produce out of a request's own sampling parameters.
+    """Remove stop tokens and bad words that the model can never produce from a request's own sampling parameters.
 
     A tokenizer's end token may be one of them. vLLM would index the logits with it.
     """

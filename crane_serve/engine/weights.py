@@ -1,4 +1,4 @@
-"""vLLM reads the very weights that the fingerprint was taken of, and all that the model needs."""
+"""Ensures that vLLM reads the weights that the fingerprint was made from, and all weights that the model needs."""
 
 from pathlib import Path
 from typing import Any
@@ -11,25 +11,25 @@ _FORMATS = ("auto", "hf", "safetensors")
 
 
 def require_same_weights(vllm_config: Any, checkpoint: Path) -> None:
-    """Settle what vLLM 0.32 loads, before any process starts.
+    """Determine which files vLLM 0.32 loads, before any process starts.
 
-    By itself it reads `consolidated*.safetensors` where there is one, and without an index all weights in the
-    directory; and it leaves a tensor that the checkpoint lacks as the memory was. Raises CheckpointError naming the
-    files that it would read beside the model's, or the tensors that are missing.
+    By itself vLLM reads `consolidated*.safetensors` if they exist, and without an index all weights in the directory; a
+    tensor that the checkpoint lacks stays uninitialised. Raises CheckpointError naming the files that it would read
+    beside the model's, or the tensors that are missing.
     """
     load_config = vllm_config.load_config
     if load_config.load_format not in _FORMATS:
         return
     if load_config.load_format == "auto":
         load_config.load_format = "hf"
-    mine, read = set(weight_files(checkpoint)), _read(load_config, checkpoint)
-    if others := sorted(file.name for file in read - mine):
+    ours, theirs = set(weight_files(checkpoint)), _read(load_config, checkpoint)
+    if others := sorted(file.name for file in theirs - ours):
         raise CheckpointError(
             f"{checkpoint}: vLLM would also read {', '.join(others)}, which is not among the model's weights "
-            f"({', '.join(sorted(file.name for file in mine))}); move it elsewhere"
+            f"({', '.join(sorted(file.name for file in ours))}); move it elsewhere"
         )
-    if left := sorted(file.name for file in mine - read):
-        raise CheckpointError(f"{checkpoint}: vLLM would not read {', '.join(left)}, which holds the model's weights")
+    if unread := sorted(file.name for file in ours - theirs):
+        raise CheckpointError(f"{checkpoint}: vLLM would not read {', '.join(unread)}, which holds the model's weights")
     require_weights_of(checkpoint)
 
 

@@ -1,4 +1,4 @@
-"""The life of the server process: start, serve, drain, stop; and what its exit code says."""
+"""The life of the server process: start, serve, drain, stop; and its exit codes."""
 
 import asyncio
 import logging
@@ -22,7 +22,7 @@ STOPPED, FAILED = 0, 1
 """Exit codes: of a server that was asked to stop, and of one that could not start or whose engine has died."""
 
 MAX_HEAD_BYTES = 64 * 2**10
-"""Longest head of a request; one that has not ended may come to this and one read of the socket."""
+"""Longest head of a request; an unfinished head may be longer by one read of the socket."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG = 2048
@@ -38,9 +38,9 @@ _log = logging.getLogger("crane.serve")
 def run(app: FastAPI, settings: ServeSettings) -> int:
     """Serve `app` until a signal or the death of its engine ends it; the exit code.
 
-    On SIGTERM or SIGINT nothing more is admitted, requests under way have `drain_timeout_s` to end, and what is left
-    is answered with a 503; a second signal ends the wait. A signal before the engine has started gives up the start.
-    Uses `gate`, `lifelines` and `engine` of the application's state. Must be called in the main thread.
+    On SIGTERM or SIGINT nothing more is admitted, requests under way have `drain_timeout_s` to end, and the rest are
+    answered with a 503. A second signal ends the wait. A signal before the engine has started ends the start. Uses
+    `gate`, `lifetimes` and `engine` of the application's state. Must be called in the main thread.
     """
     _raise_file_limit()
     try:
@@ -56,7 +56,8 @@ def run(app: FastAPI, settings: ServeSettings) -> int:
 
 
 class _GivenUp(SystemExit):
-    """A signal while the engine was starting; passes through whatever starts it."""
+    """A signal while the engine was starting. Not an Exception, so that the code that starts the engine does not catch
+    it."""
 
 
 def _give_up() -> None:
@@ -76,7 +77,7 @@ _OnSignal = Callable[[Callable[[], None]], None]
 
 @contextmanager
 def _signals(first: Callable[[], None]) -> Iterator[_OnSignal]:
-    """Call `first` on each signal, or what has last been given to the function that this yields."""
+    """Call a handler on each signal: `first`, until another is passed to the function that this yields."""
     current = first
 
     def call(number: int, frame: FrameType | None) -> None:
@@ -97,7 +98,7 @@ def _signals(first: Callable[[], None]) -> Iterator[_OnSignal]:
 
 class _Server(uvicorn.Server):
     def capture_signals(self) -> Any:
-        """Leave signals alone; uvicorn would end the process by the signal it has got, whatever the drain."""
+        """Does not handle signals: uvicorn's own handling would end the process during the drain."""
         return nullcontext()
 
 
@@ -113,7 +114,7 @@ class _Life:
     async def serve(self, on_signal: _OnSignal) -> int:
         """The exit code. Raises what the start of the engine raises, OSError if the address cannot be had."""
         if self._settings.port:
-            self._listen().close()  # rather than to find out when the engine has started
+            self._listen().close()  # so that an address in use is an error now, and not after the engine has started
         loop = asyncio.get_running_loop()
         async with self._app.router.lifespan_context(self._app):
             on_signal(lambda: _soon(loop, self._signalled))
@@ -175,10 +176,10 @@ class _Life:
             await asyncio.sleep(_POLL_S)
 
     async def _drain(self, death: asyncio.Task[None]) -> None:
-        lifelines, timeout_s = self._app.state.lifelines, self._settings.drain_timeout_s
+        lifetimes, timeout_s = self._app.state.lifetimes, self._settings.drain_timeout_s
         self._app.state.gate.closed = True
-        _log.info("shutting down", extra={"requests": lifelines.active, "drain_timeout_s": timeout_s})
-        idle, hurry = asyncio.create_task(lifelines.idle()), asyncio.create_task(self._hurry.wait())
+        _log.info("shutting down", extra={"requests": lifetimes.active, "drain_timeout_s": timeout_s})
+        idle, hurry = asyncio.create_task(lifetimes.idle()), asyncio.create_task(self._hurry.wait())
         await asyncio.wait({idle, hurry, death}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         drained = idle.done()
         idle.cancel()
@@ -186,23 +187,23 @@ class _Life:
         if death.done():
             return
         if drained:
-            await asyncio.sleep(_GRACE_S)  # for clients on open connections that ask just now
+            await asyncio.sleep(_GRACE_S)  # for clients that are just sending a request on an open connection
         else:
-            _log.warning("requests are ended", extra={"requests": lifelines.active})
-        lifelines.end_all(
+            _log.warning("requests are ended", extra={"requests": lifetimes.active})
+        lifetimes.end_all(
             ApiError(503, "shutting_down", "the server is shutting down", headers={"Connection": "close"})
         )
 
     async def _announce_death(self) -> None:
-        _log.error("the engine has died", extra={"requests": self._app.state.lifelines.active})
+        _log.error("the engine has died", extra={"requests": self._app.state.lifetimes.active})
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._app.state.lifelines.idle(), _DEATH_ANSWERS_S)
-        self._app.state.lifelines.end_all(EngineDead("the engine has died"))
+            await asyncio.wait_for(self._app.state.lifetimes.idle(), _DEATH_ANSWERS_S)
+        self._app.state.lifetimes.end_all(EngineDead("the engine has died"))
         await asyncio.sleep(_DEATH_NOTICE_S)
 
 
 def _raise_file_limit() -> None:
-    """Let the process have as many connections as the system allows it."""
+    """Raise the process's limit of open files, and so of connections, as far as the system allows."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # what "unlimited" means to the kernel may be less
+    with suppress(ValueError, OSError):  # the kernel's own limit may be lower than "unlimited"
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -20,7 +20,7 @@ def configure_logging(log_format: LogFormat, level: LogLevel) -> None:
     """Write the lines of the service and of uvicorn to stderr, and nowhere else.
 
     JSON: one object a line with time (UTC, ISO 8601), level, logger, message, the record's extra fields, and exc_info.
-    Text: one line with the extra fields as name=value; a traceback stands below it, set off.
+    Text: one line with the extra fields as name=value; a traceback follows below it, indented.
     """
     handler = logging.StreamHandler(sys.stderr)
     kind = _JsonFormatter if log_format is LogFormat.JSON else _TextFormatter
@@ -44,7 +44,7 @@ def _time(record: logging.LogRecord) -> str:
 
 
 def _no_fields() -> frozenset[str]:
-    """What a record has beside the extra fields of the caller; other libraries add to it for every record."""
+    """The attributes of a record that are not the caller's extra fields; other libraries add some to every record."""
     bare = vars(logging.makeLogRecord({}))
     return frozenset({*RESERVED_ATTRS, *bare, "color_message"})  # uvicorn's message once more, with terminal colours
 
@@ -52,8 +52,8 @@ def _no_fields() -> frozenset[str]:
 class _JsonFormatter(JsonFormatter):
     def __init__(self, no_fields: Collection[str]) -> None:
         names = {"levelname": "level", "name": "logger"}
-        shown = ["time", "levelname", "name", "message"]
-        super().__init__(shown, rename_fields=names, reserved_attrs=list(no_fields))
+        fields = ["time", "levelname", "name", "message"]
+        super().__init__(fields, rename_fields=names, reserved_attrs=list(no_fields))
 
     def format(self, record: logging.LogRecord) -> str:
         record.time = _time(record)
@@ -76,7 +76,7 @@ class _TextFormatter(logging.Formatter):
 
 
 def _value(value: Any) -> str:
-    """A value that ends where it seems to: in quotes if it holds blanks, quotes or an equals sign."""
+    """A value with a clear end: in quotes if it contains blanks, quotes or an equals sign."""
     text = str(value)
     if text and not any(sign in ' "=\\' or not sign.isprintable() for sign in text):
         return text

@@ -15,20 +15,20 @@ _METAVARS = {int: "<int>", float: "<float>", Path: "<path>"}
 
 
 def with_options(settings: type[BaseModel], leave: Collection[str]) -> Callable[[Callable[..., _R]], Callable[..., _R]]:
-    """Give a command that takes `**given` an option for each field of `settings` but those in `leave`.
+    """Give a command that takes `**options` an option for each field of `settings` except those in `leave`.
 
-    An option that is not used is None. Values stay strings: the model reads them, so every source is checked alike.
-    A field that is true or false has two flags without a value, --name and --no-name.
+    An option that is not used is None. Values stay strings, which the model parses, so that every source is checked in
+    the same way. A field that is true or false has two flags without a value, --name and --no-name.
     """
 
     def decorate(command: Callable[..., _R]) -> Callable[..., _R]:
-        written = [
+        own = [
             parameter
             for parameter in inspect.signature(command, eval_str=True).parameters.values()
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
-        made = [_parameter(name, field) for name, field in settings.model_fields.items() if name not in leave]
-        parameters = [*written, *made]
+        of_settings = [_parameter(name, field) for name, field in settings.model_fields.items() if name not in leave]
+        parameters = [*own, *of_settings]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return command

@@ -61,7 +61,7 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
-class Source(StrEnum):
+class SettingSource(StrEnum):
     """Where a setting comes from; the first that has it wins."""
 
     FLAG = "flag"
@@ -72,7 +72,7 @@ class Source(StrEnum):
 class SettingError(ValueError):
     """A setting that is missing, unknown or out of range; `source` is None for one that is missing."""
 
-    def __init__(self, message: str, setting: str, source: Source | None) -> None:
+    def __init__(self, message: str, setting: str, source: SettingSource | None) -> None:
         super().__init__(message)
         self.setting, self.source = setting, source
 
@@ -137,7 +137,8 @@ class ServeSettings(ApiSettings, BaseSettings):
     ssl_certfile: Path | None = Field(default=None, description="Certificate, to serve over TLS")
     ssl_keyfile: Path | None = Field(default=None, description="Key of the certificate")
     engine_flags: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_as_in_a_shell)] = Field(
-        default=(), description="Flags of vLLM; those of the command line replace all of a lower source"
+        default=(),
+        description="Flags of vLLM; any on the command line replace all flags from the environment or a file",
     )
 
     @field_validator("masks")
@@ -151,7 +152,7 @@ class ServeSettings(ApiSettings, BaseSettings):
     @classmethod
     def _has_a_certificate(cls, key: Path | None, info: ValidationInfo) -> Path | None:
         if key is not None and info.data.get("ssl_certfile") is None:
-            raise ValueError("expected ssl_certfile beside it")
+            raise ValueError("expected ssl_certfile, too")
         return key
 
 
@@ -160,7 +161,7 @@ class LoadedSettings:
     """Settings, and where each that is not at its default comes from."""
 
     settings: ServeSettings
-    sources: Mapping[str, Source]
+    sources: Mapping[str, SettingSource]
 
 
 def load_settings(flags: Mapping[str, Any], file: Path | None = None) -> LoadedSettings:
@@ -184,14 +185,14 @@ def load_settings(flags: Mapping[str, Any], file: Path | None = None) -> LoadedS
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return (init_settings, env_settings, *([] if of_file is None else [of_file]))
 
-    given: dict[str, Source] = dict.fromkeys(of_file() if of_file is not None else (), Source.FILE)
-    given |= dict.fromkeys(EnvSettingsSource(ServeSettings)(), Source.ENVIRONMENT)
-    given |= dict.fromkeys(flags, Source.FLAG)
+    sources: dict[str, SettingSource] = dict.fromkeys(of_file() if of_file is not None else (), SettingSource.FILE)
+    sources |= dict.fromkeys(EnvSettingsSource(ServeSettings)(), SettingSource.ENVIRONMENT)
+    sources |= dict.fromkeys(flags, SettingSource.FLAG)
     try:
         settings = Settings(**flags)
     except ValidationError as error:
-        raise _explain(error, given, file) from None
-    return LoadedSettings(settings, given)
+        raise _explain(error, sources, file) from None
+    return LoadedSettings(settings, sources)
 
 
 def _read(file: Path) -> PydanticBaseSettingsSource:
@@ -202,24 +203,26 @@ def _read(file: Path) -> PydanticBaseSettingsSource:
         raise ValueError(f"configuration {file} does not exist")
     try:
         return kind(ServeSettings, file)
-    except Exception as error:  # each format has errors of its own; YAML's quotes the line, which may hold a key
+    except Exception as error:  # each format has errors of its own; YAML's error quotes the line, which may hold a key
         mark = getattr(error, "problem_mark", None)
         problem = str(error) if mark is None else f"{getattr(error, 'problem', '')}, line {mark.line + 1}"
         raise ValueError(f"configuration {file}: not a readable mapping: {problem}") from None
 
 
-def _explain(error: ValidationError, given: Mapping[str, Source], file: Path | None) -> SettingError:
+def _explain(error: ValidationError, sources: Mapping[str, SettingSource], file: Path | None) -> SettingError:
     problems = error.errors(include_url=False)
     name = str(problems[0]["loc"][0])
-    source = given.get(name)
+    source = sources.get(name)
     unknown = [str(problem["loc"][0]) for problem in problems if problem["type"] == "extra_forbidden"]
     if unknown:
-        return SettingError(f"configuration {file}: unknown settings: {', '.join(unknown)}", unknown[0], Source.FILE)
+        return SettingError(
+            f"configuration {file}: unknown settings: {', '.join(unknown)}", unknown[0], SettingSource.FILE
+        )
     variable = f"{ENVIRONMENT_PREFIX}{name.upper()}"
     if problems[0]["type"] == "missing":
         return SettingError(f"{name} is not given, neither as a flag nor as {variable} nor in a file", name, None)
     message = problems[0]["msg"].removeprefix("Value error, ")
-    found = "" if name in SECRETS else f", found {str(problems[0]['input'])!r}"
-    places = {Source.FLAG: "a flag", Source.ENVIRONMENT: variable, Source.FILE: str(file)}
+    actual = "" if name in SECRETS else f", found {str(problems[0]['input'])!r}"
+    places = {SettingSource.FLAG: "a flag", SettingSource.ENVIRONMENT: variable, SettingSource.FILE: str(file)}
     place = "its default" if source is None else places[source]
-    return SettingError(f"{name}: {message}{found} (from {place})", name, source)
+    return SettingError(f"{name}: {message}{actual} (from {place})", name, source)

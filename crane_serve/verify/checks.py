@@ -1,4 +1,4 @@
-"""What each check expects. Pure functions over answers: no engine, no files, no clock."""
+"""What each check expects. Pure functions of answers: no engine, no files, no clock."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,12 +22,12 @@ ALL = (ENGINES, LAYERS, NEIGHBOURS, MIXED, IDLE, CACHE, DECODING, REFERENCE, THR
 
 FLOAT32_LIMIT = 1e-3  # nats per token
 LOW_PRECISION_LIMIT = 0.05  # nats per token, bfloat16 and float16
-UNMASKED_FACTOR = 3  # how much further off than the unmasked model a masked one may be in low precision
+UNMASKED_FACTOR = 3  # a masked model in low precision may be further off than the unmasked one, by this factor
 ROUNDING_FACTOR = 2  # over what transformers itself loses to the low precision under the same mask
-EFFECT_FACTOR = 10  # how much larger than the differences a mask's effect must be, or the check shows nothing
+EFFECT_FACTOR = 10  # a mask's effect must exceed the differences by this factor, or the check shows nothing
 NOISE_FACTOR = 4  # over the largest difference of two equal runs, where an engine does not repeat its bits
 SLOWEST = 0.8
-STEADY = 1.5  # how much faster than the slowest of equal runs the fastest may be
+STEADY = 1.5  # the fastest of equal runs may be faster than the slowest by this factor
 
 Logprobs = Sequence[float]  # nats, one per token
 Batch = Sequence[Answer]
@@ -69,8 +69,8 @@ def engines_lived(problems: Mapping[str, str | None]) -> Check:
 
 
 def _verdict(name: str, problems: Sequence[str], measured: str, limit: str) -> Check:
-    shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-    return Check(name, Status.FAIL if problems else Status.PASS, measured, limit, shown)
+    summary = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+    return Check(name, Status.FAIL if problems else Status.PASS, measured, limit, summary)
 
 
 def largest_difference(left: Logprobs, right: Logprobs) -> float:
@@ -103,7 +103,7 @@ class Repeat:
         if list(first) == list(again):
             return cls(True, 0.0)
         noise = max(largest_difference(a.prompt_logprobs, b.prompt_logprobs) for a, b in zip(first, again, strict=True))
-        # Noise beyond all rounding is a defect, and must not excuse others.
+        # Noise that rounding cannot explain is a defect, and must not hide other defects.
         return cls(False, NOISE_FACTOR * noise if noise <= LOW_PRECISION_LIMIT else 0.0)
 
     def apart(self, left: Answer, right: Answer) -> float:
@@ -243,7 +243,7 @@ def idle_equals_plain(plain: Batch, again: Batch, idle: Batch) -> Check:
 
 @dataclass(frozen=True)
 class Visit:
-    """A prompt's answer under a mask without a salt of the client's: in the order in which they were asked."""
+    """The answer to a prompt under a mask, without a salt of the client."""
 
     mask: str | None
     answer: Answer
@@ -264,14 +264,14 @@ def prefix_cache_kept_apart(
     """
     repeat = Repeat.of([cold[None]], [again])
     problems: list[str] = []
-    seen: set[str | None] = set()
+    earlier: set[str | None] = set()
     worst = 0.0
     reference_drift = _drift(cold[None], warm[None])
     for number, visit in enumerate(visits):
-        what = f"run {number} (mask {visit.mask!r}, {'again' if visit.mask in seen else 'first'})"
+        what = f"run {number} (mask {visit.mask!r}, {'again' if visit.mask in earlier else 'first'})"
         cached = visit.answer.cached
-        alike = warm[visit.mask] if visit.mask in seen else cold[visit.mask]
-        if visit.mask in seen:
+        alike = warm[visit.mask] if visit.mask in earlier else cold[visit.mask]
+        if visit.mask in earlier:
             if cached == 0:
                 problems.append(f"{what}: expected cached tokens of its own, got none")
         elif cached > 0:
@@ -285,7 +285,7 @@ def prefix_cache_kept_apart(
             problems.append(
                 f"{what}: expected the answer of a run of its own within {limit:.2g} nats, got {_nats(apart)}"
             )
-        seen.add(visit.mask)
+        earlier.add(visit.mask)
     for mask, answer in cold.items():
         if answer.cached:
             problems.append(f"a cold run under mask {mask!r}: expected no cached tokens, got {answer.cached}")
@@ -308,7 +308,8 @@ def prefix_cache_kept_apart(
 
 
 def _drift(left: Answer, right: Answer) -> float:
-    """Mean difference up to the first token that differs, nearly equal there if only rounding parts the two."""
+    """The mean difference up to the first token that differs; at that token it is small if only rounding makes the two
+    differ."""
     same = next(
         (i for i, pair in enumerate(zip(left.tokens, right.tokens, strict=True)) if pair[0] != pair[1]),
         len(left.tokens) - 1,
@@ -329,9 +330,10 @@ def reads_back(
     *,
     exact: bool,
 ) -> Check:
-    """Per mask: tokens as they were generated one by one, and scored as part of a prompt, with the mask and without.
+    """Per mask: tokens generated one by one, and the same tokens scored as part of a prompt, with the mask and without.
 
-    Generating and reading run different graphs, and so may fail apart. exact: whether the engine computes in float32.
+    Generating and scoring run different graphs, so one of them may fail alone. exact: whether the engine computes in
+    float32.
     """
     differences = {mask: mean_difference(generated[mask], scored[mask]) for mask in generated}
     effects = {mask: mean_difference(generated[mask], unmasked[mask]) for mask in generated if mask is not None}
@@ -348,9 +350,10 @@ def agrees_with_reference(
 ) -> Check:
     """Per mask, log-probabilities of the same texts from the engine and from transformers.
 
-    exact: whether both compute in float32; strong: the masks whose effect must dwarf the differences; rounded: those of
-    transformers in low precision, where `theirs` are in float32. A model whose neurons are switched off can be far more
-    sensitive to rounding than it was, so what transformers loses to it is the measure of what the engine may.
+    exact: whether both compute in float32; strong: the masks whose effect must be much larger than the differences;
+    rounded: log-probabilities of transformers in low precision, if `theirs` are in float32. A model with neurons
+    switched off can be far more sensitive to rounding. So the rounding error of transformers is the measure of the
+    error that the engine may have.
     """
     differences = {mask: mean_difference(ours[mask], theirs[mask]) for mask in theirs}
     effects = {mask: mean_difference(theirs[None], theirs[mask]) for mask in strong}
@@ -400,23 +403,23 @@ def throughput(
 ) -> Check:
     """Tokens per second of repeated runs: without the plugin (None if that did not run), and with it.
 
-    idle, one, mixed [repetitions] were run in turn and are compared so; `plain` is from another process. Where equal
-    runs differ too much, slowness shows nothing.
+    idle, one, mixed: [repetitions], run in turn, and compared run by run; plain: from another process. If equal runs
+    differ too much, the check is skipped.
     """
     ratios = {
         "one mask / idle": median(masked / rate for masked, rate in zip(one, idle, strict=True)),
         "mixed masks / idle": median(masked / rate for masked, rate in zip(mixed, idle, strict=True)),
     }
     if plain is not None:
-        # The best of each: two processes one after the other do not meet the same disturbances.
+        # The best of each: disturbances differ between two processes that run one after the other.
         ratios = {"idle / no plugin (another process, not interleaved)": max(idle) / max(plain), **ratios}
     problems = [
         f"{what}: expected a ratio of {SLOWEST} or more, got {ratio:.3f}"
         for what, ratio in ratios.items()
         if not ratio >= SLOWEST
     ]
-    shown = ", ".join(f"{what} {ratio:.3f}" for what, ratio in ratios.items())
+    summary = ", ".join(f"{what} {ratio:.3f}" for what, ratio in ratios.items())
     spread = max(max(rates) / min(rates) for rates in (plain or idle, idle, one, mixed))
     if problems and spread > STEADY:
-        return skipped(THROUGHPUT, f"the machine is busy: equal runs differ by a factor of {spread:.1f}; {shown}")
-    return _verdict(THROUGHPUT, problems, f"{batch}: {median(idle):.0f} tokens/s idle; {shown}", f"{SLOWEST}")
+        return skipped(THROUGHPUT, f"the machine is busy: equal runs differ by a factor of {spread:.1f}; {summary}")
+    return _verdict(THROUGHPUT, problems, f"{batch}: {median(idle):.0f} tokens/s idle; {summary}", f"{SLOWEST}")

@@ -20,11 +20,11 @@ def verify(
     """
     from crane_serve.common.atomic import write_atomically
     from crane_serve.common.bars import bar
-    from crane_serve.verify.session import Wishes, run
+    from crane_serve.verify.session import VerifyOptions, run
 
-    wishes = Wishes(model, masks, not no_reference, not no_throughput, tuple(context.args))
-    with bar("verify", "steps", f"{model} by transformers, by vLLM and with masks", on_terminal=False) as shown:
-        result = run(wishes, shown.say)
+    options = VerifyOptions(model, masks, not no_reference, not no_throughput, tuple(context.args))
+    with bar("verify", "steps", f"{model} by transformers, by vLLM and with masks", on_terminal=False) as progress_bar:
+        result = run(options, progress_bar.say)
     for line in result.lines():
         typer.echo(line)
     if report is not None:

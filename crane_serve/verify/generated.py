@@ -1,4 +1,4 @@
-"""The masks that are tried: some made for the purpose, and the user's own."""
+"""The masks of a verification: generated ones, and the user's own."""
 
 import random
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ class TrialMasks:
     """Names of the masks of a trial directory.
 
     layers: each switches all neurons of one layer off; slices: each switches one part of every layer off, so that with
-    tensor parallelism every rank has some of its own; random: some of every layer; given: the user's;
-    unusable: messages about files of the user's.
+    tensor parallelism every rank has some of its own; random: some of every layer; from_user: the user's; unusable:
+    messages about the user's files that cannot be used.
     """
 
     layers: tuple[str, ...]
     slices: tuple[str, ...]
     random: tuple[str, ...]
-    given: tuple[str, ...] = ()
+    from_user: tuple[str, ...] = ()
     unusable: tuple[str, ...] = ()
 
 
@@ -33,10 +33,10 @@ def write_trial_masks(directory: Path, fingerprint: Fingerprint, masks: Path | N
 
     Raises MaskFileError if `masks` is not a directory or holds a name that generated masks have.
     """
-    given = None if masks is None else MaskLibrary.load(masks, fingerprint)
+    library = None if masks is None else MaskLibrary.load(masks, fingerprint)
     directory.mkdir(exist_ok=True)
-    if given is not None and masks is not None:
-        for name in given.masks:
+    if library is not None and masks is not None:
+        for name in library.masks:
             if name.startswith(_PREFIX):
                 raise MaskFileError(f"{masks}: mask {name!r} has a name that `crane verify` uses itself; rename it")
             (directory / f"{name}.safetensors").symlink_to((masks / f"{name}.safetensors").resolve())
@@ -62,8 +62,8 @@ def write_trial_masks(directory: Path, fingerprint: Fingerprint, masks: Path | N
         slices=tuple(write(f"slice-{number}", part(number)) for number in range(_SLICES)),
         random=tuple(write(f"random-{number}", sample()) for number in range(_RANDOM)),
         # A mask that scales nothing has no effect to look for.
-        given=tuple(name for name, stored in given.masks.items() if _scales(stored.mask)) if given else (),
-        unusable=tuple(given.invalid.values()) if given else (),
+        from_user=tuple(name for name, stored in library.masks.items() if _scales(stored.mask)) if library else (),
+        unusable=tuple(library.invalid.values()) if library else (),
     )
 
 

@@ -1,4 +1,4 @@
-"""What goes into the processes of a verification, and what comes out of them: JSON files."""
+"""The input and the results of the processes of a verification, as JSON files."""
 
 import json
 from collections.abc import Mapping
@@ -18,7 +18,8 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Plain:
-    """What vLLM gives without the plugin: the unmasked batch, again, and tokens per second if asked for."""
+    """Results of vLLM without the plugin: the unmasked batch, the same batch again, and tokens per second if they are
+    measured."""
 
     batch: tuple[Answer, ...]
     again: tuple[Answer, ...]
@@ -39,8 +40,9 @@ class Reference:
     rounded: tuple[tuple[tuple[float, ...], ...], ...] | None = None
 
 
-class Plan(BaseModel):
-    """What a process has to do. outcome: where its results go; plain, reference: those of earlier processes, if any."""
+class ProcessPlan(BaseModel):
+    """The input of a process. outcome: the file for its results; plain, reference: the result files of earlier
+    processes, if any."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -57,7 +59,7 @@ class Plan(BaseModel):
     reference: Path
 
     @classmethod
-    def load(cls, path: Path) -> "Plan":
+    def load(cls, path: Path) -> "ProcessPlan":
         """The plan in a file. Raises pydantic's ValidationError, a ValueError, for anything else."""
         return cls.model_validate_json(path.read_text())
 
@@ -67,7 +69,7 @@ class Plan(BaseModel):
 
 
 class Outcome:
-    """A file of results, written one by one, so that those of a process that died are not lost."""
+    """A file of results, written one by one, so that the results of a process that died are not lost."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -76,7 +78,7 @@ class Outcome:
         """Append results by name: facts, check, plain, reference or error."""
         plain = {name: asdict(value) if is_dataclass(value) else value for name, value in results.items()}  # type: ignore[arg-type]
         with self._path.open("a") as file:
-            file.write(json.dumps(plain) + "\n")  # numbers that are not finite survive Python's own JSON
+            file.write(json.dumps(plain) + "\n")  # Python's own JSON keeps numbers that are not finite
 
     @property
     def error(self) -> str | None:

@@ -29,7 +29,7 @@ def long_prompt(encode: Encode, tokens: int) -> tuple[int, ...]:
 
 
 def batch(encode: Encode, max_tokens: int) -> list[Request]:
-    """Prompts and completions of many lengths, so that one step holds prefill, its chunks, and decoding.
+    """Prompts and completions of many lengths, so that one step has whole prefills, chunks of prefills, and decoding.
 
     max_tokens: the longest sequence that the engine takes. Long prompts are not scored: their logits would be large.
     """
@@ -50,7 +50,8 @@ def throughput_batch(encode: Encode, generated: int) -> list[Request]:
 
 
 def masked(requests: Sequence[Request], masks: Sequence[str | None], run: str) -> list[Request]:
-    """The batch with a mask for each request, and salts that let no request find blocks of another or of other runs."""
+    """The batch with a mask for each request, and with salts, so that no request reuses cached blocks of another
+    request or run."""
     return [
         replace(request, mask=mask, salt=f"verify-{run}-{index}")
         for index, (request, mask) in enumerate(zip(requests, masks, strict=True))

@@ -16,10 +16,10 @@ from crane_serve.common.models.families import available, layer_lists
 from crane_serve.common.models.load import load_causal_lm, load_tokenizer
 from crane_serve.common.models.vocabulary import require_known
 from crane_serve.verify import probes
-from crane_serve.verify.plan import Outcome, Plan, Reference, describe
+from crane_serve.verify.plan import Outcome, ProcessPlan, Reference, describe
 
 _FLOAT32_PARAMETERS = 1_000_000_000
-_GIVEN = 3  # of the user's masks
+_USER_MASKS = 3  # of the user's masks
 # The projection whose inputs are a layer's neurons; not those of a vision tower.
 _PROJECTION = re.compile(
     rf"(?:^|\.)(?:{layer_lists()})\.(\d+)\.(?:{'|'.join(sorted({re.escape(f.down) for f in available().values()}))})$"
@@ -27,7 +27,7 @@ _PROJECTION = re.compile(
 _OTHER_TOWERS = ("vision", "visual", "audio")
 
 
-def measure_reference(plan: Plan) -> Reference:
+def measure_reference(plan: ProcessPlan) -> Reference:
     """Score the texts of `probes` under the plan's masks.
 
     Raises ValueError for a model with other MLPs, CheckpointError for one that transformers cannot load whole.
@@ -44,7 +44,7 @@ def measure_reference(plan: Plan) -> Reference:
     texts = tuple(tuple(tokenizer.encode(text)) for text in probes.TEXTS)
     for number, text in enumerate(texts, start=1):
         require_known(tokenizer, text, len(model.get_input_embeddings().weight), f"text {number} of the check")
-    masks: list[str | None] = [None, *plan.masks.random, *plan.masks.given[:_GIVEN]]
+    masks: list[str | None] = [None, *plan.masks.random, *plan.masks.from_user[:_USER_MASKS]]
 
     def scores() -> tuple[tuple[tuple[float, ...], ...], ...]:
         scaled = [None if name is None else library.masks[name].mask for name in masks]
@@ -61,17 +61,17 @@ def measure_reference(plan: Plan) -> Reference:
 
 def find_projections(model: nn.Module, layers: int) -> list[nn.Module]:
     """The projection behind the neurons, per layer. Raises ValueError unless there is exactly one in each."""
-    found: dict[int, nn.Module] = {}
+    projections: dict[int, nn.Module] = {}
     names = []
     for name, module in model.named_modules():
         match = _PROJECTION.search(name)
         if match is None or any(tower in name for tower in _OTHER_TOWERS):
             continue
         names.append(name)
-        found[int(match.group(1))] = module
-    if len(names) != layers or sorted(found) != list(range(layers)):
+        projections[int(match.group(1))] = module
+    if len(names) != layers or sorted(projections) != list(range(layers)):
         raise ValueError(f"transformers' model has {len(names)} MLP projections {names[:2]}, expected {layers}")
-    return [found[layer] for layer in range(layers)]
+    return [projections[layer] for layer in range(layers)]
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def _score(
 
 def main(plan_file: str) -> int:
     """Score and record; returns the exit code."""
-    plan = Plan.load(Path(plan_file))
+    plan = ProcessPlan.load(Path(plan_file))
     try:
         Outcome(plan.outcome).record(reference=measure_reference(plan))
     except Exception as error:  # a model that does not fit, or that transformers does not know

@@ -19,7 +19,7 @@ from crane_serve.common.models.resolve import resolve_checkpoint
 from crane_serve.verify import checks
 from crane_serve.verify.checks import Check
 from crane_serve.verify.generated import write_trial_masks
-from crane_serve.verify.plan import Outcome, Plan
+from crane_serve.verify.plan import Outcome, ProcessPlan
 from crane_serve.verify.report import Report
 
 WORKER, REFERENCE = "crane_serve.verify.worker", "crane_serve.verify.reference"
@@ -30,8 +30,8 @@ Launch = Callable[[str, Path, Mapping[str, str], Path], str | None]
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What a verification is to look at. flags: vLLM's own engine flags."""
+class VerifyOptions:
+    """The options of a verification. flags: vLLM's own engine flags."""
 
     model: str
     masks: Path | None = None
@@ -40,18 +40,18 @@ class Wishes:
     flags: tuple[str, ...] = ()
 
 
-def run(wishes: Wishes, progress: Callable[[str], None], launch: Launch | None = None) -> Report:
+def run(options: VerifyOptions, progress: Callable[[str], None], launch: Launch | None = None) -> Report:
     """Start the processes in turn, each with the whole machine to itself, and gather their checks.
 
     Raises ValueError for a model without fingerprint or with missing weights, and for masks that cannot be tried.
     launch: runs a module with a plan, an environment and a log, and returns what went wrong, if anything.
     """
-    checkpoint = resolve_checkpoint(wishes.model)
+    checkpoint = resolve_checkpoint(options.model)
     fingerprint = Fingerprint.of(checkpoint)
     require_weights_of(checkpoint)
     scratch = Path(tempfile.mkdtemp(prefix="crane-verify-"))
     try:
-        report = _run(wishes, checkpoint, fingerprint, scratch, progress, launch or run_process)
+        report = _run(options, checkpoint, fingerprint, scratch, progress, launch or run_process)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -62,7 +62,7 @@ def run(wishes: Wishes, progress: Callable[[str], None], launch: Launch | None =
 
 
 def _run(
-    wishes: Wishes,
+    options: VerifyOptions,
     checkpoint: Path,
     fingerprint: Fingerprint,
     scratch: Path,
@@ -70,56 +70,56 @@ def _run(
     launch: Launch,
 ) -> Report:
     started = time.monotonic()
-    asked = _asked(wishes.flags)
-    masks = write_trial_masks(scratch / "masks", fingerprint, wishes.masks)
+    reference_flags = _reference_flags(options.flags)
+    masks = write_trial_masks(scratch / "masks", fingerprint, options.masks)
     plain, reference = scratch / "plain.jsonl", scratch / "reference.jsonl"
-    plan = Plan(
+    plan = ProcessPlan(
         model=checkpoint,
-        flags=(*_default_flags(checkpoint, wishes.flags), *wishes.flags),
+        flags=(*_default_flags(checkpoint, options.flags), *options.flags),
         fingerprint=fingerprint,
         outcome=scratch / "masked.jsonl",
-        throughput=wishes.throughput,
-        float32=asked.float32,
-        trust_remote_code=asked.trust_remote_code,
+        throughput=options.throughput,
+        float32=reference_flags.float32,
+        trust_remote_code=reference_flags.trust_remote_code,
         directory=scratch / "masks",
         masks=masks,
         plain=plain,
         reference=reference,
     )
-    # What the shell says about masks is not for these engines.
+    # These engines must not see the shell's own CRANE_* variables.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CRANE_")}
 
-    def process(what: str, module: str, plan: Plan, **extra: str) -> str | None:
+    def process(what: str, module: str, plan: ProcessPlan, **extra: str) -> str | None:
         progress(f"{what} ...")
         plan_file, log = plan.outcome.with_suffix(".plan.json"), plan.outcome.with_suffix(".log")
         plan.save(plan_file)
         return launch(module, plan_file, {**environment, **extra}, log)
 
-    made: dict[str, Check] = {}
-    if not wishes.reference:
-        made[checks.REFERENCE] = checks.skipped(checks.REFERENCE, "--no-reference")
+    results: dict[str, Check] = {}
+    if not options.reference:
+        results[checks.REFERENCE] = checks.skipped(checks.REFERENCE, "--no-reference")
     elif problem := process("transformers", REFERENCE, plan.model_copy(update={"outcome": reference})):
         problem = f"{problem} (--no-reference skips this check)"
-        made[checks.REFERENCE] = checks.failed(checks.REFERENCE, problem)
-    if not wishes.throughput:
-        made[checks.THROUGHPUT] = checks.skipped(checks.THROUGHPUT, "--no-throughput")
+        results[checks.REFERENCE] = checks.failed(checks.REFERENCE, problem)
+    if not options.throughput:
+        results[checks.THROUGHPUT] = checks.skipped(checks.THROUGHPUT, "--no-throughput")
 
     plain_plan = plan.model_copy(update={"outcome": plain, "masks": None})
-    allowed = {"CRANE_ALLOW_UNTESTED_VLLM": "1"}  # whether an untested vLLM works is what is asked here
+    allowed = {"CRANE_ALLOW_UNTESTED_VLLM": "1"}  # verifying an untested vLLM is what this command is for
     lives = {
         "vLLM without the plugin": process("vLLM without the plugin", WORKER, plain_plan, VLLM_PLUGINS=""),
         "vLLM with masks": process("vLLM with masks", WORKER, plan, CRANE_MASKS=str(plan.directory), **allowed),
     }
     outcome = Outcome(plan.outcome)
-    made |= {check.name: check for check in (checks.engines_lived(lives), *outcome.checks)}
+    results |= {check.name: check for check in (checks.engines_lived(lives), *outcome.checks)}
     missing = "expected an answer, but an engine gave none"
     return Report(
-        model=checkpoint.name if Path(wishes.model).is_dir() else wishes.model,
+        model=checkpoint.name if Path(options.model).is_dir() else options.model,
         fingerprint=fingerprint,
-        masks=f"{len(masks.given)} of {wishes.masks} and generated ones" if wishes.masks else "generated",
+        masks=f"{len(masks.from_user)} of {options.masks} and generated ones" if options.masks else "generated",
         flags=plan.flags,
         facts=outcome.facts or Outcome(plain).facts,
-        checks=tuple(made.get(name) or checks.failed(name, missing) for name in checks.ALL),
+        checks=tuple(results.get(name) or checks.failed(name, missing) for name in checks.ALL),
         seconds=time.monotonic() - started,
     )
 
@@ -145,33 +145,34 @@ def run_process(module: str, plan: Path, environment: Mapping[str, str], log: Pa
             process.wait()
     if code == 0:
         return None
-    error = Outcome(Plan.load(plan).outcome).error
+    error = Outcome(ProcessPlan.load(plan).outcome).error
     if error is not None:
         return error
     ended = f"gave no answer for {_TIMEOUT_S} s" if code is None else f"died with exit code {code}"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"the process {ended}; its last words: {lines[-1].strip() if lines else 'none'}"
+    return f"the process {ended}; its last line: {lines[-1].strip() if lines else 'none'}"
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _ReferenceFlags:
     float32: bool
     trust_remote_code: bool
 
 
-def _asked(flags: tuple[str, ...]) -> _Asked:
-    """The engine flags that transformers needs to know as well."""
+def _reference_flags(flags: tuple[str, ...]) -> _ReferenceFlags:
+    """The engine flags that the reference by transformers needs, too."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--trust-remote-code", "--trust_remote_code", action="store_true")
     known, _ = parser.parse_known_args(list(flags))
-    return _Asked(known.dtype in ("float32", "float"), known.trust_remote_code)
+    return _ReferenceFlags(known.dtype in ("float32", "float"), known.trust_remote_code)
 
 
-def _default_flags(checkpoint: Path, given: tuple[str, ...]) -> tuple[str, ...]:
-    """Small batches start quickly and are cut into chunks; a flag that the user gives is left to the user."""
+def _default_flags(checkpoint: Path, flags: tuple[str, ...]) -> tuple[str, ...]:
+    """Flags for small batches, which start quickly and are cut into chunks. Flags that the user gives are not
+    overridden."""
     config = load_config(checkpoint).get_text_config()
     longest = min(_MAX_MODEL_TOKENS, int(getattr(config, "max_position_embeddings", None) or _MAX_MODEL_TOKENS))
     defaults = {"--max-model-len": longest, "--max-num-seqs": 32, "--max-num-batched-tokens": 512}
-    names = {flag.partition("=")[0].replace("_", "-") for flag in given}
+    names = {flag.partition("=")[0].replace("_", "-") for flag in flags}
     return tuple(part for name, value in defaults.items() if name not in names for part in (name, str(value)))

@@ -13,7 +13,7 @@ from crane_serve.verify.checks import Batch, Check, Logprobs, Visit
 from crane_serve.verify.generated import TrialMasks
 from crane_serve.verify.plan import Plain, Reference, describe
 
-_GIVEN_IN_BATCHES = 3  # of the user's masks; every one of them is in the first check
+_USER_MASKS_IN_BATCHES = 3  # of the user's masks; every one of them is in the first check
 _REPETITIONS = 3
 _GENERATED_TOKENS = 64
 _GENERATED_TOKENS_CPU = 24
@@ -34,7 +34,7 @@ class Engine(Protocol):
 
 
 def measure_plain(engine: Engine, *, rates: bool) -> Plain:
-    """Run what is to be compared with an idle plugin, on an engine without it."""
+    """Run the batch for the comparison with an idle plugin, on an engine without the plugin."""
     requests = probes.batch(engine.encode, engine.facts.max_model_tokens)
     unmasked = [None] * len(requests)
     batch, again = (tuple(engine.run(probes.masked(requests, unmasked, run))) for run in ("plain", "plain-again"))
@@ -58,7 +58,8 @@ class Trial:
         self._exact = engine.facts.dtype == "float32"
 
     def checks(self) -> Iterator[Check]:
-        """Make the checks one by one. After one that raises, the rest fail unmade: the engine may be in pieces."""
+        """Make the checks one by one. After a check that raises, the engine may be broken: the remaining checks fail
+        without being run."""
         steps: dict[str, Callable[[], Check]] = {
             checks.LAYERS: self.layers,
             checks.NEIGHBOURS: self.neighbours,
@@ -84,13 +85,13 @@ class Trial:
                 yield checks.failed(name, f"expected answers, got {describe(error)}")
 
     def layers(self) -> Check:
-        """Requests one at a time, so that all have the same shapes and rounding cannot pass for an effect."""
+        """Requests one at a time, so that all have the same shapes, and rounding cannot look like an effect."""
         prompt = self._engine.encode(" ".join(probes.TEXTS[::2]))[: self._engine.facts.max_model_tokens - 1]
 
         def score(mask: str | None) -> Logprobs:
             return self._engine.run([Request(prompt, mask=mask, salt="verify-layers", score=True)])[0].prompt_logprobs
 
-        others = (*self._masks.slices, *self._masks.random, *self._masks.given)
+        others = (*self._masks.slices, *self._masks.random, *self._masks.from_user)
         check = checks.masks_take_effect(
             score(None),
             score(None),
@@ -113,7 +114,7 @@ class Trial:
 
     def mixed(self) -> Check:
         """Batches under one mask each, and the same requests with all masks mixed."""
-        masks: tuple[str | None, ...] = (None, *self._masks.random, *self._masks.given[:_GIVEN_IN_BATCHES])
+        masks: tuple[str | None, ...] = (None, *self._masks.random, *self._masks.from_user[:_USER_MASKS_IN_BATCHES])
         uniform = {mask: self._uniform(mask) for mask in masks}
         assigned = list(islice(cycle(masks), len(self._requests)))
         return checks.mixed_equals_uniform(uniform, self._unmasked_again, self._run(assigned, "mixed"), assigned)
@@ -151,12 +152,12 @@ class Trial:
         masks: list[str | None] = [None, *self._masks.random]
         room = self._engine.facts.max_model_tokens - _READ_BACK_TOKENS - 1
         prompts = [self._engine.encode(text)[:room] for text in probes.TEXTS]
-        asked = [Request(prompt, _READ_BACK_TOKENS, mask) for mask in masks for prompt in prompts]
-        owners = [request.mask for request in asked]
-        generated = self._engine.run(probes.masked(asked, owners, "generated"))
+        requests = [Request(prompt, _READ_BACK_TOKENS, mask) for mask in masks for prompt in prompts]
+        owners = [request.mask for request in requests]
+        generated = self._engine.run(probes.masked(requests, owners, "generated"))
         texts = [
             Request(request.prompt + answer.tokens, score=True)
-            for request, answer in zip(asked, generated, strict=True)
+            for request, answer in zip(requests, generated, strict=True)
         ]
         scored = self._engine.run(probes.masked(texts, owners, "scored"))
         unmasked = self._engine.run(probes.masked(texts, [None] * len(texts), "unmasked"))
@@ -173,13 +174,13 @@ class Trial:
         )
 
     def reference(self) -> Check:
-        """All texts under all masks in one batch, so that mixing is held against transformers too."""
+        """All texts under all masks in one batch, so that mixed batches are compared with transformers, too."""
         assert self._reference is not None
         theirs = _by_mask(self._reference.masks, self._reference.logprobs)
         rounded = self._reference.rounded and _by_mask(self._reference.masks, self._reference.rounded)
-        asked = [Request(text, mask=mask, score=True) for mask in theirs for text in self._reference.texts]
-        owners = [request.mask for request in asked]
-        answers = self._engine.run(probes.masked(asked, owners, "reference"))
+        requests = [Request(text, mask=mask, score=True) for mask in theirs for text in self._reference.texts]
+        owners = [request.mask for request in requests]
+        answers = self._engine.run(probes.masked(requests, owners, "reference"))
         pairs = list(zip(owners, answers, strict=True))
         ours = {
             mask: [x for owner, answer in pairs if owner == mask for x in answer.prompt_logprobs] for mask in theirs
@@ -193,7 +194,7 @@ class Trial:
         )
 
     def throughput(self) -> Check:
-        """The speed without masks, with one, and with several, in turns, so that a slow moment hits all alike."""
+        """The speed without masks, with one, and with several, in turns, so that a slow moment affects all equally."""
         speed = _Speed(self._engine)
         ways: dict[str, list[str | None]] = {
             "idle": [None],

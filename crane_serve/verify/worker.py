@@ -5,12 +5,12 @@ import traceback
 from pathlib import Path
 
 from crane_serve.engine.offline import OfflineEngine
-from crane_serve.verify.plan import Outcome, Plan, describe
+from crane_serve.verify.plan import Outcome, ProcessPlan, describe
 from crane_serve.verify.trial import Engine, Trial, measure_plain
 
 
-def work(plan: Plan, engine: Engine) -> None:
-    """Put a started engine through what the plan wants, recording each result as it comes."""
+def work(plan: ProcessPlan, engine: Engine) -> None:
+    """Run the plan on a started engine, and record each result at once."""
     outcome = Outcome(plan.outcome)
     outcome.record(facts=engine.facts)
     if plan.masks is None:
@@ -24,7 +24,7 @@ def work(plan: Plan, engine: Engine) -> None:
 
 def main(plan_file: str) -> int:
     """Start the engine, work, stop it; returns the exit code."""
-    plan = Plan.load(Path(plan_file))
+    plan = ProcessPlan.load(Path(plan_file))
     try:
         engine = OfflineEngine.start(plan.model, plan.flags)
         try:

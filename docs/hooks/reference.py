@@ -53,9 +53,9 @@ def _said(command: Any, beginning: str) -> str:
     """The first paragraph of the command below `command` whose help begins so."""
     pending, fitting = [command], []
     while pending:
-        found = pending.pop()
-        pending += getattr(found, "commands", {}).values()
-        paragraph = " ".join((found.help or "").split("\n\n")[0].split())
+        one = pending.pop()
+        pending += [below for below in getattr(one, "commands", {}).values() if not below.hidden]
+        paragraph = " ".join((one.help or "").split("\n\n")[0].split())
         if paragraph.startswith(beginning.rstrip(",")):
             fitting.append(paragraph)
     (only,) = fitting

@@ -15,14 +15,14 @@ ALL = "all"
 @cache
 def available() -> Mapping[str, type[Method]]:
     """All methods of this package by name, in alphabetical order."""
-    found: dict[str, type[Method]] = {}
+    methods: dict[str, type[Method]] = {}
     for module_info in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
         module = importlib.import_module(module_info.name)
         for member in vars(module).values():
             here = isinstance(member, type) and issubclass(member, Method) and member.__module__ == module.__name__
             if here and "name" in vars(member):
-                found[member.name] = member
-    return MappingProxyType(dict(sorted(found.items())))
+                methods[member.name] = member
+    return MappingProxyType(dict(sorted(methods.items())))
 
 
 @cache

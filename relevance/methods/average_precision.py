@@ -28,9 +28,10 @@ class AveragePrecision(OfActivations):
         super().__init__(units, device)
         self.responses = DocumentSample(units.layers, units.widest, DOCUMENTS)
 
-    def accumulate(self, seen: Activations) -> None:
-        means = seen.batch.sum_of(seen.neurons) / seen.batch.predicted.unsqueeze(1)  # [documents, neurons]
-        self.responses.add(seen.layer, seen.batch.keys, means)
+    def accumulate(self, activations: Activations) -> None:
+        batch = activations.batch
+        means = batch.sum_of(activations.neurons) / batch.predicted.unsqueeze(1)  # [documents, neurons]
+        self.responses.add(activations.layer, batch.keys, means)
 
     def finalise(self) -> Tensor:
         """Mean activations of the sampled documents, float32 [documents, layers, widest]."""
@@ -70,10 +71,10 @@ def average_precisions(responses: Tensor, languages: Tensor, count: int) -> Tens
     ends = torch.ones_like(values, dtype=torch.bool)
     ends[:-1] = values[:-1] != values[1:]
     last = ranks.masked_fill(~ends, documents).flip(0).cummin(dim=0).values.flip(0)  # [documents, neurons]
-    found = torch.empty(count, values.shape[1], dtype=torch.float64)
+    averages = torch.empty(count, values.shape[1], dtype=torch.float64)
     for language in range(count):
         positive = (languages == language)[order]  # [documents, neurons]
         at_least = positive.cumsum(dim=0).gather(0, last)
         precision = at_least.double() / (last + 1)
-        found[language] = (precision * positive).sum(dim=0) / positive.sum(dim=0).clamp_min(1)
-    return found
+        averages[language] = (precision * positive).sum(dim=0) / positive.sum(dim=0).clamp_min(1)
+    return averages

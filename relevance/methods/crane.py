@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from relevance.accumulators import Moments
-from relevance.method import Gradients, Objective, OfGradients, Pass, Shape, Site, Units
+from relevance.method import AttributionTarget, Gradients, OfGradients, Pass, Shape, Site, Units
 from relevance.rules import ATTNLRP
 
 THRESHOLD = 1.0
@@ -25,7 +25,7 @@ class Crane(OfGradients):
     """
 
     name = "crane"
-    source = Pass(ATTNLRP, Objective.TARGET_LOGIT)
+    source = Pass(ATTNLRP, AttributionTarget.TARGET_LOGIT)
     languages_needed = 1
     documents_needed = 4
 
@@ -41,17 +41,17 @@ class Crane(OfGradients):
     def wanted(self) -> frozenset[Site]:
         return frozenset(site for site in (Site.GATE, Site.UP, Site.OUTPUT) if site.value in self.statistics)
 
-    def accumulate(self, seen: Gradients) -> None:
-        moments = self.statistics[seen.site.value]
+    def accumulate(self, gradients: Gradients) -> None:
+        moments = self.statistics[gradients.site.value]
         assert isinstance(moments, Moments)
-        moments.add(seen.layer, self.rows(seen))
+        moments.add(gradients.layer, self.rows(gradients))
 
     @staticmethod
-    def rows(seen: Gradients) -> Tensor:
+    def rows(gradients: Gradients) -> Tensor:
         """r_o(d): [documents, units]."""
-        assert seen.input_sum is not None
-        inputs = (seen.input_sum * seen.batch.real).unsqueeze(1)  # [documents, 1, tokens]
-        return (inputs @ seen.gradient.to(inputs.dtype)).squeeze(1)
+        assert gradients.input_sum is not None
+        inputs = (gradients.input_sum * gradients.batch.real).unsqueeze(1)  # [documents, 1, tokens]
+        return (inputs @ gradients.gradient.to(inputs.dtype)).squeeze(1)
 
     def finalise(self) -> Tensor:
         """z of every neuron, followed by z of every output dimension where wanted: [layers, widest (+ hidden)]."""
@@ -81,7 +81,7 @@ class Crane(OfGradients):
 
 
 def z_scores(values: Tensor) -> Tensor:
-    """`values`, of any shape, less their mean, in (population) standard deviations; NaN counts as missing, z = 0."""
+    """`values`, of any shape, minus their mean, in (population) standard deviations; NaN counts as missing, z = 0."""
     present = values[~values.isnan()]
     deviation = present.std(correction=0) if present.numel() else present.new_zeros(())
     if not deviation > 0:

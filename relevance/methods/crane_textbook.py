@@ -17,7 +17,7 @@ class CraneTextbook(Crane):
     name = "crane-textbook"
 
     @staticmethod
-    def rows(seen: Gradients) -> Tensor:
-        wide = torch.promote_types(seen.value.dtype, torch.float32)
-        relevance = seen.value.to(wide).mul(seen.gradient)  # [documents, tokens, units]
-        return (seen.batch.real.to(wide).unsqueeze(1) @ relevance).squeeze(1)
+    def rows(gradients: Gradients) -> Tensor:
+        wide = torch.promote_types(gradients.value.dtype, torch.float32)
+        relevance = gradients.value.to(wide).mul(gradients.gradient)  # [documents, tokens, units]
+        return (gradients.batch.real.to(wide).unsqueeze(1) @ relevance).squeeze(1)

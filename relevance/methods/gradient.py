@@ -1,6 +1,6 @@
 """Attribution patching: the first-order effect of switching a neuron off (Nanda 2023; arXiv:2310.10348)."""
 
-from relevance.method import Objective, Pass
+from relevance.method import AttributionTarget, Pass
 from relevance.methods.attribution import Attribution
 from relevance.rules import PLAIN
 
@@ -13,4 +13,4 @@ class Gradient(Attribution):
     """
 
     name = "gradient"
-    source = Pass(PLAIN, Objective.LOG_PROBABILITY)
+    source = Pass(PLAIN, AttributionTarget.LOG_PROBABILITY)

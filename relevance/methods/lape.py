@@ -27,9 +27,11 @@ class Lape(OfActivations):
         super().__init__(units, device)
         self.active = RunningMean(units.layers, units.widest, self.device)  # over tokens
 
-    def accumulate(self, seen: Activations) -> None:
-        active = (seen.act > 0).to(torch.float32)  # [documents, tokens, neurons]
-        self.active.add(seen.layer, seen.batch.sum_of(active).sum(dim=0), observations=seen.batch.tokens)
+    def accumulate(self, activations: Activations) -> None:
+        active = (activations.act > 0).to(torch.float32)  # [documents, tokens, neurons]
+        self.active.add(
+            activations.layer, activations.batch.sum_of(active).sum(dim=0), observations=activations.batch.tokens
+        )
 
     def finalise(self) -> Tensor:
         """p, [layers, widest]."""

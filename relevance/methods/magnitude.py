@@ -17,9 +17,9 @@ class Magnitude(OfActivations):
         super().__init__(units, device)
         self.magnitude = RunningMean(units.layers, units.widest, self.device)  # over tokens
 
-    def accumulate(self, seen: Activations) -> None:
-        sums = seen.batch.sum_of(seen.neurons.abs()).sum(dim=0)  # [neurons]
-        self.magnitude.add(seen.layer, sums, observations=seen.batch.tokens)
+    def accumulate(self, activations: Activations) -> None:
+        sums = activations.batch.sum_of(activations.neurons.abs()).sum(dim=0)  # [neurons]
+        self.magnitude.add(activations.layer, sums, observations=activations.batch.tokens)
 
     def finalise(self) -> Tensor:
         """Means over tokens, [layers, widest]."""

@@ -29,13 +29,13 @@ class Plnd(OfActivations):
         self.present = RunningMean(units.layers, units.widest, self.device)  # over documents
         self.strength = RunningMean(units.layers, units.widest, self.device)  # over documents; shares of the layer's
 
-    def accumulate(self, seen: Activations) -> None:
-        strengths = seen.batch.sum_of(seen.up.abs())  # [documents, neurons]
+    def accumulate(self, activations: Activations) -> None:
+        strengths = activations.batch.sum_of(activations.up.abs())  # [documents, neurons]
         strongest = strengths.topk(max(1, round(TOP_SHARE * strengths.shape[1])), dim=1).indices
         present = torch.zeros_like(strengths).scatter_(1, strongest, 1.0)
         shares = strengths / strengths.sum(dim=1, keepdim=True).clamp_min(torch.finfo(strengths.dtype).tiny)
-        self.present.add(seen.layer, present.sum(dim=0, dtype=torch.float64), observations=len(strengths))
-        self.strength.add(seen.layer, shares.sum(dim=0, dtype=torch.float64), observations=len(strengths))
+        self.present.add(activations.layer, present.sum(dim=0, dtype=torch.float64), observations=len(strengths))
+        self.strength.add(activations.layer, shares.sum(dim=0, dtype=torch.float64), observations=len(strengths))
 
     def finalise(self) -> Tensor:
         """Shares of documents with ties broken, [layers, widest]."""

@@ -1,11 +1,11 @@
-"""Random scores: the control. What neurons cost that nothing was known about."""
+"""Random scores: the control, which shows the cost of arbitrary neurons."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from relevance.method import ScoredMethod, Shape, Source
+from relevance.method import ScoredMethod, ScoreSource, Shape
 
 
 class Random(ScoredMethod):
@@ -15,7 +15,7 @@ class Random(ScoredMethod):
     """
 
     name = "random"
-    source = Source.NOTHING
+    source = ScoreSource.NOTHING
     languages_needed = 1
     matched_to = "attnlrp"
 

@@ -1,6 +1,6 @@
 """Relevance patching: attribution patching with the backward rules of LRP (arXiv:2508.21258)."""
 
-from relevance.method import Objective, Pass
+from relevance.method import AttributionTarget, Pass
 from relevance.methods.attribution import Attribution
 from relevance.rules import RELP
 
@@ -12,4 +12,4 @@ class RelP(Attribution):
     """
 
     name = "relp"
-    source = Pass(RELP, Objective.LOG_PROBABILITY)
+    source = Pass(RELP, AttributionTarget.LOG_PROBABILITY)

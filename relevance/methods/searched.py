@@ -1,6 +1,6 @@
 """Methods that search with the model's own predictions under masks; their scores are added to a scores file."""
 
-from relevance.method import Method, Source
+from relevance.method import Method, ScoreSource
 
 
 class AblationRefined(Method):
@@ -10,7 +10,7 @@ class AblationRefined(Method):
     """
 
     name = "ablation-refined"
-    source = Source.ELSEWHERE
+    source = ScoreSource.ELSEWHERE
 
 
 class Learned(Method):
@@ -20,4 +20,4 @@ class Learned(Method):
     """
 
     name = "learned"
-    source = Source.ELSEWHERE
+    source = ScoreSource.ELSEWHERE

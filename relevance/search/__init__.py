@@ -1,1 +1,1 @@
-"""Searches: neurons found by trying what switching them off does."""
+"""Searches: find neurons by switching them off and measuring the effect."""

@@ -1,8 +1,8 @@
-"""Learned masks: neurons chosen by gradient descent on what a mask should do.
+"""Learned masks: neurons selected by gradient descent on the desired effect of a mask.
 
-Gates are binary from the first step and their gradients pass straight through (Bengio et al. 2013, arXiv:1308.3432);
-which gates are closed follows accumulated gradients, as movement pruning does with weights (Sanh et al. 2020,
-arXiv:2005.07683). The aim is this project's: the target language loses, the others keep their predictions.
+Gates are binary from the first step, with straight-through gradients (Bengio et al. 2013, arXiv:1308.3432); which gates
+are closed follows accumulated gradients, as movement pruning does with weights (Sanh et al. 2020, arXiv:2005.07683).
+The objective is this project's own: the target language loses, the others keep their predictions.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +24,8 @@ class Learning:
     """How a mask is learned.
 
     neurons: how many are switched off in the end; their number grows linearly over the first `growth` of the steps.
-    effect: nats per token that the target language is to lose; more is not rewarded.
-    hold: weight of what the other languages lose. documents: of each language in a step. momentum: of the gradients.
+    effect: nats per token that the target language should lose; a larger loss is not rewarded. hold: weight of the
+    losses of the other languages. documents: of each language in a step. momentum: of the gradients.
     """
 
     neurons: int
@@ -40,7 +40,7 @@ class Learning:
 
 @dataclass(frozen=True)
 class Step:
-    """One step as it was measured, before the gates moved. losses: nats per token by language."""
+    """The measurements of one step, before the gates changed. losses: nats per token by language."""
 
     target: str
     number: int
@@ -73,8 +73,8 @@ def learn(
 ) -> Tensor:
     """Scores of `target`: float32 [layers, widest] on the CPU, 0 in padding; the highest `neurons` are the mask.
 
-    documents: token ids by language. Where the languages have equally many, those of one place are taken together,
-    so that in a parallel corpus topic cannot stand in for language.
+    documents: token ids by language. If the languages have equally many, documents at the same place are used together,
+    so that in a parallel corpus the topic cannot be mistaken for the language.
     """
     device = decoder.unembedding.weight.device
     exists = Shape(tuple(documents), decoder.sizes).exists.to(device)
@@ -88,7 +88,7 @@ def learn(
             for language, batch in batches.items()
         }
         (gradient,) = torch.autograd.grad(_aim(effects, target, options), gates)
-        # Closing a gate lowers it, so the aim falls where its gradient is positive.
+        # Closing a gate lowers its value, so the objective falls where its gradient is positive.
         gradient = gradient / gradient.square().mean().sqrt().clamp_min(torch.finfo(gradient.dtype).tiny)
         velocity = options.momentum * velocity + (1 - options.momentum) * gradient
         scores = scores + velocity
@@ -97,7 +97,7 @@ def learn(
 
 
 def closed(scores: Tensor, exists: Tensor, count: int) -> Tensor:
-    """Gates of which the `count` with the highest scores are 0, the others 1. All [layers, widest]."""
+    """Gates: 0 for the `count` highest scores, 1 for the others. All [layers, widest]."""
     gates = torch.ones_like(scores)
     if count:
         highest = scores.masked_fill(~exists, _NEVER).flatten().topk(count).indices
@@ -106,7 +106,8 @@ def closed(scores: Tensor, exists: Tensor, count: int) -> Tensor:
 
 
 def _aim(effects: Mapping[str, Effect], target: str, options: Learning) -> Tensor:
-    """What is minimised: minus the target's loss up to `effect`, plus what the others lose and how they change."""
+    """The objective to be minimised: minus the target's loss up to `effect`, plus the losses and changes of the
+    others."""
     others = [of for language, of in effects.items() if language != target]
     held = torch.stack([(of.divergence + of.loss.relu()) / 2 for of in others]).mean()
     return options.hold * held - effects[target].loss.clamp_max(options.effect)
@@ -115,7 +116,8 @@ def _aim(effects: Mapping[str, Effect], target: str, options: Learning) -> Tenso
 def _draws(
     documents: Mapping[str, Sequence[list[int]]], options: Learning, device: torch.device
 ) -> Iterator[dict[str, Batch]]:
-    """`steps` times a batch of each language, going through the documents in a new random order each time around."""
+    """`steps` times a batch of each language, going through the documents repeatedly, each time in a new random
+    order."""
     generator = torch.Generator().manual_seed(options.seed)
     longest = max(map(len, documents.values()))
     pending: list[int] = []

@@ -1,8 +1,8 @@
-"""Ablation-refined sets: a score proposes neurons, and switching them off decides.
+"""Ablation-refined sets: a score proposes neurons, and the effect of switching them off decides.
 
-Attribution is a first-order guess at what ablation does (arXiv:2508.21258 measures how far off it can be); here every
-group of proposed neurons is really switched off, forward passes only, and stays in only if the target language loses
-more by it than the others do.
+Attribution is a first-order estimate of the effect of ablation (arXiv:2508.21258 measures its error). Here every group
+of proposed neurons is really switched off, in forward passes only, and kept only if the target language loses more than
+the others.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ Measure = Callable[[Tensor], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Refinement:
-    """How a proposal is refined.
+    """Options of the refinement.
 
     candidates: how many of the best ranked neurons are tried; group: how many at a time.
     price: nats that the target must lose for each nat that the others lose. documents: of each language, drawn by
@@ -37,9 +37,9 @@ class Refinement:
 
 @dataclass(frozen=True)
 class Refined:
-    """order: int64 [neurons, 2], (layer, index), best first: what was kept, then the rest in the order proposed.
+    """order: int64 [neurons, 2], (layer, index), best first: the kept neurons, then the rest in the proposed order.
 
-    kept: how many were kept.
+    kept: number of kept neurons.
     """
 
     order: Tensor
@@ -55,8 +55,8 @@ def refine_scores(
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """`refine` for every language: scores float32 [layers, widest], the higher the better, and how many were kept.
 
-    documents: token ids by language, of which those in the same places are drawn from languages that have equally
-    many; proposed: int64 [neurons, 2] by language, best first.
+    documents: token ids by language; from languages with equally many documents, the same places are drawn; proposed:
+    int64 [neurons, 2] by language, best first.
     """
     words = Words.of(decoder, documents)
     device = decoder.unembedding.weight.device
@@ -102,11 +102,11 @@ def refine(
 ) -> Refined:
     """Put first in `order` (int64 [neurons, 2], best first) the neurons whose removal hurts `target` most selectively.
 
-    Every group is first switched off alone. In order of what that gained, it is then switched off together with all
-    groups kept so far, and kept if the gain is still positive. The gain is what the target loses minus `price` times
-    what the others lose, the mean of those that lose anything; a loss below 0 counts as 0.
+    Every group is first switched off alone. Then, in the order of the gains, it is switched off together with all
+    groups kept so far, and kept if the gain increases. The gain is the target's loss minus `price` times the mean loss
+    of the other languages that lose anything; a loss below 0 counts as 0.
 
-    shape: (layers, widest); advance: hears of every group measured, of which there are twice as many as groups.
+    shape: (layers, widest); advance: called after every measurement, of which there are two for each group.
     """
     groups = list(torch.split(order[: options.candidates], options.group))
     gains = []

@@ -1,4 +1,4 @@
-"""What searches for neurons measure: effects on short texts, over the words that those texts can hold."""
+"""The measurements of searches for neurons: effects on short texts, over a part of the vocabulary."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +19,9 @@ EXTRA_WORDS = 2000
 class Words:
     """A part of the vocabulary: every token of some documents and a random sample of the others.
 
-    A softmax over it stands in for the whole one while sets of neurons are compared. With a vocabulary of 262 k the
-    whole one would cost more than the model; what is reported of a mask is always measured on the whole one.
+    A softmax over this part replaces the one over the whole vocabulary while sets of neurons are compared. With a
+    vocabulary of 262 k the latter would cost more than the model. Reported figures of a mask always use the whole
+    vocabulary.
 
     place: int64 [vocabulary], index into `rows` or -1; rows: [words, hidden] of the unembedding; cap: final soft cap.
     """
@@ -62,7 +63,8 @@ class Words:
 
 @dataclass(frozen=True)
 class Effect:
-    """What masking costs a language on one batch. loss: nats per token lost; divergence: KL from the whole model."""
+    """The cost of a mask for a language on one batch. loss: nats per token lost; divergence: KL from the whole
+    model."""
 
     loss: Tensor
     divergence: Tensor
@@ -71,14 +73,15 @@ class Effect:
 def unmasked(decoder: Decoder, words: Words, batch: Batch) -> Tensor:
     """Log-probabilities of the whole model, float32 [n, words]. Raises NonFiniteError."""
     with torch.no_grad():
-        found = words.log_probabilities(hidden_states(decoder, batch), batch)
-    if not bool(torch.isfinite(found).all()):
+        values = words.log_probabilities(hidden_states(decoder, batch), batch)
+    if not bool(torch.isfinite(values).all()):
         raise NonFiniteError(f"log-probabilities are not finite in {words.rows.dtype}; {NON_FINITE_HINT}")
-    return found
+    return values
 
 
 def effect(decoder: Decoder, words: Words, batch: Batch, before: Tensor, neurons: Tensor) -> Effect:
-    """Effect of the factors `neurons` [layers, widest] on `batch`; `before`: what `unmasked` gave. Differentiable."""
+    """Effect of the factors `neurons` [layers, widest] on `batch`; `before`: the result of `unmasked`.
+    Differentiable."""
     with scaled(decoder, neurons):
         after = words.log_probabilities(hidden_states(decoder, batch), batch)  # [n, words]
     targets = words.targets(batch)

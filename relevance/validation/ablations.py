@@ -1,4 +1,4 @@
-"""Ablations: losses of documents under masks, each measured once and kept in a journal."""
+"""Ablations: losses of documents under masks, each measured once and saved in a journal."""
 
 import json
 import os
@@ -16,14 +16,14 @@ _UNMASKED = "none"
 
 
 class JournalError(ValueError):
-    """A journal belongs to other measurements, or is none; the message names the file."""
+    """A journal belongs to other measurements, or is not a journal; the message names the file."""
 
 
 class Ablations:
-    """Measures what masks cost on `texts`, documents as token ids by part ("validation", "test") and language.
+    """Measures the cost of masks on `texts`, documents as token ids by part ("validation", "test") and language.
 
-    With a `journal`, what was measured survives the process: a line is written for every mask, part and language, and
-    a later run under the same `identity` (whatever determines the results besides masks) measures only the rest.
+    With a `journal`, measurements survive the process: a line is written for every mask, part and language, and a later
+    run with the same `identity` (of everything that determines the results, except masks) measures only the rest.
 
     Raises JournalError for a journal of another identity.
     """
@@ -46,13 +46,13 @@ class Ablations:
             self._open(journal, identity)
 
     def losses(self, mask: NeuronMask | None, part: str, language: str) -> Losses:
-        """Losses in nats of the documents of `part` in `language` under `mask`, None being the whole model."""
+        """Losses in nats of the documents of `part` in `language` under `mask`, None for the unmasked model."""
         documents = self.texts[part][language]
         key = (_UNMASKED if mask is None else mask.digest, part, language)
         if key not in self._known:
             with masked(self.decoder, mask):
-                found = losses(self.decoder, documents, self.batch_tokens)
-            self._append(key, found.nats.tolist())
+                result = losses(self.decoder, documents, self.batch_tokens)
+            self._append(key, result.nats.tolist())
             self.measured += 1
         return Losses(np.array(self._known[key]), np.array([len(ids) - 1 for ids in documents], dtype=np.float64))
 

@@ -1,19 +1,19 @@
-"""Overlap: how alike the sets of two languages, two methods or two halves of a corpus are, and where they lie."""
+"""Overlap: the similarity of the sets of two languages, two methods or two halves of a corpus, and their layers."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from relevance.criteria import neurons_of_budget
 from relevance.methods import find
 from relevance.scores import Scores
 from relevance.selection import order
+from relevance.selection_options import neurons_of_budget
 from relevance.validation.result import Overlap
 
 
 def overlaps(scores: Scores, methods: Sequence[str], budget: float) -> list[Overlap]:
-    """Jaccard overlap of every two sets that any of `methods` gives any language at `budget`."""
+    """Jaccard overlap of every two sets of any of `methods` and languages at `budget`."""
     count = neurons_of_budget(budget, scores.shape.neurons)
     chosen = {
         (method, language): _members(ordered[:count], scores.shape.tensor[1:])
@@ -29,22 +29,23 @@ def overlaps(scores: Scores, methods: Sequence[str], budget: float) -> list[Over
 
 
 def stability(halves: Sequence[Scores], budget: float) -> dict[str, dict[str, float]]:
-    """method -> language -> Jaccard overlap of what the two `halves` choose at `budget`; empty without halves."""
+    """method -> language -> Jaccard overlap of the sets that the two `halves` select at `budget`; empty without
+    halves."""
     if not halves:
         return {}
     first, second = halves
     count = neurons_of_budget(budget, first.shape.neurons)
     shape = first.shape.tensor[1:]
-    found: dict[str, dict[str, float]] = {}
+    by_method: dict[str, dict[str, float]] = {}
     for method in first.by_method:
         if method not in second.by_method or find(method).matched_to is not None:
             continue
         orders = order(first, method), order(second, method)
-        found[method] = {
+        by_method[method] = {
             language: jaccard(*(_members(ordered[language][:count], shape) for ordered in orders))
             for language in first.info.languages
         }
-    return found
+    return by_method
 
 
 def jaccard(first: Tensor, second: Tensor) -> float:

@@ -57,7 +57,7 @@ class _Point:
 
 @dataclass(frozen=True)
 class _Line:
-    """What one method costs, by language points in the order of budgets; and at matched effect."""
+    """The cost of one method: points by language in the order of budgets, and at matched effect."""
 
     name: str
     style: dict[str, Any]
@@ -66,29 +66,29 @@ class _Line:
 
 
 def draw(result: Validation) -> list[Picture]:
-    """All pictures for which `result` has something to show, in the order in which reports show them."""
-    found = []
+    """All pictures that `result` has data for, in the order of the reports."""
+    pictures = []
     lines = _lines(result)
     if any(effect.collateral is not None for effect in result.of_rule(MATCHED)):
         caption = (
             "Collateral at matched effect: bars are means over the languages, points with their intervals the "
             "languages; every draw of random neurons is a point. Intervals that are far longer than others are cut."
         )
-        found.append(as_picture("collateral", caption, _collateral(result)))
+        pictures.append(as_picture("collateral", caption, _collateral(result)))
     if lines:
         caption = (
             "What the own language (solid) and the others on average (dashed) lose, by the share of neurons taken."
         )
-        found.append(as_picture("dose-response", caption, _dose_response(result, lines)))
+        pictures.append(as_picture("dose-response", caption, _dose_response(result, lines)))
         caption = "What the others lose by what the own language loses, a point for each budget; lower right is good."
-        found.append(as_picture("trade-off", caption, _trade_off(result, lines)))
+        pictures.append(as_picture("trade-off", caption, _trade_off(result, lines)))
     if len({method for overlap in result.overlaps for method, _ in (overlap.first, overlap.second)}) > 1:
         caption = "Jaccard overlap of the neurons that two methods take for the same language, mean over languages."
-        found.append(as_picture("overlap", caption, _overlap(result)))
+        pictures.append(as_picture("overlap", caption, _overlap(result)))
     if result.layers:
         caption = "Number of neurons that each method takes from each layer, by language."
-        found.append(as_picture("layers", caption, _layers(result)))
-    return found
+        pictures.append(as_picture("layers", caption, _layers(result)))
+    return pictures
 
 
 def _lines(result: Validation) -> list[_Line]:
@@ -206,7 +206,7 @@ def _collateral(result: Validation) -> Figure:
 
 
 def _spread(result: Validation, by_language: dict[str, Draws]) -> Iterator[tuple[float, str, Draws]]:
-    """Where in a method's bar each language's point stands, -0.25 to 0.25, with its colour."""
+    """The position of each language's point in a method's bar, -0.25 to 0.25, with its colour."""
     last = max(len(result.languages) - 1, 1)
     for number, language in enumerate(result.languages):
         if language in by_language:
@@ -237,12 +237,12 @@ def _collateral_limits(axes: Axes, result: Validation) -> None:
     axes.set_xlim(left - 0.03 * span if left < 0 else 0.0, right + 0.1 * span)
 
 
-def _name_with_missing(result: Validation, method: str, found: dict[str, Draws]) -> str:
-    """The method, and below it the languages that do not lose as much with all neurons."""
+def _name_with_missing(result: Validation, method: str, draws_by_language: dict[str, Draws]) -> str:
+    """The method, and below it the languages that do not reach the effect with all neurons."""
     notes = []
     for language in result.languages:
         if short := result.unreached.count((method, language)):
-            draws = len(found[language].effects) if language in found else 0
+            draws = len(draws_by_language[language].effects) if language in draws_by_language else 0
             notes.append(f"{language} ({short} of {short + draws} draws)" if draws else language)
     return "\n".join([method, f"not reached: {', '.join(notes)}"] if notes else [method])
 

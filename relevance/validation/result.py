@@ -1,4 +1,4 @@
-"""Validation: the plan, and its result as it is kept in a file."""
+"""Validation: the plan, and its result as it is saved in a file."""
 
 from pathlib import Path
 
@@ -19,12 +19,12 @@ class ValidationError(ValueError):
     """A validation is not possible with this plan, or a file is not the result of one."""
 
 
-class Plan(BaseModel):
-    """What is validated.
+class ValidationPlan(BaseModel):
+    """The plan of a validation.
 
     methods: of which scores there are. budgets: fractions of all neurons. effect: nats per token that the target loses
-    at matched effect, or None to leave that out. seeds: of methods that draw. matched_to: the method whose numbers per
-    layer random controls take over too. published: whether the methods' own rules are tried.
+    at matched effect, or None to leave that out. seeds: of methods that draw. matched_to: the method whose numbers of
+    neurons per layer random controls use, too. published: whether the methods' own rules are tried.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,13 +38,12 @@ class Plan(BaseModel):
 
 
 class MaskEffect(BaseModel):
-    """What one mask costs every language on the reported texts.
+    """The cost of one mask for every language on the texts for reporting.
 
     rule: "budget", "published", "like:METHOD" (a layer-matched control) or "matched effect"; budget: the fraction of
-    all neurons that it came to.
-    changes: nats per token by language, above 0 for a loss. collateral: nats per token that the other languages lose,
-    on average, for each that the target loses; None where the target loses nothing.
-    f1: LangSpec-F1 at b = 1 by form, of the scores exp(-nats per token), the geometric mean probability of a token.
+    all neurons that it has. changes: nats per token by language, above 0 for a loss. collateral: nats per token that
+    the other languages lose, on average, for each that the target loses; None where the target loses nothing. f1:
+    LangSpec-F1 at b = 1 by form, of the scores exp(-nats per token), the geometric mean probability of a token.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -109,7 +108,7 @@ class Validation(BaseModel):
     fingerprint: Fingerprint
     languages: tuple[str, ...]
     dtype: str
-    plan: Plan
+    plan: ValidationPlan
     relevance_digest: str
     texts: dict[str, Texts]
     effects: list[MaskEffect]
@@ -144,8 +143,8 @@ class Validation(BaseModel):
 
     def collateral_at_matched_effect(self, method: str) -> float | None:
         """Mean over the languages (and seeds) of `method`; None unless every language reaches the effect."""
-        found = [effect for effect in self.of_rule(MATCHED) if effect.method == method]
-        values = [effect.collateral.mean for effect in found if effect.collateral is not None]
-        if {effect.language for effect in found} != set(self.languages) or len(values) < len(found):
+        effects = [effect for effect in self.of_rule(MATCHED) if effect.method == method]
+        values = [effect.collateral.mean for effect in effects if effect.collateral is not None]
+        if {effect.language for effect in effects} != set(self.languages) or len(values) < len(effects):
             return None
         return sum(values) / len(values)

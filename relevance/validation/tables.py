@@ -1,4 +1,4 @@
-"""The tables of a validation; changes in nats per token, 5 of which get the deepest colour."""
+"""The tables of a validation. Changes are in nats per token; 5 and more have the deepest colour."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +9,7 @@ from crane_serve.common.numbers.bootstrap import Estimate
 from crane_serve.common.numbers.langspec import Form
 from crane_serve.common.reports.content import Cell, Table
 from crane_serve.common.reports.numbers import interval_text, number_text, percent_text
-from relevance.criteria import LIKE, neurons_of_budget
+from relevance.selection_options import LIKE, neurons_of_budget
 from relevance.validation.result import CHOICE, MATCHED, REPORT, MaskEffect, Validation
 
 _NOTHING = "-"
@@ -18,7 +18,7 @@ _SHORT = 16  # characters of a digest that readers see
 
 @dataclass(frozen=True)
 class Draws:
-    """Effects of masks that differ only in their seed: several of a method that draws, one of any other."""
+    """Effects of masks that differ only in their seed: several for a method that draws, one for any other."""
 
     effects: tuple[MaskEffect, ...]
 
@@ -37,7 +37,7 @@ class Draws:
 
     @property
     def name(self) -> str:
-        """The method, and for controls the method whose neurons per layer they take over."""
+        """The method, and for controls the method whose numbers of neurons per layer they use."""
         first = self.effects[0]
         return f"{first.method} like {first.rule.removeprefix(LIKE)}" if first.rule.startswith(LIKE) else first.method
 
@@ -72,7 +72,7 @@ def settings_table(result: Validation) -> Table:
 
 
 def texts_table(result: Validation) -> Table:
-    """What the masks were measured on, one row for each part and language."""
+    """The texts that the masks were measured on, one row for each part and language."""
     uses = {CHOICE: "choosing numbers of neurons", REPORT: "everything reported"}
     return Table(
         ("used for", "split", "corpus", "language", "documents", "tokens", "unmasked nats per token"),
@@ -93,7 +93,7 @@ def texts_table(result: Validation) -> Table:
 
 
 def matched_table(result: Validation) -> Table:
-    """Per method what the others lose for each nat that the target loses, least first."""
+    """Per method the loss of the others for each nat that the target loses, least first."""
     per_language = ("neurons", "own change", "collateral")
     columns = ["method", "mean collateral", *(f"{name}: {what}" for name in result.languages for what in per_language)]
     methods = [method for method in result.plan.methods if _was_matched(result, method)]
@@ -115,18 +115,18 @@ def collateral_order(result: Validation) -> Callable[[str], float]:
 def by_budget(result: Validation) -> dict[float, list[Draws]]:
     """Draws under each of the plan's budgets, controls included, at the budget whose number of neurons is nearest.
 
-    Of budgets that come to the same number of neurons, the first stands for all.
+    Budgets that mean the same number of neurons are shown once, as the first of them.
     """
     total = sum(result.fingerprint.intermediate_sizes)
     budgets: dict[int, float] = {}
     for budget in result.plan.budgets:
         budgets.setdefault(neurons_of_budget(budget, total), budget)
-    found: dict[float, list[MaskEffect]] = {budget: [] for budget in budgets.values()}
+    by_budget: dict[float, list[MaskEffect]] = {budget: [] for budget in budgets.values()}
     for effect in result.effects:
         if budgets and (effect.rule == "budget" or effect.rule.startswith(LIKE)):
             nearest = min(budgets, key=lambda count: abs(math.log(count / max(effect.neurons, 1))))
-            found[budgets[nearest]].append(effect)
-    return {budget: Draws.group(effects) for budget, effects in found.items() if effects}
+            by_budget[budgets[nearest]].append(effect)
+    return {budget: Draws.group(effects) for budget, effects in by_budget.items() if effects}
 
 
 def budget_tables(result: Validation) -> list[Table]:
@@ -139,7 +139,7 @@ def budget_tables(result: Validation) -> list[Table]:
 
 
 def mask_table(result: Validation, draws: Iterable[Draws], title: str = "") -> Table:
-    """What masks cost every language, a row for each."""
+    """The cost of masks for every language, a row for each mask."""
     return Table(
         (
             "method",
@@ -183,17 +183,17 @@ def overlap_tables(result: Validation) -> list[Table]:
 
 def method_overlaps(result: Validation) -> tuple[list[str], list[list[float | None]]]:
     """Methods in order, and [methods][methods] their overlap in the same language, averaged over the languages."""
-    found: dict[tuple[str, str], list[float]] = {}
+    jaccards: dict[tuple[str, str], list[float]] = {}
     methods: dict[str, None] = {}
     for overlap in result.overlaps:
         (first, language), (second, other) = overlap.first, overlap.second
         methods |= {first: None, second: None}
         if language == other:
-            found.setdefault((first, second), []).append(overlap.jaccard)
-            found.setdefault((second, first), []).append(overlap.jaccard)
+            jaccards.setdefault((first, second), []).append(overlap.jaccard)
+            jaccards.setdefault((second, first), []).append(overlap.jaccard)
 
     def mean(first: str, second: str) -> float | None:
-        values = found.get((first, second))
+        values = jaccards.get((first, second))
         return 1.0 if first == second else None if values is None else sum(values) / len(values)
 
     return list(methods), [[mean(first, second) for second in methods] for first in methods]
@@ -286,14 +286,14 @@ def _was_matched(result: Validation, method: str) -> bool:
 
 
 def _matched_row(result: Validation, method: str) -> tuple[Cell, ...]:
-    found = Draws.group(effect for effect in result.of_rule(MATCHED) if effect.method == method)
-    by_language = {draws.language: draws for draws in found}
+    groups = Draws.group(effect for effect in result.of_rule(MATCHED) if effect.method == method)
+    by_language = {draws.language: draws for draws in groups}
     cells: list[Cell] = []
     for language in result.languages:
         short = result.unreached.count((method, language))
         cells += _matched_cells(result, by_language.get(language), short)
-    name = _name_cell(found[0]) if found else Cell(method)
-    return (name, _mean_collateral_cell(result, method, found), *cells)
+    name = _name_cell(groups[0]) if groups else Cell(method)
+    return (name, _mean_collateral_cell(result, method, groups), *cells)
 
 
 def _matched_cells(result: Validation, draws: Draws | None, unreached: int) -> list[Cell]:
@@ -311,12 +311,12 @@ def _matched_cells(result: Validation, draws: Draws | None, unreached: int) -> l
     ]
 
 
-def _mean_collateral_cell(result: Validation, method: str, found: Sequence[Draws]) -> Cell:
+def _mean_collateral_cell(result: Validation, method: str, groups: Sequence[Draws]) -> Cell:
     mean = result.collateral_at_matched_effect(method)
     if mean is None:
         return Cell(_NOTHING)
     by_seed: dict[int | None, list[float]] = {}
-    for draws in found:
+    for draws in groups:
         for effect in draws.effects:
             if effect.collateral is not None:
                 by_seed.setdefault(effect.seed, []).append(effect.collateral.mean)

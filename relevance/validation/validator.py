@@ -9,11 +9,12 @@ from torch import Tensor
 from crane_serve.common.masks import NeuronMask
 from crane_serve.common.numbers.bootstrap import Estimate, change_per_token, estimate, resampled_sums
 from crane_serve.common.numbers.langspec import Form, langspec_f1
-from relevance.criteria import LIKE, Criteria, neurons_of_budget
 from relevance.method import MethodError
 from relevance.methods import find
+from relevance.scored_model import EncodedTexts, ScoredModel
 from relevance.scores import Scores
 from relevance.selection import order, select
+from relevance.selection_options import LIKE, SelectionOptions, neurons_of_budget
 from relevance.validation.ablations import Ablations
 from relevance.validation.overlap import neurons_per_layer, overlaps, stability
 from relevance.validation.result import (
@@ -21,30 +22,33 @@ from relevance.validation.result import (
     MATCHED,
     REPORT,
     MaskEffect,
-    Plan,
     Texts,
     Validation,
     ValidationError,
+    ValidationPlan,
 )
-from relevance.workbench import EncodedTexts, Workbench
 
 JOURNAL_FILE = "ablations.jsonl"
 OVERLAP_BUDGET = 0.01
 
 _FIRST_COUNT = 8
 _WIDENING = 4
-_PRECISION = 1.07  # how far apart two numbers of neurons may be, as a ratio, when the search stops
+_PRECISION = 1.07  # the search stops when two numbers of neurons are within this ratio
 
 
 class Validator:
     """Runs a plan: masks of every method, their effects on the texts for reporting, and at matched effect.
 
-    How many neurons a matched effect takes is chosen on the part "validation"; everything is reported on "test".
-    Raises ValidationError for a plan that cannot be run, before anything is.
+    The number of neurons for a matched effect is chosen on the part "validation"; everything is reported on "test".
+    Raises ValidationError, before the first measurement, for a plan that cannot be run.
     """
 
     def __init__(
-        self, ablations: Ablations, scores: Scores, plan: Plan, advance: Callable[[str], None] = lambda done: None
+        self,
+        ablations: Ablations,
+        scores: Scores,
+        plan: ValidationPlan,
+        advance: Callable[[str], None] = lambda done: None,
     ) -> None:
         self.ablations = ablations
         self.scores = scores
@@ -64,7 +68,7 @@ class Validator:
 
     @property
     def masks(self) -> int:
-        """How many masks the plan has; `advance` hears as often, also where there is no such mask."""
+        """The number of masks in the plan, which is how often `advance` is called, also for masks that do not exist."""
         draws = sum(len(self._seeds(method)) for method in self.plan.methods)
         random = sum(len(self.plan.seeds) for method in self.plan.methods if self._draws(method))
         of_language = draws * (len(self.plan.budgets) + (self.plan.effect is not None))
@@ -81,18 +85,18 @@ class Validator:
                     count = neurons_of_budget(budget, self.scores.shape.neurons)
                     for language in self.languages:
                         mask = self._mask(orders[language], count)
-                        yield self._effect(method, language, "budget", self._shown(method, seed), mask)
+                        yield self._effect(method, language, "budget", self._seed_of(method, seed), mask)
                 if seed is not None and self.plan.matched_to is not None:
                     yield from self._controls(method, seed, self.plan.matched_to)
             if self.plan.published:
                 yield from self._published(method)
 
     def matched(self) -> tuple[list[MaskEffect], list[tuple[str, str]]]:
-        """Effects where the target loses `plan.effect`, and the (method, language) that never does."""
-        found: list[MaskEffect] = []
+        """Effects where the target loses `plan.effect`, and the pairs (method, language) that never reach it."""
+        effects: list[MaskEffect] = []
         unreached: list[tuple[str, str]] = []
         if self.plan.effect is None:
-            return found, unreached
+            return effects, unreached
         for method in self.plan.methods:
             for seed in self._seeds(method):
                 orders = self._orders(method, seed)
@@ -103,13 +107,13 @@ class Validator:
                         self.advance(f"{method} {language} {MATCHED}")
                         continue
                     mask = self._mask(orders[language], count)
-                    found.append(self._effect(method, language, MATCHED, self._shown(method, seed), mask))
-        return found, unreached
+                    effects.append(self._effect(method, language, MATCHED, self._seed_of(method, seed), mask))
+        return effects, unreached
 
     def _seeds(self, method: str) -> Sequence[int]:
         return self.plan.seeds if self._draws(method) else (0,)
 
-    def _shown(self, method: str, seed: int) -> int | None:
+    def _seed_of(self, method: str, seed: int) -> int | None:
         return seed if self._draws(method) else None
 
     @staticmethod
@@ -123,8 +127,8 @@ class Validator:
         if not self._draws(method):
             return
         for budget in self.plan.budgets:
-            criteria = Criteria(method, budget=budget, quotas=f"{LIKE}{like}", seed=seed)
-            for language, mask in select(self.scores, criteria).masks.items():
+            options = SelectionOptions(method, budget=budget, quotas=f"{LIKE}{like}", seed=seed)
+            for language, mask in select(self.scores, options).masks.items():
                 yield self._effect(method, language, f"{LIKE}{like}", seed, mask)
 
     def _published(self, method: str) -> Iterator[MaskEffect]:
@@ -151,7 +155,8 @@ class Validator:
         return NeuronMask.switching_off(off, sizes)
 
     def _count_for(self, effect: float, ordered: Tensor, language: str) -> int | None:
-        """The fewest neurons, to within 7 %, that cost `language` so many nats per token on the part for choices."""
+        """The smallest number of neurons, to within 7 %, that costs `language` so many nats per token on the part for
+        choices."""
 
         def costs(count: int) -> bool:
             return self.ablations.loss(self._mask(ordered, count), CHOICE, language) >= effect
@@ -187,48 +192,48 @@ class Validator:
 
 
 def run(
-    bench: Workbench,
+    scored_model: ScoredModel,
     texts: Mapping[str, EncodedTexts],
-    plan: Plan,
+    plan: ValidationPlan,
     directory: Path,
     batch_tokens: int,
     halves: Sequence[Scores] = (),
     advance: Callable[[str], None] = lambda done: None,
     start: Callable[[int], None] = lambda masks: None,
 ) -> Validation:
-    """Run `plan` and save the result in `directory`, where a journal lets the same run go on after it was killed.
+    """Run `plan` and save the result in `directory`, where a journal lets a killed run continue.
 
-    texts: of the parts "validation" and "test"; halves: scores from two halves of a corpus, or none.
-    start: hears how many masks there are at most; advance: hears of each that is measured, or that there is not.
-    Raises ValidationError, JournalError, and whatever the selection of a plan's neurons raises.
+    texts: of the parts "validation" and "test"; halves: scores from two halves of a corpus, or none. start: called with
+    the largest number of masks; advance: called for each mask that is measured or does not exist. Raises
+    ValidationError, JournalError, and the errors of `select`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     ablations = Ablations(
-        bench.decoder,
+        scored_model.decoder,
         {part: of.documents for part, of in texts.items()},
         batch_tokens,
         directory / JOURNAL_FILE,
-        bench.identity(texts, batch_tokens),
+        scored_model.identity(texts, batch_tokens),
     )
-    validator = Validator(ablations, bench.scores, plan, advance)
+    validator = Validator(ablations, scored_model.scores, plan, advance)
     start(validator.masks)
     matched, unreached = validator.matched()
     effects = [*validator.effects(), *matched]
     methods = [method for method in plan.methods if not find(method).matched_to]
     result = Validation(
-        fingerprint=bench.scores.info.fingerprint,
-        languages=bench.languages,
-        dtype=str(bench.dtype).removeprefix("torch."),
+        fingerprint=scored_model.scores.info.fingerprint,
+        languages=scored_model.languages,
+        dtype=str(scored_model.dtype).removeprefix("torch."),
         plan=plan,
-        relevance_digest=bench.scores.info.corpus_digest,
+        relevance_digest=scored_model.scores.info.corpus_digest,
         texts={part: _described(ablations, part, of) for part, of in texts.items()},
         effects=effects,
         unreached=unreached,
         empty=validator.empty,
         overlap_budget=OVERLAP_BUDGET,
-        overlaps=overlaps(bench.scores, methods, OVERLAP_BUDGET),
+        overlaps=overlaps(scored_model.scores, methods, OVERLAP_BUDGET),
         stability=stability(halves, OVERLAP_BUDGET),
-        layers=neurons_per_layer(bench.scores, methods, OVERLAP_BUDGET),
+        layers=neurons_per_layer(scored_model.scores, methods, OVERLAP_BUDGET),
     )
     result.save(directory)
     return result
@@ -246,9 +251,9 @@ def _described(ablations: Ablations, part: str, texts: EncodedTexts) -> Texts:
 
 
 def fewest(enough: Callable[[int], bool], most: int) -> int | None:
-    """The smallest count from 1 to `most` that is `enough`, to within a ratio of 1.07, or None if `most` is not.
+    """The smallest count from 1 to `most` that is `enough`, to within a ratio of 1.07; None if `most` is not enough.
 
-    Assumes that what is enough stays enough with more. Asks about a dozen times.
+    Assumes that larger counts than a sufficient one are sufficient, too. Calls `enough` about a dozen times.
     """
     too_few, count = 0, min(_FIRST_COUNT, most)
     while not enough(count):
@@ -271,15 +276,15 @@ def collateral(
     """Mean loss per token of the other languages over that of `target`, with a bootstrap over documents.
 
     changes: nats that each document loses, [documents] by language; tokens: their lengths. A resample draws documents
-    of every language, the same places in all languages that have equally many, since those may be parallel.
-    None where the target loses nothing. The interval is left out where a resample has the target lose nothing.
+    of every language, the same places in all languages that have equally many, since those may be parallel. None if the
+    target loses nothing. There is no interval if the target loses nothing in some resample.
     """
     sums = {name: resampled_sums(np.stack([changes[name], tokens[name]], axis=1), seed=seed) for name in changes}
     losses = {name: of_language[:, 0] / of_language[:, 1] for name, of_language in sums.items()}  # [1 + resamples]
     loss = losses.pop(target)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.where(loss > 0, sum(losses.values()) / len(losses) / loss, np.nan)
-    found = estimate(ratios, least=1.0)
-    if found is None or min(map(len, changes.values())) > 1:
-        return found
-    return found.model_copy(update={"low": None, "high": None})
+    interval = estimate(ratios, least=1.0)
+    if interval is None or min(map(len, changes.values())) > 1:
+        return interval
+    return interval.model_copy(update={"low": None, "high": None})

@@ -23,7 +23,7 @@ async def test_one_request_may_go_over_the_limit() -> None:
     first, second = admitted(gate, 3), admitted(gate, 50)
     assert gate.sequences == 53
     late = request()
-    with pytest.raises(TooBusy, match="53 prompts are waiting or running; at most 4 may") as caught:
+    with pytest.raises(TooBusy, match=r"53 prompts .* 4") as caught:
         gate.admit(late, 1)
     status, body, headers = describe(caught.value)
     assert (status, body.code, int(headers["Retry-After"]) > 0) == (429, "queue_full", True)

@@ -497,7 +497,7 @@ def assert_discreet(server: Server) -> None:
 
 
 @dataclass
-class Asked:
+class RequestUnderWay:
     """A request under way, and what has come of its answer."""
 
     path: str
@@ -507,7 +507,7 @@ class Asked:
     text: str = ""
     has_begun: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def run(self, client: httpx.AsyncClient) -> "Asked":
+    async def run(self, client: httpx.AsyncClient) -> "RequestUnderWay":
         async with client.stream("POST", self.path, json=self.body) as response:
             self.status, self.content_type = response.status_code, response.headers["content-type"].partition(";")[0]
             async for piece in response.aiter_text():
@@ -568,12 +568,12 @@ async def test_sigterm_lets_everything_under_way_end_whole(first: Server) -> Non
     short = {"prompt": PROMPT, "temperature": 0, "max_tokens": 40}
     stream = {**short, "stream": True}
     v1, chat = {"model": "tiny", "ignore_eos": True}, {"messages": MESSAGES, "temperature": 0, "max_tokens": 40}
-    many = Asked("/generate", {**short, "prompt": [PROMPT] * 100, "max_tokens": 60})
-    generated = [Asked("/generate", short) for _ in range(8)]
-    streamed = [Asked("/generate", stream) for _ in range(8)]
-    completed = [Asked("/v1/completions", {**short, **v1}) for _ in range(4)]
-    completed_in_streams = [Asked("/v1/completions", {**stream, **v1}) for _ in range(4)]
-    chatted = [Asked("/v1/chat/completions", {**chat, **v1, "stream": True}) for _ in range(5)]
+    many = RequestUnderWay("/generate", {**short, "prompt": [PROMPT] * 100, "max_tokens": 60})
+    generated = [RequestUnderWay("/generate", short) for _ in range(8)]
+    streamed = [RequestUnderWay("/generate", stream) for _ in range(8)]
+    completed = [RequestUnderWay("/v1/completions", {**short, **v1}) for _ in range(4)]
+    completed_in_streams = [RequestUnderWay("/v1/completions", {**stream, **v1}) for _ in range(4)]
+    chatted = [RequestUnderWay("/v1/chat/completions", {**chat, **v1, "stream": True}) for _ in range(5)]
     rest = [*generated, *streamed, *completed, *completed_in_streams, *chatted]
     processes = processes_of(first)
     async with async_client_of(first) as client:
@@ -621,25 +621,25 @@ async def test_the_death_of_the_engine_is_told_to_everybody(second: Server) -> N
     v1 = {**ENDLESS, "model": "tiny:zh"}
     chat = {"model": "tiny", "messages": MESSAGES, "max_tokens": 1900}
     begun = [
-        Asked("/v1/completions", {**v1, "stream": True}),
-        Asked("/v1/completions", {**v1, "stream": True}),
-        Asked("/v1/chat/completions", {**chat, "ignore_eos": True, "stream": True}),
-        Asked("/generate", {**MANY, "stream": True}),
+        RequestUnderWay("/v1/completions", {**v1, "stream": True}),
+        RequestUnderWay("/v1/completions", {**v1, "stream": True}),
+        RequestUnderWay("/v1/chat/completions", {**chat, "ignore_eos": True, "stream": True}),
+        RequestUnderWay("/generate", {**MANY, "stream": True}),
     ]
     streams = [
-        Asked("/generate", {**MANY, "stream": True, "mask": "zh"}),
-        Asked("/v1/completions", {**v1, "stream": True}),
-        Asked("/v1/chat/completions", {**chat, "stream": True}),
-        *(Asked("/v1/messages", {**chat, "stream": True}) for _ in range(2)),
-        *(Asked("/v1/responses", {"model": "tiny", "input": PROMPT, "stream": True}) for _ in range(2)),
+        RequestUnderWay("/generate", {**MANY, "stream": True, "mask": "zh"}),
+        RequestUnderWay("/v1/completions", {**v1, "stream": True}),
+        RequestUnderWay("/v1/chat/completions", {**chat, "stream": True}),
+        *(RequestUnderWay("/v1/messages", {**chat, "stream": True}) for _ in range(2)),
+        *(RequestUnderWay("/v1/responses", {"model": "tiny", "input": PROMPT, "stream": True}) for _ in range(2)),
     ]
     plain = [
-        *(Asked("/generate?mask=vi", MANY) for _ in range(3)),
-        *(Asked("/v1/completions", v1) for _ in range(2)),
-        Asked("/v1/chat/completions", chat),
-        Asked("/v1/responses", {"model": "tiny", "input": PROMPT}),
-        Asked("/score", {"text": [PROMPT] * 50}),
-        Asked("/generate", {**MANY, "prompt": [PROMPT] * 100}),
+        *(RequestUnderWay("/generate?mask=vi", MANY) for _ in range(3)),
+        *(RequestUnderWay("/v1/completions", v1) for _ in range(2)),
+        RequestUnderWay("/v1/chat/completions", chat),
+        RequestUnderWay("/v1/responses", {"model": "tiny", "input": PROMPT}),
+        RequestUnderWay("/score", {"text": [PROMPT] * 50}),
+        RequestUnderWay("/generate", {**MANY, "prompt": [PROMPT] * 100}),
     ]
     everything = [*begun, *streams, *plain]
     assert len(everything) == 20

@@ -11,7 +11,7 @@ import pytest
 
 from crane_serve.verify import checks, command
 from crane_serve.verify.checks import Status
-from crane_serve.verify.plan import Plan
+from crane_serve.verify.plan import ProcessPlan
 from tests.engines import random_masks
 from tests.tiny import tiny_model
 
@@ -77,12 +77,12 @@ def test_verify_finds_a_layer_that_is_not_masked(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     def launch(module: str, plan: Path, environment: Mapping[str, str], log: Path) -> str | None:
-        if Plan.load(plan).masks is None:
+        if ProcessPlan.load(plan).masks is None:
             return "left out"
         return command.run_process("sabotaged", plan, {**environment, "PYTHONPATH": str(tmp_path)}, log)
 
-    wishes = command.Wishes(str(checkpoint), reference=False, throughput=False, flags=FLAGS)
-    report = command.run(wishes, print, launch)
+    options = command.VerifyOptions(str(checkpoint), reference=False, throughput=False, flags=FLAGS)
+    report = command.run(options, print, launch)
     assert not report.passed
     layers = next(check for check in report.checks if check.name == checks.LAYERS)
     assert layers.status is Status.FAIL

@@ -9,7 +9,7 @@ import pytest
 
 from crane_serve.common.masks import MaskError, MaskFileError, MaskLibrary
 from crane_serve.engine import plugin
-from crane_serve.engine.admission import admit, asked_mask
+from crane_serve.engine.admission import admit, requested_mask
 from crane_serve.engine.config import MaskConfig, mask_config
 from crane_serve.engine.support import UnsupportedEngine, check_engine, check_version
 from tests.engines import random_masks
@@ -181,7 +181,7 @@ def test_a_misspelt_argument_is_refused(configured: tuple[MaskConfig, MaskLibrar
 
 
 def test_no_sampling_parameters_ask_for_no_mask() -> None:
-    assert asked_mask(None) is None
+    assert requested_mask(None) is None
 
 
 def test_a_process_that_receives_the_configuration_has_the_plugin(
@@ -244,4 +244,4 @@ def test_an_unusable_number_of_rows_is_refused(
 )
 def test_bad_positions_are_refused(asked: dict[str, object], message: str) -> None:
     with pytest.raises(MaskError, match=message):
-        asked_mask(parameters(**asked))
+        requested_mask(parameters(**asked))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from clients.sources import Source
+from clients.sources import RowSource
 from crane_serve.cli import app
 from crane_serve.common.masks import read_mask
 from crane_serve.common.text.corpus import EMBEDDED_CORPUS, Corpus, Document, Form
@@ -89,10 +89,10 @@ def test_other_forms_of_letters_stay_as_they_are(tmp_path: Path) -> None:
 def test_rows_of_tasks_can_be_brought_into_one_form(tmp_path: Path) -> None:
     decomposed = nfd(VIETNAMESE)
     (tmp_path / "x.csv").write_text(f"id,question\n{decomposed[1]},{decomposed[0]}\n", "utf-8")
-    (row,) = Source(files="x.csv", normalise=Form.NFC).rows("vi", tmp_path)
+    (row,) = RowSource(files="x.csv", normalise=Form.NFC).rows("vi", tmp_path)
     assert row == {"id": decomposed[1], "question": VIETNAMESE[0]}
     (tmp_path / "x.json").write_text(f'[{{"id": 1, "choices": ["{decomposed[0]}", {{"a": "{decomposed[1]}"}}]}}]')
-    (row,) = Source(files="x.json", normalise=Form.NFC).rows("vi", tmp_path)
+    (row,) = RowSource(files="x.json", normalise=Form.NFC).rows("vi", tmp_path)
     assert row["choices"] == [VIETNAMESE[0], {"a": VIETNAMESE[1]}]
 
 
@@ -213,8 +213,17 @@ def test_commands_agree_on_column_and_form(checkpoint: Path, tmp_path: Path) -> 
     said = run("validate", checkpoint, scores, *options, *short, "--out", tmp_path / "validation")
     assert "normal form" not in said
     masks = ("--masks", tmp_path / "masks", "--out", tmp_path / "pair")
-    assert "normal form" in run("transfer", checkpoint, checkpoint, *masks, *options)
+    assert "normal form" in run("masks", "compare", checkpoint, checkpoint, *masks, *options)
     assert "normal form" not in run(
-        "transfer", checkpoint, checkpoint, *masks[:2], "--out", tmp_path / "nfc", *options, "--normalise", "NFC"
+        "masks",
+        "compare",
+        checkpoint,
+        checkpoint,
+        *masks[:2],
+        "--out",
+        tmp_path / "nfc",
+        *options,
+        "--normalise",
+        "NFC",
     )
     assert "'NFKD' is not" in run("relevance", checkpoint, *options, "--normalise", "NFKD", code=2)

@@ -302,12 +302,22 @@ def commands(checkpoint: Path, whole: Path, corpus: Path, out: Path) -> dict[str
         "refine": ["refine", checkpoint, scores, *texts],
         "learn": ["learn", checkpoint, scores, *texts],
         "validate": ["validate", checkpoint, scores, *texts, "--out", out / "validation"],
-        "transfer": ["transfer", checkpoint, whole, "--masks", out / "masks", *texts, "--out", out / "pair"],
+        "masks compare": [
+            "masks",
+            "compare",
+            checkpoint,
+            whole,
+            "--masks",
+            out / "masks",
+            *texts,
+            "--out",
+            out / "pair",
+        ],
         "verify": ["verify", checkpoint],
     }
 
 
-COMMANDS = ("relevance", "refine", "learn", "validate", "transfer", "verify")
+COMMANDS = ("relevance", "refine", "learn", "validate", "masks compare", "verify")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

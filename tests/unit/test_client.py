@@ -356,8 +356,8 @@ async def test_an_error_inside_a_stream_is_raised() -> None:
     ("events", "message"),
     [
         (deltas_and_end()[:3], "ended before its last event"),
-        ([b"data: {broken\n\n"], "event that is none: {broken"),
-        ([event({"index": "x"})], "event that is none"),
+        ([b"data: {broken\n\n"], "{broken"),
+        ([event({"index": "x"})], "an event that cannot be read"),
     ],
 )
 def test_streams_that_cannot_be_used(events: list[bytes], message: str) -> None:

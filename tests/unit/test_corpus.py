@@ -146,7 +146,7 @@ def test_an_empty_file(tmp_path: Path, content: str, suffix: str) -> None:
         ('{"id": "b", "text": 7}', "'text' is a number; expected a string"),
         ('{"text": "Two."}', "'id' is missing or empty"),
         ('{"id": "b", "text": "Two.", "split": 1}', "'split' is 1"),
-        ('{"id": "a", "text": "Two."}', "id 'a' stands already in line 1"),
+        ('{"id": "a", "text": "Two."}', "id 'a' is already used in line 1"),
         ('{"id": "b", "text": "\\ud800"}', "surrogate"),
     ],
 )

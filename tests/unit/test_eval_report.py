@@ -15,10 +15,10 @@ from rich.console import Console
 
 from clients.evaluation import UNMASKED, Band, Cell, Evaluation, Failure, Intervals, PlannedMask, TaskInfo, Throughput
 from clients.reporting import FILES, summary_tables, write_all
-from clients.reporting.asked import asked_section, at_chance
 from clients.reporting.changes import change_table
 from clients.reporting.examples import FEW, FULL, Extent, changed, examples_section
 from clients.reporting.files import cell_rows, write_items
+from clients.reporting.overview import at_chance, overview_section
 from clients.reporting.pictures import draw
 from clients.task import Answers, Generate, Generated, Item, Metric, Question
 from crane_serve.common.numbers.bootstrap import Estimate
@@ -237,7 +237,7 @@ def test_what_was_asked() -> None:
         cell("r", "zh", -0.1, p_value=0.01),  # a random control
     ]
     masks = (PlannedMask(name="a", budget=0.015, neurons=1234, seed=7), PlannedMask(name="r", seed=9))
-    section = asked_section(small(cells, masks=masks, chance={"en": 0.5, "zh": 0.25}))
+    section = overview_section(small(cells, masks=masks, chance={"en": 0.5, "zh": 0.25}))
     text = " ".join(section.paragraphs)
     assert "t (Accuracy) in en: the unmasked model is at chance: a loss here cannot be seen." in text
     assert "6 answers, 7 tokens, in 2.0 s (3.0 answers per second, 2 sessions)" in text

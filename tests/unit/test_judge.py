@@ -220,7 +220,7 @@ def test_marks_of_another_form(reply: str, expected: float | None) -> None:
         ({"base_url": "https://judge/v1?key=secret"}, "without credentials or query"),
         ({"base_url": "http://judge:port/"}, "expected an address"),
         ({"model": ""}, "model"),
-        ({"pattern": "("}, "no regular expression"),
+        ({"pattern": "("}, "not a regular expression"),
         ({"pattern": "[0-9]+"}, "no group"),
         ({"lowest": 5, "highest": 5}, "the lowest first"),
         ({"highest": float("inf")}, "finite"),

@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from clients.errors import EvaluationError
-from clients.sources import Source
+from clients.sources import RowSource
 from crane_serve.common.text.corpus import Corpus, CorpusError, Document
 from crane_serve.common.text.language_files import language_files
 from relevance.sources import load_corpus
@@ -57,7 +57,7 @@ def test_every_format_holds_the_same_documents(tmp_path: Path, suffix: str) -> N
     corpus = Corpus.load(tmp_path, "test")
     assert corpus.documents["vi"] == (Document("b", ROWS[1]["text"]),)
     assert Corpus.load(tmp_path).documents["vi"] == tuple(Document(row["id"], row["text"]) for row in ROWS)
-    rows = Source(files="{lang}" + suffix).rows("vi", tmp_path)
+    rows = RowSource(files="{lang}" + suffix).rows("vi", tmp_path)
     assert rows == ROWS
 
 
@@ -82,7 +82,7 @@ def test_a_table_needs_no_ids_and_names_its_text_column(tmp_path: Path) -> None:
 
 def test_whole_numbers_are_ids(tmp_path: Path) -> None:
     (tmp_path / "en.jsonl").write_text('{"id": 7, "text": "One two."}\n{"id": "7", "text": "Three."}\n')
-    with pytest.raises(CorpusError, match=r"en\.jsonl:2: id '7' stands already in line 1"):
+    with pytest.raises(CorpusError, match=r"en\.jsonl:2: id '7' is already used in line 1"):
         Corpus.load(tmp_path)
     (tmp_path / "en.jsonl").write_text('{"id": 7, "text": "One two."}\n')
     assert Corpus.load(tmp_path).documents["en"] == (Document("7", "One two."),)
@@ -123,15 +123,15 @@ def cut(content: bytes) -> bytes:
         ("en.csv", "id,text\n1,a b\n2,c,d\n", "en.csv:3: 3 cells; expected 2 as in line 1"),
         ("en.csv", 'id,text\n1,"a\nb"\n2,"c\nd\n', "en.csv:4: unexpected end of data"),
         ("en.csv", 'id,text\n1,a\n2,"b"c\n', "en.csv:3: "),
-        ("en.csv", "id,text\n1,a b\nid,text\n2,c d\n", "en.csv:3 is the header once more"),
-        ("en.csv", "id,text\n1,a b\n1,c d\n", "en.csv:3: id '1' stands already in line 2"),
+        ("en.csv", "id,text\n1,a b\nid,text\n2,c d\n", "en.csv:3 is the header again"),
+        ("en.csv", "id,text\n1,a b\n1,c d\n", "en.csv:3: id '1' is already used in line 2"),
         ("en.csv", "id,text\n,a b\n", "en.csv:2: 'id' is missing or empty"),
         ("en.tsv", "id\ttext\n1\t\n", "en.tsv:2: 'text' is missing or empty"),
         ("en.csv", "id,text\n", "en.csv holds no documents"),
         ("en.json", '{"id": "a", "text": "b c"}\n{"id": "b", "text": "d"}\n', "an object per line is named .jsonl"),
         ("en.json", '["a b", "c d"]', "en.json, row 1: expected an object; found a string"),
         ("en.json", "[" * 100_000, "en.json: JSON that is nested too deeply"),
-        ("en.json", '[{"id": "a", "text": "b c"}, {"id": "a", "text": "d"}]', "row 2: id 'a' stands already in row 1"),
+        ("en.json", '[{"id": "a", "text": "b c"}, {"id": "a", "text": "d"}]', "row 2: id 'a' is already used in row 1"),
     ],
 )
 def test_damaged_files_are_named_with_the_place(tmp_path: Path, name: str, content: bytes | str, message: str) -> None:
@@ -147,7 +147,7 @@ def test_damaged_files_are_named_with_the_place(tmp_path: Path, name: str, conte
 def test_rows_of_tasks_are_refused_alike(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(EvaluationError, match=name):
-        Source(files=name).rows("en", tmp_path)
+        RowSource(files=name).rows("en", tmp_path)
 
 
 # --- directories

@@ -7,7 +7,7 @@ from scipy.stats import kurtosis, zscore
 from torch import Tensor
 
 from relevance.encoding import Batch
-from relevance.method import Activations, Gradients, Measured, MethodError, Pass, Shape, Site, Source, Units
+from relevance.method import Activations, Gradients, Measured, MethodError, Pass, ScoreSource, Shape, Site, Units
 from relevance.methods import available, find, find_scored, scored
 from relevance.methods.attnlrp import AttnLRP
 from relevance.methods.average_precision import AveragePrecision, average_precisions
@@ -61,7 +61,7 @@ def test_by_default_one_pass_serves_all() -> None:
 def test_methods_scored_elsewhere_rank_as_they_are() -> None:
     scores = torch.rand(SHAPE.tensor)
     for name in ("learned", "ablation-refined"):
-        assert find(name).source is Source.ELSEWHERE
+        assert find(name).source is ScoreSource.ELSEWHERE
         assert torch.equal(find(name).ranking(scores, SHAPE, seed=0), scores)
         with pytest.raises(MethodError, match=f"method {name} was published without a rule"):
             find(name).published(scores, SHAPE)
@@ -307,7 +307,7 @@ def test_statistics_of_every_method_merge() -> None:
             for layer, size in enumerate(units.sizes):
                 values = torch.randn(2, 3, size, generator=generator)
                 seen: list[Activations | Gradients] = [activations(layer, values, batch)]
-                if kind.source is not Source.FORWARD:
+                if kind.source is not ScoreSource.FORWARD:
                     seen = [
                         Gradients(layer, site, batch, values[..., :width], values[..., :width].exp(), values.sum(-1))
                         for site in whole.wanted

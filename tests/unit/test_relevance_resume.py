@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from crane_serve.common.text.corpus import Corpus, Document
-from relevance.measurement import Measurement
 from relevance.methods import find_scored
 from relevance.methods.lape import Lape
-from relevance.progress import Done, Plan, Progress, ProgressError
+from relevance.model_passes import ModelPasses
+from relevance.progress import Done, Progress, ProgressError, ScoringPlan
 from relevance.scores import Scores
 from relevance.scoring import Execution, score
 from tests.tiny import tiny_model
@@ -26,11 +26,11 @@ import os, signal, sys
 from pathlib import Path
 import torch
 sys.path.insert(0, {root!r})
-from relevance.measurement import Measurement
+from relevance.model_passes import ModelPasses
 from tests.unit.test_relevance_resume import scores_of
 checkpoint, directory, out, log, moment, at = sys.argv[1:]
 torch.set_num_threads(1)
-run, seen = Measurement.run, []
+run, seen = ModelPasses.run, []
 
 def counting(self, batch, methods):
     seen.append(None)
@@ -42,7 +42,7 @@ def counting(self, batch, methods):
     if len(seen) == int(at) and moment == "after":
         os.kill(os.getpid(), signal.SIGKILL)
 
-Measurement.run = counting
+ModelPasses.run = counting
 scores_of(Path(checkpoint), Path(directory)).save(Path(out))
 """
 
@@ -107,8 +107,8 @@ def test_killed_twice_the_result_is_the_same_to_the_bit(
     assert killed_or_finished(checkpoint, tmp_path, "after", 4) == -9
     assert not (tmp_path / "scores").exists()
     assert killed_or_finished(checkpoint, tmp_path, "before", 1000) == 0
-    run, batches = Measurement.run, []
-    monkeypatch.setattr(Measurement, "run", lambda *arguments: (batches.append(1), run(*arguments)))
+    run, batches = ModelPasses.run, []
+    monkeypatch.setattr(ModelPasses, "run", lambda *arguments: (batches.append(1), run(*arguments)))
     undisturbed = scores_of(checkpoint, None)
     assert len(batches) >= 9
     # Each death had one batch begun that is not in the progress.
@@ -119,7 +119,7 @@ def test_killed_twice_the_result_is_the_same_to_the_bit(
 def test_finished_progress_needs_no_batch(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = scores_of(checkpoint, tmp_path)
     assert same(before, scores_of(checkpoint, None))
-    monkeypatch.setattr(Measurement, "run", None)
+    monkeypatch.setattr(ModelPasses, "run", None)
     assert same(scores_of(checkpoint, tmp_path), before)
 
 
@@ -155,7 +155,7 @@ def test_damaged_progress_is_refused(checkpoint: Path, tmp_path: Path, damage: o
 def test_state_of_another_plan_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     scores_of(checkpoint, tmp_path, ["lape"])
     plan = json.loads((tmp_path / "plan.json").read_text())
-    other = Progress.open(tmp_path / "other", Plan(**{**plan, "batch_tokens": 7}))
+    other = Progress.open(tmp_path / "other", ScoringPlan(**{**plan, "batch_tokens": 7}))
     (tmp_path / "en-0-of-1.safetensors").rename(other.directory / "en-0-of-1.safetensors")
     with pytest.raises(ProgressError, match="the state of another run"):
         other.documents()

@@ -48,7 +48,7 @@ def test_a_path_is_never_taken_for_a_hub_id(hub: list[str], model: str) -> None:
 
 @pytest.mark.parametrize("model", ["google/gemma-3-270m", "gpt2"])
 def test_an_unreachable_hub_is_one_line(hub: list[str], model: str) -> None:
-    with pytest.raises(CheckpointError, match=f"{model} is no local directory and .* hub: no connection$"):
+    with pytest.raises(CheckpointError, match=f"{model} is not a local directory, and .* hub: no connection$"):
         resolve_checkpoint(model)
     assert hub == [model]
 

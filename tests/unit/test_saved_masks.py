@@ -24,7 +24,7 @@ from crane_serve.common.masks import (
     encode_mask,
     write_mask,
 )
-from crane_serve.engine.changes import CHANGE_METHOD, FORGET_METHOD
+from crane_serve.engine.live_masks import CHANGE_METHOD, FORGET_METHOD
 from crane_serve.engine.service import EngineDead, EngineService
 from tests.tiny import byte_tokenizer
 

@@ -12,11 +12,11 @@ from typer.testing import CliRunner, Result
 from crane_serve.cli import app
 from crane_serve.common.masks import MaskFileError, read_mask
 from relevance.contrast import CONTRASTS, ContrastError
-from relevance.criteria import Criteria, Overlap, Rule, SelectionError, neurons_of_budget
 from relevance.method import MethodError
 from relevance.methods.random import draw
 from relevance.scores import Scores, ScoresError
 from relevance.selection import Selection, best_first, evenly, exclusive, order, outstanding, select
+from relevance.selection_options import Overlap, Rule, SelectionError, SelectionOptions, neurons_of_budget
 from tests.scores import given_scores, random_scores
 
 LANGUAGES = ["en", "vi", "zh"]
@@ -24,7 +24,7 @@ NEURONS = 80
 
 
 def chosen(scores: Scores, method: str, **options: Any) -> Selection:
-    return select(scores, Criteria(method, **options))
+    return select(scores, SelectionOptions(method, **options))
 
 
 def off(scores: Scores, method: str, language: str, budget: float = 0.1, **options: Any) -> Tensor:
@@ -57,7 +57,7 @@ def test_a_count_is_a_number_of_neurons() -> None:
     with pytest.raises(SelectionError, match="count is 81; the model has 80 neurons"):
         chosen(scores, "lape", count=81)
     with pytest.raises(SelectionError, match="count is 0; expected at least 1"):
-        Criteria("lape", count=0)
+        SelectionOptions("lape", count=0)
 
 
 @pytest.mark.parametrize("budget", [0.0, -0.1, 1.01, math.nan, math.inf])
@@ -202,7 +202,7 @@ def test_a_match_can_be_chosen() -> None:
     assert off(scores, "random", "en", quotas="like:lape").sum(1).tolist() == lape.sum(1).tolist()
     assert off(scores, "attnlrp", "en", quotas="like:lape").sum(1).tolist() == lape.sum(1).tolist()
     with pytest.raises(SelectionError, match="lape cannot be matched to itself"):
-        Criteria("lape", quotas="like:lape")
+        SelectionOptions("lape", quotas="like:lape")
 
 
 def test_too_few_neurons_are_left_for_a_control() -> None:
@@ -215,7 +215,7 @@ def test_too_few_neurons_are_left_for_a_control() -> None:
 @pytest.mark.parametrize("quotas", ["even", "like", "like:", "", "lape"])
 def test_unknown_quotas(quotas: str) -> None:
     with pytest.raises(SelectionError, match=f"quotas are '{quotas}'; expected global, uniform or like:METHOD"):
-        Criteria("lape", quotas=quotas)
+        SelectionOptions("lape", quotas=quotas)
 
 
 # --- rules
@@ -309,7 +309,7 @@ def test_output_dimensions_that_are_not_there_or_not_counted() -> None:
     with pytest.raises(ScoresError, match="no scores of output dimensions of method 'random'; there are of crane"):
         chosen(scores, "random", rule=Rule.Z, quotas="global", output_dimensions=True)
     with pytest.raises(SelectionError, match="a budget counts neurons"):
-        Criteria("crane", output_dimensions=True)
+        SelectionOptions("crane", output_dimensions=True)
 
 
 # --- overlap
@@ -390,11 +390,11 @@ def test_a_contrast_needs_a_second_language() -> None:
         chosen(random_scores(("en",)), "crane", contrast="share")
 
 
-def test_criteria_that_contradict_each_other() -> None:
+def test_selection_options_that_contradict_each_other() -> None:
     with pytest.raises(SelectionError, match="uniform quotas spread a budget over the layers; the rule z has none"):
-        Criteria("crane", rule=Rule.Z, quotas="uniform")
+        SelectionOptions("crane", rule=Rule.Z, quotas="uniform")
     with pytest.raises(SelectionError, match="z is nan"):
-        Criteria("crane", rule=Rule.Z, z=math.nan)
+        SelectionOptions("crane", rule=Rule.Z, z=math.nan)
 
 
 def test_unknown_and_missing_methods() -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from crane_serve.cli import app
 from crane_serve.service import process
-from crane_serve.service.settings import SECRETS, LogFormat, ServeSettings, SettingError, Source, load_settings
+from crane_serve.service.settings import SECRETS, LogFormat, ServeSettings, SettingError, SettingSource, load_settings
 
 KEY = "an-admin-key-of-some-length"
 FILES = {
@@ -49,9 +49,9 @@ class TestSources:
         assert (settings.port, settings.cors_origins, settings.log_format) == (9001, ("https://a",), LogFormat.JSON)
         assert settings.admin_key == SecretStr(KEY)
         assert loaded.sources == {
-            "model": Source.ENVIRONMENT,
-            "masks": Source.ENVIRONMENT,
-            **dict.fromkeys(("port", "admin_key", "cors_origins", "log_format"), Source.FILE),
+            "model": SettingSource.ENVIRONMENT,
+            "masks": SettingSource.ENVIRONMENT,
+            **dict.fromkeys(("port", "admin_key", "cors_origins", "log_format"), SettingSource.FILE),
         }
 
     def test_flags_then_environment_then_file_then_default(
@@ -137,14 +137,14 @@ class TestRefusals:
             ("log_format", "xml", "log_format: Input should be 'text' or 'json', found 'xml'"),
             ("log_level", "loud", "log_level: Input should be 'debug', 'info', 'warning' or 'error', found 'loud'"),
             ("masks", "/nowhere", "masks: directory '/nowhere' does not exist, found '/nowhere' (from CRANE_MASKS)"),
-            ("ssl_keyfile", "key.pem", "ssl_keyfile: expected ssl_certfile beside it"),
+            ("ssl_keyfile", "key.pem", "ssl_keyfile: expected ssl_certfile"),
         ],
     )
     def test_values(self, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:
         monkeypatch.setenv(f"CRANE_{name.upper()}", value)
         with pytest.raises(SettingError, match=re.escape(message)) as caught:
             load_settings({})
-        assert (caught.value.setting, caught.value.source) == (name, Source.ENVIRONMENT)
+        assert (caught.value.setting, caught.value.source) == (name, SettingSource.ENVIRONMENT)
 
     @pytest.mark.parametrize("name", ["model", "masks"])
     def test_what_is_missing(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from crane_serve.cli import app
 from crane_serve.common.masks import Fingerprint, MaskInfo, NeuronMask, write_mask
 from crane_serve.engine.masked_mlp import install_masks
-from crane_serve.sizing import DTYPE_BYTES, ModelSizes, SizeError, written
+from crane_serve.sizing import DTYPE_BYTES, ModelSizes, SizeError, byte_text
 from tests.engine.stand_in import Model
 from tests.tiny import FAMILIES, HIDDEN, LAYERS, NEURONS, tiny_model
 
@@ -132,7 +132,7 @@ def test_no_config(tmp_path: Path) -> None:
     ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (1020 * 1024, "1020 KiB"), (2**40, "1024 GiB")]
 )
 def test_bytes_are_written(count: int, text: str) -> None:
-    assert written(count) == text
+    assert byte_text(count) == text
 
 
 def rows_of_the_page() -> dict[str, list[str]]:
@@ -147,12 +147,12 @@ def test_the_page_has_these_sizes(name: str) -> None:
     assert DTYPE_BYTES[sizes.dtype] == DTYPE_BYTES[dtype]
     layers = sizes.full_layers + sizes.window_layers
     assert rows_of_the_page()[name] == [
-        written(sizes.weight_bytes(dtype)),
+        byte_text(sizes.weight_bytes(dtype)),
         f"{sum(sizes.neurons):,}",
-        written(sizes.mask_file_bytes()),
-        written(sizes.row_bytes(dtype)),
-        written(sizes.table_bytes(16, dtype)),
-        written(sizes.table_bytes(256, dtype)),
-        written(layers * sizes.kv_bytes_per_token(dtype)),
-        written(sizes.kv_bytes(4096, dtype)),
+        byte_text(sizes.mask_file_bytes()),
+        byte_text(sizes.row_bytes(dtype)),
+        byte_text(sizes.table_bytes(16, dtype)),
+        byte_text(sizes.table_bytes(256, dtype)),
+        byte_text(layers * sizes.kv_bytes_per_token(dtype)),
+        byte_text(sizes.kv_bytes(4096, dtype)),
     ]

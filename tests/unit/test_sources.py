@@ -74,7 +74,7 @@ def test_a_directory_is_a_source_too(tmp_path: Path) -> None:
             "hf:x:all",
             "dev",
             ["en", "vi"],
-            "{lang} stands neither in it nor in the text column, but there are 2 languages",
+            "neither it nor the text column contains {lang}, but there are 2 languages",
         ),
         ("hf:x:{lang}", "dev", ["eng_Latn"], "'eng_Latn' cannot name a language"),
         ("hf:x:{lang}", "dev", ["en"], 'hf:x:en cannot be loaded: Unknown split "dev" of x.'),
@@ -236,7 +236,7 @@ def test_lines_that_are_not_aligned(lines: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ("a\nb\na\nb\nc\nc\n", "ids:3: document 'a' comes back after another"),
+        ("a\nb\na\nb\nc\nc\n", "ids:3: document 'a' occurs again"),
         ("a\n\nb\nb\nc\nc\n", "ids:2: expected a"),
     ],
 )

@@ -15,7 +15,7 @@ from crane_serve.common.numbers.langspec import Form, langspec_f1
 from relevance.causal import Losses
 from relevance.scores import Scores
 from relevance.validation.overlap import jaccard, neurons_per_layer, overlaps, stability
-from relevance.validation.result import MATCHED, Plan, Validation, ValidationError
+from relevance.validation.result import MATCHED, Validation, ValidationError, ValidationPlan
 from relevance.validation.validator import Validator, collateral, fewest
 from tests.scores import LANGUAGES, scores_info
 from tests.tiny import tiny_model
@@ -136,7 +136,7 @@ def _scores(costs: Mapping[str, torch.Tensor]) -> Scores:
     return Scores({"learned": known, "random": torch.zeros(3, 2, 50)}, scores_info(sizes=(50, 50)))
 
 
-PLAN = Plan(methods=("learned", "random"), budgets=(0.05, 0.2), seeds=(0, 1), matched_to="learned")
+PLAN = ValidationPlan(methods=("learned", "random"), budgets=(0.05, 0.2), seeds=(0, 1), matched_to="learned")
 
 
 def test_effects_are_those_of_the_masks() -> None:
@@ -314,7 +314,7 @@ def test_searches_keep_to_the_texts_of_the_scores(files: dict[str, Path]) -> Non
     [
         (("--report-split", "relevance"), "split 'relevance'"),
         (("--report-split", "validation"), "split 'validation'"),
-        (("--budgets", "a"), "'a' is no list of numbers"),
+        (("--budgets", "a"), "'a' is not a list of numbers"),
         (("--budgets", "0"), "budget is 0.0"),
         (("--methods", "gradient"), "no scores of method 'gradient'"),
         (("--halves", "one"), "names 1 files; expected two"),

@@ -15,7 +15,7 @@ from crane_serve.common.numbers.bootstrap import Estimate
 from crane_serve.common.numbers.langspec import Form
 from relevance.validation.pictures import draw
 from relevance.validation.report import report_sections, write_all
-from relevance.validation.result import CHOICE, MATCHED, REPORT, MaskEffect, Overlap, Plan, Texts, Validation
+from relevance.validation.result import CHOICE, MATCHED, REPORT, MaskEffect, Overlap, Texts, Validation, ValidationPlan
 from relevance.validation.tables import (
     Cell,
     Draws,
@@ -101,7 +101,7 @@ def validation(
         ),
         languages=languages,
         dtype="float32",
-        plan=Plan(methods=methods, budgets=budgets, effect=match, matched_to="attnlrp"),
+        plan=ValidationPlan(methods=methods, budgets=budgets, effect=match, matched_to="attnlrp"),
         relevance_digest="d" * 64,
         texts=texts,
         effects=list(effects),

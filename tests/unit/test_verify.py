@@ -18,7 +18,7 @@ from crane_serve.engine.offline import Answer, EngineFacts, Request
 from crane_serve.verify import checks, command, probes, session
 from crane_serve.verify.checks import Check, Status
 from crane_serve.verify.generated import TrialMasks, write_trial_masks
-from crane_serve.verify.plan import Outcome, Plan, Reference
+from crane_serve.verify.plan import Outcome, ProcessPlan, Reference
 from crane_serve.verify.reference import find_projections
 from crane_serve.verify.trial import Trial, measure_plain
 from crane_serve.verify.worker import work
@@ -314,7 +314,7 @@ def test_every_mask_of_the_user_must_do_something() -> None:
         def strength(self, mask, layer):
             return 0.0 if mask == "zh" else super().strength(mask, layer)
 
-    check = verify(OneDoesNothing(), masks=replace(MASKS, given=("en", "zh")))[checks.LAYERS]
+    check = verify(OneDoesNothing(), masks=replace(MASKS, from_user=("en", "zh")))[checks.LAYERS]
     assert check.status is Status.FAIL
     assert check.problem.startswith("mask 'zh': expected other log-probabilities than unmasked")
 
@@ -394,17 +394,17 @@ def processes(masked: Callable[[], FakeEngine], calls: list[dict[str, object]] |
     """What stands in for `run_process`: the worker's own code, on fake engines."""
 
     def launch(module: str, plan_file: Path, environment: Mapping[str, str], log: Path) -> str | None:
-        plan = Plan.load(plan_file)
+        plan = ProcessPlan.load(plan_file)
         if calls is not None:
             calls.append({"module": module, "flags": plan.flags, **environment})
         if module == session.REFERENCE:
             assert plan.masks is not None
-            reference = reference_of(FakeEngine(), (None, *plan.masks.random, *plan.masks.given))
+            reference = reference_of(FakeEngine(), (None, *plan.masks.random, *plan.masks.from_user))
             Outcome(plan.outcome).record(reference=reference)
             return None
         if plan.masks is not None and masked is Dies:
             work(plan, Dies())
-            return "the process died with exit code -9; its last words: Killed"
+            return "the process died with exit code -9; its last line: Killed"
         work(plan, FakeEngine() if plan.masks is None else masked())
         return None
 
@@ -453,7 +453,7 @@ def test_the_command_reports_and_exits_with_0(
         (MissesLayer, "layer 1 switched off: expected other log-probabilities"),
         (MasksANeighbour, "request 2 is unmasked: expected"),
         (LeaksCache, "run 1 (mask None, first): expected no cached tokens, got 48"),
-        (Dies, "vLLM with masks: the process died with exit code -9; its last words: Killed"),
+        (Dies, "vLLM with masks: the process died with exit code -9; its last line: Killed"),
     ],
 )
 def test_the_command_exits_with_1_and_says_what_failed(
@@ -479,13 +479,13 @@ def test_a_process_that_dies_leaves_its_last_words(checkpoint: Path, tmp_path: P
     plan = tmp_path / "no.plan.json"
     fingerprint = Fingerprint.of(checkpoint)
     outcome, masks = tmp_path / "no.jsonl", tmp_path / "masks"
-    Plan(
+    ProcessPlan(
         model=checkpoint, flags=(), fingerprint=fingerprint, outcome=outcome, throughput=False, float32=True,
         trust_remote_code=False, directory=masks, masks=None, plain=outcome, reference=outcome,
     ).save(plan)  # fmt: skip
     problem = session.run_process("crane_serve.verify.no_such_module", plan, {}, tmp_path / "log")
     assert problem is not None
-    assert problem.startswith("the process died with exit code 1; its last words: ")
+    assert problem.startswith("the process died with exit code 1; its last line: ")
     assert "No module named" in problem
 
 
@@ -500,7 +500,7 @@ def test_trial_masks_are_the_generated_ones_and_the_users(checkpoint: Path, tmp_
     write_mask(given, "does-nothing", NeuronMask.switching_off([[]] * len(sizes), sizes), info)
     (given / "broken.safetensors").write_bytes(b"")
     trial = write_trial_masks(tmp_path / "trial", fingerprint, given)
-    assert (len(trial.layers), len(trial.random), trial.given) == (LAYERS, 3, ("lape-zh",))
+    assert (len(trial.layers), len(trial.random), trial.from_user) == (LAYERS, 3, ("lape-zh",))
     assert len(trial.unusable) == 1
     assert "broken.safetensors" in trial.unusable[0]
 

@@ -78,7 +78,7 @@ def test_every_command_that_runs_a_model_over_texts_names_it(place: Path, tmp_pa
     assert "error: en: document 'relevance-0' holds the token '<image_soft_token>' with the id 258" in output
     output = _run(1, "validate", model, _scores(place), *odd, "--out", tmp_path / "v")
     assert "error: en: document 'validation-0' holds the token" in output
-    output = _run(1, "transfer", model, model, "--masks", place / "masks", *odd, "--out", tmp_path / "p")
+    output = _run(1, "masks", "compare", model, model, "--masks", place / "masks", *odd, "--out", tmp_path / "p")
     assert "error: en: document 'test-0' holds the token" in output
     output = _run(0, "relevance", model, "--corpus", place / "clean", "--methods", "magnitude", "--out", tmp_path / "s")
     assert "error" not in output

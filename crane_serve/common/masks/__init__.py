@@ -1,4 +1,4 @@
-"""Neuron masks: what they say, how they are stored, which model they belong to. Imports no vLLM."""
+"""Neuron masks: their content, their files, and the model that they belong to. Does not import vLLM."""
 
 from crane_serve.common.masks.files import (
     MaskFileError,

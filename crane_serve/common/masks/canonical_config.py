@@ -4,8 +4,8 @@ import hashlib
 import json
 from typing import Any
 
-# Written by libraries and users around the model, or standing for themselves in the fingerprint (`architectures`); they
-# do not change what a neuron index means.
+# Keys about the software around the model, or with a field of their own in the fingerprint (`architectures`). They do
+# not change the meaning of a neuron index.
 _VOLATILE = {
     "transformers_version",
     "dtype",
@@ -29,16 +29,16 @@ _VOLATILE_IN_FILE = {"transformers_version", "dtype", "torch_dtype", "use_cache"
 
 
 def config_digest(config: Any) -> str:
-    """SHA-256 (hex) of what a transformers config sets that is not the default of its class.
+    """SHA-256 (hex) of the settings of a transformers config that differ from the defaults of its class.
 
-    transformers itself makes one of old and new names (`rope_theta`, `rope_parameters`). Defaults are left out, so
-    that a file which spells them out, or a version of transformers that adds one, changes nothing.
+    transformers itself unifies old and new names (`rope_theta`, `rope_parameters`). Defaults are left out, so the
+    digest stays the same if a file spells them out, or if a version of transformers adds one.
     """
     return _digest(_settings(config))
 
 
 def file_digest(raw: dict[str, Any]) -> str:
-    """The digest of a config file as it stands, which masks of version 0.1.0 hold."""
+    """The digest of the unprocessed config file, which masks of version 0.1.0 contain."""
     return _digest({key: value for key, value in raw.items() if _is_stable(key, _VOLATILE_IN_FILE)})
 
 
@@ -57,13 +57,13 @@ def _settings(config: Any) -> dict[str, Any]:
 def _defaults(kind: type[Any]) -> dict[str, Any]:
     try:
         defaults: dict[str, Any] = kind().to_dict()
-    except Exception:  # a config that cannot be made of nothing has no defaults
+    except Exception:  # a config class that needs arguments has no defaults
         return {}
     return defaults
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it, with one form of equal numbers."""
+    """The value in terms of JSON, where equal numbers have the same form."""
     if isinstance(value, dict):
         # `type` is the old name of `rope_type` and stays beside it
         return {str(key): _plain(entry) for key, entry in value.items() if not (key == "type" and "rope_type" in value)}

@@ -21,7 +21,7 @@ METADATA_KEY, SCORES_KEY = "crane", "crane-scores"  # of mask files and of score
 NAME = r"[a-z0-9_-]+"
 MAX_NAME = 128
 _RESERVED = "none"
-_SHOWN = 80  # characters, in errors, of names that stand in a file
+_SHOWN = 80  # characters of names from a file that errors show
 
 
 class MaskFileError(ValueError):
@@ -29,10 +29,10 @@ class MaskFileError(ValueError):
 
 
 class MaskInfo(BaseModel):
-    """Where a mask comes from. None of it is part of the mask's identity.
+    """The provenance of a mask. It is not part of the mask's identity.
 
-    fingerprint: the model that it may be used on; transferred_from: the model that its neurons were found in, where
-    that is another (see `crane_serve.common.masks.transfer`).
+    fingerprint: the model that it may be used on; transferred_from: the model that its neurons were found in, if that
+    is another one (see `crane_serve.common.masks.transfer`).
     """
 
     model_config = ConfigDict(frozen=True)
@@ -48,7 +48,7 @@ class MaskInfo(BaseModel):
 
 
 class _Metadata(MaskInfo):
-    """What stands in the file: the provenance plus what lets a reader check the tensors."""
+    """The metadata in the file: the provenance, and what is needed to check the tensors."""
 
     format_version: int
     digest: str
@@ -76,12 +76,13 @@ def check_name(name: str) -> str:
 
 
 def mask_path(directory: Path, name: str) -> Path:
-    """Where the mask of a name is kept. Raises MaskFileError for a name that is none, so for every path."""
+    """The path of the mask of this name. Raises MaskFileError unless `name` is a valid mask name; no path is."""
     return directory / f"{check_name(name)}{SUFFIX}"
 
 
 def encode_mask(name: str, mask: NeuronMask, info: MaskInfo) -> bytes:
-    """The content of a mask file. Raises MaskFileError for a bad name, or other sizes than the fingerprint says."""
+    """The content of a mask file. Raises MaskFileError for an invalid name, or if the sizes differ from the
+    fingerprint's."""
     check_name(name)
     if mask.intermediate_sizes != info.fingerprint.intermediate_sizes:
         raise MaskFileError(f"mask {name!r}: its intermediate sizes differ from those of the model it was made for")
@@ -96,7 +97,7 @@ def encode_mask(name: str, mask: NeuronMask, info: MaskInfo) -> bytes:
 def write_mask(directory: Path, name: str, mask: NeuronMask, info: MaskInfo) -> Path:
     """Write `{name}.safetensors` atomically into `directory` (made if missing) and return its path.
 
-    Raises MaskFileError, before anything is written, for what `encode_mask` refuses.
+    Raises MaskFileError as `encode_mask` does, before anything is written.
     """
     path = mask_path(directory, name)
     write_atomically(path, encode_mask(name, mask, info))
@@ -134,8 +135,8 @@ def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
             )
         names = set(tensors)
         if "intermediate" not in names or names - {"intermediate", "output"}:
-            shown = [name[:_SHOWN] for name in sorted(names)[:3]]
-            raise MaskFileError(f"{source}: tensors {shown}, expected 'intermediate' and maybe 'output'")
+            excerpts = [name[:_SHOWN] for name in sorted(names)[:3]]
+            raise MaskFileError(f"{source}: tensors {excerpts}, expected 'intermediate' and maybe 'output'")
         mask = NeuronMask(
             intermediate=tensors["intermediate"],
             intermediate_sizes=metadata.fingerprint.intermediate_sizes,

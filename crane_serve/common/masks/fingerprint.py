@@ -1,4 +1,4 @@
-"""Fingerprint: which model a mask was made for."""
+"""Fingerprint: identifies the model that a mask was made for."""
 
 import hashlib
 import json
@@ -17,15 +17,15 @@ _SAMPLE_BYTES = 4096
 
 
 class FingerprintError(ValueError):
-    """A directory is not a checkpoint whose fingerprint can be taken, or two fingerprints differ."""
+    """A fingerprint cannot be made of a directory, or two fingerprints differ."""
 
 
 class Fingerprint(BaseModel):
     """Identity of a checkpoint: architecture, sizes, and digests of its config and weights.
 
-    The config counts as transformers reads it, without what it sets to its default. The weights digest covers every
+    The config digest covers the config as transformers reads it, without defaults. The weights digest covers every
     tensor's name, dtype and shape and a 4 KiB sample from its middle, so that a fine-tuned checkpoint of the same shape
-    is told apart without reading all weights; files that transformers does not load do not count.
+    has another digest, and not all weights need to be read. Files that transformers does not load do not count.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,7 +37,7 @@ class Fingerprint(BaseModel):
     config_digest: str
     weights_digest: str
 
-    # field -> what version 0.1.0 said of the same checkpoint; its masks stay valid.
+    # field -> its value in version 0.1.0 for the same checkpoint, so that masks of 0.1.0 stay valid.
     _earlier: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @classmethod
@@ -76,7 +76,8 @@ class Fingerprint(BaseModel):
         return isinstance(other, Fingerprint) and self.model_dump() == other.model_dump()
 
     def is_of(self, other: "Fingerprint") -> bool:
-        """Whether `other`, such as that of a mask, was taken of this checkpoint, be it by an earlier version."""
+        """Whether `other`, such as the fingerprint of a mask, is of this checkpoint, perhaps made by an earlier
+        version."""
         return self._difference(other) is None
 
     def require(self, other: "Fingerprint", what: str) -> None:
@@ -129,13 +130,13 @@ def _positive(config: Any, key: str) -> int:
 def _weights_digest(files: Iterable[Path]) -> str:
     entries = [entry for file in files for entry in _entries(file)]
     digest = hashlib.sha256()
-    for entry in sorted(entries):  # by tensor name: how a checkpoint is cut into shards does not matter
+    for entry in sorted(entries):  # by tensor name, so that the division into shards does not matter
         digest.update(entry)
     return digest.hexdigest()
 
 
 def _entries(file: Path) -> list[bytes]:
-    if file.suffix != ".safetensors":  # names and sizes are all that can be read without unpickling
+    if file.suffix != ".safetensors":  # only names and sizes can be read without unpickling
         return [f"{file.name}:{file.stat().st_size}".encode()]
     entries = []
     tensors = stored_tensors(file)
@@ -149,7 +150,7 @@ def _entries(file: Path) -> list[bytes]:
 
 
 def _earlier_weights_digest(checkpoint: Path, files: Sequence[Path]) -> str | None:
-    """By all files of the kind, as version 0.1.0 had it; None where these are the model's files."""
+    """The digest over all files of the kind, as version 0.1.0 made it; None if these are just the model's files."""
     beside = set(checkpoint.glob("*.safetensors")) or set(checkpoint.glob("*.bin"))
     if beside == set(files):
         return None

@@ -18,11 +18,11 @@ _EXPECTED = "expected list[language][layer] of tensors of indices, or pairs [lay
 def import_lape(file: Path, labels: Sequence[str], fingerprint: Fingerprint, out: Path) -> list[Path]:
     """Write one mask `lape-{label}` per language of a LAPE file and return their paths.
 
-    The file was saved with torch.save and is read with `weights_only=True`, so it cannot run code. As published it
-    holds `list[language][layer] -> LongTensor` of neuron indices, and `labels` name its languages in order. Others that
-    follow LAPE save a dict by language, whose keys the labels then have to be; for a language a dict by layer, or pairs
-    [layer, neuron] as a list or a tensor [pairs, 2]; and lists of numbers for tensors. A file of pairs alone is one
-    language. All is checked before anything is written.
+    The file was saved with torch.save and is read with `weights_only=True`, so it cannot run code. A published file has
+    `list[language][layer] -> LongTensor` of neuron indices, and `labels` name its languages in order. Other projects
+    that follow LAPE use other forms, which are accepted too: a dict by language (the labels must then be its keys); for
+    a language a dict by layer, or pairs [layer, neuron] as a list or a tensor [pairs, 2]; lists of numbers instead of
+    tensors. A file of pairs alone is one language. Everything is checked before anything is written.
 
     Raises MaskFileError for an unreadable file, one of another form, a wrong number of languages or layers, or an index
     out of range.
@@ -68,7 +68,7 @@ def _mask_name(label: str) -> str:
 
 
 def _by_label(content: Any, labels: Sequence[str], file: Path) -> dict[str, Any]:
-    """Label -> what the file holds for it."""
+    """Label -> the file's content for it."""
     if len(set(labels)) != len(labels):
         raise MaskFileError(f"labels {', '.join(labels)} are not all different")
     if isinstance(content, Mapping):
@@ -98,12 +98,12 @@ def _by_layer(value: Any, layers: int, where: str) -> list[list[int]]:
             "expected a tensor [pairs, 2], or a tensor for each layer"
         )
     if pairs is not None:
-        found: list[list[int]] = [[] for _ in range(layers)]
+        neurons: list[list[int]] = [[] for _ in range(layers)]
         for layer, neuron in pairs:
             if not 0 <= layer < layers:
                 raise MaskFileError(f"{where}: pair [{layer}, {neuron}]: there is no layer {layer} of {layers}")
-            found[layer].append(neuron)
-        return found
+            neurons[layer].append(neuron)
+        return neurons
     if isinstance(value, Mapping):
         by_layer = {str(layer): indices for layer, indices in value.items()}
         if strange := [layer for layer in by_layer if not layer.isdecimal() or int(layer) >= layers]:

@@ -1,4 +1,4 @@
-"""MaskLibrary: the masks of one directory, and the one place that says which mask a request means."""
+"""MaskLibrary: the masks of one directory. It alone decides which mask a request means."""
 
 import hashlib
 import math
@@ -34,16 +34,16 @@ class InvalidMask(MaskError):
 
 
 class MaskTableFull(MaskError):
-    """As many different masks are in use as the engine has rows for; it will pass."""
+    """All rows of the engine are in use by different masks; temporary, retry later."""
 
 
 @dataclass(frozen=True)
 class ResolvedMask:
-    """What a request's mask expression means.
+    """The meaning of a request's mask expression.
 
-    name: canonical names joined with commas; wire: the same by content digest, which is what travels to the engine.
-    positions: which of the request's tokens are masked.
-    While this object lives, the library keeps the content that it refers to, even if the mask is replaced or removed.
+    name: canonical names joined with commas; wire: the same with content digests instead of names, the form that is
+    sent to the engine. positions: which of the request's tokens are masked. While this object lives, the library keeps
+    the content that it refers to, even if the mask is replaced or removed.
     """
 
     name: str
@@ -55,9 +55,9 @@ class ResolvedMask:
 class MaskLibrary:
     """The masks of one directory for one model.
 
-    Files that cannot be used stay listed with the reason, so that asking for one is an error that says why. Masks may
-    come and go while the library is in use, also from other threads: a mask that was replaced or removed is retired,
-    which means that its content stays until nobody needs it.
+    Unusable files stay listed with the reason, so that a request for one gets an error that says why. Masks can be
+    added and removed while the library is in use, also from other threads. A mask that was replaced or removed is
+    retired: its content stays until no request needs it.
     """
 
     def __init__(
@@ -76,7 +76,9 @@ class MaskLibrary:
         self._retired: frozenset[str] = frozenset()
         self._composed: OrderedDict[str, NeuronMask] = OrderedDict()
         self._memo: dict[str, NeuronMask] = {}
-        self._lock = threading.RLock()  # re-entrant: a garbage collection under the lock may end a lease
+        self._lock = (
+            threading.RLock()
+        )  # re-entrant, since a garbage collection under the lock may release a ResolvedMask
         self._held: Counter[str] = Counter()  # by digest of a stored mask: living ResolvedMasks that refer to it
 
     @classmethod
@@ -92,28 +94,29 @@ class MaskLibrary:
                 fingerprint.require(stored.info.fingerprint, f"mask {stored.name!r}")
                 masks[stored.name] = stored
             except (MaskFileError, FingerprintError) as error:
-                invalid[path.stem] = str(error).replace(str(path), path.name)  # callers need not know where files are
+                invalid[path.stem] = str(error).replace(str(path), path.name)  # clients must not see the directory
         return cls(fingerprint, masks, invalid, default_method)
 
     def __contains__(self, digest: str) -> bool:
-        """Whether the content with this digest is here, live or retired."""
+        """Whether the library has the content with this digest, live or retired."""
         return digest in self._by_digest
 
     @property
     def manifest(self) -> str:
-        """Digest of all names and contents: processes that agree on it hold the same masks."""
+        """Digest of all names and contents: processes with equal manifests have the same masks."""
         listing = "\n".join(f"{name} {stored.mask.digest}" for name, stored in self.masks.items())
         return hashlib.sha256(listing.encode()).hexdigest()
 
     def put(self, stored: StoredMask) -> None:
-        """Add a mask, or replace the one of its name, which is retired. Raises FingerprintError for another model's."""
+        """Add a mask, or replace the one of its name, which is then retired. Raises FingerprintError for another
+        model's mask."""
         self.fingerprint.require(stored.info.fingerprint, f"mask {stored.name!r}")
         with self._lock:
             self.invalid = {name: reason for name, reason in self.invalid.items() if name != stored.name}
             self._set_masks({**self.masks, stored.name: stored})
 
     def discard(self, name: str) -> None:
-        """Retire the mask of exactly this name, if there is one; a file that holds none is no longer listed."""
+        """Retire the mask of exactly this name, if there is one. An unusable file of this name is no longer listed."""
         with self._lock:
             self.invalid = {known: reason for known, reason in self.invalid.items() if known != name}
             self._set_masks({known: stored for known, stored in self.masks.items() if known != name})
@@ -126,11 +129,11 @@ class MaskLibrary:
 
     @property
     def retired(self) -> frozenset[str]:
-        """Digests of content that no name means any more."""
+        """Digests of content that has no name any more."""
         return self._retired
 
     def forget(self, digests: Iterable[str]) -> list[str]:
-        """Drop those of the retired `digests` that no living ResolvedMask refers to; return them."""
+        """Drop retired content that no living ResolvedMask refers to; returns the digests of the dropped content."""
         with self._lock:
             dropped = [digest for digest in digests if digest in self._retired and digest not in self._held]
             for digest in dropped:
@@ -143,7 +146,7 @@ class MaskLibrary:
             return dropped
 
     def mask_of(self, wire: str) -> NeuronMask:
-        """The scales that a wire means; what `resolve` says, without a lease and fast when asked again.
+        """The scales that `wire` means. Like `resolve`, but it does not keep the content alive, and caches its results.
 
         Raises MaskError.
         """
@@ -151,7 +154,7 @@ class MaskLibrary:
         if mask is None:
             resolved = self.resolve(wire, retired=True)
             if resolved is None:
-                raise MaskError(f"{wire!r} stands for no mask")
+                raise MaskError(f"{wire!r} does not stand for a mask")
             mask = resolved.mask
             with self._lock:
                 if len(self._memo) >= _MEMO:
@@ -160,10 +163,10 @@ class MaskLibrary:
         return mask
 
     def get(self, name: str, *, retired: bool = False) -> StoredMask:
-        """The mask a single content digest or name means; a bare language means the default method's mask.
+        """The mask of a single content digest or name; a bare language means the mask of the default method.
 
-        A digest always means its content, even if a file is named like it; only with `retired` also content that was
-        replaced or removed. Raises UnknownMask or InvalidMask.
+        A digest always means its content, even if a file has it as its name. Content that was replaced or removed is
+        found only with `retired`. Raises UnknownMask or InvalidMask.
         """
         with self._lock:
             return self._get(name, retired)
@@ -187,10 +190,10 @@ class MaskLibrary:
     ) -> ResolvedMask | None:
         """The mask that `expression` means: a name or a digest, or several joined with commas (their union).
 
-        `zh@0.5` damps the neurons of `zh` to half instead of switching them off; a factor above 1 amplifies them.
-        None, and the word "none", mean unmasked. With `retired`, digests of retired content are understood too: a
-        request that was admitted before a change goes on with what it was admitted for. Raises UnknownMask,
-        InvalidMask, or MaskError for a malformed expression.
+        `zh@0.5` damps the neurons of `zh` to half instead of switching them off; a factor above 1 amplifies them. None,
+        and the word "none", mean unmasked. With `retired`, digests of retired content are valid too: a request that was
+        admitted before a change keeps its mask. Raises UnknownMask, InvalidMask, or MaskError for a malformed
+        expression.
         """
         if expression is None or expression == UNMASKED:
             return None

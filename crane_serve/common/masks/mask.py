@@ -90,9 +90,10 @@ class NeuronMask:
         return cls(intermediate, first.intermediate_sizes, output)
 
     def scaled(self, factor: float) -> "NeuronMask":
-        """The same neurons at a strength in between: scale 0 becomes `factor`, 1 stays 1, s becomes f + (1 - f) s.
+        """The same neurons at another strength: scale 0 becomes `factor` f, 1 stays 1, s becomes f + (1 - f) s.
 
-        0 gives this mask, 1 none, 2 doubles what this mask switches off. Raises ValueError for a factor not finite.
+        0 gives this mask, 1 has no effect, 2 doubles what this mask switches off. Raises ValueError for a factor that
+        is not finite.
         """
 
         def moved(scales: Tensor) -> Tensor:

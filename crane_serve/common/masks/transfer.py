@@ -1,4 +1,4 @@
-"""Transfer: masks of one checkpoint, made valid for another of the same shape by the user's own decision."""
+"""Transfer: makes masks of one checkpoint valid for another of the same shape, if the user decides so."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +18,15 @@ _SHAPE = ("architecture", "layers", "hidden_size", "intermediate_sizes")
 
 
 class TransferError(ValueError):
-    """A mask cannot be used on the checkpoint it should be transferred to; the message says why."""
+    """A mask cannot be transferred to this checkpoint; the message says why."""
 
 
 def transfer_masks(masks: Path, fingerprint: Fingerprint, out: Path, names: Sequence[str] = ()) -> list[Path]:
     """Write the masks of the directory `masks` for the checkpoint with `fingerprint` into `out`; return their paths.
 
-    `names` picks masks; without any, all are transferred. Scales, and with them digests, stay as they are. What a file
-    says of its origin is in `transferred`. All is checked before anything is written. Raises MaskFileError for a
-    directory without masks, or a file that is no mask; TransferError when `out` is the same directory, or the
-    checkpoint has another shape than a mask's.
+    names: of the masks, all by default. Scales and digests stay the same. For the provenance see `transferred`.
+    Everything is checked before anything is written. Raises MaskFileError for a directory without masks, or a file that
+    is not a mask; TransferError when `out` is the same directory, or the checkpoint has another shape than a mask's.
     """
     if out.resolve() == masks.resolve():
         raise TransferError(f"{out} holds the masks to transfer; expected another directory, so that these stay")
@@ -48,8 +47,8 @@ def read_masks(masks: Path, names: Sequence[str] = ()) -> list[StoredMask]:
 def transferred(stored: StoredMask, fingerprint: Fingerprint) -> StoredMask:
     """`stored` with its scales unchanged, for the model with `fingerprint`.
 
-    `transferred_from` is the model that the neurons were found in, however often the mask is transferred; back on that
-    model it is None, as before the first transfer. Raises TransferError for a model of another architecture or shape.
+    `transferred_from` is the model that the neurons were found in, also after several transfers. After a transfer back
+    to that model it is None. Raises TransferError for a model of another architecture or shape.
     """
     _require_same_shape(stored, fingerprint)
     origin = stored.info.transferred_from or stored.info.fingerprint

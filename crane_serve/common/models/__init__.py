@@ -1,1 +1,1 @@
-"""Model checkpoints: where they come from and which model they are."""
+"""Model checkpoints: finding, loading and describing them."""

@@ -1,5 +1,5 @@
-"""What is raised for a checkpoint."""
+"""The error for checkpoints."""
 
 
 class CheckpointError(ValueError):
-    """MODEL is neither a local checkpoint directory nor a hub id that can be had, or what it holds cannot be used."""
+    """MODEL is neither a local checkpoint directory nor an available hub id, or its content cannot be used."""

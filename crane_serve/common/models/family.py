@@ -1,4 +1,5 @@
-"""Family: where the parts of a decoder sit in the models of one architecture. It holds names and imports no model."""
+"""Family: the locations of a decoder's parts in the models of one architecture. It has names only and imports no
+model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +7,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class NormKind:
-    """How an architecture normalises: y = (offset + weight) * x' / sqrt(mean(x'^2) + epsilon), perhaps plus a bias.
+    """The normalisation of an architecture: y = (offset + weight) * x' / sqrt(mean(x'^2) + epsilon), perhaps plus a
+    bias.
 
     epsilon: the attribute that holds it; centred: x' is x minus its mean (LayerNorm), else x (RMSNorm).
     """
@@ -22,15 +24,15 @@ LAYER_NORM = NormKind(epsilon="eps", centred=True)
 
 @dataclass(frozen=True)
 class ServedMlp:
-    """By which attributes vLLM's module of the MLP is told.
+    """The attributes of vLLM's module by which its MLP is recognised.
 
-    activation: its outputs are the neurons of this rank; projection: from the neurons to the hidden size; alone:
-    whether the module is the MLP and nothing else.
+    activation: its outputs are the neurons of this rank; projection: from the neurons to the hidden size;
+    is_own_module: whether the module is the MLP and nothing else.
     """
 
     activation: str = "act_fn"
     projection: str = "down_proj"
-    alone: bool = True
+    is_own_module: bool = True
 
 
 @dataclass(frozen=True)

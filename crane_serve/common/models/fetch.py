@@ -77,9 +77,9 @@ SOURCES: Mapping[str, ModelSource] = MappingProxyType(
 def fetch(name: str, to: Path, report: Callable[[str], None] = print) -> Path:
     """Make the checkpoint of the known model `name` in directory `to` and return `to`.
 
-    A directory that already holds this very model is left as it is. The checkpoint is built beside `to` and moved
-    into place whole, so an interrupted fetch leaves nothing half-made.
-    Raises FetchError for an unknown name, a failed download, a checksum mismatch, or a directory with other content.
+    A directory that already holds this model is left unchanged. The checkpoint is built beside `to` and moved into
+    place when it is complete, so an interrupted fetch leaves no partial checkpoint. Raises FetchError for an unknown
+    name, a failed download, a checksum mismatch, or a directory with other content.
     """
     source = SOURCES.get(name)
     if source is None:

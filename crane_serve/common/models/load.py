@@ -1,4 +1,4 @@
-"""Configs, models and tokenizers, loaded by transformers; what is wrong with a checkpoint is one CheckpointError."""
+"""Configs, models and tokenizers, loaded by transformers; every problem with a checkpoint is a CheckpointError."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from crane_serve.common.models.weights import stored_tensors, weight_files
 
 _NAMED = 4  # tensors that a message names
 _REASON_CHARACTERS = 400
-_OLD_CONSTANT = ".masked_bias"  # in early GPT-2 files; the rest of what it once saved transformers leaves out itself
+_OLD_CONSTANT = ".masked_bias"  # in early GPT-2 files; transformers itself ignores the other constants that it once saved
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 Options = Mapping[str, Any]
@@ -32,7 +32,7 @@ def load_config(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
 def architecture_of(config: Any) -> str:
     """The class of the model: the first in the config, else transformers' causal language model of its type.
 
-    Raises CheckpointError when `architectures` is something else than a list of names.
+    Raises CheckpointError if `architectures` is not a list of names.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -57,16 +57,15 @@ def load_causal_lm(
 ) -> nn.Module:
     """The causal language model of a local checkpoint, in evaluation mode, with all its weights.
 
-    dtype: "auto" is the checkpoint's own. Tensors that the model does not have are a warning.
-    Raises CheckpointError, also for weights that are missing or of another shape, naming them: transformers would put
-    random numbers in their place.
+    dtype: "auto" is the checkpoint's own. Tensors that the model does not have cause a warning. Raises CheckpointError,
+    also naming weights that are missing or of another shape, for which transformers would use random numbers.
     """
     from transformers import AutoModelForCausalLM
 
-    _shapes_of(checkpoint)  # names a file that is damaged, as transformers does not
+    _shapes_of(checkpoint)  # unlike transformers, it names a damaged file
     method = quantisation(load_config(checkpoint, trust_remote_code=trust_remote_code))
     with _transformers(f"{checkpoint} cannot be loaded" + (f" (it is quantised: {method})" if method else "")):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             checkpoint,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -74,7 +73,7 @@ def load_causal_lm(
             ignore_mismatched_sizes=True,  # to name the tensors, in `_require_all`
             **(options or {}),
         )
-    _require_all(checkpoint, found)
+    _require_all(checkpoint, loading_info)
     loaded: nn.Module = model.eval()
     return loaded
 
@@ -89,9 +88,9 @@ def empty_causal_lm(checkpoint: Path, config: Any, options: Options | None = Non
 
 
 def require_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Compare the checkpoint's tensors with those of `model`, an empty one, by names and shapes alone.
+    """Compare the checkpoint's tensors with those of an empty `model`, by names and shapes only.
 
-    Tensors that the model does not have are a warning. Raises CheckpointError as `load_causal_lm` does, before any
+    Tensors that the model does not have cause a warning. Raises CheckpointError as `load_causal_lm` does, before any
     weight is read.
     """
     _require_all(checkpoint, _compared(checkpoint, model))
@@ -105,22 +104,23 @@ def _compared(checkpoint: Path, model: nn.Module) -> Mapping[str, Any]:
     config: Any = model.config
     kind: Any = type(model)
     with _transformers(f"{checkpoint} cannot be loaded"), no_init_weights():
-        _, found = kind.from_pretrained(
+        _, loading_info = kind.from_pretrained(
             None,
             config=config,
-            state_dict={name: one.expand(shape) for name, shape in shapes.items()},  # one number, whatever the shape
+            state_dict={name: one.expand(shape) for name, shape in shapes.items()},  # views of one number, which take no memory
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    of_transformers: Mapping[str, Any] = found
+    of_transformers: Mapping[str, Any] = loading_info
     return of_transformers
 
 
 def require_weights_of(checkpoint: Path) -> None:
-    """`require_weights` for a checkpoint that will be served, where transformers can tell what is missing.
+    """`require_weights` for a checkpoint that will be served, if transformers can tell what is missing.
 
-    It cannot for a model that it does not know, that is no causal language model there, or that is quantised.
+    It cannot tell for an unknown model, a model without a causal language model class in transformers, or a quantised
+    one.
     """
     try:
         config = load_config(checkpoint)
@@ -129,10 +129,10 @@ def require_weights_of(checkpoint: Path) -> None:
         model = empty_causal_lm(checkpoint, config)
         if type(model).__name__ != architecture_of(config):
             return
-        found = _compared(checkpoint, model)
+        loading_info = _compared(checkpoint, model)
     except CheckpointError:
         return
-    _require_all(checkpoint, found)
+    _require_all(checkpoint, loading_info)
 
 
 def quantisation(config: Any) -> str | None:
@@ -157,7 +157,7 @@ def require_plain(checkpoint: Path, config: Any) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, as one line; its kind stands before what does not speak for itself."""
+    """An error's message as one line, with its class in front if the message alone is not clear."""
     text = " ".join(str(error).split())
     if len(text) > _REASON_CHARACTERS:
         text = f"{text[:_REASON_CHARACTERS]}..."
@@ -168,12 +168,12 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def _transformers(problem: str) -> Iterator[None]:
-    """Quiet, and with one kind of error: what transformers raises for a bad checkpoint has no common base."""
+    """Silences transformers, and turns its errors, which have no common base class, into CheckpointError."""
     from transformers.utils import logging as verbosity
 
     verbosity.disable_progress_bar()
     before = verbosity.get_verbosity()
-    verbosity.set_verbosity_error()  # its table of missing and unexpected weights; `_require_all` says it
+    verbosity.set_verbosity_error()  # silences its table of missing and unexpected weights, which `_require_all` reports
     try:
         yield
     except Exception as error:
@@ -194,10 +194,10 @@ def _shapes(file: Path) -> Iterable[tuple[str, Sequence[int]]]:
         return [(name, tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)]
 
 
-def _require_all(checkpoint: Path, found: Mapping[str, Any]) -> None:
-    """found: transformers' loading info: missing_keys, unexpected_keys, mismatched_keys (name, stored, expected)."""
-    missing, other = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
-    unexpected = sorted(name for name in found["unexpected_keys"] if not name.endswith(_OLD_CONSTANT))
+def _require_all(checkpoint: Path, loading_info: Mapping[str, Any]) -> None:
+    """loading_info: as transformers gives it: missing_keys, unexpected_keys, mismatched_keys (name, stored, expected)."""
+    missing, other = sorted(loading_info["missing_keys"]), sorted(loading_info["mismatched_keys"])
+    unexpected = sorted(name for name in loading_info["unexpected_keys"] if not name.endswith(_OLD_CONSTANT))
     beside = f"; it has {_listed(unexpected)}, which the model has not" if unexpected else ""
     if missing:
         raise CheckpointError(f"{checkpoint} lacks {_count(missing)} that the model needs: {_listed(missing)}{beside}")
@@ -219,5 +219,5 @@ def _listed(names: Sequence[str]) -> str:
 
 @cache
 def _warn(message: str) -> None:
-    """Once for each message: a model is loaded more than once in a run."""
+    """Show each message only once, since a model is loaded several times in a run."""
     logging.getLogger(__name__).warning("warning: %s", message)

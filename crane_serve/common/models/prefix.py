@@ -1,4 +1,5 @@
-"""What stands before a text when a model reads it. The token ids of texts here are those without special tokens."""
+"""The tokens that are put before a text when a model reads it. Token ids of texts in this module have no special
+tokens."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -9,15 +10,15 @@ AddBos = bool | Literal["auto"]
 """Whether a start token is put before a text; see StartTokens.before."""
 
 Join = Literal["shared", "length"]
-"""Where a continuation's tokens begin: after those that the context has alone, too ("shared"), or after as many as it
-has alone ("length"). They differ where a token reaches across the join."""
+"""Where a continuation's tokens begin: after the tokens that the encoded whole shares with the encoded context
+("shared"), or after as many tokens as the encoded context has ("length"). The two differ if a token spans the join."""
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _REPLACEMENT = "\ufffd"  # what a decoder makes of half a character
 
 
 class NoStartToken(ValueError):
-    """A start token is wanted, and the model has none."""
+    """A start token is needed, but the model has none."""
 
 
 def start_token_id(tokenizer: Any) -> int:
@@ -44,8 +45,8 @@ def encode_from_start(tokenizer: Any, text: str) -> list[int]:
 class StartTokens:
     """The tokens that may stand before a text.
 
-    of_prompt: what the tokenizer by itself puts before one, such as BOS, or nothing; of_text: BOS, or EOS for a
-    tokenizer without one; trained: BOS, or what the model's config calls so, or EOS. None where there is no such token.
+    of_prompt: the token that the tokenizer itself puts before a text, such as BOS; of_text: BOS, or EOS for a tokenizer
+    without one; trained: BOS, or what the model's config calls so, or EOS. None where there is no such token.
     """
 
     of_prompt: tuple[int, ...]
@@ -62,10 +63,11 @@ class StartTokens:
         return cls(_put_by(tokenizer), of_text, trained)
 
     def before(self, token_ids: Sequence[int], add_bos: AddBos, *, from_start: bool) -> list[int]:
-        """Token ids of a text with what stands before it. Nothing is put there that the text begins with already.
+        """Token ids of a text with the tokens before it. A token is not added if the text already begins with it.
 
-        add_bos: True for the one start token that the model was trained with, False for nothing; "auto" for what
-        lm-evaluation-harness has: `of_prompt`, or, if the text is scored `from_start`, `of_text`. Raises NoStartToken.
+        add_bos: True for the one start token that the model was trained with, False for nothing; "auto" for the token
+        that lm-evaluation-harness uses: `of_prompt`, or, if the text is scored `from_start`, `of_text`. Raises
+        NoStartToken.
         """
         if add_bos is False:
             return list(token_ids)
@@ -90,12 +92,12 @@ def token_bytes(tokenizer: Any, token_id: int) -> int:
 
 
 def _start_of_text(tokenizer: Any) -> int | None:
-    given = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return next((int(token_id) for token_id in given if token_id is not None), None)
+    candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return next((int(token_id) for token_id in candidates if token_id is not None), None)
 
 
 def _put_by(tokenizer: Any) -> tuple[int, ...]:
-    """What a tokenizer puts before any text; what it puts behind is left out."""
+    """The tokens that a tokenizer puts before any text; those that it puts after a text are left out."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for place in range(len(whole) - len(bare) + 1):

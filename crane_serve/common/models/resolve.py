@@ -14,9 +14,8 @@ _ELSEWHERE = ("*/*.json", "*/*.model", "*/*.txt")
 def resolve_checkpoint(model: str) -> Path:
     """Local directory of `model`, which is a directory or a hub id (downloaded, or taken from the hub's cache).
 
-    Of a hub id the files are fetched that transformers would load: safetensors, or pickled weights (`*.bin`) where
-    there are none, and nothing that lies beside them. transformers unpickles tensors alone (`weights_only`).
-    Raises CheckpointError if it is neither.
+    For a hub id, only the files that transformers would load are fetched: safetensors, or pickled weights (`*.bin`) if
+    there are none. transformers unpickles only tensors (`weights_only`). Raises CheckpointError if `model` is neither.
     """
     directory = Path(model)
     if directory.is_dir():
@@ -45,5 +44,5 @@ def _fetch(model: str, revision: str | None, files: Sequence[str], leave: Sequen
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
-            f"{model} is no local directory and could not be had from the hub: {reason[0]}"
+            f"{model} is not a local directory, and could not be downloaded from the hub: {reason[0]}"
         ) from error

@@ -1,4 +1,4 @@
-"""Which token ids a model has rows for: a tokenizer may know tokens, added to it later, that the model does not."""
+"""The token ids that a model has embedding rows for: a tokenizer may have tokens, added later, that the model lacks."""
 
 from collections.abc import Sequence
 from typing import Any

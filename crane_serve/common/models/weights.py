@@ -1,4 +1,4 @@
-"""Which files hold a checkpoint's weights, and what stands in them."""
+"""The files with a checkpoint's weights, and their content."""
 
 import json
 import struct
@@ -31,9 +31,9 @@ class StoredTensor:
 
 
 def weight_files(checkpoint: Path) -> tuple[Path, ...]:
-    """The files that transformers loads the weights from; whatever else lies beside them is not the model's.
+    """The files that transformers loads the weights from; other files beside them are ignored.
 
-    Raises CheckpointError when there are none, or when one that an index names is not there.
+    Raises CheckpointError if there are none, or if a file that an index names is missing.
     """
     for name in WEIGHT_FILES:
         file = checkpoint / name
@@ -45,7 +45,7 @@ def weight_files(checkpoint: Path) -> tuple[Path, ...]:
 
 
 def shard_names(index: Path) -> tuple[str, ...]:
-    """The files that an index names, in order. Raises CheckpointError for something else than an index."""
+    """The files that an index names, in order. Raises CheckpointError if the file is not an index."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -82,7 +82,7 @@ def _tensors(file: Path) -> list[StoredTensor]:
     tensors = [_tensor(name, entry, start) for name, entry in header.items()]
     end = max((tensor.end for tensor in tensors), default=start)
     if size != end:
-        raise ValueError(f"it has {size} bytes, and its header speaks of {end}")
+        raise ValueError(f"it has {size} bytes, but its header needs {end}")
     return tensors
 
 

@@ -25,10 +25,10 @@ class Estimate(BaseModel):
 def resampled_sums(values: Values, *, seed: int = 0) -> Values:
     """Sums over the items, and over each of `RESAMPLES` draws of as many items with replacement.
 
-    values: [items, columns]. Returns [1 + RESAMPLES, columns], the sums over the items themselves first. Whatever is
-    computed from the rows, whole columns at a time, has a joint bootstrap distribution. A draw is kept as how often it
-    has each item, and all columns are summed by one matrix product. The same seed and number of items give the same
-    draws, so that figures of several calls are paired. Raises ValueError for no items.
+    values: [items, columns]. Returns [1 + RESAMPLES, columns], the sums over the items themselves first. Figures that
+    are computed row by row from the result have a joint bootstrap distribution. A draw is stored as the number of times
+    that each item is drawn, and all columns are summed by one matrix product. The same seed and number of items give
+    the same draws, so that figures of several calls are paired. Raises ValueError for no items.
     """
     items = len(values)
     if not items:
@@ -48,9 +48,9 @@ def resampled_sums(values: Values, *, seed: int = 0) -> Values:
 def estimate(replicates: Values, least: float = 0.5) -> Estimate | None:
     """A figure with its percentile interval.
 
-    replicates: [1 + resamples], the figure on the items themselves and then on each resample. Resamples without the
-    figure (not finite) are left out; if less than a share of `least` has it, there is no interval. None if the items
-    themselves do not have it.
+    replicates: [1 + resamples], the figure on the items themselves and then on each resample. Resamples whose figure is
+    not finite are left out; if fewer than a share `least` remain, there is no interval. None if the figure of the items
+    themselves is not finite.
     """
     mean, resampled = float(replicates[0]), replicates[1:]
     if not np.isfinite(mean):
@@ -77,7 +77,7 @@ def change_per_token(nll: Values, baseline_nll: Values, tokens: Values, *, seed:
     if not len(tokens) or tokens.min() <= 0:
         raise ValueError("expected at least one document, and at least one token in each")
     sums = resampled_sums(np.stack([nll - baseline_nll, tokens], axis=1), seed=seed)
-    found = estimate(sums[:, 0] / sums[:, 1])
-    if found is None:
+    interval = estimate(sums[:, 0] / sums[:, 1])
+    if interval is None:
         raise ValueError("a likelihood is not finite; expected nats of every document")
-    return found if len(tokens) > 1 else found.model_copy(update={"low": None, "high": None})
+    return interval if len(tokens) > 1 else interval.model_copy(update={"low": None, "high": None})

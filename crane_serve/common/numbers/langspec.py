@@ -1,7 +1,7 @@
-"""LangSpec-F1: how much of what a mask takes, it takes from its own language, in one number between 0 and 1.
+"""LangSpec-F1: how selective a mask's damage is for its own language, as one number between 0 and 1.
 
-From CRANE's published evaluation code (Le & Li, arXiv:2601.04664), which has two forms. Both clip: a language that
-gains counts as one that loses nothing. So it is always shown beside the signed changes, never instead of them.
+From CRANE's published evaluation code (Le & Li, arXiv:2601.04664), which has two forms. Both clip: a gain counts as no
+loss. So it is always shown beside the signed changes, never instead of them.
 """
 
 from collections.abc import Mapping

@@ -1,1 +1,1 @@
-"""Pages for readers: what they hold, how it becomes HTML and Markdown, and how pictures of one look are drawn."""
+"""Pages for readers: their content, its rendering as HTML and Markdown, and the common style of pictures."""

@@ -1,4 +1,4 @@
-"""What a page holds, whatever it is written in: sections of paragraphs, tables of typed cells, and pictures."""
+"""The content of a page, in any output format: sections of paragraphs, tables of typed cells, and pictures."""
 
 import csv
 import io
@@ -63,7 +63,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what stands below it. parts: sections one level lower; folded: pages that can, show it closed."""
+    """A heading with the content below it. parts: sections one level lower; folded: closed at first, on pages that
+    support it."""
 
     title: str
     paragraphs: tuple[str, ...] = ()

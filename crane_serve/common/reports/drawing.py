@@ -1,4 +1,5 @@
-"""What pictures share: colours, sizes and axes. Drawn without a display and without matplotlib's global state."""
+"""The common style of pictures: colours, sizes and axes. Drawn without a display and without matplotlib's global
+state."""
 
 import io
 import math
@@ -21,7 +22,7 @@ from crane_serve.common.reports.render import cut
 # they are not always: lines of methods have markers of their own as well.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MORE = ("#882255", "#999933", "#332288", "#AA4499", "#44AA99")
-_GREYS = ("#6b6b6b", "#a8a8a8")  # of what is drawn at random
+_GREYS = ("#6b6b6b", "#a8a8a8")  # of random masks
 _MARKERS = "osD^v<>phdH8PX*"
 _DPI = 150
 LINEAR = 0.1  # below this the axes are linear in the change, above it logarithmic
@@ -48,7 +49,7 @@ def blank_figure(width: float, height: float) -> Figure:
 
 
 def line_styles(drawn: dict[str, bool]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of every line, grey for random ones; of sixty coloured lines no two have both alike."""
+    """Colour and marker of every line, grey for random masks; among sixty coloured lines no two have the same pair."""
     colored = zip(cycle((*PALETTE, *_MORE)), cycle(_MARKERS), strict=False)
     grey = zip(cycle(_GREYS), cycle(_MARKERS), strict=False)
     styles: dict[str, dict[str, Any]] = {}
@@ -95,7 +96,7 @@ def panel_grid(languages: int) -> tuple[int, int]:
 
 
 def hide_panels(panels: Iterable[Axes]) -> None:
-    """Leave panels out until they are shown."""
+    """Hide the panels; each is shown when something is drawn in it."""
     for axes in panels:
         axes.set_visible(False)
 
@@ -108,7 +109,8 @@ def show_changes(axes: Axes) -> None:
 
 
 def drawable(text: str, length: int = 60) -> str:
-    """What the font of pictures has of a text, without the signs that start formulas; other characters as "?"."""
+    """A text as the font of pictures can show it: without the signs that start formulas, and with "?" for unknown
+    characters."""
     known = "".join(character if " " <= character <= "\u024f" and character != "\x7f" else "?" for character in text)
     return cut(known, length).replace("$", r"\$")
 

@@ -1,4 +1,4 @@
-"""Figures as readers see them."""
+"""Numbers as text for readers."""
 
 from crane_serve.common.numbers.bootstrap import Estimate
 
@@ -6,7 +6,7 @@ _LARGE = 1e6  # from here on, powers of ten
 
 
 def number_text(value: float, digits: int = 2, *, signed: bool = False) -> str:
-    """Rounded, without a minus sign before zeros; from a million on as a power of ten."""
+    """A rounded number, without a minus sign before zeros; from a million on as a power of ten."""
     sign = "+" if signed else ""
     if abs(value) >= _LARGE:
         return f"{value:{sign}.2e}"

@@ -1,4 +1,4 @@
-"""Pages of HTML and Markdown. Whatever a text holds, it stays text: markup and control characters have no effect."""
+"""Pages of HTML and Markdown. Markup and control characters in texts have no effect."""
 
 import re
 import unicodedata
@@ -12,16 +12,16 @@ from crane_serve.common.reports.content import Section
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-_DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # reorder what stands around them
+_DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder the text around them
 _CONTROL_PICTURES = 0x2400  # Unicode has a sign for each of the first 32 characters
 _MARKUP = re.compile(r"[\\`*<|&~$]|\](?=[(\[:])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 _DELETE, _DELETE_PICTURE = "\x7f", "\u2421"
 
 
 def html_page(title: str, sections: Sequence[Section], *, filtered: bool = False) -> str:
-    """One file that holds its pictures and needs nothing else.
+    """One HTML file that contains its pictures and needs no other file.
 
-    filtered: offer a box that hides the rows of tables without some words, where the browser runs scripts.
+    filtered: add a search box that hides the table rows without its words, if the browser runs scripts.
     """
     template = _templates().get_template("page.html.jinja")
     return template.render(title=title, sections=sections, filtered=filtered)
@@ -53,7 +53,7 @@ def _visible_character(character: str) -> str:
 
 
 def _shown(value: object) -> object:
-    """What templates put in place of a value."""
+    """The text that templates insert for a value."""
     return visible(value) if type(value) is str else value
 
 
@@ -76,7 +76,7 @@ def _templates() -> "Environment":
 
 
 def _markdown(text: str) -> str:
-    """On one line, with what Markdown takes for markup escaped."""
+    """A text on one line, with Markdown's markup escaped."""
     return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
 
 

@@ -1,4 +1,4 @@
-"""Settings as readers see them."""
+"""Settings as text for readers."""
 
 import json
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def flat(values: object, path: str = "") -> Iterator[tuple[str, object]]:
 
 
 def brief(value: object) -> str:
-    """A value on little room: a list of equal entries as one times their number, digests and long values cut."""
+    """A value in short form: a list of equal entries as one entry and their number, digests and long values cut."""
     if isinstance(value, list) and len(value) > 1 and all(entry == value[0] for entry in value):
         return f"{value[0]} x {len(value)}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

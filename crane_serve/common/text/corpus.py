@@ -41,10 +41,10 @@ class Document:
 class Corpus:
     """Documents per language, in file order, of one split.
 
-    documents: language -> its documents; split: the split they belong to, or None for a whole corpus;
-    sources: language -> what messages call the place its texts came from, such as a file's name; others: language ->
-    split -> the documents of the file's other splits; joints: language -> lines that began with a byte order mark,
-    which was taken away; normalised: the form that the texts were brought into, None if they are as they came.
+    documents: language -> its documents; split: the split they belong to, or None for a whole corpus; sources: language
+    -> the origin of its texts for messages, such as a file's name; others: language -> split -> the documents of the
+    file's other splits; joints: language -> lines that began with a byte order mark, which was taken away; normalised:
+    the form that the texts were converted to, None if they are unchanged.
     """
 
     documents: Mapping[str, tuple[Document, ...]]
@@ -72,30 +72,30 @@ class Corpus:
         A row has a text, in the field or column `text_column` (`{lang}` in it stands for the language), and maybe a
         `split`. Its `id` is a string or a whole number; in a table (.csv, .tsv, .parquet) the column may be missing,
         and ids are then `row-1`, `row-2`, ...; in a .txt a line is a document, with ids `line-1`, `line-2`, ...
-        `languages` picks and orders them (default: all, by name). A corpus in which no document has a split is used
-        whole, whatever `split` says. normalise: the form of Unicode that texts are brought into.
+        `languages` picks and orders them (default: all, by name). If no document of a corpus has a split, all of it is
+        used, and `split` is ignored. normalise: the form of Unicode that texts are brought into.
 
-        Raises CorpusError for a missing directory, language or split, for malformed, empty or ambiguous files, for
-        what may be a language and is not read (see `language_files`), and for a file that holds no more than one word.
+        Raises CorpusError for a missing directory, language or split, for malformed, empty or ambiguous files, for a
+        file that may be a language but is not read (see `language_files`), and for a file with fewer than two words.
         """
         files = language_files(directory, languages)
-        read = {
+        contents = {
             language: _LanguageFile.read(path, text_column.replace(_LANGUAGE_PLACE, language), normalise)
             for language, path in files.items()
         }
         sources = {language: path.name for language, path in files.items()}
-        joints = {language: of.joints for language, of in read.items() if of.joints}
-        if split is None or all(found.split is None for of in read.values() for found in of.documents):
-            whole = {language: of.whole for language, of in read.items()}
+        joints = {language: of.joints for language, of in contents.items() if of.joints}
+        if split is None or all(entry.split is None for of in contents.values() for entry in of.documents):
+            whole = {language: of.whole for language, of in contents.items()}
             return cls(whole, sources=sources, joints=joints, normalised=normalise)
-        by_split = {language: of.by_split(split) for language, of in read.items()}
+        by_split = {language: of.by_split(split) for language, of in contents.items()}
         of_split = {language: of.pop(split) for language, of in by_split.items()}
         return cls(of_split, split, sources, by_split, joints, normalise)
 
     def spread(self, limit: int | None) -> "Corpus":
         """At most `limit` documents of each language, at even distances; all for None.
 
-        They come from as many of a split's sources as they can, and from the same places in parallel languages.
+        They come from as many of a split's sources as possible, and from the same places in parallel languages.
         """
         if limit is None:
             return self
@@ -133,8 +133,8 @@ def require_words(texts: Sequence[str], where: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A document where it was found. where: the file and the place in it; split: what its row says, if anything."""
+class _PlacedDocument:
+    """A document with its place. where: the file and the place in it; split: of its row, if it has one."""
 
     where: str
     document: Document
@@ -144,45 +144,45 @@ class _Found:
 @dataclass(frozen=True)
 class _LanguageFile:
     path: Path
-    documents: tuple[_Found, ...]
+    documents: tuple[_PlacedDocument, ...]
     joints: tuple[int, ...]
 
     @classmethod
     def read(cls, path: Path, text_column: str, normalise: Form | None) -> "_LanguageFile":
-        """Raises CorpusError for rows that are no documents, and for an id that comes twice."""
+        """Raises CorpusError for rows that are not documents, and for a duplicate id."""
         records = read_records(path)
         if format_of(path) in TEXT_FORMATS:
             text_column = "text"
-        documents: list[_Found] = []
+        documents: list[_PlacedDocument] = []
         first: dict[str, Record] = {}
         for record in records.rows:
             where = record.where(path)
-            found = _Found(where, *_document(record, where, text_column, is_table(path), normalise))
-            before = first.setdefault(found.document.id, record)
+            entry = _PlacedDocument(where, *_document(record, where, text_column, is_table(path), normalise))
+            before = first.setdefault(entry.document.id, record)
             if before is not record:
-                raise CorpusError(f"{where}: id {found.document.id!r} stands already in {before.place}")
-            documents.append(found)
-        require_words([found.document.text for found in documents], str(path))
+                raise CorpusError(f"{where}: id {entry.document.id!r} is already used in {before.place}")
+            documents.append(entry)
+        require_words([entry.document.text for entry in documents], str(path))
         return cls(path, tuple(documents), records.joints)
 
     @property
     def whole(self) -> tuple[Document, ...]:
-        return tuple(found.document for found in self.documents)
+        return tuple(entry.document for entry in self.documents)
 
     def by_split(self, wanted: str) -> dict[str, tuple[Document, ...]]:
         """Split -> its documents. Raises CorpusError for a document without a split, and for none of `wanted`."""
         splits: dict[str, list[Document]] = {}
-        for found in self.documents:
-            if found.split is None:
-                raise CorpusError(f"{found.where}: document {found.document.id!r} has no split, but others have")
-            splits.setdefault(found.split, []).append(found.document)
+        for entry in self.documents:
+            if entry.split is None:
+                raise CorpusError(f"{entry.where}: document {entry.document.id!r} has no split, but others have")
+            splits.setdefault(entry.split, []).append(entry.document)
         if wanted not in splits:
             raise CorpusError(f"{self.path} has no documents of split {wanted!r}; it has {', '.join(splits)}")
         return {split: tuple(documents) for split, documents in splits.items()}
 
 
 def normalised(text: str, form: Form | None) -> str:
-    """`text` in a normal form of Unicode; as it is for None."""
+    """`text` in a normal form of Unicode; unchanged for None."""
     return text if form is None else unicodedata.normalize("NFC", text)
 
 

@@ -1,4 +1,5 @@
-"""Language files: which file of a corpus directory holds which language, so that none is lost in silence."""
+"""Language files: which file of a corpus directory is which language. A file that could be one is never ignored
+silently."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -9,8 +10,8 @@ from crane_serve.common.text.records import FORMATS, CorpusError, format_of, lis
 EXPECTED = f"{{lang}} with one of {', '.join(FORMATS)}"
 
 _LANGUAGE = re.compile(r"[a-z0-9_-]+")
-_CODE = re.compile(r"[A-Za-z]{2,3}([_-][A-Za-z0-9]+)*")  # what the name of a language mostly looks like
-_PAPERS = re.compile(  # what stands beside texts and is none, whatever its suffix
+_CODE = re.compile(r"[A-Za-z]{2,3}([_-][A-Za-z0-9]+)*")  # the usual form of a language's name
+_PAPERS = re.compile(  # files beside texts that are not texts, whatever their suffix
     "authors|changelog|citation|contributing|copying|dataset_infos?|datasheet|licen[cs]e|makefile|manifest|md5sums|notice|"
     "readme|sha256sums",
     re.IGNORECASE,
@@ -27,11 +28,11 @@ _BACKUPS = (".bak", ".orig", ".old", ".swp", ".tmp", "~")
 def language_files(directory: Path, wanted: Sequence[str] | None = None) -> dict[str, Path]:
     """Language -> its file: of the `wanted` languages, in their order, or of all by name for None.
 
-    Files that are hidden, describe the corpus (README, LICENSE), are of a kind that holds no text, or are backups of a
-    file that is read are no languages, and neither are directories unless they look like one. Everything else has to be
-    a file in a format that is read.
+    Ignored are hidden files, files that describe the corpus (README, LICENSE), files of a kind without text, backups of
+    a file that is read, and directories unless their name looks like a language. Every other entry has to be a file in
+    a supported format.
 
-    Raises CorpusError naming what is not, languages with two files, and wanted ones with none.
+    Raises CorpusError naming entries that are not, languages with two files, and wanted languages without a file.
     """
     if not directory.is_dir():
         raise CorpusError(f"{directory} is not a directory; expected one with files {EXPECTED}")

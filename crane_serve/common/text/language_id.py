@@ -12,9 +12,9 @@ SAMPLE = 50  # documents of a language that are identified
 
 @dataclass(frozen=True)
 class Suspicion:
-    """Most documents of a sample look like other languages than the one they stand under.
+    """Most documents of a sample look like other languages than the one of their file.
 
-    source: where the texts came from; sampled: documents looked at; differing: how many of them look like
+    source: where the texts came from; sampled: number of documents in the sample; differing: how many of them look like
     `looks_like`, the commonest of the other languages.
     """
 
@@ -39,13 +39,13 @@ def misnamed(corpus: Corpus, sample: int = SAMPLE) -> list[Suspicion]:
         code = code_of(language)
         if code not in known_languages():
             continue
-        looked_at = _spread(documents, sample)
-        found = Counter(identify(document.text) for document in looked_at)
-        others = Counter({other: count for other, count in found.items() if other and not same_language(code, other)})
-        if 2 * others.total() > len(looked_at):
+        sampled = _spread(documents, sample)
+        counts = Counter(identify(document.text) for document in sampled)
+        others = Counter({other: count for other, count in counts.items() if other and not same_language(code, other)})
+        if 2 * others.total() > len(sampled):
             looks_like, differing = others.most_common(1)[0]
             source = corpus.sources.get(language, language)
-            suspicions.append(Suspicion(source, language, len(looked_at), differing, looks_like))
+            suspicions.append(Suspicion(source, language, len(sampled), differing, looks_like))
     return suspicions
 
 

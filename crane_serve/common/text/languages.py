@@ -22,8 +22,8 @@ _CLOSE = (
 
 def identify(text: str) -> str | None:
     """The code of the language of a text's first 2000 characters, None where it is too short or mixed to tell."""
-    found = _identifier()[0](text[:_CHARACTERS])
-    return None if found in _UNKNOWN else found
+    code = _identifier()[0](text[:_CHARACTERS])
+    return None if code in _UNKNOWN else code
 
 
 def known_languages() -> frozenset[str]:
@@ -43,7 +43,7 @@ def same_language(code: str, other: str) -> bool:
 
 @cache
 def _identifier() -> tuple[Callable[[str], str], frozenset[str]]:
-    """What says the code of a text's language, and the codes it knows."""
+    """A function from a text to the code of its language, and the codes that it knows."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=_UNSURE)

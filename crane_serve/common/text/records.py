@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _GZIP = ".gz"
-_LONGEST_FIELD = 2**31 - 1  # of a CSV file, in characters; the module's own default cuts documents off
+_LONGEST_FIELD = 2**31 - 1  # of a CSV file, in characters; the csv module's default is too small for documents
 _BYTE_ORDER_MARK = "\ufeff"
 _NAMES_SHOWN, _NAME_SHOWN = 8, 40  # in messages; characters of a name
 _SQUAD_FORM = '{"data": [{"paragraphs": [{"context": text, "qas": [{"id", "question", "answers": [{"text"}]}]}]}]}'
@@ -97,7 +97,7 @@ def read_records(path: Path) -> Records:
 def read_text(path: Path) -> Text:
     """The content of a UTF-8 text file, decompressed if its name ends in .gz.
 
-    Raises CorpusError, naming the line, for bytes that are not UTF-8 and for NUL characters, which betray UTF-16.
+    Raises CorpusError, naming the line, for bytes that are not UTF-8 and for NUL characters, which indicate UTF-16.
     """
     content = _content(path).removeprefix(codecs.BOM_UTF8)
     try:
@@ -125,8 +125,8 @@ def read_lines(path: Path) -> list[str]:
 
 def listed(names: Iterable[str]) -> str:
     """Names for messages, shortened where there are many or where they are long."""
-    shown = [name if len(name) <= _NAME_SHOWN else f"{name[:_NAME_SHOWN]}..." for name in names]
-    return ", ".join(shown[:_NAMES_SHOWN]) + (", ..." if len(shown) > _NAMES_SHOWN else "")
+    excerpts = [name if len(name) <= _NAME_SHOWN else f"{name[:_NAME_SHOWN]}..." for name in names]
+    return ", ".join(excerpts[:_NAMES_SHOWN]) + (", ..." if len(excerpts) > _NAMES_SHOWN else "")
 
 
 def _content(path: Path) -> bytes:
@@ -197,7 +197,7 @@ def _table_rows(delimiter: str) -> Callable[[Text, Path], Iterator[Record]]:
                 if header is None:
                     header, top = _header(cells, where), place
                 elif cells == header:
-                    raise CorpusError(f"{where} is the header once more; files were joined there")
+                    raise CorpusError(f"{where} is the header again; files were joined there")
                 elif len(cells) != len(header):
                     raise CorpusError(f"{where}: {len(cells)} cells; expected {len(header)} as in line {top}")
                 else:
@@ -270,7 +270,7 @@ def _is_object(line: str) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    """What JSON calls a value, for messages."""
+    """The JSON type of a value, for messages."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return kinds.get(type(value), "a number")
 

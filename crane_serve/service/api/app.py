@@ -16,11 +16,11 @@ from crane_serve.service.api.errors import install_error_handlers
 from crane_serve.service.api.evaluation import EvaluationFile
 from crane_serve.service.api.gate import Gate
 from crane_serve.service.api.keys import KeyRing
-from crane_serve.service.api.lifeline import Lifeline, Lifelines
 from crane_serve.service.api.metrics import Metrics
 from crane_serve.service.api.observation import REQUEST_ID, Observation
 from crane_serve.service.api.openai import OpenAIRoutes
 from crane_serve.service.api.openapi import describe, describe_engine
+from crane_serve.service.api.request_lifetime import RequestLifetime, RequestLifetimes
 from crane_serve.service.settings import ApiSettings
 
 _EXPOSED_HEADERS = (REQUEST_ID, "X-Crane-Mask", "X-Crane-Mask-Digest", "ETag", "Retry-After")
@@ -29,7 +29,7 @@ _EXPOSED_HEADERS = (REQUEST_ID, "X-Crane-Mask", "X-Crane-Mask-Digest", "ETag", "
 def create_app(start_engine: Callable[[], Awaitable[EngineService]], settings: ApiSettings | None = None) -> FastAPI:
     """The service over the engine that `start_engine` starts when the application does.
 
-    settings: None for the defaults, without the playground. The application's state holds `gate`, `lifelines`,
+    settings: None for the defaults, without the playground. The application's state holds `gate`, `lifetimes`,
     `metrics` and, once started, `engine`. Raises ValueError for API keys that cannot be read.
     """
     settings = settings or ApiSettings(playground=False)
@@ -53,7 +53,7 @@ def create_app(start_engine: Callable[[], Awaitable[EngineService]], settings: A
         redirect_slashes=False,
     )
     app.state.gate = Gate(settings.max_sequences, settings.max_requests_per_key)
-    app.state.lifelines = Lifelines()
+    app.state.lifetimes = RequestLifetimes()
     app.state.metrics = Metrics(app.state.gate, settings.max_sequences)
     install_error_handlers(app)
     app.state.evaluation = EvaluationFile(settings.evaluation)
@@ -70,8 +70,8 @@ def create_app(start_engine: Callable[[], Awaitable[EngineService]], settings: A
 def _add_middleware(app: FastAPI, settings: ApiSettings, keys: KeyRing | None) -> None:
     """From the innermost to the outermost."""
     app.add_middleware(
-        Lifeline,
-        lifelines=app.state.lifelines,
+        RequestLifetime,
+        lifetimes=app.state.lifetimes,
         gate=app.state.gate,
         timeout_s=settings.request_timeout_s,
     )

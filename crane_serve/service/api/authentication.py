@@ -15,7 +15,8 @@ _POLICY_VIOLATION = 1008
 
 
 class Authentication:
-    """Asks every request for a key, but GET and HEAD of /health and /ready; changes of masks need an admin's.
+    """Every request needs a key, except GET and HEAD of /health and /ready. Requests that change masks need an admin's
+    key.
 
     The files of the playground need none either, if there is one: they are the same everywhere.
 
@@ -66,7 +67,7 @@ def _authenticate(keys: KeyRing, scope: Scope) -> Key:
 
 
 def _token(headers: Headers) -> str:
-    """What a request gives as its key. Raises ApiError if that is nothing, or more than one thing."""
+    """The key that a request carries. Raises ApiError if it carries none, or more than one."""
     authorization, alone = headers.getlist("authorization"), headers.getlist("x-api-key")
     if len(authorization) > 1 or len(alone) > 1:
         raise _unauthorized("unknown_api_key", "several API keys; expected one Authorization header, or one x-api-key")
@@ -92,5 +93,5 @@ async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -
         await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": str(error)})
         return
     if has_body(scope):
-        error.headers["Connection"] = "close"  # or the server would have to read the body that nobody wants
+        error.headers["Connection"] = "close"  # otherwise the server would have to read the unwanted body
     await error_response(error)(scope, receive, send)

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from crane_serve.service.api.context import has_body
 from crane_serve.service.api.errors import ApiError, TooBusy, error_response
 
-_PAUSE_S = 2.0  # after which a refused client that sends nothing is taken to have seen the answer
+_PAUSE_S = 2.0  # a refused client that sends nothing for so long is assumed to have seen the answer
 DRAINED_BYTES = 16 * 2**20
 """How much of a refused body is read and thrown away."""
 
@@ -24,14 +24,14 @@ class _Held:
 
 
 class BoundedBody:
-    """Gives the application its body in one message, or answers why it does not.
+    """Gives the application the whole body in one message, or answers with an error.
 
     max_bytes: of one body. max_buffered_bytes: of all bodies together, each from its arrival to the end of its request;
     not less than max_bytes. timeout_s: for a whole body.
 
-    What is refused is answered at once and its connection closed, after the rest of the body has been thrown away as it
-    arrives, within timeout_s and DRAINED_BYTES: many clients send all of it before they look at the answer, and would
-    find a connection reset instead.
+    A refused request is answered at once. Then the rest of its body is read and thrown away, within timeout_s and
+    DRAINED_BYTES, and the connection is closed. Many clients send the whole body before they look at the answer;
+    without this they would see a connection reset instead.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, max_buffered_bytes: int, timeout_s: float) -> None:
@@ -54,7 +54,7 @@ class BoundedBody:
                 if message is None:
                     return
                 receive = replayed(message, receive)
-                del message  # the application alone decides how long it needs the body
+                del message  # so that the application decides how long the body stays in memory
             except ApiError as error:
                 error.headers["Connection"] = "close"
                 if not held.is_over:
@@ -66,7 +66,7 @@ class BoundedBody:
             self.buffered_bytes -= held.size
 
     def _require_short(self, scope: Scope) -> None:
-        """Raises ApiError for a body that says itself that it is too long."""
+        """Raises ApiError if Content-Length says that the body is too long."""
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and (len(length) > 18 or int(length) > self._max_bytes):
             raise self._too_large()
@@ -81,7 +81,8 @@ class BoundedBody:
                 more = self._hold(held, message)
                 if not more:
                     return message
-                # Not a list of pieces: each would cost more than it holds if they are a few bytes long.
+                # Not a list of pieces: with pieces of a few bytes, each list entry would cost more memory than its
+                # content.
                 content = bytearray(message.get("body", b""))
                 while more:
                     message = await receive()
@@ -94,13 +95,15 @@ class BoundedBody:
             raise ApiError(408, "body_too_slow", f"the body did not arrive within {self._timeout_s:g} s") from None
 
     def _hold(self, held: _Held, message: Message) -> bool:
-        """Count a piece; say whether there is more to come. Raises ApiError."""
+        """Count a piece; returns whether more pieces follow. Raises ApiError."""
         size = len(message.get("body", b""))
         held.is_over = not message.get("more_body", False)
         if held.size + size > self._max_bytes:
             raise self._too_large()
         if self.buffered_bytes + size > self._max_buffered_bytes:
-            raise TooBusy("too_much_data", f"requests of {self.buffered_bytes} bytes are under way; no room for more")
+            raise TooBusy(
+                "too_much_data", f"the server holds {self.buffered_bytes} bytes of requests; no room for more"
+            )
         held.size += size
         self.buffered_bytes += size
         return not held.is_over
@@ -110,7 +113,8 @@ class BoundedBody:
 
 
 class _Draining:
-    """`send` for an answer that comes before the end of the body: reads that before it lets the answer end."""
+    """`send` for an answer that begins before the end of the body: it reads the rest of the body before the answer
+    ends."""
 
     def __init__(self, receive: Receive, send: Send, timeout_s: float) -> None:
         self._receive = receive

@@ -16,8 +16,9 @@ _SCOPE_KEY = "crane"
 class RequestContext:
     """One HTTP request.
 
-    key: who asks, None where no keys are required. mask: what it runs under, for the log and the metrics; while it is
-    held here, its content stays. admitted: whether the gate counts it; sequences: how many the engine runs for it.
+    key: of the client, None where no keys are required. mask: that it runs under, for the log and the metrics; while it
+    is referenced here, its content stays in memory. admitted: whether the gate counts it; sequences: how many the
+    engine runs for it.
     """
 
     request_id: str
@@ -28,7 +29,7 @@ class RequestContext:
 
 
 def context_of(scope: Scope) -> RequestContext:
-    """The context of a request; a new one where no middleware has made any, as in tests of a single part."""
+    """The context of a request; a new one if no middleware has made one, as in tests of a single part."""
     return cast(RequestContext, scope.setdefault(_SCOPE_KEY, RequestContext(request_id="-")))
 
 

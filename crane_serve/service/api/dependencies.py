@@ -31,7 +31,7 @@ async def get_context(request: Request) -> RequestContext:
 
 
 def check_headers(scope: Scope) -> None:
-    """Raises ApiError for a header that asks for a mask: answers name theirs in one, but requests have other places."""
+    """Raises ApiError for a header that asks for a mask: only answers name their mask in a header."""
     for name, _ in scope["headers"]:
         header = name.decode("latin-1")
         if "crane" in header or "mask" in header:
@@ -67,32 +67,32 @@ def choose_positions(query: Positions | None, body: Positions | None, *, masked:
     """
     if query is not None and body is not None and query is not body:
         raise BadRequest("mask_conflict", f"the query says positions={query}, the body {body}", "positions")
-    asked = body if query is None else query
-    if asked is not None and not masked:
-        raise BadRequest("mask_conflict", f"positions={asked} without a mask", "positions")
-    return Positions.ALL if asked is None else asked
+    positions = body if query is None else query
+    if positions is not None and not masked:
+        raise BadRequest("mask_conflict", f"positions={positions} without a mask", "positions")
+    return Positions.ALL if positions is None else positions
 
 
 def choose_mask(
-    library: MaskLibrary, asked: Iterable[tuple[str, str]], positions: Positions = Positions.ALL
+    library: MaskLibrary, named: Iterable[tuple[str, str]], positions: Positions = Positions.ALL
 ) -> ResolvedMask | None:
     """The mask of a request that may name it in several places, if they mean the same.
 
-    asked: pairs of a place, as in "the query", and the mask expression there. Raises MaskError for a mask that cannot
+    named: pairs of a place, as in "the query", and the mask expression there. Raises MaskError for a mask that cannot
     be used, BadRequest if the request names two.
     """
-    named = [(place, expression, library.resolve(expression, positions)) for place, expression in asked]
-    for place, expression, mask in named[1:]:
-        first_place, first, first_mask = named[0]
+    resolved = [(place, expression, library.resolve(expression, positions)) for place, expression in named]
+    for place, expression, mask in resolved[1:]:
+        first_place, first, first_mask = resolved[0]
         if (mask and mask.wire) != (first_mask and first_mask.wire):
             message = f"{first_place} says mask={first}, {place} {expression}"
             raise BadRequest("mask_conflict", message, "mask")
-    return named[0][2] if named else None
+    return resolved[0][2] if resolved else None
 
 
-def asked_masks(query: list[str] | None, body: str | None) -> list[tuple[str, str]]:
-    """What `choose_mask` takes, of a query and a body. Raises BadRequest if the query names a mask twice."""
+def named_masks(query: list[str] | None, body: str | None) -> list[tuple[str, str]]:
+    """The arguments of `choose_mask` from a query and a body. Raises BadRequest if the query names a mask twice."""
     if query is not None and len(query) > 1:
         raise BadRequest("mask_conflict", "'mask' is given twice in the query; join names with commas", "mask")
-    asked = [("the query", expression) for expression in query or []]
-    return asked if body is None else [*asked, ("the body", body)]
+    named = [("the query", expression) for expression in query or []]
+    return named if body is None else [*named, ("the body", body)]

@@ -25,11 +25,11 @@ _DESCRIPTIONS = {
     403: "The key's role does not allow this",
     404: "Unknown mask, or unknown model",
     405: "The path has no such method",
-    408: "The body came too slowly",
+    408: "The body arrived too slowly",
     409: "The mask's file is corrupt or belongs to another model",
     412: "If-Match names another digest than the current one",
     413: "The body is too large",
-    415: "The body has a media type or an encoding that is not read here",
+    415: "The body has a media type or an encoding that this route does not accept",
     422: "Malformed body or parameter",
     429: "Too much at once: of this key, of the whole server, or different masks; see Retry-After",
     500: "Unexpected error",
@@ -48,7 +48,7 @@ _TYPES = {
 }
 _NAMED_EVENTS = frozenset({"/v1/messages", "/v1/responses"})  # their clients pass over events without a name
 ANY_ROUTE = (401, 408, 413, 415, 422, 429, 503, 504)
-"""What any route may answer, but /health and /ready."""
+"""What any route may answer, except /health and /ready."""
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -78,14 +78,14 @@ class BadRequest(ApiError):
 
 
 class TooBusy(ApiError):
-    """Too much at once; it will pass."""
+    """Too much at once; temporary, retry later."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(429, code, message)
 
 
 def describe(error: BaseException) -> tuple[int, ErrorBody, dict[str, str]]:
-    """HTTP status, body and headers for an error; anything unforeseen is a 500 without details, and is logged."""
+    """HTTP status, body and headers for an error. An unexpected error becomes a 500 without details, and is logged."""
     param: str | None = None
     headers: dict[str, str] = {}
     match error:
@@ -145,7 +145,7 @@ def error_event(error: BaseException, path: str) -> bytes:
 
 
 def lone_surrogate(text: str) -> str | None:
-    """What is wrong with a text that holds half of a UTF-16 pair, which no encoding can; None for any other."""
+    """The problem of a text that contains half of a UTF-16 pair, which cannot be encoded; None for any other text."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -161,30 +161,31 @@ def _malformed(error: RequestValidationError) -> tuple[str | None, str]:
     if problem["type"] == "model_attributes_type":
         return None, "the body is not a JSON object sent with Content-Type: application/json"
     _, *field = problem["loc"]
-    # Behind the field's name only list positions are the caller's words; names there are alternatives of its type.
+    # After the field's name, only list positions come from the caller; names are alternatives of the field's type.
     param = ".".join(str(part) for part in (*field[:1], *(part for part in field[1:] if isinstance(part, int)))) or None
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "string_unicode":
-        # In a name, that of a field: what pydantic gives is the body, not the name.
+        # The surrogate is in the name of a field: pydantic gives the body as input, not the name.
         value = problem["input"]
         message = (lone_surrogate(value) if isinstance(value, str) else None) or "a name holds a lone surrogate"
     return param, f"{param or 'body'}: {message}"
 
 
 def _closest(problems: Sequence[Any]) -> Any:
-    """Of the first field's problems, one per alternative of its type, that of the alternative the value is nearest."""
+    """Pydantic reports one problem per alternative of a field's type; this is the problem of the alternative that fits
+    best."""
     same_field = [problem for problem in problems if problem["loc"][:2] == problems[0]["loc"][:2]]
     return max(same_field, key=lambda problem: (len(problem["loc"]), not problem["type"].endswith("_type")))
 
 
 def _methods(request: Request) -> list[str]:
-    """What the routes of a path allow together; the error knows only those of the first."""
-    found = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
-    return sorted({method for route in found for method in getattr(route, "methods", ())})
+    """The methods of all routes of a path; the error knows only those of the first route."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in routes for method in getattr(route, "methods", ())})
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer every error of `app` in the one shape."""
+    """Have `app` answer every error in this shape."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
         response = error_response(error)

@@ -1,4 +1,4 @@
-"""Gate: how much the engine is given at once, in all and per key; what is too much is refused with a 429."""
+"""Gate: limits what the engine gets at once, in total and per key. Requests over a limit are refused with a 429."""
 
 from collections import Counter
 
@@ -9,8 +9,9 @@ from crane_serve.service.api.errors import ApiError, TooBusy
 class Gate:
     """Counts what has been admitted and not yet answered.
 
-    max_sequences: prompts, running or waiting in the engine, from which on nothing more is admitted; the request that
-    goes over it may. max_requests_per_key: HTTP requests of one API key at once. closed: nothing more is admitted.
+    max_sequences: prompts running or waiting in the engine; once there are so many, nothing more is admitted. The
+    request that exceeds the number is still admitted. max_requests_per_key: HTTP requests of one API key at once.
+    closed: nothing more is admitted.
     """
 
     def __init__(self, max_sequences: int, max_requests_per_key: int) -> None:
@@ -21,24 +22,24 @@ class Gate:
         self.sequences = 0
 
     def admit(self, context: RequestContext, sequences: int) -> None:
-        """Count a request that will have the engine run `sequences`.
+        """Admit and count a request for which the engine will run `sequences`.
 
-        Once for each request, and never taken back before `leave`. Raises TooBusy, and an ApiError of 503
-        once the gate is closed.
+        Called once for each request, which counts until `leave`. Raises TooBusy, and an ApiError of 503 once the gate
+        is closed.
         """
         assert not context.admitted, "a request is admitted once"
         if self.closed:
             raise ApiError(503, "shutting_down", "the server is shutting down", headers={"Connection": "close"})
         if self.sequences >= self._max_sequences:
             raise TooBusy(
-                "queue_full", f"{self.sequences} prompts are waiting or running; at most {self._max_sequences} may"
+                "queue_full", f"{self.sequences} prompts are waiting or running; the limit is {self._max_sequences}"
             )
         if context.key is not None:
             name = context.key.name
             if self._requests_per_key[name] >= self._max_requests_per_key:
                 raise TooBusy(
                     "too_many_requests",
-                    f"this key has {self._max_requests_per_key} requests under way, as many as it may",
+                    f"this key has {self._max_requests_per_key} requests under way, which is its limit",
                 )
             self._requests_per_key[name] += 1
         context.admitted = True

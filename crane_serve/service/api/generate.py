@@ -18,9 +18,9 @@ from crane_serve.service.api.dependencies import (
     Engine,
     GenerateQuery,
     TheGate,
-    asked_masks,
     choose_mask,
     choose_positions,
+    named_masks,
 )
 from crane_serve.service.api.errors import ANY_ROUTE, describe, responses
 from crane_serve.service.api.schemas import (
@@ -63,9 +63,9 @@ async def generate(
     body: GenerateRequest, engine: Engine, gate: TheGate, context: Context, query: GenerateQuery
 ) -> GenerateAnswer | StreamingResponse:
     """Continue each prompt. With `stream: true` the answer is server-sent events, ended by `data: [DONE]`."""
-    asked = asked_masks(query.mask, body.mask)
-    positions = choose_positions(query.positions, body.positions, masked=bool(asked))
-    context.mask = choose_mask(engine.library, asked, positions)
+    named = named_masks(query.mask, body.mask)
+    positions = choose_positions(query.positions, body.positions, masked=bool(named))
+    context.mask = choose_mask(engine.library, named, positions)
     gate.admit(context, len(body.prompts))
     generation = Generation(engine, body, await engine.encode(body.prompts), context.mask)
     if body.stream:
@@ -77,7 +77,7 @@ async def generate(
 
 
 class Generation:
-    """The prompts of one request on their way through the engine; `answer` or `events`, once.
+    """Runs the prompts of one request. Call `answer` or `events`, once.
 
     encoded: their token ids without special tokens. Raises BadRequest for a start token that the model lacks.
     """
@@ -173,7 +173,7 @@ class Generation:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events. However the connection ends, the events are closed, and with them the generation."""
+    """Server-sent events. However the connection ends, the iterator of events is closed, which ends the generation."""
 
     def __init__(self, first: str, rest: AsyncGenerator[str]) -> None:
         super().__init__(_chain(first, rest), media_type="text/event-stream")

@@ -30,14 +30,14 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Key:
-    """Who holds a key. The key itself is not kept."""
+    """The holder of a key. The key itself is not stored."""
 
     name: str
     role: Role
 
 
 class KeyRing:
-    """The keys that are let in, as SHA-256 digests."""
+    """The accepted keys, as SHA-256 digests."""
 
     def __init__(self) -> None:
         self._keys: list[tuple[bytes, Key]] = []
@@ -64,13 +64,13 @@ class KeyRing:
         return ring if ring._keys else None
 
     def find(self, token: str) -> Key | None:
-        """Who holds this key, None if nobody does. Takes as long for every token of the same length."""
+        """The holder of this key, None if there is none. Takes the same time for every token of the same length."""
         digest = _digest(token)
-        found = None
+        match = None
         for known, key in self._keys:
             if hmac.compare_digest(known, digest):
-                found = key
-        return found
+                match = key
+        return match
 
     def _add_line(self, place: str, words: list[str]) -> None:
         if len(words) != 3:
@@ -83,7 +83,7 @@ class KeyRing:
         self._add(place, Key(name, Role(role)), secret)
 
     def _add(self, place: str, key: Key, secret: str) -> None:
-        # The name is not repeated in the message: it is a key if someone has mixed up the columns.
+        # The message does not repeat the name: it could be a key, if the columns are swapped.
         if any(key.name == other.name for _, other in self._keys):
             raise ValueError(f"{place}: there is another key of this name")
         digest = _parse(place, secret)
@@ -101,9 +101,9 @@ def _lines(file: Path) -> Iterator[tuple[str, list[str]]]:
         raise ValueError(f"{file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         number = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{file}:{number}: not text in UTF-8") from None  # that error shows the content
+        raise ValueError(f"{file}:{number}: not text in UTF-8") from None  # the original error would show the content
     if mode & _READABLE_BY_OTHERS:
-        _log.warning("%s: others than its owner can read the keys (mode %o); run chmod 600", file, mode & 0o777)
+        _log.warning("%s: other users than its owner can read the keys (mode %o); run chmod 600", file, mode & 0o777)
     for number, line in enumerate(content.split("\n"), 1):
         words = line.split()
         comment = next((index for index, word in enumerate(words) if word.startswith("#")), len(words))

@@ -1,4 +1,4 @@
-"""/masks: which masks this server has, what is in them, and how they come and go while it serves."""
+"""/masks: which masks this server has, what they contain, and how to add and remove them while it serves."""
 
 import asyncio
 import hashlib
@@ -54,7 +54,8 @@ async def _no_query(query: Annotated[_NoQuery, Query()]) -> None:
 
 
 class _Changes:
-    """The changes of one application's masks, one after the other: what is checked for a change is what it finds."""
+    """Runs the changes of an application's masks one after the other, so that the state that a change checks is the
+    state that it changes."""
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
@@ -75,15 +76,15 @@ async def _get_changes(request: Request) -> _Changes:
     return changes
 
 
-# The lines of a header, none if it is not there; described as one line, which is how most clients send it.
+# The lines of a header, an empty list without the header. Described as one line, which is how most clients send it.
 _Condition = Annotated[
     list[Annotated[str, AfterValidator(_tags)]], WithJsonSchema({"type": "string", "pattern": _DESCRIBED_TAGS})
 ]
 _IF_MATCH = "Change it only if it has this digest, in quotes; * if it exists"
-_IF_NONE_MATCH = "Only if it has not this digest, in quotes; * if there is none"
+_IF_NONE_MATCH = "Only if its digest is not this one, in quotes; * if there is no such mask"
 IfMatch = Annotated[_Condition, Header(description=_IF_MATCH, default_factory=list)]
 IfNoneMatch = Annotated[_Condition, Header(description=_IF_NONE_MATCH, default_factory=list)]
-Asked = Annotated[
+MaskReference = Annotated[
     str,
     Path(description="Mask name, digest, or bare language", json_schema_extra={"pattern": f"^{NAME}$"}),
 ]
@@ -105,7 +106,7 @@ async def masks(engine: Engine, if_none_match: IfNoneMatch) -> Response:
         default_method=library.default_method,
     )
     content = answer.model_dump_json()
-    # Not the library's manifest, which tells neither provenance nor the files that cannot be used.
+    # Not the library's manifest, which has neither the provenance nor the unusable files.
     digest = hashlib.sha256(content.encode()).hexdigest()
     return _not_changed(if_none_match, digest) or _json(content, digest)
 
@@ -116,7 +117,7 @@ async def masks(engine: Engine, if_none_match: IfNoneMatch) -> Response:
     responses={200: _TAGGED, **responses(304, 404, 409, *ANY_ROUTE)},
     dependencies=[NoQuery],
 )
-async def mask(name: Asked, engine: Engine, if_none_match: IfNoneMatch) -> Response:
+async def mask(name: MaskReference, engine: Engine, if_none_match: IfNoneMatch) -> Response:
     """One mask by name, digest, or bare language."""
     stored = engine.library.get(name)
     return _not_changed(if_none_match, stored.mask.digest) or _details(stored)
@@ -128,7 +129,7 @@ async def mask(name: Asked, engine: Engine, if_none_match: IfNoneMatch) -> Respo
     responses={200: _TAGGED, **responses(304, 404, 409, *ANY_ROUTE)},
     dependencies=[NoQuery],
 )
-async def neurons(name: Asked, engine: Engine, if_none_match: IfNoneMatch) -> Response:
+async def neurons(name: MaskReference, engine: Engine, if_none_match: IfNoneMatch) -> Response:
     """What a mask changes: per layer, the neurons whose scale is not 1."""
     stored = engine.library.get(name)
     if unchanged := _not_changed(if_none_match, stored.mask.digest):
@@ -146,7 +147,7 @@ async def neurons(name: Asked, engine: Engine, if_none_match: IfNoneMatch) -> Re
     },
     dependencies=[NoQuery],
 )
-async def file(name: Asked, engine: Engine, if_none_match: IfNoneMatch) -> Response:
+async def file(name: MaskReference, engine: Engine, if_none_match: IfNoneMatch) -> Response:
     """A mask as a file, which `PUT /masks/{name}` takes."""
     stored = engine.library.get(name)
     if unchanged := _not_changed(if_none_match, stored.mask.digest):
@@ -180,13 +181,13 @@ async def put_mask(
 ) -> Response:
     """Add a mask, or replace the one of its name. The body is a mask file.
 
-    New requests use it from the answer on; those under way finish with what they began with.
+    Requests that arrive after the answer use the new mask; requests under way finish with the old one.
     """
     _require_type(request)
     content = await request.body()
 
     async def change() -> Response:
-        # Here, so that a crowd of uploads is decoded one by one.
+        # Inside the change, so that many simultaneous uploads are decoded one by one.
         stored = await asyncio.to_thread(decode_mask, name, content, source=f"mask {name!r}")
         _require(engine.library, name, if_match, if_none_match)
         is_new = not _exists(engine.library, name)
@@ -231,13 +232,13 @@ def _exists(library: MaskLibrary, name: str) -> bool:
 
 
 def _require(library: MaskLibrary, name: str, if_match: _Condition, if_none_match: _Condition) -> None:
-    """Raises a 412 unless the mask of exactly this name, or that there is none, is what the conditions say."""
+    """Raises a 412 unless the mask of exactly this name, or its absence, meets the conditions."""
     stored = library.masks.get(name)
     digest, exists = None if stored is None else stored.mask.digest, _exists(library, name)
     if if_match and not _means(if_match, digest, exists=exists):
-        message = f"If-Match names another mask than {name!r} is now"
+        message = f"If-Match does not match the current mask {name!r}"
     elif if_none_match and _means(if_none_match, digest, exists=exists, weak=True):
-        message = f"If-None-Match names what mask {name!r} is now"
+        message = f"If-None-Match matches the current mask {name!r}"
     else:
         return
     now = f"its digest is {digest}" if digest else "its file is invalid" if exists else "there is none"
@@ -245,7 +246,7 @@ def _require(library: MaskLibrary, name: str, if_match: _Condition, if_none_matc
 
 
 def _means(condition: list[str], digest: str | None, *, exists: bool = True, weak: bool = False) -> bool:
-    """Whether a condition means what there is. weak: also by a tag that says equivalent, not equal."""
+    """Whether a condition names the current state. weak: accept weak tags (`W/`), too."""
     tags = {tag for line in condition for tag in re.findall(rf"\*|{_TAG}", line)}
     named = digest is not None and (_tag(digest) in tags or (weak and f"W/{_tag(digest)}" in tags))
     return named or (exists and "*" in tags)
@@ -275,7 +276,7 @@ def _details(stored: StoredMask, *, is_new: bool = False) -> Response:
 
 @contextmanager
 def _disk(failure: str) -> Iterator[None]:
-    """Answer an OSError with a 507 that names no path."""
+    """Answer an OSError with a 507 that does not show the path."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Metrics: what the service counts of itself, in a Prometheus registry of its own beside vLLM's."""
+"""Metrics: the service's own counts, in a Prometheus registry separate from vLLM's."""
 
 from collections.abc import Callable
 
@@ -9,10 +9,10 @@ from crane_serve.engine.service import EngineService
 from crane_serve.service.api.gate import Gate
 
 UNMATCHED = "unmatched"
-"""The route of a request that no route takes."""
+"""The label of a request that matches no route."""
 
 MAX_MASKS = 1000
-"""How many names of masks become labels; each costs memory here and in whatever reads the metrics."""
+"""How many mask names become labels; each costs memory here and in Prometheus."""
 
 _COMBINED = "combined"
 _OTHER = "other"
@@ -20,9 +20,9 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 
 
 class Metrics:
-    """Counts of requests and tokens; gauges that are read when they are asked for.
+    """Counts of requests and tokens; gauges whose values are read at each scrape.
 
-    gate: whose sequences are shown; max_sequences: its limit. The engine is known only after `watch`.
+    gate: counts the sequences; max_sequences: its limit. The engine is known only after `watch`.
     """
 
     def __init__(self, gate: Gate, max_sequences: int) -> None:
@@ -43,7 +43,7 @@ class Metrics:
         self._tokens = Counter("crane_tokens", "Tokens through the engine", ["mask", "kind"], registry=self.registry)
         self._in_flight = Gauge("crane_requests_in_flight", "Requests under way", registry=self.registry)
         self._gauge("crane_sequences", "Prompts running or waiting", lambda: gate.sequences)
-        self._gauge("crane_sequences_limit", "Prompts from which on requests get 429", lambda: max_sequences)
+        self._gauge("crane_sequences_limit", "Number of prompts from which requests get 429", lambda: max_sequences)
         self._gauge(
             "crane_mask_rows", "Different masks that can be resident", self._of_engine(lambda engine: engine.mask_rows)
         )

@@ -1,4 +1,4 @@
-"""Observation: outermost of the middleware; each request gets an id, a line in the log and its place in the metrics."""
+"""Observation: the outermost middleware. Each request gets an id, a line in the log, and is counted in the metrics."""
 
 import logging
 import re
@@ -31,8 +31,8 @@ class Observation:
 
     The app behind it sees exactly one X-Request-Id, the request's own if it is one word of at most 64 letters, digits,
     '.', '_' and '-', else a new one. The answer carries it, and the name and digest of the mask that the request ran
-    under. An error that the app has not answered is answered here; one in the middle of an answer is raised again, for
-    the server to log it and to cut the connection.
+    under. An error that the app has not answered is answered here. An error in the middle of an answer is raised again,
+    so that the server logs it and cuts the connection.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -79,7 +79,7 @@ class Observation:
 
 
 class _Request:
-    """One request and what has been answered to it."""
+    """One request and the state of its answer."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
         self.began = time.perf_counter()
@@ -100,7 +100,7 @@ class _Request:
 
     @property
     def final_status(self) -> int:
-        """Status of the answer, of the error that broke it off, or CLIENT_LEFT if it came to no end."""
+        """The status of the answer, or of the error that broke it off; CLIENT_LEFT if the answer has no end."""
         if self.broken is not None:
             return self.broken
         return CLIENT_LEFT if self.status is None or not self.complete else self.status
@@ -114,7 +114,7 @@ class _Request:
 
     def _start(self, message: Message) -> None:
         self.status = message["status"]
-        self.sequences = self.context.sequences  # at the end of the request they are given back
+        self.sequences = self.context.sequences  # the gate sets them to 0 at the end of the request
         headers = MutableHeaders(scope=message)
         headers[REQUEST_ID] = self.context.request_id
         if self.context.mask is not None:
@@ -130,10 +130,10 @@ class _Request:
 
 
 def _take_id(scope: Scope) -> str:
-    """The id of a request, now in its headers exactly once."""
-    given = [value for name, value in scope["headers"] if name == _REQUEST_ID_HEADER]
-    safe = len(given) == 1 and _SAFE_ID.fullmatch(given[0])
-    request_id = given[0].decode("ascii") if safe else uuid.uuid4().hex
+    """The id of a request; makes sure that its headers have it exactly once."""
+    values = [value for name, value in scope["headers"] if name == _REQUEST_ID_HEADER]
+    safe = len(values) == 1 and _SAFE_ID.fullmatch(values[0])
+    request_id = values[0].decode("ascii") if safe else uuid.uuid4().hex
     others = [(name, value) for name, value in scope["headers"] if name != _REQUEST_ID_HEADER]
     scope["headers"] = [*others, (_REQUEST_ID_HEADER, request_id.encode())]
     return request_id

@@ -1,7 +1,7 @@
-"""The OpenAI-compatible routes: vLLM's own application, behind a translation of every way to name a mask into its own.
+"""The OpenAI-compatible routes: vLLM's own application. All ways to name a mask are translated into vLLM's own.
 
 A mask may be named in the query (`?mask=zh`), in the body (`"mask": "zh"`), in the model's name (`tiny:zh`), and where
-vLLM's own server takes it (`vllm_xargs.crane_mask`); all that are given must mean the same.
+vLLM's own server takes it (`vllm_xargs.crane_mask`); if several places name one, they must mean the same.
 """
 
 import json
@@ -24,7 +24,7 @@ from crane_serve.engine.vllm_routes import CARRYING
 from crane_serve.service.api import openai_body
 from crane_serve.service.api.body import replayed
 from crane_serve.service.api.context import context_of
-from crane_serve.service.api.dependencies import asked_masks, check_headers, choose_mask
+from crane_serve.service.api.dependencies import check_headers, choose_mask, named_masks
 from crane_serve.service.api.errors import ApiError, BadRequest, error_event, error_response
 from crane_serve.service.api.gate import Gate
 from crane_serve.service.api.openai_body import MASK, POSITIONS, Body
@@ -35,9 +35,9 @@ ROUTES: Mapping[str, str] = {
     **dict.fromkeys((*CARRYING, *_WITHOUT_MODEL), "POST"),
     **dict.fromkeys(("/v1/models", MODEL, "/tokenizer_info", "/version"), "GET"),
 }
-"""The paths of vLLM's that are answered, and the one method of each."""
+"""The paths of vLLM that are served, with the method of each."""
 
-# Sent by clients' libraries, and ignored by vLLM.
+# Query parameters that client libraries send, and vLLM ignores.
 _HARMLESS_PARAMETERS = frozenset({"api-version", "beta"})
 
 
@@ -69,23 +69,23 @@ class OpenAIRoutes:
         content = b"" if method == "GET" else await _read(receive)
         if content is None:
             return
-        asked = _Asked(route, scope["query_string"].decode("latin-1"), content, engine)
+        request = _TranslatedRequest(route, scope["query_string"].decode("latin-1"), content, engine)
         context = context_of(scope)
-        context.mask = asked.mask
+        context.mask = request.mask
         if method == "POST":
-            gate.admit(context, _sequences(path, asked.body))
-        translated = {**scope, "state": {}, "query_string": asked.query.encode("latin-1")}
+            gate.admit(context, _sequences(path, request.body))
+        translated = {**scope, "state": {}, "query_string": request.query.encode("latin-1")}
         translated.pop("router", None)
-        if asked.content is not content:
+        if request.content is not content:
             headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
-            translated["headers"] = [*headers, (b"content-length", b"%d" % len(asked.content))]
+            translated["headers"] = [*headers, (b"content-length", b"%d" % len(request.content))]
         with ExitStack() as held:
             if path in CARRYING:
-                held.enter_context(engine.row(asked.mask))
-            held.enter_context(answering_as(asked.model))
+                held.enter_context(engine.row(request.mask))
+            held.enter_context(answering_as(request.model))
             answer = _Answer(scope, receive, send, engine)
             try:
-                body: Message = {"type": "http.request", "body": asked.content, "more_body": False}
+                body: Message = {"type": "http.request", "body": request.content, "more_body": False}
                 await engine.openai(translated, replayed(body, receive), answer)
             except Exception:
                 if not engine.is_dead:
@@ -94,7 +94,7 @@ class OpenAIRoutes:
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """The whole body, None if the client has gone. How long it may be is for a middleware to say."""
+    """The whole body, None if the client has gone. A middleware limits its length."""
     parts, more = [], True
     while more:
         message = await receive()
@@ -108,14 +108,14 @@ async def _read(receive: Receive) -> bytes | None:
 class _Answer:
     """`send` for an answer of vLLM.
 
-    What fails because the engine has died says so, also in the middle of a stream. A stream whose first event is a
-    refusal becomes an error with its status: vLLM looks at some requests only after it has begun to answer.
+    If the engine dies, the answer says so, also in the middle of a stream. A stream whose first event is a refusal
+    becomes an error with the matching status: vLLM checks some requests only after it has begun to answer.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, engine: EngineService) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self._engine = engine
-        self._head: Message | None = None  # of a stream of events, until the first has come
+        self._head: Message | None = None  # of a stream of events, held back until the first event
         self._has_begun = False
         self._is_of_events = False
         self._is_over = False
@@ -148,7 +148,8 @@ class _Answer:
         await self._send(message)
 
     async def end(self) -> None:
-        """Say that the engine has died, if the answer is not over. Raises EngineDead where it can no longer say so."""
+        """Say that the engine has died, if the answer is not over. Raises EngineDead if the answer cannot say it any
+        more."""
         if self._is_over:
             return
         self._is_over = True
@@ -163,7 +164,7 @@ class _Answer:
 
 
 def _refusal(event: bytes) -> dict[str, Any] | None:
-    """The error in a server-sent event, if it is one that a client has caused."""
+    """The error in a server-sent event, if the client has caused it."""
     _, is_data, data = event.partition(b"data: ")
     if not is_data or b'"error"' not in data:
         return None
@@ -175,11 +176,11 @@ def _refusal(event: bytes) -> dict[str, Any] | None:
     return cast(dict[str, Any], error) if is_refusal else None
 
 
-class _Asked:
-    """What a request asks for, and the request as vLLM takes it.
+class _TranslatedRequest:
+    """The mask and model that a request asks for, and the request in vLLM's form.
 
-    mask: what it shall run under; model: the name to answer under, None for the model's own; body: the JSON object;
-    content: its bytes, those that came if nothing has to be translated; query: without what is for the service.
+    mask: that it runs under; model: the name to answer under, None for the model's own; body: the JSON object; content:
+    the bytes of the body, unchanged if nothing has to be translated; query: without the service's own parameters.
     Raises MaskError, or ApiError for a request that is malformed or contradicts itself.
     """
 
@@ -213,18 +214,18 @@ class _Asked:
         return cast(Body, parent)
 
     def _named(self, parameters: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-        """Where the request names masks, and positions, apart from its model's name: pairs of a place and a value."""
-        found = []
+        """The masks and the positions that the request names outside its model's name: pairs of a place and a value."""
+        pairs = []
         for name, argument in ((MASK, MASK_ARGUMENT), (POSITIONS, POSITIONS_ARGUMENT)):
             in_query = [value for key, value in parameters if key == name]
             if name == POSITIONS and len(in_query) > 1:
                 raise BadRequest("mask_conflict", "'positions' is given twice in the query", POSITIONS)
-            named = asked_masks(in_query, _text(self.body, name))
+            named = named_masks(in_query, _text(self.body, name))
             carried = None if self._arguments is None else _text(self._arguments, argument)
-            found.append(named if carried is None else [*named, (argument, carried)])
-            if found[-1] and self._path not in CARRYING:
+            pairs.append(named if carried is None else [*named, (argument, carried)])
+            if pairs[-1] and self._path not in CARRYING:
                 raise BadRequest("mask_conflict", f"{self._path} runs no model that could be masked", name)
-        masks, positions = found
+        masks, positions = pairs
         return masks, positions
 
     def _translate(self, base: str | None) -> bool:
@@ -264,7 +265,7 @@ def _parameters(query: str) -> list[tuple[str, str]]:
 
 
 def _check_model(model: str, engine: EngineService) -> None:
-    """Raises ApiError, as OpenAI has it, if a request could not name this model."""
+    """Raises ApiError, in the form of OpenAI's API, if a request could not name this model."""
     base, expression = split_model(model, engine.model_names)
     reason = None
     try:
@@ -289,16 +290,16 @@ def _text(content: Body, name: str) -> str | None:
 def _choose(
     library: MaskLibrary, masks: Sequence[tuple[str, str]], positions: Sequence[tuple[str, str]]
 ) -> ResolvedMask | None:
-    """The mask that is named, if all places agree. Each is a pair of a place and what it says."""
-    for place, asked in positions:
-        if asked not in set(Positions):
+    """The requested mask, if all places agree. masks, positions: pairs of a place and its value."""
+    for place, value in positions:
+        if value not in set(Positions):
             expected = ", ".join(Positions)
             raise ApiError(
-                422, "malformed_body", f"positions={asked} in {place}: expected one of {expected}", POSITIONS
+                422, "malformed_body", f"positions={value} in {place}: expected one of {expected}", POSITIONS
             )
-        if asked != positions[0][1]:
+        if value != positions[0][1]:
             first_place, first = positions[0]
-            message = f"{first_place} says positions={first}, {place} {asked}"
+            message = f"{first_place} says positions={first}, {place} {value}"
             raise BadRequest("mask_conflict", message, POSITIONS)
     if not positions:
         return choose_mask(library, masks)

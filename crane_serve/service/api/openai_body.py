@@ -1,7 +1,7 @@
-"""The body of a request for vLLM: read as vLLM will read it, and without anything that vLLM would drop.
+"""The body of a request for vLLM: parsed as vLLM parses it, and refused if vLLM would ignore part of it.
 
-vLLM ignores fields that it does not have, so that a misspelt mask would run unmasked, and other things that were asked
-for would not be done. Here a field that neither vLLM nor the service has is refused by its name.
+vLLM ignores unknown fields: a request with a misspelt mask would run unmasked, and other misspelt parameters would have
+no effect. Here a field that neither vLLM nor the service knows is refused by its name.
 """
 
 import json
@@ -31,20 +31,20 @@ _OF_ANTHROPIC = """
     billing_policy cache_control compaction container context_management diagnostics fallback_credit_token fallbacks
     inference_geo mcp_servers metadata service_tier speed thread user_profile_id workspace_id
 """
-# What lm-evaluation-harness passes on of its tasks' arguments for transformers; it gives vLLM's name beside them.
+# Arguments for transformers that lm-evaluation-harness passes on from its tasks, besides those under vLLM's names.
 _OF_THE_HARNESS = "do_sample max_gen_toks max_new_tokens"
 IGNORED = frozenset((_OF_OPENAI + _OF_ANTHROPIC + _OF_THE_HARNESS).split())
-"""What vLLM may ignore: nobody could mean a mask by it."""
+"""Fields that vLLM may ignore: they cannot be meant as a mask."""
 
-_ONE = ("best_of", "num_beams")  # vLLM has neither any more; some clients say that they want one
+_ONE = ("best_of", "num_beams")  # vLLM no longer has them; some clients send the value 1
 
 
 def read(content: bytes, fields: Mapping[str, frozenset[str]], place: Sequence[str]) -> Body:
     """The JSON object in a body.
 
-    fields: the names that vLLM has, by the object of the body that they stand in, "" for the body itself; place: the
-    object whose keys vLLM hands to the engine, where it names a mask. Raises BadRequest if there is no object, or if a
-    name in it is given twice, and ApiError, naming the field, for text that is none and for what vLLM would drop.
+    fields: the names that vLLM knows, by object of the body, "" for the body itself; place: the object whose keys vLLM
+    hands to the engine, where it names a mask. Raises BadRequest if the body is not an object, or if it has a duplicate
+    name; ApiError, naming the field, for invalid text and for a field that vLLM would ignore.
     """
     body = _parse(content)
     if _may_hold_surrogates(content):
@@ -81,7 +81,7 @@ def _check_names(body: Body, fields: Mapping[str, frozenset[str]]) -> None:
 
 
 def _unknown(path: Sequence[str], known: Iterable[str]) -> ApiError:
-    name, param = path[-1][:_LONGEST], _written(path)
+    name, param = path[-1][:_LONGEST], _dotted(path)
     nearest = get_close_matches(name.lower(), known, n=1)
     if nearest:
         hint = f"did you mean {nearest[0]!r}?"
@@ -89,12 +89,12 @@ def _unknown(path: Sequence[str], known: Iterable[str]) -> ApiError:
         hint = f"a mask is named in {MASK!r}, or in the model's name"
     else:
         hint = "vLLM would ignore it"
-    return ApiError(422, "malformed_body", f"{param}: no parameter of this route; {hint}", param)
+    return ApiError(422, "malformed_body", f"{param}: not a parameter of this route; {hint}", param)
 
 
-def _written(path: Iterable[str]) -> str:
-    written = ".".join(path)
-    return written if len(written) <= _LONGEST else f"{written[:_LONGEST]}..."
+def _dotted(path: Iterable[str]) -> str:
+    name = ".".join(path)
+    return name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..."
 
 
 def _may_hold_surrogates(content: bytes) -> bool:
@@ -122,12 +122,12 @@ def _check_texts(body: Body) -> None:
 
 def _check_text(text: str, place: Place | None) -> None:
     if problem := lone_surrogate(text):
-        param = None if place is None else _written(place.path)
+        param = None if place is None else _dotted(place.path)
         raise ApiError(422, "malformed_body", f"{param or 'body'}: {problem}", param)
 
 
 def _integer(text: str) -> int:
-    """vLLM fails where a larger one does not fit into its own numbers."""
+    """Refuses integers of more than 64 bits, on which vLLM fails."""
     value = int(text)
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"the integer {text[:30]} does not fit into 64 bits")
@@ -135,7 +135,7 @@ def _integer(text: str) -> int:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Body:
-    """Of a name that is given twice vLLM would see one value, and a mask in the other would be lost."""
+    """Refuses duplicate names: vLLM would see only one of the values, and a mask in the other would be lost."""
     content = dict(pairs)
     if len(content) != len(pairs):
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)

@@ -1,4 +1,4 @@
-"""The OpenAPI document of every route the server answers: its own, and vLLM's behind them."""
+"""The OpenAPI document of every route that the server answers: its own routes and vLLM's."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -15,7 +15,9 @@ from crane_serve.service.api.openai import MODEL, ROUTES
 _SCHEMAS = "#/components/schemas/"
 _JSON = "application/json"
 _ERROR = {"$ref": f"{_SCHEMAS}ErrorAnswer"}
-_FASTAPI_ERRORS = frozenset({"HTTPValidationError", "ValidationError"})  # which neither we nor vLLM answer
+_FASTAPI_ERRORS = frozenset(
+    {"HTTPValidationError", "ValidationError"}
+)  # neither the service nor vLLM answers with them
 _PUBLIC = ("/health", "/ready")
 _SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
@@ -69,18 +71,18 @@ def describe_engine(app: FastAPI) -> None:
 
 
 def _description(engine_app: FastAPI) -> _Document:
-    """What vLLM says of those of its routes that are answered."""
+    """vLLM's own description of those of its routes that are served."""
     routes = [route for route in engine_app.routes if isinstance(route, Route) and route.path_format in ROUTES]
     return get_openapi(title=engine_app.title, version=engine_app.version, routes=routes)
 
 
 def _merge(document: _Document, theirs: _Document) -> None:
-    """Add vLLM's paths to our document, and what our layers make of them."""
+    """Add vLLM's paths to the document, with the changes that the service makes to them."""
     schemas = document["components"]["schemas"]
-    found = theirs.get("components", {}).get("schemas", {})
-    names = {name: f"VLLM{name}" if name in schemas else name for name in found if name not in _FASTAPI_ERRORS}
+    their_schemas = theirs.get("components", {}).get("schemas", {})
+    names = {name: f"VLLM{name}" if name in schemas else name for name in their_schemas if name not in _FASTAPI_ERRORS}
     renamed = {_SCHEMAS + name: _SCHEMAS + new for name, new in names.items()}
-    schemas.update({new: _rename(found[name], renamed) for name, new in names.items()})
+    schemas.update({new: _rename(their_schemas[name], renamed) for name, new in names.items()})
     for path, item in theirs["paths"].items():
         operation = _rename(item[ROUTES[path].lower()], renamed)
         statuses = {"GET": (400,), "POST": (400, 404, 409)}[ROUTES[path]] if path != MODEL else (400, 404)
@@ -104,7 +106,7 @@ def _rename(value: Any, renamed: Mapping[str, str]) -> Any:
 def _add_answers(operation: _Document, statuses: tuple[int, ...]) -> None:
     """Our error answers, beside those of vLLM with the same status."""
     answers = operation["responses"]
-    answers.pop("422", None)  # FastAPI's, in place of which vLLM answers 400
+    answers.pop("422", None)  # FastAPI's default; vLLM answers 400 instead
     for status, ours in responses(*statuses).items():
         theirs = answers.get(str(status), {}).get("content", {}).get(_JSON, {}).get("schema")
         schema = _ERROR if theirs is None else {"anyOf": [_ERROR, theirs]}

@@ -15,7 +15,7 @@ _TextOrEmpty = Annotated[str, Field(min_length=0)]  # a length makes pydantic re
 
 
 def _integer(value: Any) -> Any:
-    """JSON has one kind of number: 3.0 is an integer there."""
+    """Reads 3.0 as an integer: JSON has only one kind of number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -29,7 +29,7 @@ class _Request(BaseModel):
     mask: str | None = Field(None, description="Mask name, or names joined with commas; 'none' for no mask")
     add_bos: AddBos = Field(
         "auto",
-        description="What stands before a text that does not begin with it: true the model's start token, false "
+        description="What is put before a text that does not begin with it: true the model's start token, false "
         "nothing, auto what lm-evaluation-harness puts there",
     )
 
@@ -120,7 +120,7 @@ class ScoreRequest(_Request):
 
     @property
     def texts(self) -> list[str]:
-        """What is to be encoded: the texts; or the context alone, then with each continuation behind it."""
+        """The texts to encode: the given texts; or the context alone, then the context with each continuation."""
         if self.text is not None:
             return self.text
         start = self.context or ""
@@ -157,7 +157,7 @@ class Usage(BaseModel):
 
     @classmethod
     def of(cls, prompt_tokens: int, completion_tokens: int) -> Self:
-        """With the total of both."""
+        """Usage with the total of both counts."""
         return cls(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
@@ -174,7 +174,7 @@ class Token(BaseModel):
 
 
 class GeneratedToken(Token):
-    """A generated token, and what else might have come."""
+    """A generated token, and the most likely alternatives at its position."""
 
     top: list[Token] = Field(description="The most likely tokens at this position")
 
@@ -269,7 +269,7 @@ class MaskSummary(BaseModel):
 
 
 class MaskDetails(MaskSummary):
-    """A mask with all that its file says of where it comes from."""
+    """A mask with the whole provenance that its file has."""
 
     neurons_per_layer: list[int]
     corpus_digest: str | None
@@ -328,7 +328,7 @@ class MaskNeurons(BaseModel):
 
 
 def _changed(scales: Tensor) -> tuple[list[int], list[float] | None]:
-    """Where `scales` [n] are not 1, and what they are there: None if all are 0."""
+    """The indices where `scales` [n] are not 1, and the scales there: None if all are 0."""
     indices = torch.nonzero(scales != 1).flatten()
     there = scales[indices]
     return indices.tolist(), there.tolist() if bool(there.any()) else None
@@ -373,7 +373,7 @@ class ErrorBody(BaseModel):
     message: str
     type: str = Field(description="Kind of error, as OpenAI names them")
     param: str | None = Field(description="The parameter that the error is about")
-    code: str = Field(description="What programs may rely on")
+    code: str = Field(description="A fixed code for programs")
 
 
 class ErrorAnswer(BaseModel):
@@ -383,6 +383,6 @@ class ErrorAnswer(BaseModel):
 
 
 class ErrorEvent(ErrorAnswer):
-    """An error among server-sent events that say of what type they are."""
+    """An error in a stream of server-sent events that have a type."""
 
     type: Literal["error"] = "error"

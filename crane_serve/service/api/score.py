@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from crane_serve.common.masks import ResolvedMask
 from crane_serve.engine.service import EngineService, PromptLogprobs
 from crane_serve.service.api.concurrency import run_all
-from crane_serve.service.api.dependencies import Context, Engine, MaskQuery, TheGate, asked_masks, choose_mask
+from crane_serve.service.api.dependencies import Context, Engine, MaskQuery, TheGate, choose_mask, named_masks
 from crane_serve.service.api.errors import ANY_ROUTE, responses
 from crane_serve.service.api.schemas import (
     ContinuationScore,
@@ -36,13 +36,13 @@ async def score(body: ScoreRequest, engine: Engine, gate: TheGate, context: Cont
     tokens are those after the tokens that context and continuation together share with the context alone; white space
     at the end of the context, and a token that reaches across the join, count as part of the continuation.
     """
-    context.mask = choose_mask(engine.library, asked_masks(query.mask, body.mask))
+    context.mask = choose_mask(engine.library, named_masks(query.mask, body.mask))
     gate.admit(context, body.sequences)
     return await Scoring(engine, body, await engine.encode(body.texts), context.mask).answer()
 
 
 class Scoring:
-    """The texts of one request on their way through the engine.
+    """Runs the texts of one request.
 
     encoded: the token ids of `body.texts` without special tokens. Raises BadRequest if there is nothing to score.
     """

@@ -1,4 +1,4 @@
-"""What the engine reads to score a text or a continuation, and which of its tokens count."""
+"""The token sequences that score a text or a continuation, and which of their tokens count."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,15 +54,15 @@ def _text(body: ScoreRequest, text: str, token_ids: list[int], start: StartToken
 def _continuation(
     body: ScoreRequest, continuation: str, context: list[int], whole: list[int], start: StartTokens
 ) -> ScoredSequence:
-    """A continuation; `whole` has its context before it, which alone is `context`."""
+    """A continuation. whole: tokens of context and continuation together; context: tokens of the context alone."""
     alone = _before(start, context, body, from_start=not context)
     together = _before(start, whole, body, from_start=not context)
     if body.join == "length":
         together, first = alone + together[len(alone) :], len(alone)
     else:
-        # A token that reaches across the join is not one of the context's: it is scored with the continuation.
+        # A token that spans the join does not belong to the context: it is scored with the continuation.
         first = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(together, alone, strict=False)))
-        if not first and body.add_bos == "auto":  # it reaches back to the start
+        if not first and body.add_bos == "auto":  # the first token spans the join
             together, first = _before(start, whole, body, from_start=True), 1
     scored = ScoredSequence(together, first, len(continuation.encode()))
     if not first:

@@ -1,4 +1,4 @@
-"""Where the parts of a decoder sit in each model family. A new file with a Family is a new family."""
+"""The locations of a decoder's parts in each model family. A file here that defines a Family adds a family."""
 
 import importlib
 import pkgutil
@@ -13,7 +13,7 @@ from torch import nn
 from crane_serve.common.models.family import Family, NormKind
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
-# transformers then lets every position see the whole text, whatever the family.
+# With this setting transformers lets every position attend to the whole text, in all families.
 _CAUSAL = MappingProxyType({"is_causal": True, "use_bidirectional_attention": False})
 
 
@@ -33,7 +33,8 @@ class Norm:
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear map: `output[..., rows]` of `module`, all of its outputs unless several maps are fused in it."""
+    """A linear map: `output[..., rows]` of `module`. `rows` are all outputs, unless several maps are fused in the
+    module."""
 
     module: nn.Module
     rows: slice
@@ -68,10 +69,10 @@ class Layer:
 class Decoder:
     """A causal language model taken apart.
 
-    trunk: from `inputs_embeds` to the last hidden state; unembedding: [vocabulary, hidden] in its weight.
-    positions: how many tokens a document may have where positions are learned, else None.
-    attention_softcap, final_softcap: c of the soft cap c tanh(z / c) at attention scores and at logits, or None. The
-    trunk computes the former itself; whoever makes logits of its hidden states has to apply the latter.
+    trunk: from `inputs_embeds` to the last hidden state; unembedding: [vocabulary, hidden] in its weight. positions:
+    how many tokens a document may have where positions are learned, else None. attention_softcap, final_softcap: c of
+    the soft cap c tanh(z / c) at attention scores and at logits, or None. The trunk computes the former itself; the
+    latter has to be applied when logits are computed from its hidden states.
     """
 
     trunk: nn.Module
@@ -97,16 +98,16 @@ class Decoder:
 @cache
 def available() -> Mapping[str, Family]:
     """The families in the files of this package by the class names of their models, in alphabetical order."""
-    found: dict[str, Family] = {}
+    families: dict[str, Family] = {}
     for module_info in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
         for member in vars(importlib.import_module(module_info.name)).values():
             if isinstance(member, Family):
-                found.update(dict.fromkeys(member.architectures, member))
-    return MappingProxyType(dict(sorted(found.items())))
+                families.update(dict.fromkeys(member.architectures, member))
+    return MappingProxyType(dict(sorted(families.items())))
 
 
 def require_family(architecture: str) -> Family:
-    """The family of a model class name. Raises UnsupportedModelError naming those that are known."""
+    """The family of a model's class name. Raises UnsupportedModelError naming the known ones."""
     family = available().get(architecture)
     if family is None:
         raise UnsupportedModelError(
@@ -170,7 +171,7 @@ def _require_features(architecture: str, family: Family, config: Any) -> None:
 
 
 def _require_known(model: nn.Module, known: set[str]) -> None:
-    """Refuse a module that computes something and is not in the family's list: the rules would miss it."""
+    """Refuse a module that computes something and is not in the family's list, since the rules would not cover it."""
     for path, module in model.named_modules():
         inert = isinstance(module, (nn.Dropout, nn.Identity)) or type(module).__name__.endswith("RotaryEmbedding")
         leaf = next(module.children(), None) is None
@@ -212,7 +213,7 @@ def _layer(model: nn.Module, family: Family, path: str) -> Layer:
 
 
 def _heads(model: nn.Module) -> tuple[int, int, int]:
-    """Widths of all queries, keys and values together."""
+    """Total widths of the queries, the keys and the values."""
     config: Any = model.config
     heads: int = config.num_attention_heads
     head_width: int = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -221,7 +222,7 @@ def _heads(model: nn.Module) -> tuple[int, int, int]:
 
 
 def _projections(model: nn.Module, kind: str, paths: Sequence[str], widths: Sequence[int]) -> list[Projection]:
-    """One projection of each width; those whose paths coincide follow each other in the rows of that module."""
+    """A projection for each width. Projections with the same path are consecutive rows of one module."""
     taken = dict.fromkeys(paths, 0)
     projections: list[Projection] = []
     for path, width in zip(paths, widths, strict=True):

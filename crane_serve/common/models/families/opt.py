@@ -17,5 +17,5 @@ OPT = Family(
     layers="model.decoder.layers",
     final_norm="model.decoder.final_layer_norm",
     refused={"do_layer_norm_before": True},
-    served=ServedMlp("activation_fn", "fc2", alone=False),
+    served=ServedMlp("activation_fn", "fc2", is_own_module=False),
 )

@@ -1,4 +1,5 @@
-"""Running a model over batches so that methods see its activations and gradients, in as few passes as they need."""
+"""ModelPasses: runs a model over batches so that methods get its activations and gradients, in as few passes as
+possible."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -13,24 +14,24 @@ from relevance.accumulators import FiniteCheck
 from relevance.encoding import Batch
 from relevance.method import (
     Activations,
+    AttributionTarget,
     Gradients,
     Measured,
-    Objective,
     OfActivations,
     OfGradients,
     Pass,
     Site,
     Units,
 )
-from relevance.objective import log_probabilities, per_document, target_logits
 from relevance.rules import PLAIN, Rules, propagation
+from relevance.targets import log_probabilities, per_document, target_logits
 
-_OBJECTIVES = {Objective.TARGET_LOGIT: target_logits, Objective.LOG_PROBABILITY: log_probabilities}
+_TARGETS = {AttributionTarget.TARGET_LOGIT: target_logits, AttributionTarget.LOG_PROBABILITY: log_probabilities}
 _Deliver = Callable[[Tensor, Tensor | None, Tensor], None]
 
 
 class Tap(torch.autograd.Function):
-    """The identity, which hands what it saved, and the gradient that comes back, to `deliver`.
+    """The identity. In the backward pass it gives the saved tensors and the gradient to `deliver`.
 
     value: any shape; input_sum: something small to be saved with it, or None. Both are saved as autograd saves
     tensors, so they may be recomputed before the backward pass reaches them.
@@ -38,28 +39,29 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, input_sum: Tensor | None, deliver: _Deliver) -> Tensor:
-        """value: any shape, returned as it is."""
+        """value: any shape, returned unchanged."""
         ctx.save_for_backward(value, input_sum)
         ctx.deliver = deliver
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """gradient: of the shape of value, handed over and passed on."""
+        """gradient: of the shape of value, given to `deliver` and returned."""
         ctx.deliver(*ctx.saved_tensors, gradient)
         return gradient, None, None
 
 
 def units_of(decoder: Decoder, outputs: bool = False) -> Units:
-    """What there is to measure; outputs: the dimensions of the MLPs' outputs too."""
+    """The units of a model; outputs: include the dimensions of the MLPs' outputs."""
     gated = any(layer.gated for layer in decoder.layers)
     return Units(decoder.sizes, decoder.embedding.get_parameter("weight").shape[1], gated, outputs)
 
 
 def by_pass(methods: Sequence[Measured]) -> dict[Pass | None, list[Measured]]:
-    """The passes that `methods` need, and whom each serves; None is a forward pass alone.
+    """The passes that `methods` need, with the methods that each serves; None is a forward pass without a backward
+    pass.
 
-    Methods that listen to activations listen to the first pass, since the rules leave activations as they are.
+    Methods that listen to activations get those of the first pass, since the rules do not change activations.
     """
     served: dict[Pass | None, list[Measured]] = {}
     for method in methods:
@@ -71,10 +73,10 @@ def by_pass(methods: Sequence[Measured]) -> dict[Pass | None, list[Measured]]:
     return served
 
 
-class Measurement:
-    """A model made ready: inside `with Measurement(model) as measurement:`, `run` lets methods see a batch.
+class ModelPasses:
+    """Runs a model for methods: inside `with ModelPasses(model) as passes:`, `run` gives a batch to them.
 
-    The model must be in evaluation mode (dropout would make the result random); it is left as it was. With
+    The model must be in evaluation mode (dropout would make the result random); it is unchanged afterwards. With
     `checkpointing` a layer's activations are computed again in the backward pass instead of being kept.
 
     Raises UnsupportedModelError for an unknown family.
@@ -90,7 +92,7 @@ class Measurement:
         self._rules = ExitStack()
         self._current = PLAIN
 
-    def __enter__(self) -> "Measurement":
+    def __enter__(self) -> "ModelPasses":
         with ExitStack() as stack:
             # Before the rules, whose hooks act at the same modules: methods see tensors before the rules do.
             stack.enter_context(self._hooks.installed(self.decoder))
@@ -103,7 +105,7 @@ class Measurement:
         self._current = PLAIN
 
     def run(self, batch: Batch, methods: Sequence[Measured]) -> None:
-        """Let `methods` accumulate what the model does on `batch`, documents of one language.
+        """Let `methods` accumulate the model's activations and gradients on `batch`, documents of one language.
 
         Raises NonFiniteError naming the layer that overflows.
         """
@@ -128,10 +130,10 @@ class Measurement:
             embeddings = self.decoder.embedding(batch.token_ids).detach()  # [documents, tokens, hidden]
             hidden = last_hidden(self.decoder, embeddings.requires_grad_())
             self._hooks.activations.require("activations")
-            values = _OBJECTIVES[wanted.objective](self.decoder, hidden, batch, wanted.rules)
-            # Documents do not see each other, so one sum gives every document its own gradients.
+            values = _TARGETS[wanted.target](self.decoder, hidden, batch, wanted.rules)
+            # Documents do not affect each other, so the gradient of the sum has each document's own gradient.
             total = per_document(values, batch).sum()
-            # Below the lowest sites there is nothing that anyone listens to.
+            # No method needs gradients below the lowest sites.
             torch.autograd.grad(total, self._hooks.lowest, allow_unused=True)
             self._hooks.gradients.require("gradients", last_first=True)
 
@@ -156,7 +158,7 @@ def last_hidden(decoder: Decoder, embeddings: Tensor) -> Tensor:
 def checkpointed(
     decoder: Decoder, recomputing: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> Iterator[None]:
-    """Every decoder layer keeps its input alone and is computed again, inside `recomputing()`, in the backward pass."""
+    """Every decoder layer keeps only its input, and is computed again, inside `recomputing()`, in the backward pass."""
 
     def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **options: Any) -> Any:
@@ -192,9 +194,10 @@ def _blocks(decoder: Decoder) -> list[nn.Module]:
 
 
 class _Hooks:
-    """Hooks at every MLP that hand its tensors to the methods that listen, or to nobody.
+    """Hooks at every MLP that give its tensors to the methods that listen, if any.
 
-    lowest: the tensors of the first layer at which somebody listens; activations, gradients: whether all were finite.
+    lowest: the tensors of the first layer at which a method listens; activations, gradients: checks that all are
+    finite.
     """
 
     def __init__(self) -> None:
@@ -210,7 +213,7 @@ class _Hooks:
 
     @contextmanager
     def listening(self, batch: Batch, methods: Sequence[Measured], device: torch.device) -> Iterator[None]:
-        """What the model does on `batch` goes to `methods`."""
+        """Give the tensors of the passes on `batch` to `methods` while the context lasts."""
         self.batch = batch
         self._of_activations = [method for method in methods if isinstance(method, OfActivations)]
         for method in methods:
@@ -226,7 +229,7 @@ class _Hooks:
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
-        """A layer that is computed again has nothing to tell but to the backward pass."""
+        """While a layer is computed again, its activations are not given to methods a second time."""
         self._recomputing = True
         try:
             yield
@@ -288,14 +291,14 @@ class _Hooks:
         if self._of_activations:
             with torch.no_grad():
                 parts = (self._kept.pop("act"), self._kept.pop("up"), neurons.detach())
-                seen = Activations(index, self.batch, *(_by_document(part, self.batch) for part in parts))
+                activations = Activations(index, self.batch, *(_by_document(part, self.batch) for part in parts))
                 for method in self._of_activations:
-                    method.accumulate(seen)
+                    method.accumulate(activations)
 
     def _tapped(
         self, index: int, sites: list[tuple[Site, slice]], value: Tensor, inputs: Tensor | None
     ) -> Tensor | None:
-        """`value` behind a tap if somebody listens at one of its `sites`, which are slices of its last dimension."""
+        """`value` behind a Tap if a method listens at one of its `sites`, which are slices of its last dimension."""
         batch = self.batch
         wanted = [(site, rows) for site, rows in sites if self._of_gradients.get(site)]
         if batch is None or not wanted or not value.requires_grad:
@@ -309,9 +312,9 @@ class _Hooks:
             self.gradients.see(index, gradient)
             value, gradient = _by_document(value, batch), _by_document(gradient, batch)
             for site, rows in wanted:
-                seen = Gradients(index, site, batch, value[..., rows], gradient[..., rows], input_sum)
+                gradients = Gradients(index, site, batch, value[..., rows], gradient[..., rows], input_sum)
                 for method in self._of_gradients[site]:
-                    method.accumulate(seen)
+                    method.accumulate(gradients)
 
         if index == 0 and not self._recomputing:
             self.lowest.append(value)
@@ -320,5 +323,5 @@ class _Hooks:
 
 
 def _by_document(tensor: Tensor, batch: Batch) -> Tensor:
-    """[documents, tokens, n], also of an MLP that has flattened it."""
+    """The tensor as [documents, tokens, n], also if the MLP has flattened it."""
     return tensor.reshape(*batch.token_ids.shape, -1)

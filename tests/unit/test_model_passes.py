@@ -23,13 +23,12 @@ from crane_serve.common.text.corpus import Corpus, CorpusError, Document
 from relevance.accumulators import NonFiniteError
 from relevance.commands import relevance, select
 from relevance.encoding import Batch, EncodedDocuments, batches, encode
-from relevance.measurement import Measurement, by_pass, last_hidden, units_of
 from relevance.method import (
     Activations,
+    AttributionTarget,
     Gradients,
     Measured,
     MethodError,
-    Objective,
     OfActivations,
     OfGradients,
     Pass,
@@ -41,10 +40,11 @@ from relevance.methods.crane import Crane
 from relevance.methods.crane_textbook import CraneTextbook
 from relevance.methods.lape import Lape
 from relevance.model import ModelOptionError, load_model, load_skeleton, pick_device, pick_dtype
-from relevance.objective import log_probabilities, per_document, target_logits
+from relevance.model_passes import ModelPasses, by_pass, last_hidden, units_of
 from relevance.rules import ATTNLRP, PLAIN, RELP, Rules, propagation, soft_cap
 from relevance.scores import Scores
 from relevance.scoring import score
+from relevance.targets import log_probabilities, per_document, target_logits
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -166,7 +166,7 @@ def test_target_logits_are_those_of_the_whole_vocabulary(build: type[nn.Module])
 def test_gradients_of_log_probabilities_over_several_blocks(
     build: type[nn.Module], rules: Rules, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relevance.objective.VOCABULARY_BLOCK", 100)
+    monkeypatch.setattr("relevance.targets.VOCABULARY_BLOCK", 100)
     decoder = take_apart(build().double())
     batch = batch_of(9, 4)
     torch.manual_seed(1)
@@ -210,7 +210,7 @@ class _Keeps:
 
 class Gradient(_Keeps, OfGradients):
     name = "gradient-whole"
-    source = Pass(ATTNLRP, Objective.TARGET_LOGIT)
+    source = Pass(ATTNLRP, AttributionTarget.TARGET_LOGIT)
     sites = frozenset(Site)
 
     def accumulate(self, seen: Gradients) -> None:
@@ -240,9 +240,9 @@ def measured(
     batch_tokens: int,
     checkpointing: bool = False,
 ) -> list[Measured]:
-    with Measurement(model, checkpointing) as measurement:
+    with ModelPasses(model, checkpointing) as passes:
         for batch in batches(documents.token_ids, batch_tokens, CPU):
-            measurement.run(batch, methods)
+            passes.run(batch, methods)
     return methods
 
 

@@ -1,4 +1,4 @@
-"""BatchMasks: a patched model and the masks of the batch it is about to run; what both model runners share."""
+"""BatchMasks: a patched model and the masks of its next batch. Both model runners use it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from crane_serve.common.masks import MaskLibrary, Positions
-from crane_serve.engine.admission import Asked
+from crane_serve.engine.admission import MaskRequest
 from crane_serve.engine.config import mask_config
 from crane_serve.engine.masked_mlp import install_masks
 from crane_serve.engine.routing import Ints, fill_slots, row_per_token
@@ -22,7 +22,7 @@ class BatchMasks:
         self._table = table
         self.slots = slots  # [maximum tokens], the table row of each token
         self._used = 0  # slots from here on are unmasked
-        self._before: tuple[list[Asked | None], list[int]] | None = None
+        self._before: tuple[list[MaskRequest | None], list[int]] | None = None
 
     @classmethod
     def install(cls, model: nn.Module, vllm_config: Any) -> "BatchMasks":
@@ -41,28 +41,28 @@ class BatchMasks:
         table, slots = install_masks(model, sizes, config.rows + 1, max_tokens, outputs=config.outputs)
         return cls(library, table, slots)
 
-    def fill(self, asked: Sequence[Asked | None], tokens: Ints, computed: Ints, prompts: Ints) -> None:
+    def fill(self, requests: Sequence[MaskRequest | None], tokens: Ints, computed: Ints, prompts: Ints) -> None:
         """Give each token of the batch the row of its request's mask; padding behind the batch becomes unmasked.
 
         All arguments are [requests] in the order of the batch: the mask each asks for, the tokens scheduled, the tokens
-        computed before, and the length of the prompt. Raises MaskError for a mask that does not resolve. That stops the
-        engine, rightly: admission has resolved it already, so it cannot happen, and if it did the request must not run
+        computed before, and the length of the prompt. Raises MaskError for a mask that does not resolve. Admission has
+        resolved it before, so this should never happen; if it does, the engine stops, because the request must not run
         unmasked.
         """
-        if not any(asked):
+        if not any(requests):
             if self._used:
                 self.clear()
             return
         scheduled = np.asarray(tokens).tolist()
-        if self._before == (asked, scheduled):  # the same requests decode on
+        if self._before == (requests, scheduled):  # the same requests decode on
             return
-        masks = [None if one is None else self._library.mask_of(one.expression) for one in asked]
+        masks = [None if request is None else self._library.mask_of(request.expression) for request in requests]
         masked_rows = iter(self._table.assign([mask for mask in masks if mask is not None]))
         rows = [UNMASKED_ROW if mask is None else next(masked_rows) for mask in masks]
-        positions = [Positions.ALL if one is None else one.positions for one in asked]
+        positions = [Positions.ALL if request is None else request.positions for request in requests]
         self._used = fill_slots(self.slots, row_per_token(rows, positions, scheduled, computed, prompts), self._used)
         settled = all(where is Positions.ALL for where in positions)
-        self._before = (list(asked), scheduled) if settled else None
+        self._before = (list(requests), scheduled) if settled else None
 
     def clear(self) -> None:
         """Make every token unmasked, for profiling and graph capture."""

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from crane_serve.engine.service import EngineDead
-from crane_serve.service.api import lifeline
+from crane_serve.service.api import request_lifetime
 from crane_serve.service.api.app import create_app
 from crane_serve.service.api.authentication import Authentication
 from crane_serve.service.api.body import BoundedBody
@@ -25,7 +25,7 @@ from crane_serve.service.api.context import context_of
 from crane_serve.service.api.errors import ApiError
 from crane_serve.service.api.gate import Gate
 from crane_serve.service.api.keys import KeyRing
-from crane_serve.service.api.lifeline import Lifeline, Lifelines
+from crane_serve.service.api.request_lifetime import RequestLifetime, RequestLifetimes
 from tests.api.exchange import Exchange
 from tests.api.fake_engine import FakeEngine
 
@@ -34,19 +34,19 @@ SHUTTING_DOWN = ApiError(503, "shutting_down", "the server is shutting down")
 
 
 class Stack:
-    """A Lifeline around an application, with what it reports to."""
+    """A RequestLifetime around an application, with what it reports to."""
 
     def __init__(self, app: ASGIApp, *, timeout_s: float = 60) -> None:
         self.gate = Gate(100, 10)
-        self.lifelines = Lifelines()
-        self.app = Lifeline(app, self.lifelines, self.gate, timeout_s=timeout_s)
+        self.lifetimes = RequestLifetimes()
+        self.app = RequestLifetime(app, self.lifetimes, self.gate, timeout_s=timeout_s)
 
     def call(self, exchange: Exchange) -> "asyncio.Task[None]":
         return asyncio.create_task(exchange.call(self.app))
 
     async def is_clean(self) -> bool:
         await until(lambda: len(asyncio.all_tasks()) == 1)
-        return (self.lifelines.active, self.gate.sequences) == (0, 0)
+        return (self.lifetimes.active, self.gate.sequences) == (0, 0)
 
 
 class Work:
@@ -94,15 +94,15 @@ async def until(condition: Callable[[], object]) -> None:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifeline, "_HEED_S", 0.2)
-    monkeypatch.setattr(lifeline, "_GRACE_S", 0.5)
+    monkeypatch.setattr(request_lifetime, "_HEED_S", 0.2)
+    monkeypatch.setattr(request_lifetime, "_GRACE_S", 0.5)
 
 
 async def test_an_answer_passes_unchanged() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         content = await Request(scope, receive).json()
         stack.gate.admit(context_of(scope), 1)
-        assert (stack.lifelines.active, stack.gate.sequences) == (1, 1)
+        assert (stack.lifetimes.active, stack.gate.sequences) == (1, 1)
         await JSONResponse({"got": content}, status_code=201)(scope, receive, send)
 
     stack = Stack(app)
@@ -147,7 +147,7 @@ async def test_a_client_that_goes_ends_the_work_and_gets_nothing(chunks: tuple[b
     exchange = Exchange("POST").give(b"{}")
     call = stack.call(exchange)
     await work.began.wait()
-    assert (stack.lifelines.active, stack.gate.sequences) == (1, 3)
+    assert (stack.lifetimes.active, stack.gate.sequences) == (1, 3)
     sent = list(exchange.sent)
     exchange.hang_up()
     await call
@@ -182,7 +182,7 @@ async def test_the_error_is_answered_when_everything_has_been_given_back() -> No
     exchange = Exchange("POST").give(b"{}")
     call = stack.call(exchange)
     await work.began.wait()
-    stack.lifelines.end_all(SHUTTING_DOWN)
+    stack.lifetimes.end_all(SHUTTING_DOWN)
     await exchange.answering.wait()
     assert work.cleaned_up
     assert stack.gate.sequences == 0
@@ -219,7 +219,7 @@ async def test_background_work_goes_on_after_the_answer() -> None:
     exchange = Exchange().give()
     call = stack.call(exchange)
     await until(lambda: exchange.is_complete)
-    assert stack.lifelines.active == 1
+    assert stack.lifetimes.active == 1
     await call
     assert done == [{"type": "http.disconnect"}, "later"]
     assert await stack.is_clean()
@@ -233,7 +233,7 @@ async def test_background_work_can_be_ended() -> None:
     exchange = Exchange().give()
     call = stack.call(exchange)
     await until(lambda: exchange.is_complete)
-    stack.lifelines.end_all(SHUTTING_DOWN)
+    stack.lifetimes.end_all(SHUTTING_DOWN)
     await call
     assert exchange.body == b"1"
     assert await stack.is_clean()
@@ -257,7 +257,7 @@ async def test_an_error_ends_a_stream_as_its_last_event(media_type: bytes, chunk
     exchange = Exchange("POST").give(b"{}")
     call = stack.call(exchange)
     await work.began.wait()
-    stack.lifelines.end_all(SHUTTING_DOWN)
+    stack.lifetimes.end_all(SHUTTING_DOWN)
     await call
     assert exchange.body == b"".join(chunks) + last
     assert exchange.is_complete
@@ -280,7 +280,7 @@ async def test_any_other_answer_is_cut_off(media_type: bytes, chunk: bytes) -> N
     exchange = Exchange("POST").give(b"{}")
     call = stack.call(exchange)
     await work.began.wait()
-    stack.lifelines.end_all(SHUTTING_DOWN)
+    stack.lifetimes.end_all(SHUTTING_DOWN)
     with pytest.raises(ApiError) as caught:
         await call
     assert caught.value is SHUTTING_DOWN
@@ -290,26 +290,26 @@ async def test_any_other_answer_is_cut_off(media_type: bytes, chunk: bytes) -> N
 
 async def test_the_server_ends_all_requests_with_the_same_error() -> None:
     stacks = [working() for _ in range(3)]
-    lifelines = stacks[0][0].lifelines
+    lifetimes = stacks[0][0].lifetimes
     exchanges = []
     calls = []
     for stack, work in stacks:
-        stack.app._lifelines = lifelines
+        stack.app._lifetimes = lifetimes
         exchanges.append(Exchange("POST").give(b"{}"))
         calls.append(stack.call(exchanges[-1]))
         await work.began.wait()
-    idle = asyncio.create_task(lifelines.idle())
+    idle = asyncio.create_task(lifetimes.idle())
     await asyncio.sleep(0)
-    assert (lifelines.active, idle.done()) == (3, False)
-    lifelines.end_all(EngineDead("the engine has died"))
+    assert (lifetimes.active, idle.done()) == (3, False)
+    lifetimes.end_all(EngineDead("the engine has died"))
     await asyncio.gather(*calls)
     await asyncio.wait_for(idle, 5)
-    assert lifelines.active == 0
+    assert lifetimes.active == 0
     assert {(exchange.status, exchange.error["code"]) for exchange in exchanges} == {(503, "engine_dead")}
 
 
 async def test_idle_is_at_once_if_nothing_runs() -> None:
-    await asyncio.wait_for(Lifelines().idle(), 5)
+    await asyncio.wait_for(RequestLifetimes().idle(), 5)
 
 
 async def test_work_that_ignores_its_end_does_not_hold_the_answer(caplog: pytest.LogCaptureFixture) -> None:
@@ -333,7 +333,7 @@ async def test_work_that_ignores_its_end_does_not_hold_the_answer(caplog: pytest
     with caplog.at_level(logging.ERROR, "crane.api"):
         await exchange.call(stack.app)
     assert exchange.error["code"] == "timed_out"
-    assert "a request goes on 0.5 s after it was cancelled" in caplog.text
+    assert "0.5 s after it was cancelled" in caplog.text
     release.set()
     assert await stack.is_clean()
     assert len(late) == 1
@@ -383,7 +383,7 @@ async def test_an_application_that_listens_itself_may_end_its_own_tasks(ending: 
     if ending == "hang up":
         exchange.hang_up()
     elif ending == "server":
-        stack.lifelines.end_all(SHUTTING_DOWN)
+        stack.lifetimes.end_all(SHUTTING_DOWN)
     await call
     assert await stack.is_clean()
     assert handler is not None
@@ -402,7 +402,7 @@ async def test_an_application_that_listens_and_does_not_heed_is_cancelled() -> N
     stack = Stack(app)
     exchange = Exchange("POST").give(b"{}")
     call = stack.call(exchange)
-    await until(lambda: stack.lifelines.active)
+    await until(lambda: stack.lifetimes.active)
     await asyncio.sleep(0)
     exchange.hang_up()
     await call
@@ -431,7 +431,7 @@ async def test_cancelled_from_outside_everything_is_cleaned_up(times: int) -> No
 async def test_cancelled_twice_while_the_application_is_given_time_it_still_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(lifeline, "_HEED_S", 30)
+    monkeypatch.setattr(request_lifetime, "_HEED_S", 30)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
@@ -440,7 +440,7 @@ async def test_cancelled_twice_while_the_application_is_given_time_it_still_ends
 
     stack = Stack(app)
     call = stack.call(Exchange("POST").give(b"{}"))
-    await until(lambda: stack.lifelines.active)
+    await until(lambda: stack.lifetimes.active)
     for _ in range(2):
         await asyncio.sleep(0.01)
         call.cancel()
@@ -473,20 +473,20 @@ async def test_over_the_service(stream: bool, ending: str) -> None:
     engine = FakeEngine()
     engine.wait_after_tokens = 2
     app = await fake_service(engine)
-    lifelines = app.state.lifelines
+    lifetimes = app.state.lifetimes
     body = json.dumps({"prompt": ["a", "b"], "stream": stream}).encode()
     async with app.router.lifespan_context(app):
         exchange = Exchange("POST", "/generate", [(b"content-type", b"application/json")]).give(body)
         call = asyncio.create_task(exchange.call(app))
         await until(lambda: engine.running == 2 and (not stream or len(exchange.sent) >= 4))
-        assert (lifelines.active, app.state.gate.sequences) == (1, 2)
+        assert (lifetimes.active, app.state.gate.sequences) == (1, 2)
         if ending == "hang up":
             exchange.hang_up()
         else:
-            lifelines.end_all(SHUTTING_DOWN)
+            lifetimes.end_all(SHUTTING_DOWN)
         await call
         assert (engine.running, engine.aborted) == (0, 2)
-        assert (lifelines.active, app.state.gate.sequences) == (0, 0)
+        assert (lifetimes.active, app.state.gate.sequences) == (0, 0)
         if ending == "hang up":
             assert not exchange.is_complete
         elif stream:
@@ -499,9 +499,9 @@ async def test_over_a_socket() -> None:
     """A server, clients that hang up at any time, and one that is answered."""
     engine = FakeEngine()
     app = await fake_service(engine)
-    lifelines = Lifelines()
+    lifetimes = RequestLifetimes()
     gate = app.state.gate
-    inner = Lifeline(app, lifelines, gate, timeout_s=60)
+    inner = RequestLifetime(app, lifetimes, gate, timeout_s=60)
     bounded = BoundedBody(inner, max_bytes=2**20, max_buffered_bytes=2**24, timeout_s=10)
     stacked = Authentication(bounded, KeyRing.load(None, SecretStr(KEY)))
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -517,11 +517,11 @@ async def test_over_a_socket() -> None:
                 await until(lambda: engine.running == 1)
                 asking.cancel()
                 await asyncio.wait({asking})
-                await until(lambda: engine.running == 0 and lifelines.active == 0)
+                await until(lambda: engine.running == 0 and lifetimes.active == 0)
             async with client.stream("POST", "/generate", json={"prompt": "a", "stream": True}) as answer:
                 pieces = answer.aiter_bytes()
                 assert b'"text":"a"' in await anext(pieces)
-                lifelines.end_all(SHUTTING_DOWN)
+                lifetimes.end_all(SHUTTING_DOWN)
                 assert b"".join([piece async for piece in pieces]) == EVENT + REST + b"\n\n"
             engine.wait_after_tokens = None
             for stream in (False, True):
@@ -530,7 +530,7 @@ async def test_over_a_socket() -> None:
                 assert answer.text.endswith("data: [DONE]\n\n") is stream
             refused = await client.post("/generate", json={}, headers={"authorization": "Bearer nobody's"})
             assert refused.status_code == 401
-            assert (gate.sequences, lifelines.active, bounded.buffered_bytes) == (0, 0, 0)
+            assert (gate.sequences, lifetimes.active, bounded.buffered_bytes) == (0, 0, 0)
             assert not gate._requests_per_key
             server.should_exit = True
             await running

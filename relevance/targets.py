@@ -1,4 +1,5 @@
-"""What is explained: the logits or log-probabilities of the true next tokens, without the whole vocabulary's logits."""
+"""The attribution targets: logits or log-probabilities of the true next tokens, without storing all logits of the
+vocabulary."""
 
 from typing import Any
 
@@ -13,7 +14,7 @@ VOCABULARY_BLOCK = 4096
 
 
 def target_logits(decoder: Decoder, hidden: Tensor, batch: Batch, rules: Rules = PLAIN) -> Tensor:
-    """Raw logit of the true next token at each position, 0 where none is counted: [documents, tokens - 1].
+    """Raw logit of the true next token at each position, 0 where the token is not counted: [documents, tokens - 1].
 
     hidden: [documents, tokens, hidden], the last hidden states. Only the targets' rows of the unembedding are used,
     h_t . W_U[y_(t+1)], in float32 (float64 for a model in float64) whatever the model's dtype.
@@ -23,7 +24,7 @@ def target_logits(decoder: Decoder, hidden: Tensor, batch: Batch, rules: Rules =
 
 
 def log_probabilities(decoder: Decoder, hidden: Tensor, batch: Batch, rules: Rules = PLAIN) -> Tensor:
-    """Log-probability in nats of the true next token, 0 where none is counted: [documents, tokens - 1].
+    """Log-probability in nats of the true next token, 0 where the token is not counted: [documents, tokens - 1].
 
     hidden: [documents, tokens, hidden], the last hidden states. Exact; the vocabulary is taken in blocks, so
     [tokens, vocabulary] never exists. Products are made in the model's dtype, sums over the vocabulary and the targets'

@@ -1,10 +1,10 @@
 """Masks that come and go while an engine serves: how a change reaches every process of it.
 
-The front end owns the names. A new mask reaches the engine cores and workers, by content, before its name is known to
-the front end, so that no request can ask for what is not there. A mask that was replaced or removed is retired at once
+The front end owns the names. A new mask is sent to the engine cores and workers, by content, before the front end knows
+its name. So no request can ask for a mask that a process lacks. A mask that was replaced or removed is retired at once
 in the front end; its content is forgotten in the front end when no request refers to it, then in each engine core when
-no request of that core does, and only then in that core's workers. Requests travel the same way in the same order, so
-none can overtake the mask it needs.
+no request of that core does, and only then in that core's workers. Requests take the same way in the same order, so a
+request never arrives before its mask.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def _apply(library: MaskLibrary, name: str, content: bytes | None) -> None:
 def change_in_core(self: Any, name: str, content: bytes | None) -> int:
     """Method of EngineCore: put the mask with the content of a mask file, or remove it (None), here and in the workers.
 
-    Returns the number of workers that did.
+    Returns the number of workers that have made the change.
     """
     _apply(_library(self.vllm_config), name, content)
     return len(self.collective_rpc(CHANGE_METHOD, args=(name, content)))
@@ -53,7 +53,7 @@ def forget_in_core(self: Any, digests: list[str]) -> None:
 
 
 def forget_pending(core: Any) -> None:
-    """Forget what is waiting for it and no longer needed."""
+    """Forget pending content that no request needs any more."""
     pending: set[str] = getattr(core, _PENDING, set())
     if not pending:
         return
@@ -62,7 +62,7 @@ def forget_pending(core: Any) -> None:
     dropped = [digest for digest in pending if digest not in library]
     if dropped:
         core.collective_rpc(FORGET_METHOD, args=(dropped,))
-    # What a name means again is no longer to be forgotten.
+    # Content that has a name again must be kept.
     setattr(core, _PENDING, pending & library.retired)
 
 

@@ -1,4 +1,4 @@
-"""Lifeline: middleware that ends a request whose client has gone, that takes too long, or that the server must end."""
+"""RequestLifetime: middleware that ends a request: its client has gone, its time is up, or the server must end it."""
 
 import asyncio
 import logging
@@ -14,16 +14,16 @@ from crane_serve.service.api.gate import Gate
 
 _log = logging.getLogger("crane.api")
 
-_HEED_S = 1.0  # for an application that waits for the client to go, and is told that it has, to end by itself
-_GRACE_S = 10.0  # for an application that is cancelled to clean up, and for a client to take the last event
+_HEED_S = 1.0  # time for an application to end by itself, after it was told that the client has gone
+_GRACE_S = 10.0  # time for a cancelled application to clean up, and for a client to take the last event
 _EVENTS = "text/event-stream"
 
 
 class _Closed(OSError):
-    """What the application gets for an answer that nobody takes any more."""
+    """Raised in the application if it sends an answer after the request has ended."""
 
 
-class Lifelines:
+class RequestLifetimes:
     """The requests under way."""
 
     def __init__(self) -> None:
@@ -52,14 +52,14 @@ class Lifelines:
         self._idle.clear()
 
     def discard(self, run: "_Run") -> None:
-        """Count it no longer."""
+        """Stop counting a request."""
         self._runs.discard(run)
         if not self._runs:
             self._idle.set()
 
 
-class Lifeline:
-    """Runs each request in a task of its own, which is cancelled when there is nobody to answer, or no time.
+class RequestLifetime:
+    """Runs each request in a task of its own, which is cancelled when the client has gone or the time is up.
 
     timeout_s: for an answer to be complete; what takes longer is a 504. A request that is ended is answered once its
     task has cleaned up and `gate` has forgotten it, or after 10 s, so that nothing that it held is in the way of the
@@ -68,9 +68,9 @@ class Lifeline:
     has ended (ASGI 2.4), so that responses need not listen themselves. Bodies come in one message (BoundedBody).
     """
 
-    def __init__(self, app: ASGIApp, lifelines: Lifelines, gate: Gate, *, timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp, lifetimes: RequestLifetimes, gate: Gate, *, timeout_s: float) -> None:
         self._app = app
-        self._lifelines = lifelines
+        self._lifetimes = lifetimes
         self._gate = gate
         self._timeout_s = timeout_s
 
@@ -84,7 +84,7 @@ class Lifeline:
         if first["type"] == "http.disconnect":
             return
         run = _Run(first, receive, send)
-        self._lifelines.add(run)
+        self._lifetimes.add(run)
         try:
             try:
                 await run.until_over(self._app, scope, self._timeout_s)
@@ -92,11 +92,11 @@ class Lifeline:
                 self._gate.leave(context)
             await run.answer(scope)
         finally:
-            self._lifelines.discard(run)
+            self._lifetimes.discard(run)
 
 
 class _Run:
-    """One request in the hands of the application. first: the message that has its body."""
+    """One run of the application for a request. first: the message with the body."""
 
     def __init__(self, first: Message, receive: Receive, send: Send) -> None:
         self._first: Message | None = first
@@ -104,10 +104,10 @@ class _Run:
         self._send = send
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._is_ended = False  # before the application was done with it
-        self._error: Exception | None = None  # why, if the client is to know
+        self._error: Exception | None = None  # the reason, if the client is told one
         self._timer: asyncio.TimerHandle | None = None
         self._gone = asyncio.Event()
-        self._waiting = 0  # calls of the application's for the message that the client has gone
+        self._waiting = 0  # calls of the application that wait for the message that the client has gone
         self._is_heeded = False  # the application has been given that message
         self._is_closed = False  # nothing more is taken from the application
         self._start: Message | None = None
@@ -116,7 +116,7 @@ class _Run:
         self._is_complete = False
 
     def end(self, error: Exception | None) -> None:
-        """End the request, if it is not over. error: what the client is told, None if it has gone."""
+        """End the request, if it is not over. error: for the client, None if it has gone."""
         if not self._over.done():
             self._is_ended = True
             self._error = error
@@ -168,7 +168,8 @@ class _Run:
                 _log.warning("a request failed while it was being ended", exc_info=error)
 
     async def _stop(self, task: asyncio.Task[None]) -> None:
-        """End the application's task. One that listens is told first: it may have to end tasks of its own."""
+        """End the application's task. If it waits for a disconnect, it is told first, since it may have to end tasks of
+        its own."""
         self._tell_gone()
         try:
             if self._is_heeded:
@@ -177,7 +178,7 @@ class _Run:
             task.cancel()
         await asyncio.wait({task}, timeout=_GRACE_S)
         if not task.done():
-            _log.error("a request goes on %g s after it was cancelled", _GRACE_S)
+            _log.error("a request is still running %g s after it was cancelled", _GRACE_S)
 
     async def _listen(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -185,7 +186,7 @@ class _Run:
         self._hang_up()
 
     def _hang_up(self) -> None:
-        """The client has gone; or the answer is complete, after which servers say the same."""
+        """The client has gone, or the answer is complete: servers send the same message for both."""
         self._tell_gone()
         if not self._is_last_given:
             self.end(None)
@@ -224,7 +225,8 @@ class _Run:
                 self._timer.cancel()
 
     def _last_piece(self, error: Exception, path: str) -> bytes | None:
-        """What ends an answer that has begun, None if it is no stream, or is in the middle of an event."""
+        """The message that ends an answer that has begun; None if it is not a stream of events, or is in the middle of
+        an event."""
         assert self._start is not None, "the answer has begun"
         kind = Headers(raw=self._start["headers"]).get("content-type", "").partition(";")[0].strip().lower()
         if kind == _EVENTS and (not self._tail or self._tail.endswith((b"\n\n", b"\r\n\r\n"))):

@@ -1,4 +1,4 @@
-"""What was asked: model, masks, tasks, settings, and what the figures can and cannot show."""
+"""Overview: model, masks, tasks, settings, and the limits of the figures."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ from crane_serve.common.reports.settings import SHORT, brief, flat
 _FAILURES_SHOWN = 200
 
 
-def asked_section(evaluation: Evaluation) -> Section:
+def overview_section(evaluation: Evaluation) -> Section:
     """Everything that a second person needs to judge and repeat the evaluation."""
     failures = (_failures(evaluation),) if evaluation.failures else ()
     return Section(
@@ -31,7 +31,7 @@ def asked_section(evaluation: Evaluation) -> Section:
 
 
 def at_chance(level: Estimate, chance: float, metric: Metric) -> str:
-    """How an unmasked level stands to guessing, in words; empty where it is better than chance."""
+    """A warning if an unmasked level is not better than guessing; empty if it is."""
     low = level.mean if level.low is None else level.low
     high = level.mean if level.high is None else level.high
     if low <= chance <= high:
@@ -59,13 +59,13 @@ def _comparisons(evaluation: Evaluation) -> str:
     if not tested:
         return "No change was tested against chance."
     small = sum(cell.p_value is not None and cell.p_value < SIGNIFICANT for cell in tested)
-    found = sum(cell.q_value is not None and cell.q_value < SIGNIFICANT for cell in tested)
+    discoveries = sum(cell.q_value is not None and cell.q_value < SIGNIFICANT for cell in tested)
     return (
         f"{len(tested):,} changes were tested, those of random controls left out. If no mask did anything, about "
         f"{number_text(SIGNIFICANT * len(tested), 1)} of them would have p < {SIGNIFICANT:g} by chance; {small:,} "
-        f"have. q is p after Benjamini and Hochberg over all of them: of the {found:,} with q < {SIGNIFICANT:g}, about "
-        f"{number_text(SIGNIFICANT * found, 1)} or fewer are expected to be chance. Tests of one task share their "
-        "items and are not independent."
+        f"have. q is p after Benjamini and Hochberg over all of them: of the {discoveries:,} with q < {SIGNIFICANT:g}, "
+        f"about {number_text(SIGNIFICANT * discoveries, 1)} or fewer are expected to be chance. Tests of one task "
+        "share their items and are not independent."
     )
 
 
@@ -78,13 +78,13 @@ def _intervals(evaluation: Evaluation) -> str:
 
 
 def _chance_warnings(evaluation: Evaluation) -> tuple[str, ...]:
-    found: dict[tuple[str, str, str], list[str]] = {}
+    languages_of: dict[tuple[str, str, str], list[str]] = {}
     for task, metric, language in _levels(evaluation):
-        if said := _chance_words(evaluation, task, metric, language):
-            found.setdefault((task.name, metric.title, said), []).append(language)
+        if words := _chance_words(evaluation, task, metric, language):
+            languages_of.setdefault((task.name, metric.title, words), []).append(language)
     return tuple(
-        f"{task} ({metric}) in {', '.join(languages)}: the unmasked model is {said}."
-        for (task, metric, said), languages in found.items()
+        f"{task} ({metric}) in {', '.join(languages)}: the unmasked model is {words}."
+        for (task, metric, words), languages in languages_of.items()
     )
 
 
@@ -177,14 +177,14 @@ def _setting_table(evaluation: Evaluation) -> Table:
 
 
 def _failures(evaluation: Evaluation) -> Section:
-    shown = evaluation.failures[:_FAILURES_SHOWN]
-    rest = len(evaluation.failures) - len(shown)
+    first_failures = evaluation.failures[:_FAILURES_SHOWN]
+    rest = len(evaluation.failures) - len(first_failures)
     columns = ("task", "mask", "language", "item", "error")
     rows = (
         tuple(
             map(Cell, (failure.task, failure.mask, failure.language, cut(failure.item, 100), cut(failure.error, 300)))
         )
-        for failure in shown
+        for failure in first_failures
     )
     more = (f"{rest:,} more are listed in results.json.",) if rest else ()
     return Section(f"Failed items ({len(evaluation.failures):,})", more, (Table(columns, tuple(rows)),), folded=True)

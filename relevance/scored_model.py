@@ -1,4 +1,4 @@
-"""Workbench: a model opened together with scores that were made for it."""
+"""ScoredModel: a model together with scores that were made for it."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from relevance.sources import TextSource, load_corpus
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """Token ids of documents by language, beginning with the start token, and where they come from."""
+    """Token ids of documents by language, each beginning with the start token, and their origin."""
 
     documents: Mapping[str, tuple[list[int], ...]]
     corpus_digest: str
@@ -32,7 +32,7 @@ class EncodedTexts:
 
 
 @dataclass(frozen=True)
-class Workbench:
+class ScoredModel:
     """A model in evaluation mode and scores of its neurons."""
 
     checkpoint: Path
@@ -43,8 +43,8 @@ class Workbench:
     device: torch.device
 
     @classmethod
-    def open(cls, model: str, scores: Path, dtype: str | None, device: str | None) -> "Workbench":
-        """Open both. dtype: None is bfloat16, in which sets of neurons are compared more than twice as fast.
+    def open(cls, model: str, scores: Path, dtype: str | None, device: str | None) -> "ScoredModel":
+        """Load both. dtype: None is bfloat16, which makes comparing sets of neurons more than twice as fast.
 
         Raises ScoresError or FingerprintError, before the weights are read, for scores of another model.
         """
@@ -62,7 +62,8 @@ class Workbench:
         return self.scores.info.languages
 
     def search_texts(self, texts: TextSource, split: str, limit: int | None, max_tokens: int) -> EncodedTexts:
-        """The texts that the scores come from: a search must see no others. Raises ScoresError for other texts."""
+        """The texts that the scores come from, the only ones that a search may use. Raises ScoresError for other
+        texts."""
         corpus = self._load(texts, split).spread(limit)
         if corpus.digest != self.scores.info.corpus_digest:
             forms = f"form {corpus.normalised}, of the scores {self.scores.info.normalised}"
@@ -79,12 +80,12 @@ class Workbench:
     ) -> dict[str, EncodedTexts]:
         """Texts for choices ("validation") and for reporting ("test"), `limit` documents of each language of a split.
 
-        Raises ScoresError when one of them is what the scores come from, or when they are the same.
+        Raises ScoresError if the scores come from one of them, or if the two are the same.
         """
         info = self.scores.info
-        # Scores may come from as many documents of a split, at even distances, and none of the others.
+        # Scores may come from only so many documents of a split, at even distances.
         limit_of_scores = max(used + skipped for used, skipped in zip(info.documents, info.skipped, strict=True))
-        found: dict[str, EncodedTexts] = {}
+        encoded: dict[str, EncodedTexts] = {}
         corpora: list[Corpus] = []
         for part, split in (("validation", choice), ("test", report)):
             corpus = self._load(texts, split)
@@ -96,26 +97,28 @@ class Workbench:
                     f"split {split!r} of {texts.place} is used twice; scores, choices and report need their own"
                 )
             corpora.append(corpus)
-            found[part] = self._texts(corpus.spread(limit), max_tokens)
+            encoded[part] = self._texts(corpus.spread(limit), max_tokens)
         for doubt in self._doubts(corpora[0], corpora[1], limit_of_scores):
             texts.notice(doubt)
-        return found
+        return encoded
 
     def require_absent(self, method: str, *, replace: bool) -> None:
-        """Raise ScoresError, before a search begins, if its scores are there already and not to be replaced."""
+        """Raise ScoresError, before a search begins, if the file already has its scores and they must not be
+        replaced."""
         if method in self.scores.by_method and not replace:
             raise ScoresError(f"the file holds scores of {method} already; pass --replace to replace them")
 
-    def add_scores(self, path: Path, method: str, found: Mapping[str, Tensor], *, replace: bool) -> None:
-        """Add scores [layers, widest] of every language to the file they belong to, read again for what others added.
+    def add_scores(self, path: Path, method: str, values: Mapping[str, Tensor], *, replace: bool) -> None:
+        """Add scores [layers, widest] of every language to their file, which is read again, since others may have added
+        to it.
 
         Raises ScoresError for a method that is there already, unless `replace`.
         """
-        held = Scores.load(path)
-        if method in held.by_method and not replace:
+        current = Scores.load(path)
+        if method in current.by_method and not replace:
             raise ScoresError(f"{path} holds scores of {method} already; pass --replace to replace them")
-        together = torch.stack([found[language] for language in held.info.languages])
-        Scores({**held.by_method, method: together}, held.info, held.outputs).save(path)
+        together = torch.stack([values[language] for language in current.info.languages])
+        Scores({**current.by_method, method: together}, current.info, current.outputs).save(path)
 
     def halves(self, listed: str | None) -> Sequence[Scores]:
         """The two files of scores in `listed`, joined with a comma; none for None. Raises ScoresError."""
@@ -132,7 +135,7 @@ class Workbench:
         return loaded
 
     def identity(self, texts: Mapping[str, EncodedTexts], batch_tokens: int) -> str:
-        """What losses under a mask depend on besides the mask, as one digest."""
+        """A digest of everything that losses under a mask depend on, except the mask."""
         parts = {
             "fingerprint": self.scores.info.fingerprint.model_dump(mode="json"),
             "dtype": str(self.dtype),
@@ -156,9 +159,9 @@ class Workbench:
         return load_corpus(texts.place, split, list(self.languages), texts.text_column, form)
 
     def _doubts(self, choice: Corpus, report: Corpus, limit_of_scores: int) -> list[str]:
-        """Doubts about both splits, and what they repeat of each other and of the texts that the scores come from.
+        """Doubts about both splits, and their repeats of each other and of the texts that the scores come from.
 
-        The latter are in the same files, or only the keys are there that the scores keep.
+        The latter are in the same files; otherwise only the keys in the scores file are compared.
         """
         info, split = self.scores.info, self.scores.info.split or ""
         others = choice.others or {of: {report.split or "": texts} for of, texts in report.documents.items()}

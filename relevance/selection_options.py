@@ -1,4 +1,4 @@
-"""Criteria: which neurons a mask takes."""
+"""SelectionOptions: which neurons a mask takes."""
 
 import math
 from dataclasses import dataclass
@@ -10,11 +10,12 @@ GLOBAL, UNIFORM, LIKE = "global", "uniform", "like:"
 
 
 class SelectionError(ValueError):
-    """A selection is not possible with these scores and criteria."""
+    """A selection is not possible with these scores and options."""
 
 
 class Rule(StrEnum):
-    """How many neurons of the ranking are taken: so many, those that stand out, or what the method's paper takes."""
+    """How many neurons of the ranking are selected: a fixed number, those above a threshold, or as in the method's
+    paper."""
 
     BUDGET = "budget"
     Z = "z"
@@ -29,15 +30,15 @@ class Overlap(StrEnum):
 
 
 @dataclass(frozen=True)
-class Criteria:
-    """Which neurons a mask takes. `select` is the definition of each.
+class SelectionOptions:
+    """Which neurons a mask takes. See `select` for the definitions.
 
     budget: fraction of all neurons, 0 < budget <= 1, under Rule.BUDGET; count: a number of neurons instead;
     z: threshold under Rule.Z; contrast: a key of CONTRASTS, None for the method's own;
     quotas: "global", "uniform" or "like:METHOD", None for "like:" the method that a control is matched to, else global;
     seed: of methods that draw; output_dimensions: take dimensions of the MLPs' outputs as well.
 
-    Raises SelectionError for values that make no sense, alone or together, and MethodError for an unknown method.
+    Raises SelectionError for invalid values or combinations, and MethodError for an unknown method.
     """
 
     method: str
@@ -76,7 +77,7 @@ class Criteria:
 
     @property
     def matched_to(self) -> str | None:
-        """The method whose numbers per layer are taken over."""
+        """The method whose numbers of neurons per layer are used."""
         quotas = self.effective_quotas
         return quotas.removeprefix(LIKE) if quotas.startswith(LIKE) else None
 
@@ -87,13 +88,13 @@ class Criteria:
 
     @property
     def threshold(self) -> dict[str, float]:
-        """The parameters of the rule, apart from a budget that is a fraction."""
+        """The parameters of the rule, except a budget that is a fraction."""
         if self.rule is Rule.Z:
             return {"z": self.z}
         return {} if self.rule is Rule.PUBLISHED or self.count is None else {"count": self.count}
 
     def neurons(self, of: int) -> int:
-        """The number of neurons that the budget means, `of` being all there are. Raises SelectionError."""
+        """The number of neurons of the budget. of: the number of all neurons. Raises SelectionError."""
         if self.count is None:
             return neurons_of_budget(self.budget, of)
         if self.count > of:

@@ -1,4 +1,4 @@
-"""Pair: masks of one checkpoint (a base model) and what they cost it and another of the same shape (its chat model)."""
+"""What masks of one checkpoint (a base model) cost it, and cost another of the same shape (its chat model)."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ RESULT_FILE, TABLE_FILE, REPORT_FILE = "pair.json", "pair.csv", "pair.md"
 _PART = "test"
 
 
-class Side(BaseModel):
+class ModelSide(BaseModel):
     """One of the two models, and its nats per token unmasked, by language."""
 
     model_config = ConfigDict(frozen=True)
@@ -36,8 +36,8 @@ class Side(BaseModel):
     nats_per_token: dict[str, float]
 
 
-class PairEffect(BaseModel):
-    """What one mask costs both models: changes in nats per token by language, above 0 for a loss."""
+class TransferEffect(BaseModel):
+    """The cost of one mask for both models: changes in nats per token by language, above 0 for a loss."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -50,18 +50,18 @@ class PairEffect(BaseModel):
     chat: dict[str, Estimate]
 
 
-class Pair(BaseModel):
+class TransferEffects(BaseModel):
     """The result: `base` is the model that the masks were made for, `chat` the one they were transferred to."""
 
     model_config = ConfigDict(frozen=True)
 
-    base: Side
-    chat: Side
+    base: ModelSide
+    chat: ModelSide
     corpus_digest: str
     split: str | None
     documents: int
     dtype: str
-    effects: list[PairEffect]
+    effects: list[TransferEffect]
     created_by: str = f"crane-serve {crane_serve.__version__}"
 
     def save(self, directory: Path) -> list[Path]:
@@ -101,7 +101,7 @@ class Pair(BaseModel):
         headings = [f"{model} {language}" for model in ("base", "chat") for language in languages]
         lines += ["", "| mask | neurons | " + " | ".join(headings) + " |", "|---|---|" + "---|" * len(headings)]
         for effect in self.effects:
-            cells = [_shown(changes[of]) for changes in (effect.base, effect.chat) for of in languages]
+            cells = [_estimate_text(changes[of]) for changes in (effect.base, effect.chat) for of in languages]
             lines.append(f"| {effect.mask} | {effect.neurons} | " + " | ".join(cells) + " |")
         return "\n".join(lines) + "\n"
 
@@ -120,12 +120,12 @@ def compare(
     device: torch.device,
     start: Callable[[int], None] = lambda masks: None,
     advance: Callable[[str], None] = lambda done: None,
-) -> Pair:
+) -> TransferEffects:
     """Measure every mask of the directory `masks` (or those of `names`) on both models; the result is saved.
 
-    start: hears how many masks are to be measured, counted on each model; advance: hears of each that is. A journal per
-    model in `directory` lets the same run go on after it was killed. Raises MaskFileError for no masks,
-    FingerprintError for masks of another model than `base`, TransferError when `chat` has another shape.
+    start: called with the number of measurements, one per mask and model; advance: called after each. A journal per
+    model in `directory` lets a killed run continue. Raises MaskFileError for no masks, FingerprintError for masks of
+    another model than `base`, TransferError when `chat` has another shape.
     """
     checkpoints = [resolve_checkpoint(base), resolve_checkpoint(chat)]
     prints = [Fingerprint.of(checkpoint) for checkpoint in checkpoints]
@@ -135,7 +135,7 @@ def compare(
         transferred(mask, prints[1])
     directory.mkdir(parents=True, exist_ok=True)
     start(2 * len(stored))
-    sides: list[Side] = []
+    sides: list[ModelSide] = []
     changes: list[list[dict[str, Estimate]]] = []
     for name, checkpoint, fingerprint in zip(("base", "chat"), checkpoints, prints, strict=True):
         decoder = take_apart(load_model(checkpoint, dtype, device))
@@ -151,14 +151,14 @@ def compare(
         )
         whole = {language: ablations.losses(None, _PART, language) for language in texts.languages}
         per_token = {language: of.per_token for language, of in whole.items()}
-        sides.append(Side(name=checkpoint.name, fingerprint=fingerprint, nats_per_token=per_token))
+        sides.append(ModelSide(name=checkpoint.name, fingerprint=fingerprint, nats_per_token=per_token))
         changes.append([])
         for mask in stored:
-            found = {language: ablations.losses(mask.mask, _PART, language) for language in texts.languages}
-            estimates = {of: change_per_token(found[of].nats, whole[of].nats, found[of].tokens) for of in found}
+            ablated = {language: ablations.losses(mask.mask, _PART, language) for language in texts.languages}
+            estimates = {of: change_per_token(ablated[of].nats, whole[of].nats, ablated[of].tokens) for of in ablated}
             changes[-1].append(estimates)
             advance(f"{name} {mask.name}")
-    result = Pair(
+    result = TransferEffects(
         base=sides[0],
         chat=sides[1],
         corpus_digest=texts.digest,
@@ -166,7 +166,7 @@ def compare(
         documents=max(len(of) for of in texts.documents.values()),
         dtype=str(dtype).removeprefix("torch."),
         effects=[
-            PairEffect(
+            TransferEffect(
                 mask=mask.name,
                 method=mask.info.method,
                 language=mask.info.language,
@@ -182,5 +182,5 @@ def compare(
     return result
 
 
-def _shown(of: Estimate) -> str:
+def _estimate_text(of: Estimate) -> str:
     return f"{of.mean:.2f}" if of.low is None else f"{of.mean:.2f} [{of.low:.2f}, {of.high:.2f}]"

@@ -19,7 +19,7 @@ from crane_serve.common.masks import (
     UnknownMask,
     encode_mask,
 )
-from crane_serve.engine import changes
+from crane_serve.engine import live_masks
 from crane_serve.engine.admission import require_row
 
 
@@ -156,7 +156,9 @@ class Engine:
 
     def _all_workers(self, method: str, args: tuple[Any, ...]) -> list[Any]:
         self.told.append(method)
-        run = {"crane_change_mask": changes.change_in_worker, "crane_forget_masks": changes.forget_in_worker}[method]
+        run = {"crane_change_mask": live_masks.change_in_worker, "crane_forget_masks": live_masks.forget_in_worker}[
+            method
+        ]
         return [run(worker, *args) for worker in self.workers]
 
 
@@ -167,9 +169,9 @@ def engine(library: MaskLibrary) -> Engine:
 
 def test_a_change_reaches_core_and_workers(engine: Engine, fingerprint: Fingerprint) -> None:
     new = stored("new", 5, fingerprint)
-    assert changes.change_in_core(engine.core, "new", encode_mask("new", new.mask, new.info)) == 2
+    assert live_masks.change_in_core(engine.core, "new", encode_mask("new", new.mask, new.info)) == 2
     assert all(library.resolve("new").mask.digest == new.mask.digest for library in engine.libraries)
-    changes.change_in_core(engine.core, "new", None)
+    live_masks.change_in_core(engine.core, "new", None)
     for library in engine.libraries:
         with pytest.raises(UnknownMask):
             library.resolve("new")
@@ -179,25 +181,25 @@ def test_a_change_reaches_core_and_workers(engine: Engine, fingerprint: Fingerpr
 def test_workers_keep_what_a_request_of_the_core_still_needs(engine: Engine) -> None:
     request = engine.libraries[0].resolve("a")
     digest = request.mask.digest
-    changes.change_in_core(engine.core, "a", None)
-    changes.forget_in_core(engine.core, [digest])
+    live_masks.change_in_core(engine.core, "a", None)
+    live_masks.forget_in_core(engine.core, [digest])
     assert all(digest in library for library in engine.libraries)
     assert engine.told == ["crane_change_mask"]
     del request
-    changes.forget_pending(engine.core)
+    live_masks.forget_pending(engine.core)
     assert all(digest not in library for library in engine.libraries)
-    changes.forget_pending(engine.core)
+    live_masks.forget_pending(engine.core)
     assert engine.told == ["crane_change_mask", "crane_forget_masks"]
 
 
 def test_what_comes_back_before_it_is_forgotten_stays(engine: Engine, fingerprint: Fingerprint) -> None:
     request = engine.libraries[0].resolve("a")
-    changes.change_in_core(engine.core, "a", None)
-    changes.forget_in_core(engine.core, [request.mask.digest])
+    live_masks.change_in_core(engine.core, "a", None)
+    live_masks.forget_in_core(engine.core, [request.mask.digest])
     again = stored("again", 0, fingerprint)
-    changes.change_in_core(engine.core, "again", encode_mask("again", again.mask, again.info))
+    live_masks.change_in_core(engine.core, "again", encode_mask("again", again.mask, again.info))
     del request
-    changes.forget_pending(engine.core)
+    live_masks.forget_pending(engine.core)
     assert all(library.resolve("again").mask.digest == again.mask.digest for library in engine.libraries)
 
 
@@ -219,7 +221,7 @@ def test_a_mask_without_a_row_is_refused_only_where_rows_can_run_out(
         scheduler_config=SimpleNamespace(max_num_seqs=running),
     )
     if full:
-        with pytest.raises(MaskTableFull, match="mask a: 2 others are in use, as many as this engine has rows for"):
+        with pytest.raises(MaskTableFull, match="mask a: 2 other masks are in use"):
             require_row(config, mask, in_use)
     else:
         require_row(config, mask, in_use)
