@@ -1,4 +1,4 @@
-"""The CPU target of the image: built by a real Docker engine, started as it is deployed, asked, stopped (`make image`)."""
+"""The CPU target of the image: built by a real Docker engine, started as deployed, asked, stopped (`make image`)."""
 
 import json
 import os
