@@ -210,14 +210,15 @@ async def test_a_full_table_is_a_429_that_says_when_to_come_back(client: httpx.A
     assert int(response.headers["retry-after"]) > 0
 
 
-async def test_logprobs_are_given_per_token(client: httpx.AsyncClient) -> None:
+async def test_logprobs_are_given_per_token(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    token_id = engine.tokenizer("a", add_special_tokens=False)["input_ids"][0]
     answer = (await client.post("/generate", json={"prompt": "hi", "max_tokens": 2, "logprobs": 1})).json()
     first, second = answer["outputs"][0]["logprobs"]
     assert first == {
-        "token_id": 0,
+        "token_id": token_id,
         "token": "a",
         "logprob": -0.5,
-        "top": [{"token_id": 0, "token": "a", "logprob": -0.5}],
+        "top": [{"token_id": token_id, "token": "a", "logprob": -0.5}],
     }
     assert second["token"] == "b"
 

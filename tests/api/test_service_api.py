@@ -341,6 +341,8 @@ async def test_openapi_documents_the_one_shape_of_errors(client: httpx.AsyncClie
     assert set(document["paths"]) == {
         "/generate",
         "/score",
+        "/languages",
+        "/evaluation",
         "/masks",
         "/masks/{name}",
         "/masks/{name}/neurons",

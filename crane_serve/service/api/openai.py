@@ -28,6 +28,7 @@ from crane_serve.service.api.dependencies import check_headers, choose_mask, nam
 from crane_serve.service.api.errors import ApiError, BadRequest, error_event, error_response
 from crane_serve.service.api.gate import Gate
 from crane_serve.service.api.openai_body import MASK, POSITIONS, Body
+from crane_serve.service.api.page import check_page_query
 
 _MODELS, MODEL = "/v1/models/", "/v1/models/{model}"
 _WITHOUT_MODEL = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
@@ -55,6 +56,8 @@ class OpenAIRoutes:
         route = MODEL if path.startswith(_MODELS) else path
         method = ROUTES.get(route)
         if method is None:
+            if path == "/":
+                check_page_query(scope["query_string"].decode("latin-1"))
             raise HTTPException(404)
         scope["crane_route"] = route
         if scope["method"] != method:
