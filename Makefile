@@ -37,7 +37,8 @@ test: install browser $(MODEL)/config.json
 
 # What documents, packaging, deployment, benchmarks and simulations promise, too; before a release, and when these change.
 test-all: test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m release -n 2 --dist loadfile --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'release and not engine' -n 2 --dist loadfile --durations 15
+	$(BIN)/pytest -m 'release and engine' --durations 15
 	@.ci/second-python '$(TORCH_CPU)'
 
 test-second-python: install

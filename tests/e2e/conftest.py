@@ -20,7 +20,7 @@ def openai_server(engines: Engines) -> Iterator[Server]:
     os.environ["VLLM_API_KEY"] = "not asked for"
     try:
         log = engines.directory / "openai.log"
-        flags = (*TINY_FLAGS, *_FLAGS, *_TOOLS)
+        flags = (*TINY_FLAGS, "--enforce-eager", *_FLAGS, *_TOOLS)
         core = 1 % (os.cpu_count() or 1)
         server = Server.start(engines.tiny.checkpoint, engines.tiny.masks, log, *flags, core=core)
     finally:

@@ -15,7 +15,7 @@ from crane_serve.common.masks import NeuronMask, write_mask
 from tests.conftest import RANKS, TINY_FLAGS, Engines, Tiny
 from tests.engines import Oracle, Server
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.release]  # tests/engine/test_ranks.py has the engines without HTTP
 
 NATS_PER_TOKEN = 1e-4
 TEXTS = ("The harbour froze.", "港口结冰了。", "Bến cảng đóng băng.", "A text longer than one chunk of prefill. " * 5)

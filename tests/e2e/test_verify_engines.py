@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from crane_serve.verify import checks, command
+from crane_serve.verify import checks, session
 from crane_serve.verify.checks import Status
 from crane_serve.verify.plan import ProcessPlan
 from tests.engines import random_masks
@@ -49,6 +49,7 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(1 % (os.cpu_count() or 1)))
 
 
+@pytest.mark.release
 def test_verify_passes_on_this_machine(checkpoint: Path, tmp_path: Path) -> None:
     masks, report = tmp_path / "masks", tmp_path / "report.json"
     random_masks(checkpoint, masks, share=0.4)
@@ -79,10 +80,10 @@ def test_verify_finds_a_layer_that_is_not_masked(
     def launch(module: str, plan: Path, environment: Mapping[str, str], log: Path) -> str | None:
         if ProcessPlan.load(plan).masks is None:
             return "left out"
-        return command.run_process("sabotaged", plan, {**environment, "PYTHONPATH": str(tmp_path)}, log)
+        return session.run_process("sabotaged", plan, {**environment, "PYTHONPATH": str(tmp_path)}, log)
 
-    options = command.VerifyOptions(str(checkpoint), reference=False, throughput=False, flags=FLAGS)
-    report = command.run(options, print, launch)
+    options = session.VerifyOptions(str(checkpoint), reference=False, throughput=False, flags=FLAGS)
+    report = session.run(options, print, launch)
     assert not report.passed
     layers = next(check for check in report.checks if check.name == checks.LAYERS)
     assert layers.status is Status.FAIL
