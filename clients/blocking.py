@@ -5,11 +5,12 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from clients.client import DEFAULT_SERVER, AsyncCraneClient
+from clients.client import AsyncCraneClient
 from clients.evaluation import Evaluation
 from clients.plan import Plan
 from clients.results import ItemResult
 from clients.run import Run, evaluate
+from crane_serve.common.defaults import DEFAULT_SERVER
 
 CONCURRENCY = 64
 

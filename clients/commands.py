@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clients.client import DEFAULT_SERVER
 from crane_serve.common.bars import bar
+from crane_serve.common.defaults import DEFAULT_SERVER
 from crane_serve.common.text.corpus import Form
 
 if TYPE_CHECKING:

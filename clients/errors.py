@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
+if TYPE_CHECKING:
+    import httpx
 
 _TRANSIENT_STATUS = frozenset({429, 503})
 
@@ -47,7 +48,7 @@ class CraneError(Exception):
         return self.status in _TRANSIENT_STATUS
 
     @classmethod
-    def of_response(cls, response: httpx.Response) -> "CraneError":
+    def of_response(cls, response: "httpx.Response") -> "CraneError":
         """The error in an answer with a status of 400 or more, whose body has been read."""
         retry_after_s = _retry_after_s(response.headers.get("retry-after"))
         try:
@@ -74,8 +75,10 @@ class CraneError(Exception):
         )
 
     @classmethod
-    def of_transport(cls, error: httpx.TransportError, server: str) -> "CraneError":
+    def of_transport(cls, error: "httpx.TransportError", server: str) -> "CraneError":
         """The error of a request to `server` that got no answer."""
+        import httpx
+
         if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
             return cls(None, "read_timeout", f"{server} did not answer within the read timeout")
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):

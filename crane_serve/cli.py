@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 import crane_serve
-from clients import CraneError
 from clients import commands as client_commands
+from clients.errors import CraneError
 from crane_serve import sizing
 from crane_serve.common.bars import bar
 from crane_serve.common.models.fetch import SOURCES, FetchError

@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import httpx
-
 from crane_serve.common.bars import bar
 
 MODEL = "gemma-3-270m"
@@ -99,6 +97,8 @@ def _dtype_flags() -> list[str]:
 
 
 def _wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    import httpx
+
     deadline = time.monotonic() + SERVER_START_S
     while time.monotonic() < deadline:
         if server.poll() is not None:

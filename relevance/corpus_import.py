@@ -12,7 +12,6 @@ from crane_serve.common.text.corpus import CorpusError, Form, normalised, requir
 from crane_serve.common.text.language_files import check_language
 from crane_serve.common.text.records import read_lines, read_text
 from relevance.characters import joints_remark
-from relevance.repeats import text_key
 
 _PLACE = "{lang}"
 _ROUNDING = 1e-6  # tolerance of the sum of the fractions, which must be 1
@@ -186,6 +185,8 @@ def write_corpus(
 def _repeating(parts: Parts, split_of: Mapping[str, str], order: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Id of a part that repeats a part of an earlier split -> the id of that part, and the language in which it
     does."""
+    from relevance.repeats import text_key
+
     repeating: dict[str, tuple[str, str]] = {}
     for language, of_language in parts.items() if order else ():
         first: dict[str, Part] = {}

@@ -3,5 +3,8 @@
 DEFAULT_METHOD = "attnlrp"
 """The method of a mask that is named by its language alone."""
 
+DEFAULT_SERVER = "http://127.0.0.1:8000"
+"""Where clients look for a server."""
+
 DEFAULT_ROWS = 256
 """How many different masks can be resident."""
