@@ -1,0 +1,162 @@
+"""Do the tests notice when a promise of docs/design.md is broken? Each is broken in a copy, with its tests run there.
+
+    python -m tests.mutations
+
+Prints a line for each, and exits with 1 if a broken promise passes.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ENGINE, API, MASKS = "crane_serve/engine", "crane_serve/service/api", "crane_serve/common/masks"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A promise, the change that breaks it (`old` to `new`, once), and the tests that must notice."""
+
+    promise: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTATIONS = (
+    Mutation(
+        "KV blocks computed under one mask never serve another",
+        f"{ENGINE}/prefix_cache.py",
+        "    if mask is None or mask.positions is Positions.GENERATED:\n        return client_salt",
+        "    return client_salt",
+        "tests/unit/test_prefix_cache.py",
+    ),
+    Mutation(
+        "padding behind a batch is unmasked",
+        f"{ENGINE}/routing.py",
+        "    if used > len(rows):",
+        "    if False:",
+        "tests/unit/test_routing.py",
+    ),
+    Mutation(
+        "a mask in use keeps its row",
+        f"{ENGINE}/table.py",
+        "self._free_row(distinct)",
+        "1",
+        "tests/unit/test_routing.py",
+    ),
+    Mutation(
+        "row 0 is all ones",
+        f"{ENGINE}/table.py",
+        "            return len(self._rows) + 1",
+        "            return len(self._rows)",
+        "tests/unit/test_routing.py",
+    ),
+    Mutation(
+        "a request asks for a mask by a misspelt argument: refused",
+        f"{ENGINE}/admission.py",
+        "        if looks_like_ours(argument) and argument not in _ARGUMENTS:",
+        "        if False:",
+        "tests/engine/test_support.py",
+    ),
+    Mutation(
+        "the rule of admission is applied with a full table, too",
+        f"{ENGINE}/admission.py",
+        "    if len(in_use) >= config.rows:",
+        "    if False:",
+        "tests/unit/test_live_masks.py",
+    ),
+    Mutation(
+        "no token reaches the model that it has no embedding for",
+        f"{ENGINE}/vocabulary.py",
+        "        if not 0 <= token_id < vocabulary and position",
+        "        if token_id < 0 and position",
+        "tests/engine/test_unknown_tokens.py",
+    ),
+    Mutation(
+        "a mask belongs to one model",
+        f"{MASKS}/library.py",
+        "                fingerprint.require(stored.info.fingerprint, f",
+        "                (lambda *_: None)(stored.info.fingerprint, f",
+        "tests/unit/test_library.py",
+    ),
+    Mutation(
+        "a mask's identity is its content",
+        f"{MASKS}/library.py",
+        "        if name in self._by_digest and (retired",
+        "        if False and (retired",
+        "tests/unit/test_library.py",
+    ),
+    Mutation(
+        "a mask is not lost on a route of vLLM",
+        f"{API}/openai.py",
+        "            self._place().update(mask_arguments(self.mask))",
+        "            pass",
+        "tests/api/test_openai_translation.py",
+    ),
+    Mutation(
+        "a request whose client has gone is aborted",
+        f"{API}/request_lifetime.py",
+        "        if not self._is_last_given:\n            self.end(None)",
+        "        pass",
+        "tests/api/test_request_lifetime.py",
+    ),
+    Mutation(
+        "what is admitted is counted until it has ended",
+        f"{API}/request_lifetime.py",
+        "                self._gate.leave(context)",
+        "                pass",
+        "tests/api/test_request_lifetime.py",
+    ),
+    Mutation(
+        "only an administrator changes masks",
+        f"{API}/authentication.py",
+        "    if _needs_admin(scope) and key.role is not Role.ADMIN:",
+        "    if False:",
+        "tests/api/test_authentication.py",
+    ),
+    Mutation(
+        "no line of the log holds a key",
+        f"{API}/observation.py",
+        "context.key.name if context.key is not None else None",
+        "dict(scope[\"headers\"]).get(b\"x-api-key\", b\"\").decode()",
+        "tests/api/test_observation.py",
+    ),
+)  # fmt: skip
+
+
+def main() -> int:
+    """Break each promise in turn."""
+    unnoticed = 0
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / "copy"
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        for name in listed.splitlines():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+        environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+        for mutation in MUTATIONS:
+            path = copy / mutation.file
+            content = path.read_text()
+            if content.count(mutation.old) != 1:
+                raise SystemExit(f"{mutation.file} does not hold the code of {mutation.promise!r} once")
+            path.write_text(content.replace(mutation.old, mutation.new))
+            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not engine"]
+            command += mutation.tests.split()
+            run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+            path.write_text(content)
+            failed = [line.split(" - ")[0] for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+            noticed = run.returncode == 1 and bool(failed)
+            unnoticed += not noticed
+            by = failed[0] if failed else run.stdout[-300:]
+            print("noticed" if noticed else "NOT NOTICED", mutation.promise, by, sep=": ", flush=True)
+    return int(unnoticed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
