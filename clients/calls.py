@@ -57,7 +57,7 @@ class Call(Generic[AnswerType]):
 
     def parse(self, response: httpx.Response) -> AnswerType:
         """The typed answer in a response whose body has been read. Raises CraneError for anything else."""
-        if response.status_code >= 400:
+        if not response.is_success:
             raise CraneError.of_response(response)
         try:
             return self.read(response.content)

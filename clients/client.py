@@ -181,7 +181,7 @@ class CraneClient(_Client):
     def _open(self, call: Call[Generation]) -> GenerationStream:
         try:
             response = self._http.send(self._http.build_request(**call.request), stream=True)
-            if response.status_code >= 400:
+            if not response.is_success:
                 response.read()
                 raise CraneError.of_response(response)
         except httpx.TransportError as error:
@@ -332,7 +332,7 @@ class AsyncCraneClient(_Client):
         pool = next(self._next_pool)
         try:
             response = await pool.send(pool.build_request(**call.request), stream=True)
-            if response.status_code >= 400:
+            if not response.is_success:
                 await response.aread()
                 raise CraneError.of_response(response)
         except httpx.TransportError as error:

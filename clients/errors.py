@@ -49,7 +49,7 @@ class CraneError(Exception):
 
     @classmethod
     def of_response(cls, response: "httpx.Response") -> "CraneError":
-        """The error in an answer with a status of 400 or more, whose body has been read."""
+        """The error in an answer that is no success (2xx), whose body has been read."""
         retry_after_s = _retry_after_s(response.headers.get("retry-after"))
         try:
             body = response.json()
@@ -57,6 +57,10 @@ class CraneError(Exception):
             body = None
         if isinstance(body, dict) and isinstance(body.get("error"), dict):
             return cls.of_body(body["error"], response.status_code, retry_after_s)
+        if response.has_redirect_location:
+            place = response.headers["location"]
+            message = f"redirected to {place!r}, which is not followed; expected the address of the server itself"
+            return cls(response.status_code, f"http_{response.status_code}", message)
         detail = body.get("detail", body) if isinstance(body, dict) else response.text
         message = str(detail)[:500] or response.reason_phrase
         return cls(response.status_code, f"http_{response.status_code}", message, retry_after_s=retry_after_s)

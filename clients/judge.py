@@ -156,7 +156,7 @@ class Judge(BaseModel):
             response = await client.post(f"{self.base_url}/chat/completions", json=body)
         except httpx.TransportError as error:
             raise CraneError.of_transport(error, self.base_url) from error
-        if response.status_code >= 400:
+        if not response.is_success:
             raise CraneError.of_response(response)
         try:
             completion = _Completion.model_validate_json(response.content)

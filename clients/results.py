@@ -15,7 +15,7 @@ import crane_serve
 from clients.errors import EvaluationError
 from clients.evaluation import PlannedMask
 from clients.task import Answer, Generate, Item, Question, Request, ScoreContinuations, ScoreText
-from crane_serve.common.atomic import write_atomically
+from crane_serve.common.atomic import append_whole, write_atomically
 
 RUN_FILE = "run.json"
 RESULTS_FILE = "results.jsonl"
@@ -122,8 +122,11 @@ class ResultLog:
             raise
 
     def append(self, result: ItemResult) -> None:
-        """Add a result. After the call it survives the death of the process."""
-        self._file.write(result.model_dump_json().encode() + b"\n")
+        """Add a result. After the call it survives the death of the process.
+
+        Raises OSError if it cannot be written whole, as on a full disk; then nothing is written.
+        """
+        append_whole(self._file, result.model_dump_json().encode() + b"\n")
         self.results[result.question] = result
 
     def close(self) -> None:

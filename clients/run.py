@@ -122,7 +122,8 @@ class Run:
     async def __aiter__(self) -> AsyncGenerator[ItemResult]:
         """The answers of this session in the order of arrival; each is saved before it is yielded.
 
-        Raises EvaluationError if the server restarts with another model or other masks.
+        Raises EvaluationError if the server restarts with another model or other masks, OSError if an answer cannot be
+        saved; those before are.
         """
         stream = iter(self._missing)
         finished: asyncio.Queue[ItemResult | Exception | None] = asyncio.Queue()
@@ -134,8 +135,8 @@ class Run:
                         workers.create_task(self._work(stream, finished))
                 finished.put_nowait(None)
             except ExceptionGroup as group:
-                evaluation_errors, _ = group.split(EvaluationError)
-                finished.put_nowait(evaluation_errors.exceptions[0] if evaluation_errors else group)
+                foreseen, _ = group.split((EvaluationError, OSError))
+                finished.put_nowait(foreseen.exceptions[0] if foreseen else group)
 
         workers = asyncio.create_task(work_all())
         try:

@@ -1,5 +1,6 @@
-"""Write a file completely or not at all."""
+"""Write a file, or a line of one, completely or not at all."""
 
+import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -41,3 +42,21 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Put `content` at `path`, making its directory if that is missing; on an error nothing is left or changed."""
     with written_aside(path, content) as put_in_place:
         put_in_place()
+
+
+def append_whole(file: io.FileIO, content: bytes) -> None:
+    """Write `content` at the end of an unbuffered file. Raises OSError if it does not fit; then the file is as before.
+
+    A system may write a part and report the full disk only for the rest. Should that part be impossible to remove, the
+    file is closed, so that nothing follows it.
+    """
+    size, written = os.fstat(file.fileno()).st_size, 0
+    try:
+        while written < len(content):
+            written += file.write(content[written:])
+    except OSError:
+        try:
+            file.truncate(size)
+        except OSError:
+            file.close()
+        raise

@@ -23,7 +23,7 @@ def salted(mask: ResolvedMask | None, client_salt: str | None) -> str | None:
     check_salt(client_salt)
     if mask is None or mask.positions is Positions.GENERATED:
         return client_salt
-    return _PREFIX + _hash(mask.mask.digest, client_salt or "")
+    return _PREFIX + _hash("request", mask.mask.digest, client_salt or "")
 
 
 def generated_salt(mask: ResolvedMask | None, prompt_tokens: int, end: int) -> str | None:
@@ -34,7 +34,7 @@ def generated_salt(mask: ResolvedMask | None, prompt_tokens: int, end: int) -> s
     """
     if mask is None or mask.positions is Positions.ALL or end <= prompt_tokens:
         return None
-    return _PREFIX + _hash(mask.mask.digest, mask.positions.value, str(prompt_tokens))
+    return _PREFIX + _hash("block", mask.mask.digest, mask.positions.value, str(prompt_tokens))
 
 
 def with_generated_salt(keys: tuple[Any, ...] | None, salt: str | None) -> tuple[Any, ...] | None:
@@ -43,4 +43,5 @@ def with_generated_salt(keys: tuple[Any, ...] | None, salt: str | None) -> tuple
 
 
 def _hash(*parts: str) -> str:
-    return hashlib.sha256("|".join(parts).encode()).hexdigest()
+    """Of parts with their lengths, so that no part can pass for several."""
+    return hashlib.sha256("".join(f"{len(part)}:{part}" for part in parts).encode()).hexdigest()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crane_serve.common.atomic import write_atomically
+from crane_serve.common.atomic import append_whole, write_atomically
 from crane_serve.common.masks import NeuronMask
 from crane_serve.common.models.families import Decoder
 from relevance.causal import Losses, losses, masked
@@ -82,8 +82,8 @@ class Ablations:
             os.truncate(journal, journal.stat().st_size - len(torn))
 
     def _append(self, key: tuple[str, str, str], nats: list[float]) -> None:
-        self._known[key] = nats
         if self._journal is not None:
             line = json.dumps(dict(zip(("mask", "part", "language"), key, strict=True), nats=nats))
             with self._journal.open("ab", buffering=0) as file:
-                file.write(line.encode() + b"\n")
+                append_whole(file, line.encode() + b"\n")
+        self._known[key] = nats

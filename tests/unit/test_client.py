@@ -104,6 +104,19 @@ def test_scores() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [(301, {"Location": "https://elsewhere/login"}), (302, {"Location": "/x"}), (304, {}), (100, {})],
+)
+def test_only_2xx_is_success(status: int, headers: dict[str, str]) -> None:
+    with blocking(Script(*[httpx.Response(status, headers=headers, text="<html>")] * 3)) as client:
+        for ask in (client.health, lambda: client.delete_mask("zh"), lambda: client.mask_file("zh")):
+            with pytest.raises(CraneError) as caught:
+                ask()
+            assert (caught.value.status, caught.value.code) == (status, f"http_{status}")
+            assert headers.get("Location", "") in caught.value.message
+
+
 def test_masks_ready_and_health() -> None:
     summary = {**ENGLISH, "language": "en", "method": "attnlrp", "budget": 0.01}
     answers = {

@@ -60,6 +60,14 @@ def test_blocks_with_generated_tokens_are_told_apart_by_mask_positions_and_end_o
     assert len(set(salts)) == len(salts) == 8
 
 
+def test_no_salt_of_a_client_hashes_like_a_block() -> None:
+    blocks = {generated_salt(resolved(1, where), 12, 32) for where in (Positions.PROMPT, Positions.GENERATED)}
+    clients = [f"{where}{join}12" for where in ("prompt", "generated") for join in ("|", "2:", "9:")]
+    digest = resolved(1).mask.digest
+    clients += [f"{len(digest)}:{digest}{client}" for client in clients]
+    assert blocks.isdisjoint({salted(MASKS[0], client) for client in clients})
+
+
 def test_a_second_salt_looks_like_vllms_own_keys() -> None:
     from vllm.v1.core.kv_cache_utils import to_event_extra_keys
 

@@ -19,6 +19,7 @@ from clients.record import Record
 from clients.results import RESULTS_FILE, RUN_FILE
 from clients.run import Progress, Run, evaluate
 from tests.fake_server import LANGUAGES, FakeServer, serving
+from tests.full_disk import room_for
 
 
 @pytest.fixture
@@ -189,6 +190,20 @@ async def test_a_torn_last_line_is_asked_again(server: FakeServer, tmp_path: Pat
         assert figures(await run(server, plan, out)) == figures(whole)
         assert len(server.asked) == 1
         assert len(read_lines(out)) == 18
+
+
+async def test_a_full_disk_ends_a_run_that_then_goes_on(server: FakeServer, tmp_path: Path) -> None:
+    plan, out = plan_of(tmp_path, 3, masks=["en"]), tmp_path / "out"
+    whole = await run(server, plan, tmp_path / "whole")
+    size = (tmp_path / "whole" / RESULTS_FILE).stat().st_size
+    for room in (0.5, 0.3, 0.9):
+        with room_for(int(room * size)), pytest.raises(OSError, match="too large"):
+            await run(server, plan, out)
+        kept = read_lines(out)
+        assert 0 < len(kept) < 18
+    server.asked.clear()
+    assert figures(await run(server, plan, out)) == figures(whole)
+    assert len(set(server.asked)) == 18 - len(kept)  # also of the run before, under way when it ended
 
 
 async def test_lines_that_are_no_results_are_named(server: FakeServer, tmp_path: Path) -> None:
