@@ -15,7 +15,7 @@ from tests.documents import ROOT, TUTORIAL, Block, differs, programs, why_not
 from tests.engines import Server
 from tests.tiny import BOS
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.release]
 
 NAME = "tiny"
 RUNNERS = {"sh": ["bash", "-euo", "pipefail"], "python": [sys.executable]}
