@@ -34,12 +34,14 @@ RUN python3 /opt/crane/deploy/constraints.py torch > /opt/crane/constraints.txt 
 # Volumes that are made from these directories belong to the user, too.
 RUN useradd --create-home --uid 10001 crane \
     && install -d -o crane -g crane /masks /models /home/crane/.cache
+# Compiled code is loaded from the cache: a /tmp of Docker's --tmpfs lets nothing be run.
 ENV HOME=/home/crane \
     CRANE_HOST=0.0.0.0 \
     CRANE_PORT=8000 \
     CRANE_MASKS=/masks \
     HF_HOME=/models \
     XDG_CACHE_HOME=/home/crane/.cache \
+    TORCHINDUCTOR_CACHE_DIR=/home/crane/.cache/torchinductor \
     MPLCONFIGDIR=/home/crane/.cache/matplotlib \
     VLLM_NO_USAGE_STATS=1
 LABEL org.opencontainers.image.title="crane-serve" \
@@ -76,6 +78,7 @@ ENV VLLM_USE_V2_MODEL_RUNNER=0 \
     HOME=/home/crane \
     HF_HOME=/models \
     XDG_CACHE_HOME=/home/crane/.cache \
+    TORCHINDUCTOR_CACHE_DIR=/home/crane/.cache/torchinductor \
     TRITON_CACHE_DIR=/home/crane/.cache/triton \
     CUDA_CACHE_PATH=/home/crane/.cache/nv \
     MPLCONFIGDIR=/home/crane/.cache/matplotlib \

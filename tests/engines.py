@@ -6,9 +6,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -92,35 +91,41 @@ class Oracle:
         return self.logprobs(self.tokenizer(text)["input_ids"], mask)
 
 
-@dataclass
 class Server:
-    """A `crane serve` process; started at once, waited for on first use."""
+    """A server process; started at once, waited for on first use.
 
-    url: str
-    process: subprocess.Popen[bytes]
-    log: Path
+    command: to which its port is appended; ready: the path that answers when it serves.
+    """
 
-    @classmethod
-    def start(
-        cls, model: Path, masks: Path, log: Path, *flags: str, core: int | str, port: int | None = None
-    ) -> "Server":
+    def __init__(
+        self, command: Sequence[str], log: Path, environment: Mapping[str, str], ready: str = "/ready"
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = port or probe.getsockname()[1]
-        command = [sys.executable, "-m", "crane_serve", "serve", str(model), "--masks", str(masks)]
-        # vLLM binds every worker to the first core by default; two engines at once want one each. Ranks: `0|1`.
-        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core)}
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [*command, "--port", str(port), *flags], stdout=output, stderr=subprocess.STDOUT, env=environment
+            port = probe.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{port}", log
+        self._command, self._ready = [*command, str(port)], ready
+        self._environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **environment}
+        self.start()
+
+    @classmethod
+    def of(cls, model: Path, masks: Path, log: Path, *flags: str, core: int | str, **environment: str) -> "Server":
+        """`crane serve`. core: for its worker, as vLLM binds every worker to the first by default; of ranks, `0|1`."""
+        command = [sys.executable, "-m", "crane_serve", "serve", str(model), "--masks", str(masks), *flags, "--port"]
+        return cls(command, log, {"VLLM_CPU_OMP_THREADS_BIND": str(core), **environment})
+
+    def start(self) -> None:
+        """Start the process; once more under the same address, if it has ended."""
+        with self.log.open("ab", buffering=0) as output:
+            self.process = subprocess.Popen(
+                self._command, stdout=output, stderr=subprocess.STDOUT, env=self._environment
             )
-        return cls(f"http://127.0.0.1:{port}", process, log)
 
     def wait(self) -> "Server":
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                if httpx.get(f"{self.url}/ready", timeout=5).is_success:
+                if httpx.get(f"{self.url}{self._ready}", timeout=5).is_success:
                     return self
             except httpx.TransportError:
                 pass
