@@ -70,9 +70,7 @@ RUN python3 /opt/crane/deploy/constraints.py torch > /opt/crane/constraints.txt 
 # Volumes that are made from these directories belong to the user, too.
 RUN useradd --create-home --uid 10001 crane \
     && install -d -o crane -g crane /masks /models /home/crane/.cache
-# Masks are served by vLLM's V1 model runner; the V2 runner is refused unless allowed.
-ENV VLLM_USE_V2_MODEL_RUNNER=0 \
-    CRANE_HOST=0.0.0.0 \
+ENV CRANE_HOST=0.0.0.0 \
     CRANE_PORT=8000 \
     CRANE_MASKS=/masks \
     HOME=/home/crane \

@@ -7,7 +7,7 @@ KEEP ?=
 
 SHELL := /bin/bash
 
-.PHONY: install browser test test-all test-second-python image demo docs tutorial lint release-check clean
+.PHONY: install browser test test-all test-v2 test-second-python image demo docs tutorial lint release-check clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +34,10 @@ browser: install
 test: install browser $(MODEL)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not engine and not release and not image' -n 2 --dist loadfile --durations 15
 	$(BIN)/pytest -m 'engine and not release' --durations 25
+
+# Tests of engines under vLLM's V2 model runner, through Triton's interpreter: slow.
+test-v2: install
+	$(BIN)/python -m tests.v2 --durations 10
 
 # What documents, packaging, deployment, benchmarks and simulations promise, too; before a release, and when these change.
 test-all: test

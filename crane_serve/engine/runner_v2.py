@@ -1,8 +1,7 @@
 """The interface to vLLM's V2 model runner (`v1/worker/gpu/model_runner.py`, vLLM 0.32): its ModelState.
 
 V2 asks `resolve_model_state_cls` which class holds a model's per-request state, makes one when the weights are loaded,
-and calls it for every request and every batch. Written from vLLM's source and tested against its classes; V2 needs
-Triton, so it has not run on a CPU, and it has not run on a GPU.
+and calls it for every request and every batch.
 """
 
 from typing import Any

@@ -5,7 +5,6 @@ from typing import Any
 from crane_serve.engine.config import flag
 
 TESTED_VERSIONS = ("0.32.0",)
-AVOID_V2 = "VLLM_USE_V2_MODEL_RUNNER=0"
 ALLOW_UNTESTED_VARIABLE = "CRANE_ALLOW_UNTESTED_VLLM"
 
 
@@ -38,9 +37,6 @@ def check_engine(vllm_config: Any) -> None:
         "LoRA": vllm_config.lora_config is not None,
         "KV transfer between engines": vllm_config.kv_transfer_config is not None,
     }
-    if not _untested_allowed():
-        v2 = f"the V2 model runner, which is untested ({ALLOW_UNTESTED_VARIABLE}=1 allows it, {AVOID_V2} avoids it)"
-        refused[v2] = vllm_config.use_v2_model_runner
     refused["vLLM's Rust front end (VLLM_USE_RUST_FRONTEND), which loads no plugins"] = flag("VLLM_USE_RUST_FRONTEND")
     for feature, used in refused.items():
         if used:

@@ -50,7 +50,6 @@ def test_a_plain_engine_is_supported() -> None:
         ({"speculative_config": object()}, "speculative decoding"),
         ({"lora_config": object()}, "LoRA"),
         ({"kv_transfer_config": object()}, "KV transfer"),
-        ({"use_v2_model_runner": True}, "V2 model runner"),
     ],
 )
 def test_what_cannot_be_exact_is_refused_by_name(changes: dict[str, object], feature: str) -> None:
