@@ -49,9 +49,7 @@ def headers(host: str | bytes, *origins: str, site: str | None = None) -> Header
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "POST", "PUT", "DELETE", "PATCH", "get"])
 class TestNames:
-    @pytest.mark.parametrize(
-        "host", ["localhost", "LOCALHOST:8", "127.0.0.1:9", "[::1]", "[::1]:8000", "localhost:"]
-    )
+    @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8", "127.0.0.1:9", "[::1]", "[::1]:8000", "localhost:"])
     async def test_own(self, method: str, host: str) -> None:
         assert (await ask(headers(host), method)).status == 204
 
