@@ -4,10 +4,14 @@ BIN := $(VENV)/bin
 MODEL := models/gemma-3-270m
 TORCH_CPU := torch==2.13.0+cpu
 KEEP ?=
+LOCK = echo '$(TORCH_CPU)' | $(BIN)/uv pip compile -q pyproject.toml - --extra cpu --constraint build/installed.txt \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_36 --generate-hashes --only-binary :all: --emit-build-options --no-annotate \
+	$(addprefix --no-emit-package ,torchvision torchaudio torchcodec triton opencv-python-headless) --custom-compile-command 'make lock' \
+	--output-file deploy/locks/cpu.txt >/dev/null
 
 SHELL := /bin/bash
 
-.PHONY: install browser test test-all test-v2 test-second-python image demo docs tutorial lint release-check clean
+.PHONY: install browser test test-all test-v2 test-second-python image lock demo docs tutorial lint release-check clean
 
 install: $(VENV)/.installed
 
@@ -52,6 +56,13 @@ test-second-python: install
 image: install
 	@mkdir -p build
 	$(BIN)/pytest -s -m image tests/image 2>&1 | tee build/image.log; exit $${PIPESTATUS[0]}
+
+# What the image's CPU target installs, by hash: the versions that .venv has. torch's build for CPUs comes from where uv is
+# told to look (UV_FIND_LINKS, UV_INDEX), else from PyTorch's index.
+lock: install
+	@mkdir -p build
+	@$(BIN)/pip freeze --exclude-editable | grep -v @ > build/installed.txt
+	$(LOCK) || $(LOCK) --torch-backend cpu
 
 demo: install
 	@$(BIN)/crane demo --model $(MODEL) --out results/demo $(if $(KEEP),--keep)

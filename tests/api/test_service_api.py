@@ -336,7 +336,6 @@ async def test_unknown_routes_and_methods(
 
 
 async def test_openapi_documents_the_one_shape_of_errors(client: httpx.AsyncClient) -> None:
-    assert "/openapi.json" in (await client.get("/docs")).text
     document = (await client.get("/openapi.json")).json()
     assert set(document["paths"]) == {
         "/generate",
@@ -361,6 +360,11 @@ async def test_openapi_documents_the_one_shape_of_errors(client: httpx.AsyncClie
         for status in ("400", "404", "409", "422", "503"):
             schema = responses[status]["content"]["application/json"]["schema"]
             assert schema == {"$ref": "#/components/schemas/ErrorAnswer"}
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc", "/docs/oauth2-redirect"])
+async def test_no_page_runs_scripts_from_elsewhere(client: httpx.AsyncClient, path: str) -> None:
+    assert (await client.get(path)).status_code == 404
 
 
 async def test_the_engine_lives_as_long_as_the_application(engine: FakeEngine) -> None:

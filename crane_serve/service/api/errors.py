@@ -22,7 +22,7 @@ _DESCRIPTIONS = {
     304: "Not changed: If-None-Match names the current digest",
     400: "Contradictory, or refused by the engine",
     401: "No key, or an unknown one",
-    403: "The key's role does not allow this",
+    403: "The key's role does not allow this, or a page of another origin has sent it",
     404: "Unknown mask, or unknown model",
     405: "The path has no such method",
     408: "The body arrived too slowly",
@@ -30,6 +30,7 @@ _DESCRIPTIONS = {
     412: "If-Match names another digest than the current one",
     413: "The body is too large",
     415: "The body has a media type or an encoding that this route does not accept",
+    421: "Host names a server that this is not",
     422: "Malformed body or parameter",
     429: "Too much at once: of this key, of the whole server, or different masks; see Retry-After",
     500: "Unexpected error",
@@ -47,7 +48,7 @@ _TYPES = {
     504: "timeout_error",
 }
 _NAMED_EVENTS = frozenset({"/v1/messages", "/v1/responses"})  # their clients pass over events without a name
-ANY_ROUTE = (401, 408, 413, 415, 422, 429, 503, 504)
+ANY_ROUTE = (401, 403, 408, 413, 415, 421, 422, 429, 503, 504)
 """What any route may answer, except /health and /ready."""
 
 
