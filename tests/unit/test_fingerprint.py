@@ -353,7 +353,9 @@ def test_pickled_weights_count_by_name_dtype_and_shape(copy: Path, change: Calla
     "change",
     [
         pytest.param(lambda held: held | {UP: held[UP].T.contiguous().T}, id="strides"),
-        pytest.param(lambda held: held | {UP: torch.cat([held[UP], held[UP]])[: len(held[UP])]}, id="part of a storage"),
+        pytest.param(
+            lambda held: held | {UP: torch.cat([held[UP], held[UP]])[: len(held[UP])]}, id="part of a storage"
+        ),
         pytest.param(lambda held: held | {UP: nn.Parameter(held[UP])}, id="parameter"),
         pytest.param(lambda held: {name: held[name] for name in reversed(held)}, id="order"),
         pytest.param(lambda held: held | {"step": 3}, id="something else beside them"),
@@ -390,7 +392,9 @@ class Command:
         return Path.touch, (self.file,)
 
 
-@pytest.mark.parametrize("content", [b"", b"12", b"PK\x03\x04", b"PK\x03\x04" + b"\0" * 64, {}, [1], "state_dict", "code"])
+@pytest.mark.parametrize(
+    "content", [b"", b"12", b"PK\x03\x04", b"PK\x03\x04" + b"\0" * 64, {}, [1], "state_dict", "code"]
+)
 def test_refuses_pickled_weights_that_are_none(copy: Path, tmp_path: Path, content: Any) -> None:
     (copy / "model.safetensors").unlink()
     ran = tmp_path / "ran"
@@ -416,7 +420,9 @@ def test_masks_for_names_and_sizes_are_refused_with_what_to_do(copy: Path, besid
     now = Fingerprint.of(copy)
     earlier = Fingerprint.model_validate(now.model_dump() | {"weights_digest": digest})
     assert not now.is_of(earlier)
-    with pytest.raises(FingerprintError, match="names and sizes alone; make it again.*`crane masks transfer MASKS --to"):
+    with pytest.raises(
+        FingerprintError, match=r"names and sizes alone; make it again.*`crane masks transfer MASKS --to"
+    ):
         now.require(earlier, "mask 'zh'")
     with pytest.raises(FingerprintError, match="made for another model"):
         now.require(now.model_copy(update={"weights_digest": "0" * 64}), "mask 'zh'")
