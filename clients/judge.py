@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from clients.bounded import BoundedError, first_groups
 from clients.errors import CraneError, EvaluationError
 from clients.retries import RetryPolicy
 from clients.templates import Template
@@ -86,7 +87,7 @@ class Judge(BaseModel):
     def _has_group(cls, value: str) -> str:
         try:
             groups = re.compile(value).groups
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{value!r} is not a regular expression: {error}") from error
         if not groups:
             raise ValueError(f"{value!r} has no group; expected one that holds the mark")
@@ -134,8 +135,14 @@ class Judge(BaseModel):
         return reply
 
     def score(self, reply: str) -> float | None:
-        """The mark in a reply; None if there is none, if there are different ones, or if it is out of range."""
-        marks = {_number(match[1]) for match in re.finditer(self.pattern, reply)}
+        """The mark in a reply; None if there is none, if there are different ones, or if it is out of range.
+
+        Raises EvaluationError for a pattern that goes beyond the bounds of a plan's templates.
+        """
+        try:
+            marks = {_number(mark) for mark in first_groups(self.pattern, reply)}
+        except BoundedError as error:
+            raise EvaluationError(f"judge {self.model}: pattern {self.pattern!r}: {error}") from error
         if len(marks) != 1:
             return None
         (mark,) = marks

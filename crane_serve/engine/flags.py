@@ -21,14 +21,14 @@ def engine_arguments(kind: Any, model: Path, flags: Sequence[str], *, program: s
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = kind.add_cli_args(FlexibleArgumentParser(prog=program, exit_on_error=False))
-    return _parse(parser, model, flags, f"an option of {program} or an engine flag of vLLM")
+    return _parse(parser, model, flags, program, "an engine flag of vLLM")
 
 
 def serving_arguments(model: Path, flags: Sequence[str], *, program: str) -> Any:
     """The arguments of vLLM's AsyncEngineArgs and of its OpenAI front end for `model` and `flags`, as a namespace.
 
     Raises ValueError for flags that vLLM does not know or cannot read, that contradict each other, or that are about
-    what the service does itself: listening, keys, origins, TLS, middleware.
+    what the service does itself: the model's revision, listening, keys, origins, TLS, middleware.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs, FrontendArgs, validate_parsed_serve_args
@@ -42,7 +42,7 @@ def serving_arguments(model: Path, flags: Sequence[str], *, program: str) -> Any
     parser.set_defaults(**{_SERVED: True})
     defaults = {name: parser.get_default(name) for name in refused | _NOT_SERVED}
     parser.set_defaults(**dict.fromkeys(defaults))  # a value of None after parsing means that the flag was not used
-    arguments = _parse(parser, model, flags, f"an option of {program}, or a flag of vLLM's engine or OpenAI front end")
+    arguments = _parse(parser, model, flags, program, "a flag of vLLM's engine or OpenAI front end")
     for name, default in defaults.items():
         if getattr(arguments, name) is not None:
             flag = f"--{name.replace('_', '-')}"
@@ -55,12 +55,16 @@ def serving_arguments(model: Path, flags: Sequence[str], *, program: str) -> Any
     return arguments
 
 
-def _parse(parser: Any, model: Path, flags: Sequence[str], expected: str) -> Any:
+def _parse(parser: Any, model: Path, flags: Sequence[str], program: str, expected: str) -> Any:
     try:
         arguments, unknown = parser.parse_known_args(list(flags))
     except ArgumentError as error:
         raise ValueError(f"flags of vLLM: {error}") from error
     if unknown:
-        raise ValueError(f"unknown option {unknown[0]!r}; expected {expected}")
+        raise ValueError(f"unknown option {unknown[0]!r}; expected an option of {program}, or {expected}")
+    if arguments.revision is not None:
+        raise ValueError(f"--revision: an option of {program} itself, and not to be among the flags of vLLM")
+    if arguments.tokenizer_revision is not None and arguments.tokenizer is None:
+        raise ValueError("--tokenizer-revision belongs to --tokenizer; the model's own is that of the model's revision")
     arguments.model = str(model)
     return arguments

@@ -35,6 +35,7 @@ def check_engine(vllm_config: Any) -> None:
         "kv_sharing_fast_prefill": getattr(cache, "kv_sharing_fast_prefill", False),
         "speculative decoding": vllm_config.speculative_config is not None,
         "LoRA": vllm_config.lora_config is not None,
+        "weights that change meanwhile (--weight-transfer-config)": vllm_config.weight_transfer_config is not None,
         "KV transfer between engines": vllm_config.kv_transfer_config is not None,
     }
     refused["vLLM's Rust front end (VLLM_USE_RUST_FRONTEND), which loads no plugins"] = flag("VLLM_USE_RUST_FRONTEND")

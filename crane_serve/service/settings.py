@@ -137,6 +137,7 @@ class ServeSettings(ApiSettings, BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid")
 
     model: str = Field(description="Checkpoint directory or hub id")
+    revision: str | None = Field(default=None, description="Commit, branch or tag of the hub id")
     masks: Path = Field(description="Directory of mask files")
     default_method: str = Field(default=DEFAULT_METHOD, description="Method that a bare language name means")
     mask_rows: int = Field(default=DEFAULT_ROWS, ge=1, description="How many different masks are resident at most")

@@ -25,6 +25,7 @@ def plain_config(**changes: object) -> SimpleNamespace:
         "speculative_config": None,
         "lora_config": None,
         "kv_transfer_config": None,
+        "weight_transfer_config": None,
         "use_v2_model_runner": False,
         "additional_config": {},
     }
@@ -50,6 +51,7 @@ def test_a_plain_engine_is_supported() -> None:
         ({"speculative_config": object()}, "speculative decoding"),
         ({"lora_config": object()}, "LoRA"),
         ({"kv_transfer_config": object()}, "KV transfer"),
+        ({"weight_transfer_config": object()}, "weights that change"),
     ],
 )
 def test_what_cannot_be_exact_is_refused_by_name(changes: dict[str, object], feature: str) -> None:
@@ -70,7 +72,14 @@ def test_the_fields_that_are_checked_exist_in_vllm() -> None:
     fields = {"use_ubatching", "prefill_context_parallel_size"}
     assert fields <= set(dir(ParallelConfig()))
     assert "kv_sharing_fast_prefill" in dir(CacheConfig())
-    fields = {"speculative_config", "lora_config", "kv_transfer_config", "use_v2_model_runner", "additional_config"}
+    fields = {
+        "speculative_config",
+        "lora_config",
+        "kv_transfer_config",
+        "weight_transfer_config",
+        "use_v2_model_runner",
+        "additional_config",
+    }
     assert fields <= set(dir(VllmConfig)) | set(VllmConfig.__dataclass_fields__)
 
 
