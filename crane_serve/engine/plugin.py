@@ -192,10 +192,12 @@ def _add_request(original: Callable[..., Any], self: Any, request: Any, *args: A
     return original(self, request, *args, **kwargs)
 
 
-def _block_keys(original: Callable[..., Any], request: Any, start: int, end: int, *args: Any) -> Any:
-    keys, *rest = original(request, start, end, *args)
+def _block_keys(
+    original: Callable[..., Any], request: Any, start_token_idx: int, end_token_idx: int, *args: Any, **kwargs: Any
+) -> Any:
+    keys, *rest = original(request, start_token_idx, end_token_idx, *args, **kwargs)
     # The prompt's blocks are hashed while the request is being made, before it has its mask; they need no second salt.
-    salt = generated_salt(getattr(request, _LEASE, None), request.num_prompt_tokens, end)
+    salt = generated_salt(getattr(request, _LEASE, None), request.num_prompt_tokens, end_token_idx)
     return with_generated_salt(keys, salt), *rest
 
 

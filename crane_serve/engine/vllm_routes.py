@@ -15,7 +15,7 @@ reading of 0.33:
 | /v1/audio/transcriptions, /v1/audio/translations      | vllm_xargs, but language detection and   |
 |                                                       | beam search drop it: refused             |
 | /generative_scoring, /v1/systemone, /v1/decisions,    | nowhere: they make their own parameters  |
-| /v2/chat, /v1/realtime                                |                                          |
+| /cohere/v2/chat, /v1/realtime                         |                                          |
 | embeddings, score, rerank, classify, pooling          | nowhere: they have none                  |
 | all others: tokenize, count_tokens, derender, ...     | nowhere: they run no model               |
 
@@ -299,8 +299,10 @@ def install() -> None:
     wrap(preprocess, "_validate_prompt_dict", _validate_prompt_dict)
 
 
-def _init_entrypoints_middleware(original: Callable[..., Any], args: Any, app: Starlette, *rest: Any) -> None:
-    original(args, app, *rest)
+def _init_entrypoints_middleware(
+    original: Callable[..., Any], args: Any, app: Starlette, *rest: Any, **options: Any
+) -> None:
+    original(args, app, *rest, **options)
     guard(app)
 
 

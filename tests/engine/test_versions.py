@@ -19,12 +19,16 @@ from crane_serve.engine.versions import fail_request, front_end_flags
 
 
 @dataclass(frozen=True)
-class TellingError:
-    """vLLM 0.33's RequestError, which becomes an exception in the client."""
+class SilentError:
+    """vLLM 0.32's RequestError."""
 
     code: str
     message: str
     retryable: bool = False
+
+
+class TellingError(SilentError):
+    """vLLM 0.33's, which becomes an exception in the client."""
 
     def to_exception(self) -> Exception:
         return RetryableRequestError(self.message)
@@ -50,8 +54,7 @@ def test_a_request_that_fails_in_the_engine_core_says_why_if_vllm_can(
 ) -> None:
     sent: list[tuple[Any, ...]] = []
     core = SimpleNamespace(_send_finish_outputs_to_client=lambda *arguments: sent.append(arguments))
-    if tells:
-        monkeypatch.setattr(vllm.outputs, "RequestError", TellingError)
+    monkeypatch.setattr(vllm.outputs, "RequestError", TellingError if tells else SilentError)
     fail_request(core, SimpleNamespace(request_id="a", client_index=2), "mask_table_full", "no row")
     told = (TellingError("mask_table_full", "no row", retryable=True),) if tells else ()
     assert sent == [(["a"], 2, FinishReason.ERROR, *told)]

@@ -197,6 +197,15 @@ def install_error_handlers(app: FastAPI) -> None:
             response.headers["Allow"] = ", ".join(methods)
         return response
 
-    known = (ApiError, MaskError, FingerprintError, MaskFileError, RejectedRequest, FailedRequest, EngineBusy, EngineDead)
+    known = (
+        ApiError,
+        MaskError,
+        FingerprintError,
+        MaskFileError,
+        RejectedRequest,
+        FailedRequest,
+        EngineBusy,
+        EngineDead,
+    )
     for kind in (*known, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
