@@ -11,7 +11,7 @@ LOCK = echo '$(TORCH_CPU)' | $(BIN)/uv pip compile -q pyproject.toml - --extra c
 
 SHELL := /bin/bash
 
-.PHONY: install browser test test-all test-v2 test-second-python image lock demo docs tutorial lint release-check clean
+.PHONY: install browser test test-all test-v2 test-second-python contract image lock demo docs tutorial lint release-check clean
 
 install: $(VENV)/.installed
 
@@ -51,6 +51,10 @@ test-all: test
 
 test-second-python: install
 	@.ci/second-python '$(TORCH_CPU)'
+
+# Whether vLLM's source has what the engine needs of it: make contract VERSION=0.33.0, or of all supported versions.
+contract: install
+	@$(BIN)/python -m tests.contract $(VERSION)
 
 # Builds the image's CPU target, starts it as it is deployed, asks it and stops it. Needs a Docker engine.
 image: install

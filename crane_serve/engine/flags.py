@@ -6,6 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from crane_serve.engine.versions import front_end_flags
+
 # Flags of routes that are not served, and of adapters: a model's name has the mask where vLLM has the adapter.
 _NOT_SERVED = {"lora_modules", "tokens_only", "enable_server_load_tracking"}
 # /tokenizer_info, for clients without a tokenizer of their own. vLLM does not serve it by default, since it shows the
@@ -31,14 +33,14 @@ def serving_arguments(model: Path, flags: Sequence[str], *, program: str) -> Any
     what the service does itself: the model's revision, listening, keys, origins, TLS, middleware.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs, FrontendArgs, validate_parsed_serve_args
     from vllm.exceptions import VLLMClientError
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    base, front_end, validate = front_end_flags()
     # Without abbreviations: --config, a flag of vLLM's own command line, would be taken for --config-format.
     parser = FlexibleArgumentParser(prog=program, exit_on_error=False, allow_abbrev=False)
-    parser = AsyncEngineArgs.add_cli_args(FrontendArgs.add_cli_args(parser))
-    refused = {field.name for field in fields(FrontendArgs)} - {field.name for field in fields(BaseFrontendArgs)}
+    parser = AsyncEngineArgs.add_cli_args(front_end.add_cli_args(parser))
+    refused = {field.name for field in fields(front_end)} - {field.name for field in fields(base)}
     parser.set_defaults(**{_SERVED: True})
     defaults = {name: parser.get_default(name) for name in refused | _NOT_SERVED}
     parser.set_defaults(**dict.fromkeys(defaults))  # a value of None after parsing means that the flag was not used
@@ -49,8 +51,8 @@ def serving_arguments(model: Path, flags: Sequence[str], *, program: str) -> Any
             raise ValueError(f"{flag}: {program} does not take this flag of vLLM's server; see {program} --help")
         setattr(arguments, name, default)
     try:
-        validate_parsed_serve_args(arguments)
-    except (TypeError, VLLMClientError) as error:
+        validate(arguments)
+    except (TypeError, ValueError, VLLMClientError) as error:
         raise ValueError(f"flags of vLLM: {str(error).removeprefix('Error: ')}") from error
     return arguments
 

@@ -26,7 +26,8 @@ from crane_serve.engine import live_masks, vllm_routes
 from crane_serve.engine.admission import MASK_ARGUMENT, admit, looks_like_ours, requested_mask, require_row
 from crane_serve.engine.config import MASKS_VARIABLE, MaskConfig, add_mask_config, mask_config, masks_disabled
 from crane_serve.engine.prefix_cache import check_salt, generated_salt, salted, with_generated_salt
-from crane_serve.engine.support import UnsupportedEngine, check_engine, check_version
+from crane_serve.engine.support import UnsupportedEngine, caution, check_engine, check_version
+from crane_serve.engine.versions import fail_request
 from crane_serve.engine.vocabulary import drop_impossible, require_embeddings, validate_token_ids
 from crane_serve.engine.wrapping import wrap
 
@@ -112,7 +113,17 @@ def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, *
     add_mask_config(vllm_config)
     if mask_config(vllm_config) is not None:
         check_engine(vllm_config)
+        _warn_of_version()
     return vllm_config
+
+
+def _warn_of_version() -> None:
+    import vllm
+    from vllm.logger import init_logger
+
+    warning = caution(vllm.__version__)
+    if warning is not None:
+        init_logger("vllm.crane").warning("%s", warning)
 
 
 def _init_front_end(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
@@ -151,9 +162,14 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
 
 def _preprocess_add_request(original: Callable[..., Any], self: Any, request: Any) -> Any:
     # An error here is sent to the client as a failed request (EngineCoreProc) or raised to the caller (in-process).
+    from vllm.exceptions import VLLMValidationError
+
     require_embeddings(self.vllm_config, request)
-    resolved = admit(self.vllm_config, request.sampling_params, resumable=request.resumable)
-    request.cache_salt = salted(resolved, request.cache_salt)
+    try:
+        resolved = admit(self.vllm_config, request.sampling_params, resumable=request.resumable)
+        request.cache_salt = salted(resolved, request.cache_salt)
+    except MaskError as error:  # from 0.33 on the client is told the text of this kind of error
+        raise VLLMValidationError(str(error), parameter=MASK_ARGUMENT) from error
     admitted = original(self, request)
     # As long as vLLM keeps the request, its mask is in use.
     setattr(admitted[0], _LEASE, resolved)
@@ -167,19 +183,21 @@ def _add_request(original: Callable[..., Any], self: Any, request: Any, *args: A
         leases = (getattr(other, _LEASE, None) for other in self.scheduler.requests.values())
         try:
             require_row(self.vllm_config, mask, {lease.mask.digest for lease in leases if lease is not None})
-        except MaskTableFull:
+        except MaskTableFull as error:
             # The engine core may raise here only if it runs in the caller's process.
-            if not hasattr(self, "_send_error_outputs_to_client"):
+            if not hasattr(self, "_send_finish_outputs_to_client"):
                 raise
-            self._send_error_outputs_to_client([request.request_id], request.client_index)
+            fail_request(self, request, "mask_table_full", str(error))
             return None
     return original(self, request, *args, **kwargs)
 
 
-def _block_keys(original: Callable[..., Any], request: Any, start: int, end: int, *args: Any) -> Any:
-    keys, *rest = original(request, start, end, *args)
+def _block_keys(
+    original: Callable[..., Any], request: Any, start_token_idx: int, end_token_idx: int, *args: Any, **kwargs: Any
+) -> Any:
+    keys, *rest = original(request, start_token_idx, end_token_idx, *args, **kwargs)
     # The prompt's blocks are hashed while the request is being made, before it has its mask; they need no second salt.
-    salt = generated_salt(getattr(request, _LEASE, None), request.num_prompt_tokens, end)
+    salt = generated_salt(getattr(request, _LEASE, None), request.num_prompt_tokens, end_token_idx)
     return with_generated_salt(keys, salt), *rest
 
 

@@ -56,6 +56,14 @@ class EngineDead(RuntimeError):
     """The engine process has died; no request can be served."""
 
 
+class EngineBusy(RuntimeError):
+    """The engine takes no such request at the moment; the same one may succeed later."""
+
+
+class FailedRequest(RuntimeError):
+    """The engine failed at this one request, by no fault of the request, and goes on with others."""
+
+
 class RejectedRequest(ValueError):
     """The engine refuses the request: too long, or parameters out of range."""
 
@@ -366,7 +374,8 @@ class EngineService:
     ) -> AsyncGenerator[Step]:
         """Continue a prompt. With `stream` each step is yielded when it is ready, otherwise all as one step.
 
-        Raises RejectedRequest, MaskError or EngineDead. Closing the iterator aborts the request.
+        Raises RejectedRequest, MaskError, EngineBusy, FailedRequest or EngineDead. Closing the iterator aborts the
+        request.
         """
         from vllm.sampling_params import RequestOutputKind
 
@@ -394,8 +403,7 @@ class EngineService:
     ) -> PromptLogprobs:
         """Log-probability of each of `token_ids` [n] after the first given those before it: [n - 1].
 
-        data_parallel_rank: the engine to run it, if not the one with the least to do. Raises RejectedRequest,
-        MaskError or EngineDead.
+        data_parallel_rank: the engine to run it, if not the one with the least to do. Raises as `generate` does.
         """
         parameters = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
         results = [result async for result in self._run(token_ids, parameters, mask, data_parallel_rank)]
@@ -414,7 +422,7 @@ class EngineService:
         mask: ResolvedMask | None,
         data_parallel_rank: int | None = None,
     ) -> AsyncGenerator[Any]:
-        from vllm.exceptions import VLLMClientError
+        from vllm.exceptions import GenerationError, GracefulHTTPError, RetryableRequestError, VLLMClientError
         from vllm.inputs import tokens_input
         from vllm.sampling_params import SamplingParams
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -441,6 +449,10 @@ class EngineService:
             if self.is_dead:
                 raise EngineDead("the engine has died") from error
             raise RejectedRequest(str(error.__cause__ or error)) from error
+        except (RetryableRequestError, GracefulHTTPError) as error:  # paused; too many are queued
+            raise EngineBusy(str(error)) from error
+        except GenerationError as error:
+            raise FailedRequest(f"the engine failed at this request: {error}") from error
         except (VLLMClientError, ValueError) as error:
             if isinstance(error.__cause__, MaskError):
                 # A new error: raising the old one again would make a reference cycle.

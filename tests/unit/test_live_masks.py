@@ -249,7 +249,7 @@ def test_the_engine_core_too_refuses_a_mask_without_a_row(fingerprint: Fingerpri
         scheduler=SimpleNamespace(requests={name: request(name, number) for number, name in enumerate("ab")}),
     )
     if own_process:
-        core._send_error_outputs_to_client = lambda ids, client: refused.extend(ids)
+        core._send_finish_outputs_to_client = lambda ids, *how: refused.extend(ids)
 
     def add(one: SimpleNamespace) -> None:
         _add_request(lambda core, request: added.append(request.request_id), core, one)
