@@ -73,7 +73,7 @@ def test_every_other_composition_has_a_digest_of_its_own() -> None:
 def test_a_factor_moves_what_is_masked_and_leaves_the_rest_at_exactly_one(factor: float) -> None:
     mask = NeuronMask(scales((0, 1, 0.0), (1, 2, 0.5)), SIZES, torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
     whole = Composition([Member(mask, factor)]).whole()
-    assert torch.equal(whole.intermediate, scales((0, 1, factor), (1, 2, factor + (1 - factor) * 0.5)))
+    assert torch.equal(whole.intermediate, scales((0, 1, factor), (1, 2, 0.5 + factor * 0.5)))
     assert whole.output is not None
     assert torch.equal(whole.output, torch.tensor([[factor, 1.0], [1.0, 1.0]]))
 

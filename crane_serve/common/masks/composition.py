@@ -17,7 +17,7 @@ _DIGEST_DOMAIN = b"crane-composition-v1"
 
 @dataclass(frozen=True)
 class Member:
-    """A mask and the factor f that moves each of its scales s to f + (1 - f) s.
+    """A mask and the factor f that moves each of its scales s to s + f (1 - s).
 
     So 0 becomes f and 1 stays 1: a factor of 0 is the mask as it is, 1 has no effect, 2 doubles what the mask switches
     off.
@@ -34,11 +34,12 @@ class Member:
     @property
     def largest(self) -> float:
         """The largest absolute value of its scales, but at least 1."""
-        return max(1.0, *(abs(self.factor + (1 - self.factor) * scale) for scale in self.mask.extremes))
+        return max(1.0, *(abs(scale + self.factor * (1 - scale)) for scale in self.mask.extremes))
 
     def moved(self, scales: Tensor) -> Tensor:
         """`scales` of its mask, moved; of any shape."""
-        return torch.where(scales == 1, scales, self.factor + (1 - self.factor) * scales) if self.factor else scales
+        # Exactly f for 0 and 1 for 1. Not one operation, which would round otherwise at the end of a shard.
+        return (1 - scales).mul_(self.factor).add_(scales) if self.factor else scales
 
 
 @dataclass(frozen=True, eq=False)
