@@ -14,7 +14,7 @@ import httpx
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from crane_serve.common.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, write_mask
+from crane_serve.common.masks import Composition, Fingerprint, MaskInfo, MaskLibrary, NeuronMask, write_mask
 from tests.tiny import mlp_projections
 
 START_TIMEOUT_S = 420
@@ -52,8 +52,10 @@ class Oracle:
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
     @contextmanager
-    def _masked(self, mask: NeuronMask | None, masked: slice):
+    def _masked(self, mask: NeuronMask | Composition | None, masked: slice):
         """Scale the MLPs' inputs and outputs at the token positions `masked`."""
+        if isinstance(mask, Composition):
+            mask = mask.whole()
 
         def per_token(scale: torch.Tensor, tokens: int) -> torch.Tensor:
             scales = torch.ones(tokens, len(scale))
@@ -80,14 +82,16 @@ class Oracle:
                 hook.remove()
 
     @torch.no_grad()
-    def logprobs(self, token_ids: Sequence[int], mask: NeuronMask | None, masked: slice = slice(None)) -> list[float]:
+    def logprobs(
+        self, token_ids: Sequence[int], mask: NeuronMask | Composition | None, masked: slice = slice(None)
+    ) -> list[float]:
         """Log-probability in nats of each token after the first, with the mask at the token positions `masked`."""
         ids = torch.tensor([list(token_ids)])
         with self._masked(mask, masked):
             logprobs = self.model(ids).logits[0].log_softmax(-1)
         return logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist()
 
-    def text_logprobs(self, text: str, mask: NeuronMask | None) -> list[float]:
+    def text_logprobs(self, text: str, mask: NeuronMask | Composition | None) -> list[float]:
         return self.logprobs(self.tokenizer(text)["input_ids"], mask)
 
 

@@ -10,6 +10,7 @@ What is wrapped, each once per process:
 - EngineCore.preprocess_add_request (engine core): admission again, and the prefix-cache salt;
 - generate_block_hash_extra_keys (engine core): the salt of blocks with generated tokens, if only some are masked, in
   hashes and in KV events;
+- get_kv_cache_configs (engine core): has KV blocks zeroed before a request gets them: see `fresh_blocks`;
 - EngineCore.add_request (engine core): refuses a mask without a free row, and forgets content that no request needs;
 - WorkerWrapperBase.init_device (worker): gives the model runner its masks, through MaskedRunner (V1)
   or MaskedModelState (V2).
@@ -70,9 +71,12 @@ def install() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.renderers.base import BaseRenderer
     from vllm.v1.core import block_pool, kv_cache_utils
+    from vllm.v1.engine import core
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    from crane_serve.engine.fresh_blocks import get_kv_cache_configs
 
     wrap(EngineArgs, "create_engine_config", _create_engine_config)
     wrap(InputProcessor, "__init__", _init_front_end)
@@ -82,6 +86,7 @@ def install() -> None:
     wrap(EngineCore, "add_request", _add_request)
     for module in (kv_cache_utils, block_pool):  # the second imports it by name, for KV events
         wrap(module, "generate_block_hash_extra_keys", _block_keys)
+    wrap(core, "get_kv_cache_configs", get_kv_cache_configs)
     wrap(WorkerWrapperBase, "init_device", _init_device)
     setattr(EngineCore, live_masks.CHANGE_METHOD, live_masks.change_in_core)
     setattr(EngineCore, live_masks.FORGET_METHOD, live_masks.forget_in_core)

@@ -16,7 +16,7 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
-from crane_serve.common.atomic import written_aside
+from crane_serve.common.atomic import remove_file, written_aside
 from crane_serve.common.masks import (
     Fingerprint,
     MaskError,
@@ -319,11 +319,24 @@ class EngineService:
                 if save:
                     aside = written_aside(mask_path(self._config.masks, stored.name), content)
                     put_in_place = await asyncio.to_thread(files.enter_context, aside)
-                await self._tell_cores(CHANGE_METHOD, stored.name, content)
-                if put_in_place is not None:
-                    put_in_place()
+                try:
+                    await self._tell_cores(CHANGE_METHOD, stored.name, content)
+                    if put_in_place is not None:
+                        await asyncio.to_thread(put_in_place)
+                except Exception:
+                    with suppress(Exception):  # what has failed may fail again; the first error says why
+                        await self._take_back(stored)
+                    raise
             self.library.put(stored)
         await self._forget_unused()
+
+    async def _take_back(self, stored: StoredMask) -> None:
+        """Have the engine cores be as the front end, which never had `stored`."""
+        before = self.library.masks.get(stored.name)
+        content = None if before is None else encode_mask(before.name, before.mask, before.info)
+        await self._tell_cores(CHANGE_METHOD, stored.name, content)
+        if stored.mask.digest not in self.library:  # requests of the front end may have it otherwise
+            await self._tell_cores(FORGET_METHOD, [stored.mask.digest])
 
     async def remove_mask(self, name: str, *, save: bool = False) -> None:
         """Remove the mask of exactly this name while serving; requests that use it finish with it.
@@ -339,7 +352,7 @@ class EngineService:
                 known = ", ".join(self.library.masks) or "no masks"
                 raise UnknownMask(f"unknown mask {name!r}; this server has {known}")
             if save:
-                mask_path(self._config.masks, name).unlink(missing_ok=True)
+                await asyncio.to_thread(remove_file, mask_path(self._config.masks, name))
             self.library.discard(name)
             await self._tell_cores(CHANGE_METHOD, name, None)
         await self._forget_unused()

@@ -1,5 +1,6 @@
 """vLLM's own LLM class on the tiny model, with the mask in `extra_args`."""
 
+import math
 import os
 from pathlib import Path
 
@@ -59,3 +60,10 @@ def generate(llm, prompts: list[str], masks: list[str | None], *, score: bool = 
             }
         )
     return answers
+
+
+def fill_with_nan(worker) -> int:
+    """In a worker: write NaN into every KV block; returns the number of layers."""
+    for cache in worker.model_runner.kv_caches:
+        cache.fill_(math.nan)
+    return len(worker.model_runner.kv_caches)

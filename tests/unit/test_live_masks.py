@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from crane_serve.common.masks import (
+    Composition,
     Fingerprint,
     FingerprintError,
     MaskInfo,
     MaskLibrary,
     MaskTableFull,
+    Member,
     NeuronMask,
     ResolvedMask,
     StoredMask,
@@ -39,7 +41,7 @@ def test_a_replaced_mask_goes_on_for_those_who_have_it(library: MaskLibrary, fin
     new = library.resolve("a")
     assert old.mask.digest != new.mask.digest
     assert library.retired == {old.mask.digest}
-    assert library.mask_of(old.wire) is old.mask
+    assert library.mask_of(old.wire).members == old.mask.members
     assert library.forget(library.retired) == []
     digest = old.mask.digest
     del old
@@ -57,7 +59,7 @@ def test_a_retired_mask_is_not_there_for_new_requests_even_by_digest(library: Ma
         with pytest.raises(UnknownMask):
             library.resolve(name)
     # A request on its way to the engine still gets there.
-    assert library.resolve(kept.wire, retired=True).mask is kept.mask
+    assert library.resolve(kept.wire, retired=True).mask.members == kept.mask.members
 
 
 def test_content_with_two_names_stays_until_both_are_gone(library: MaskLibrary, fingerprint: Fingerprint) -> None:
@@ -214,7 +216,7 @@ def test_a_mask_without_a_row_is_refused_only_where_rows_can_run_out(
 
     from crane_serve.engine.config import MaskConfig
 
-    mask = ResolvedMask("a", "a", stored("a", 0, fingerprint).mask)
+    mask = ResolvedMask("a", Composition([Member(stored("a", 0, fingerprint).mask)]))
     in_use = {mask.mask.digest if digest == "SELF" else digest for digest in in_use}
     config = SimpleNamespace(
         additional_config={"crane": MaskConfig(rows, False, "model", Path("masks"), "attnlrp", "0")},
@@ -236,7 +238,7 @@ def test_the_engine_core_too_refuses_a_mask_without_a_row(fingerprint: Fingerpri
     from crane_serve.engine.plugin import _LEASE, _add_request
 
     def request(name: str, neuron: int) -> SimpleNamespace:
-        lease = ResolvedMask(name, name, stored(name, neuron, fingerprint).mask)
+        lease = ResolvedMask(name, Composition([Member(stored(name, neuron, fingerprint).mask)]))
         return SimpleNamespace(request_id=name, client_index=0, **{_LEASE: lease})
 
     added: list[str] = []
