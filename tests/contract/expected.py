@@ -14,6 +14,7 @@ _V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 WRAPPED = {
     "detokenizing._decode_next": ["vllm.v1.engine.detokenizer:FastIncrementalDetokenizer.decode_next"],
     "detokenizing._init": ["vllm.v1.engine.detokenizer:FastIncrementalDetokenizer.__init__"],
+    "fresh_blocks.get_kv_cache_configs": ["vllm.v1.engine.core:get_kv_cache_configs"],
     "limits._check_length": ["vllm.v1.engine.input_processor:InputProcessor._validate_prompt_len"],
     "limits._max_tokens": ["vllm.entrypoints.serve.utils.api_utils:get_max_tokens"],
     "metering.meter.generate": ["vllm.v1.engine.async_llm:AsyncLLM.generate"],
@@ -108,7 +109,8 @@ READ = {
     _CHAT: "vllm_xargs",
     _COMPLETION: "vllm_xargs",
     _RESPONSES: "vllm_xargs",
-    _V1: "input_batch requests discard_request_mask model vllm_config load_model _prepare_inputs _dummy_run",
+    _V1: "input_batch requests discard_request_mask model vllm_config load_model _prepare_inputs _dummy_run"
+    " _zero_block_ids device kv_caches kv_cache_config",
     _V2: "vllm_config model_state",
     f"{_CLI}:FrontendArgs": "lora_modules tokens_only enable_server_load_tracking enable_tokenizer_info_endpoint",
     f"{_CLI}:BaseFrontendArgs": "lora_modules tool_parser_plugin",
@@ -157,6 +159,7 @@ READ = {
     "vllm.v1.engine.detokenizer:FastIncrementalDetokenizer": "tokenizer skip_special_tokens",
     "vllm.v1.engine.input_processor:InputProcessor": "vllm_config model_config tokenizer",
     "vllm.v1.engine.llm_engine:LLMEngine": "vllm_config engine_core",
+    "vllm.v1.kv_cache_interface:KVCacheConfig": "needs_kv_cache_zeroing num_blocks",
     "vllm.v1.request:Request": "request_id client_index num_prompt_tokens cache_salt",
     "vllm.v1.utils:CpuGpuBuffer": "np",
     "vllm.v1.worker.cpu_worker:CPUWorker": "model_runner",
