@@ -48,7 +48,10 @@ WRAPPED = {
 }
 """By our function, what it replaces: it takes what vLLM's takes."""
 
-MIXED_IN = {"runner_v2.MaskedModelState": "vllm.v1.worker.gpu.model_states.interface:ModelState"}
+MIXED_IN = {
+    "fresh_blocks.ZeroedKVCacheConfig": "vllm.v1.kv_cache_interface:KVCacheConfig",
+    "runner_v2.MaskedModelState": "vllm.v1.worker.gpu.model_states.interface:ModelState",
+}
 """By our class, vLLM's that it is put before: each of its methods overrides one there, and takes what that takes."""
 
 ADDED = {
@@ -106,6 +109,8 @@ CALLED = {
 """What we call, with the arguments that we pass: by position, by name (`name=`), and any number of them (`*`)."""
 
 READ = {
+    "vllm": "envs",
+    "vllm.envs": "VLLM_USE_MODELSCOPE",
     _CHAT: "vllm_xargs",
     _COMPLETION: "vllm_xargs",
     _RESPONSES: "vllm_xargs",
@@ -120,11 +125,11 @@ READ = {
     "vllm.config:DeviceConfig": "device_type",
     "vllm.config:LoadConfig": "load_format",
     "vllm.config:ModelConfig": "model dtype max_model_len runner_type hf_config hf_text_config get_vocab_size"
-    " try_get_generation_config",
+    " try_get_generation_config hf_config_path tokenizer_revision",
     "vllm.config:ParallelConfig": "use_ubatching prefill_context_parallel_size tensor_parallel_size data_parallel_size",
     "vllm.config:SchedulerConfig": "max_num_seqs max_num_batched_tokens",
     "vllm.config:VllmConfig": "model_config cache_config parallel_config scheduler_config compilation_config"
-    " device_config load_config speculative_config lora_config kv_transfer_config additional_config"
+    " device_config load_config speculative_config lora_config kv_transfer_config weight_transfer_config additional_config"
     " use_v2_model_runner",
     "vllm.engine.arg_utils:AsyncEngineArgs": "model tokenizer tokenizer_mode skip_tokenizer_init trust_remote_code"
     " served_model_name disable_log_stats enable_log_requests reasoning_parser_plugin",

@@ -29,20 +29,11 @@ PYTHON = (
     *(argparse.ArgumentParser, asyncio.AbstractEventLoop, asyncio.Task, ThreadPoolExecutor, ExitStack, ContextVar),
     *(Message, torch.Tensor, torch.nn.Module, FastAPI, FieldInfo),
 )
-NOT_OF_VLLM = {
-    *("get_vocab", "convert_ids_to_tokens", "bos_token_id"),  # transformers
-    *(
-        "cls",
-        "middleware_stack",
-        "user_middleware",
-        "body_field",
-        "field_info",
-        "model_dump",
-        "model_fields",
-    ),  # HTTP, pydantic
-    "__struct_fields__",  # msgspec
-    *("_load_model", "crane_mask_request"),  # ours
-}
+TRANSFORMERS = {"get_vocab", "convert_ids_to_tokens", "bos_token_id"}
+HTTP = {"cls", "middleware_stack", "user_middleware", "body_field"}
+MODELS = {"field_info", "model_dump", "model_fields", "__struct_fields__"}  # pydantic, msgspec
+OF_OTHERS = {*TRANSFORMERS, *HTTP, *MODELS, "_load_model", "crane_mask_request"}  # the last two are ours
+VERSION = wheel.installed_version() or "none"
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +48,11 @@ def changed(installed: Source, changes: Sequence[tuple[str, str, str]]) -> Repor
         text = texts.get(module) or installed.text(module) or ""
         assert old in text, f"{module} has no {old!r}; change the test"
         texts[module] = text.replace(old, new)
-    return check(Source(wheel.installed(), texts), TESTED_VERSIONS[0])
+    return check(Source(wheel.installed(), texts), VERSION)
 
 
 def test_the_installed_version_has_what_the_engine_needs(installed: Source) -> None:
-    report = check(installed, wheel.installed_version() or "")
+    report = check(installed, VERSION)
     assert report.breaches == [], str(report)
     assert report.notices == [], str(report)
     assert report.checked.total() > 300
@@ -98,10 +89,10 @@ def test_every_attribute_that_is_neither_ours_nor_pythons_is_in_the_table() -> N
     listed |= {
         name for line in expected.SAYS.values() for text in line for name in re.findall(r"state\.(\w+) = ", text)
     }
-    known = {name for kind in PYTHON for name in dir(kind)} | NOT_OF_VLLM | ours.own_names()
+    known = {name for kind in PYTHON for name in dir(kind)} | OF_OTHERS | ours.own_names()
     unknown = {name: place for name, place in ours.attributes().items() if name not in listed | known}
     assert unknown == {}, "names of vLLM that tests/contract/expected.py does not list"
-    assert set(ours.attributes()) >= NOT_OF_VLLM, "names that the engine no longer uses"
+    assert set(ours.attributes()) >= OF_OTHERS, "names that the engine no longer uses"
 
 
 BREAKING = [
@@ -119,7 +110,7 @@ BREAKING = [
     ("vllm.v1.worker.gpu_model_runner", "= self._update_states(scheduler_output)", "= None"),
     ("vllm.entrypoints.openai.completion.api_router", '"/v1/completions"', '"/v2/completions"'),
     ("vllm.v1.worker.worker_base", "class WorkerWrapperBase:", "class WorkerWrapperBase:\n    crane_change_mask = 1"),
-    ("vllm.envs", "VLLM_USE_V2_MODEL_RUNNER", "VLLM_RUNNER"),
+    ("vllm.envs", "VLLM_USE_RUST_FRONTEND", "VLLM_FRONTEND"),
     ("vllm.inputs", "tokens_input", "text_input"),
 ]
 BREACHES = [
@@ -133,7 +124,7 @@ BREACHES = [
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model does not say 'self._update_states('",
     "there is no route /v1/completions, from which a mask was carried",
     "vllm.v1.worker.worker_base:WorkerWrapperBase.crane_change_mask is a name of vLLM's own now",
-    "the environment variable VLLM_USE_V2_MODEL_RUNNER is not in vllm.envs",
+    "the environment variable VLLM_USE_RUST_FRONTEND is not in vllm.envs",
     "and is not there (there is one in vllm.inputs.engine)",
 ]
 
@@ -167,7 +158,7 @@ def test_a_changed_body_and_a_new_route_are_no_breach_but_must_be_read(installed
     )
     assert report.breaches == []
     body, path = report.notices
-    assert "WorkerWrapperBase.init_device is not as it was read in 0.32.0; look at: the model runner exists" in body
+    assert f"WorkerWrapperBase.init_device is not as it was read in {VERSION}; look at: the model runner exists" in body
     assert path == f"/v1/more ({completions}) is a new route: read whether a mask reaches the engine from there"
 
 
