@@ -1,5 +1,4 @@
-"""Write a file, or a line of one, completely or not at all. Whatever has to survive a full disk or a kill is written
-here."""
+"""Write, or remove, a file or a line of one, completely or not at all, on a full disk and when killed, too."""
 
 import io
 import os

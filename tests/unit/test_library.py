@@ -1,5 +1,6 @@
 """MaskLibrary: which masks a directory holds, and which one a request means."""
 
+import math
 import tracemalloc
 from pathlib import Path
 
@@ -65,6 +66,19 @@ def test_lists_unusable_files_with_the_reason(directory: Path, fingerprint: Fing
     with pytest.raises(InvalidMask, match=r"mask 'corrupt' cannot be used: .*not a readable mask file"):
         library.resolve("corrupt")
     assert library.resolve("vi") is not None
+
+
+def test_a_file_with_scales_beyond_the_bound_is_listed_with_it(
+    directory: Path, fingerprint: Fingerprint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("crane_serve.common.masks.mask.MAX_SCALE", math.inf)
+        mask = NeuronMask(torch.full((2, 6), 3e38).where(torch.tensor([[1] * 6, [1] * 5 + [0]]) == 1, 1), (6, 5))
+        write_mask(directory, "large", mask, MaskInfo(language="xx", method="test", fingerprint=fingerprint))
+    library = MaskLibrary.load(directory, fingerprint)
+    assert "'intermediate' holds a scale of size 3e+38, expected at most 10000 in absolute" in library.invalid["large"]
+    with pytest.raises(InvalidMask, match="at most 10000"):
+        library.resolve("large,vi@100")
 
 
 def test_an_empty_directory_is_a_library(tmp_path: Path, fingerprint: Fingerprint) -> None:

@@ -62,6 +62,22 @@ def test_a_retired_mask_is_not_there_for_new_requests_even_by_digest(library: Ma
     assert library.resolve(kept.wire, retired=True).mask.members == kept.mask.members
 
 
+@pytest.mark.parametrize("expression", ["a,b", "b@0.5", "a@2,b@3"])
+def test_what_a_joined_mask_is_made_of_stays_as_long_as_it_is_used(library: MaskLibrary, expression: str) -> None:
+    """Also where a worker multiplies it into a row: it is told to forget only when no core needs it."""
+    used = library.resolve(expression)
+    digest = library.masks["b"].mask.digest
+    before = used.mask.whole().digest
+    library.discard("b")
+    assert library.forget(library.retired) == []
+    assert library.mask_of(used.wire).whole().digest == before
+    wire = used.wire
+    del used
+    assert library.forget(library.retired) == [digest]
+    with pytest.raises(UnknownMask):
+        library.mask_of(wire)
+
+
 def test_content_with_two_names_stays_until_both_are_gone(library: MaskLibrary, fingerprint: Fingerprint) -> None:
     library.put(stored("same", 0, fingerprint))
     library.discard("a")

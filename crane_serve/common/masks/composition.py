@@ -42,7 +42,7 @@ class Member:
         return (1 - scales).mul_(self.factor).add_(scales) if self.factor else scales
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Composition:
     """The joint effect of masks: scales multiply, and what is given twice counts once.
 
