@@ -31,6 +31,7 @@ the language of the question (ISO code: {{ language }}). Length alone is no meri
 </answer>
 
 Give your reasons in one or two sentences. Then end with the mark, exactly in this form: Rating: [[5]]""")
+_KEY_VARIABLE = r"CRANE_JUDGE_KEY(_[A-Z0-9_]+)?"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PATTERN = r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]"
 
@@ -52,8 +53,8 @@ class Judge(BaseModel):
 
     base_url: the address before `/chat/completions`; template: of the prompt, with `question`, `answer` and `language`;
     lowest, highest: of the marks; pattern: a regular expression whose first group is the mark; key_variable: the
-    environment variable with the API key, which is never written to a plan, result or message; temperature: None to
-    send no temperature, for models that refuse it.
+    environment variable with the API key, CRANE_JUDGE_KEY or one whose name begins with CRANE_JUDGE_KEY_; the key is
+    never written to a plan, result or message; temperature: None to send no temperature, for models that refuse it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -105,12 +106,31 @@ class Judge(BaseModel):
         content = [self.model, str(self.template), self.max_tokens, self.temperature]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
+    @property
+    def host(self) -> str:
+        """The host in its address, with the port if one is given that is not the scheme's own."""
+        return httpx.URL(self.base_url).netloc.decode()
+
+    def require_safe(self) -> None:
+        """Raise EvaluationError for an address that others on the way could read, or a variable that is not meant for
+        judges."""
+        url = httpx.URL(self.base_url)
+        if url.scheme != "https" and url.host not in _LOOPBACK:
+            raise EvaluationError(f"judge {self.model} at {self.base_url}: expected https, as it is not this machine")
+        if self.key_variable is not None and not re.fullmatch(_KEY_VARIABLE, self.key_variable):
+            raise EvaluationError(
+                f"judge {self.model}: key_variable is {self.key_variable!r}; expected CRANE_JUDGE_KEY, or a name that "
+                "begins with CRANE_JUDGE_KEY_, so that a plan can name no other secret"
+            )
+
     async def ask(self, question: str, answer: str, language: str) -> str:
         """The judge's reply, word for word; empty if the reply has no text.
 
-        429, 503 and failed connections are retried. Raises CraneError naming the judge for a refusal or an answer that
-        is not a chat completion; EvaluationError if `key_variable` is not set or does not contain a key.
+        429, 503 and failed connections are retried; redirections are not followed. Raises CraneError naming the judge
+        for a refusal or an answer that is not a chat completion; EvaluationError if `key_variable` is not set or does
+        not contain a key, and as `require_safe` does.
         """
+        self.require_safe()
         prompt = self.template.render({"question": question, "answer": answer, "language": language})
         body: dict[str, Any] = {
             "model": self.model,
@@ -126,6 +146,7 @@ class Judge(BaseModel):
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(self.timeout_s, connect=min(self.timeout_s, 10.0)),
             verify=_certificates(),
+            follow_redirects=False,  # to where nobody allowed it
             trust_env=httpx.URL(self.base_url).host not in _LOOPBACK,  # proxies cannot reach loopback addresses
         ) as client:
             try:
