@@ -173,7 +173,7 @@ def test_the_lock_has_what_the_package_needs() -> None:
 
 
 def test_the_image_installs_by_hash_only() -> None:
-    runs = " ".join(command for (command,) in values(stages(DOCKERFILE.read_text())["cpu"], "RUN"))
+    runs = "; ".join(command for (command,) in values(stages(DOCKERFILE.read_text())["cpu"], "RUN"))
     installs = re.findall(r"pip install ([^;&|]*)", runs)
     assert len(installs) == 4
     assert all("--no-deps" in one and ("--require-hashes" in one or "--no-index" in one) for one in installs)
