@@ -98,7 +98,8 @@ class ApiSettings(BaseModel):
     cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_at_commas)] = Field(
         default=(), description="Origins whose pages may call this server, joined with commas"
     )
-    max_body_bytes: int = Field(default=16 * _MIB, ge=1024, description="Largest body of a request")
+    max_body_bytes: int = Field(default=16 * _MIB, ge=1024, description="Largest body: an uploaded mask")
+    max_json_bytes: int = Field(default=4 * _MIB, ge=1024, description="Largest body of any other request")
     max_buffered_bytes: int = Field(
         default=512 * _MIB, ge=1024, description="Bodies of all requests together", validate_default=True
     )

@@ -20,7 +20,7 @@ from crane_serve.common.masks import MaskError, MaskLibrary, Positions, Resolved
 from crane_serve.engine.admission import MASK_ARGUMENT, POSITIONS_ARGUMENT, mask_arguments
 from crane_serve.engine.openai_app import answering_as, public_name, split_model
 from crane_serve.engine.service import EngineDead, EngineService
-from crane_serve.engine.vllm_routes import CARRYING
+from crane_serve.engine.vllm_routes import CARRYING, CHECKED
 from crane_serve.service.api import openai_body
 from crane_serve.service.api.body import replayed
 from crane_serve.service.api.context import context_of
@@ -29,6 +29,7 @@ from crane_serve.service.api.errors import ApiError, BadRequest, error_event, er
 from crane_serve.service.api.gate import Gate
 from crane_serve.service.api.openai_body import MASK, POSITIONS, Body
 from crane_serve.service.api.page import check_page_query
+from crane_serve.service.api.turns import Turns
 
 _MODELS, MODEL = "/v1/models/", "/v1/models/{model}"
 _WITHOUT_MODEL = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
@@ -45,8 +46,12 @@ _HARMLESS_PARAMETERS = frozenset({"api-version", "beta"})
 class OpenAIRoutes:
     """ASGI application for the paths that no other route of the service has; what is not in ROUTES is a 404.
 
-    Found in the application's state: `engine`, whose `openai` answers, and `gate`.
+    Found in the application's state: `engine`, whose `openai` answers, and `gate`. vLLM gets a body in one of `turns`,
+    since it reads it once more.
     """
+
+    def __init__(self, turns: Turns | None = None) -> None:
+        self._turns = turns or Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -77,7 +82,7 @@ class OpenAIRoutes:
         context.mask = request.mask
         if method == "POST":
             gate.admit(context, _sequences(path, request.body))
-        translated = {**scope, "state": {}, "query_string": request.query.encode("latin-1")}
+        translated = {**scope, CHECKED: True, "state": {}, "query_string": request.query.encode("latin-1")}
         translated.pop("router", None)
         if request.content is not content:
             headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
@@ -89,11 +94,20 @@ class OpenAIRoutes:
             answer = _Answer(scope, receive, send, engine)
             try:
                 body: Message = {"type": "http.request", "body": request.content, "more_body": False}
-                await engine.openai(translated, replayed(body, receive), answer)
+                await engine.openai(translated, self._in_turn(replayed(body, receive)), answer)
             except Exception:
                 if not engine.is_dead:
                     raise
                 await answer.end()  # vLLM fails in the middle of some of its streams
+
+    def _in_turn(self, receive: Receive) -> Receive:
+        async def give() -> Message:
+            message = await receive()
+            if message.get("body"):
+                await self._turns.take()
+            return message
+
+        return give
 
 
 async def _read(receive: Receive) -> bytes | None:
@@ -205,7 +219,7 @@ class _TranslatedRequest:
         if self.mask is not None and self.body.get("use_beam_search"):
             raise BadRequest("beam_search", "beam search cannot be masked", "use_beam_search")
         changed = self._translate(None if expression is None else base)
-        self.content = json.dumps(self.body).encode() if changed else content
+        self.content = json.dumps(self.body, ensure_ascii=False).encode() if changed else content
 
     def _carried(self) -> Body | None:
         """The object whose keys vLLM hands to the engine, None if there is none."""
