@@ -103,7 +103,10 @@ class ApiSettings(BaseModel):
     max_buffered_bytes: int = Field(
         default=512 * _MIB, ge=1024, description="Bodies of all requests together", validate_default=True
     )
-    max_sequences: int = Field(default=2048, ge=1, description="Prompts running or waiting before requests get 429")
+    max_sequences: int = Field(default=2048, ge=1, description="Prompts, each times n, running or waiting at once")
+    max_sequences_per_key: int | None = Field(
+        default=None, ge=1, description="The same for one API key; by default half of max_sequences"
+    )
     max_requests_per_key: int = Field(default=256, ge=1, description="Requests of one API key at once")
     body_timeout_s: float = Field(default=60.0, gt=0, description="Time for a body to arrive")
     request_timeout_s: float = Field(default=600.0, gt=0, description="Time for an answer")

@@ -53,7 +53,7 @@ def create_app(start_engine: Callable[[], Awaitable[EngineService]], settings: A
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.state.gate = Gate(settings.max_sequences, settings.max_requests_per_key)
+    app.state.gate = Gate(settings.max_sequences, settings.max_requests_per_key, settings.max_sequences_per_key)
     app.state.lifetimes = RequestLifetimes()
     app.state.metrics = Metrics(app.state.gate, settings.max_sequences)
     install_error_handlers(app)
