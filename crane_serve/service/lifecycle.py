@@ -1,6 +1,7 @@
 """The life of the server process: start, serve, drain, stop; and its exit codes."""
 
 import asyncio
+import gc
 import logging
 import resource
 import signal
@@ -16,13 +17,11 @@ from fastapi import FastAPI
 
 from crane_serve.engine.service import EngineDead
 from crane_serve.service.api.errors import ApiError
+from crane_serve.service.http_protocol import HttpProtocol
 from crane_serve.service.settings import ServeSettings
 
 STOPPED, FAILED = 0, 1
 """Exit codes: of a server that was asked to stop, and of one that could not start or whose engine has died."""
-
-MAX_HEAD_BYTES = 64 * 2**10
-"""Longest head of a request; an unfinished head may be longer by one read of the socket."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG = 2048
@@ -118,6 +117,8 @@ class _Life:
         loop = asyncio.get_running_loop()
         async with self._app.router.lifespan_context(self._app):
             on_signal(lambda: _soon(loop, self._signalled))
+            gc.collect()
+            gc.freeze()  # what has been made so far stays: to go through it again would hold the loop for long
             sockets = [self._listen()]
             server = _Server(self._config())
             serving = asyncio.create_task(server.serve(sockets))
@@ -144,8 +145,7 @@ class _Life:
         settings = self._settings
         return uvicorn.Config(
             self._app,
-            http="h11",
-            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            http=HttpProtocol,
             ws="none",
             lifespan="off",  # `serve` runs it
             log_config=None,

@@ -231,7 +231,6 @@ async def test_of_several_forms_the_nearest_is_explained(client: httpx.AsyncClie
         b'{"prompt": "a", "temperature": NaN}',
         b'{"prompt": "a", "temperature": 1e999}',
         b'{"prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}",
-        b"[" * 100_000,
     ],
     ids=lambda content: repr(content[:40]),
 )
