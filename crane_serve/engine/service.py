@@ -416,7 +416,8 @@ class EngineService:
     ) -> PromptLogprobs:
         """Log-probability of each of `token_ids` [n] after the first given those before it: [n - 1].
 
-        data_parallel_rank: the engine to run it, if not the one with the least to do. Raises as `generate` does.
+        data_parallel_rank: the engine to run it, if not the one with the least to do. Raises RejectedRequest and as
+        `generate` does.
         """
         parameters = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
         results = [result async for result in self._run(token_ids, parameters, mask, data_parallel_rank)]

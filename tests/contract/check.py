@@ -93,7 +93,7 @@ def _unfit(source: Source, function: Function, target: str, why: str) -> str | N
     found = source.find(target)
     if found is None:
         return None if _is_inherited(source, target) else f"{target} is not there{_instead(source, target)}; {why}"
-    if isinstance(found.node, ast.ImportFrom) or not isinstance(found.node, Function):
+    if not isinstance(found.node, Function):
         return f"{target} is no function any more; {why}"
     mine, theirs = function.args, found.node.args
     my_names, their_names = _positional(mine), _positional(theirs)
@@ -101,12 +101,12 @@ def _unfit(source: Source, function: Function, target: str, why: str) -> str | N
         my_names = my_names[1:]
     if my_names[:1] != ["self"] and their_names[:1] in (["self"], ["cls"]):
         their_names = their_names[1:]
-    extra = their_names[len(my_names) :] + [name for name in _keywords(theirs) if name not in _keywords(mine)]
-    by_position = their_names[len(my_names) :]
-    if their_names[: len(my_names)] != my_names[: len(their_names)] or len(my_names) > len(their_names):
+    by_position = [*their_names[len(my_names) :], *(["*"] if theirs.vararg else [])]
+    by_name = [*(name for name in _keywords(theirs) if name not in _keywords(mine)), *(["**"] if theirs.kwarg else [])]
+    if their_names[: len(my_names)] != my_names:
         problem = "other names"
-    elif (by_position and mine.vararg is None) or (extra and mine.kwarg is None):
-        problem = f"also {', '.join(extra)}"
+    elif (by_position and mine.vararg is None) or ([*by_position, *by_name] and mine.kwarg is None):
+        problem = f"also {', '.join([*by_position, *by_name])}"
     else:
         return None
     return f"{target} takes {problem}: ({ast.unparse(theirs)}), ours ({ast.unparse(mine)}); {why}"
