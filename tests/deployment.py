@@ -79,6 +79,14 @@ def unknown_flags(flags: list[str]) -> list[str]:
     return []
 
 
+def locked(lock: Path) -> dict[str, tuple[str, list[str]]]:
+    """Version and hashes of each package of a lock."""
+    entries = re.findall(
+        r"^([a-z0-9-]+)==(\S+)((?: \\\n +--hash=sha256:[0-9a-f]{64})*)$", lock.read_text(), re.MULTILINE
+    )
+    return {name: (version, re.findall(r"[0-9a-f]{64}", hashes)) for name, version, hashes in entries}
+
+
 def secrets_in(environment: Mapping[str, Any]) -> list[str]:
     """Variables that hold a secret instead of saying where one is."""
     refused = {f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in SECRETS}
@@ -118,8 +126,14 @@ def compose_problems(compose: Mapping[str, Any], routes: set[str]) -> list[str]:
             problems += [f"{name}: {problem}" for problem in _service_problems(service)]
         elif re.fullmatch(r"\d+:\d+", service.get("user", "")) is None or service["user"].startswith("0:"):
             problems.append(f"{name}: runs as the image's user")
+        if not service.get("read_only") or service.get("cap_drop") != ["ALL"]:
+            problems.append(f"{name}: may write to its image, or has capabilities")
         if not service.get("restart"):
             problems.append(f"{name}: is not started again")
+    problems += ["docker-compose 1.29 takes no name beside services"] * ("name" in compose)
+    for name, volume in compose["volumes"].items():
+        if "name" not in (volume or {}):
+            problems.append(f"volume {name}: its name depends on the directory")
     for name, secret in compose["secrets"].items():
         if not secret["file"].startswith("./deploy/secrets/"):
             problems.append(f"secret {name}: {secret['file']} is not in the directory that git ignores")
@@ -137,8 +151,26 @@ def _service_problems(service: Mapping[str, Any]) -> Iterator[str]:
             yield f"port {port} is not the service's"
         if not port.startswith(("127.0.0.1:", "${CRANE_PUBLISH:-127.0.0.1:")):
             yield f"port {port} is open to every address"
-    if not service.get("read_only") or service.get("cap_drop") != ["ALL"]:
-        yield "may write to its image, or has capabilities"
+    if not environment.get("CRANE_API_KEYS_FILE") or environment.get("CRANE_INSECURE"):
+        yield "is open without keys"
+
+
+def policy_problems(policy: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a NetworkPolicy of the service's pods."""
+    spec = policy["spec"]
+    problems = [f"leaves {kind} open" for kind in ("Ingress", "Egress") if kind not in spec["policyTypes"]]
+    for rule in spec["ingress"]:
+        if not rule.get("from") or any("ipBlock" in one or one.get("namespaceSelector") == {} for one in rule["from"]):
+            problems.append("lets in everybody")
+        if [port["port"] for port in rule.get("ports", ())] != ["http"]:
+            problems.append("lets in to other ports than the service's")
+    for rule in spec["egress"]:
+        if not rule.get("to") or {port["port"] for port in rule.get("ports", ())} not in ({53}, {443}):
+            problems.append("lets out more than names and HTTPS")
+        for block in (one["ipBlock"] for one in rule.get("to", ()) if "ipBlock" in one):
+            private = ("fc00::/7", "fe80::/10") if ":" in block["cidr"] else ("10.0.0.0/8", "169.254.0.0/16")
+            problems += [f"lets out to {net}" for net in private if net not in block.get("except", ())]
+    return problems
 
 
 def pod_problems(deployment: Mapping[str, Any], settings: Mapping[str, str], routes: set[str]) -> list[str]:

@@ -1,7 +1,8 @@
 """MaskGuard: refuses, on vLLM's own server, a request that asks for a mask in a place where vLLM would ignore it.
 
 Most of vLLM's request models ignore fields they do not know, and several routes make sampling parameters of their own,
-so that a mask would be dropped in silence. Of vLLM 0.32, with the first three rows tested route by route:
+so that a mask would be dropped in silence. Of vLLM 0.32, with the first three rows tested route by route, and by
+reading of 0.33:
 
 | route                                                 | a mask arrives if it is in               |
 |-------------------------------------------------------|------------------------------------------|
@@ -13,8 +14,8 @@ so that a mask would be dropped in silence. Of vLLM 0.32, with the first three r
 |                                                       | task: refused                            |
 | /v1/audio/transcriptions, /v1/audio/translations      | vllm_xargs, but language detection and   |
 |                                                       | beam search drop it: refused             |
-| /generative_scoring, /v1/systemone, /v2/chat,         | nowhere: they make their own parameters  |
-| /v1/realtime                                          |                                          |
+| /generative_scoring, /v1/systemone, /v1/decisions,    | nowhere: they make their own parameters  |
+| /cohere/v2/chat, /v1/realtime                         |                                          |
 | embeddings, score, rerank, classify, pooling          | nowhere: they have none                  |
 | all others: tokenize, count_tokens, derender, ...     | nowhere: they run no model               |
 
@@ -315,31 +316,31 @@ def install() -> None:
         wrap(owner, "init_entrypoints_middleware", _init_entrypoints_middleware)
     for module in ("vllm.entrypoints.launchers.run_batch", "__main__"):
         runner = sys.modules.get(module)
-        wrap(runner if hasattr(runner, "BatchRequestInput") else None, "read_file", _read_file)
+        wrap(getattr(runner, "BatchRequestInput", None), "model_validate_json", _read_batch_request)
     beam_search = sys.modules.get("vllm.entrypoints.generate.beam_search.offline")
     wrap(getattr(beam_search, "BeamSearchOfflineMixin", None), "beam_search", _beam_search)
     wrap(preprocess, "_validate_prompt_dict", _validate_prompt_dict)
 
 
-def _init_entrypoints_middleware(original: Callable[..., Any], args: Any, app: Starlette, *rest: Any) -> None:
-    original(args, app, *rest)
+def _init_entrypoints_middleware(
+    original: Callable[..., Any], args: Any, app: Starlette, *rest: Any, **options: Any
+) -> None:
+    original(args, app, *rest, **options)
     guard(app)
 
 
-async def _read_file(original: Callable[..., Any], path_or_url: str) -> str:
-    text: str = await original(path_or_url)
-    for number, line in enumerate(text.split("\n"), 1):
-        if not may_ask(line.encode()):
-            continue
+def _read_batch_request(original: Callable[..., Any], json_data: str | bytes, *args: Any, **kwargs: Any) -> Any:
+    line = json_data.encode() if isinstance(json_data, str) else json_data
+    if may_ask(line):
         try:
             request = dict(_json(line))
         except (TypeError, ValueError):
-            continue  # vLLM cannot read it either
+            return original(json_data, *args, **kwargs)  # vLLM cannot read it either
         url, body = str(request.get("url", "")), request.pop("body", None)
         reason = _misplaced(url, _Object(request.items())) or _misplaced(url, body)
         if reason is not None:
-            raise MaskError(f"line {number} of {path_or_url}: {reason}")
-    return text
+            raise MaskError(f"request {request.get('custom_id')!r} of the batch: {reason}")
+    return original(json_data, *args, **kwargs)
 
 
 def _beam_search(original: Callable[..., Any], self: Any, prompts: Any, params: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,11 +17,13 @@ from fastapi import FastAPI
 
 from crane_serve.engine.service import EngineDead
 from crane_serve.service.api.errors import ApiError
-from crane_serve.service.http_protocol import HttpProtocol
 from crane_serve.service.settings import ServeSettings
 
 STOPPED, FAILED = 0, 1
 """Exit codes: of a server that was asked to stop, and of one that could not start or whose engine has died."""
+
+MAX_HEAD_BYTES = 64 * 2**10
+"""Longest head of a request; an unfinished head may be longer by one read of the socket."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG = 2048
@@ -145,7 +147,8 @@ class _Life:
         settings = self._settings
         return uvicorn.Config(
             self._app,
-            http=HttpProtocol,
+            http="h11",
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             ws="none",
             lifespan="off",  # `serve` runs it
             log_config=None,

@@ -5,6 +5,7 @@ from pathlib import Path
 from crane_serve.common.models.resolve import resolve_checkpoint
 from crane_serve.engine.service import EngineService, configure_engine
 from crane_serve.service.api.app import create_app
+from crane_serve.service.exposure import require_keys
 from crane_serve.service.lifecycle import run
 from crane_serve.service.logs import configure_logging
 from crane_serve.service.settings import ServeSettings
@@ -15,7 +16,8 @@ def serve(settings: ServeSettings) -> int:
 
     Raises ValueError (CheckpointError, MaskFileError, UnsupportedEngine, ...) before anything starts.
     """
-    model = resolve_checkpoint(settings.model)
+    require_keys(settings)
+    model = resolve_checkpoint(settings.model, settings.revision)
     name = model.name if Path(settings.model).is_dir() else settings.model
     config = configure_engine(model, settings.masks, settings.default_method, settings.mask_rows, settings.engine_flags)
     configure_logging(settings.log_format, settings.log_level)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
@@ -17,6 +17,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_settings import (
     BaseSettings,
@@ -37,6 +38,7 @@ SECRETS = frozenset({"user_key", "admin_key"})
 """Settings that are never flags, since command lines are visible to others, and never shown."""
 
 _MIB = 2**20
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _FILES: dict[str, Callable[[type[BaseSettings], Path], PydanticBaseSettingsSource]] = {
     ".toml": TomlConfigSettingsSource,
     ".yaml": YamlConfigSettingsSource,
@@ -98,6 +100,11 @@ class ApiSettings(BaseModel):
     cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_at_commas)] = Field(
         default=(), description="Origins whose pages may call this server, joined with commas"
     )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_at_commas)] = Field(
+        default=(),
+        description="Names that the server has besides localhost and its address, joined with commas; requests for "
+        "others are refused. * is any, the default with keys",
+    )
     max_body_bytes: int = Field(default=16 * _MIB, ge=1024, description="Largest body: an uploaded mask")
     max_json_bytes: int = Field(default=4 * _MIB, ge=1024, description="Largest body of any other request")
     max_buffered_bytes: int = Field(
@@ -114,6 +121,11 @@ class ApiSettings(BaseModel):
     playground: bool = Field(default=True, description="Whether the page at / is served")
     evaluation: Path | None = Field(default=None, description="An evaluation (by `crane eval`) for that page to show")
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether requests need a key."""
+        return any(key is not None for key in (self.api_keys_file, self.user_key, self.admin_key))
+
     @field_validator("max_buffered_bytes")
     @classmethod
     def _holds_the_largest_body(cls, most: int, info: ValidationInfo) -> int:
@@ -129,11 +141,13 @@ class ServeSettings(ApiSettings, BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid")
 
     model: str = Field(description="Checkpoint directory or hub id")
+    revision: str | None = Field(default=None, description="Commit, branch or tag of the hub id")
     masks: Path = Field(description="Directory of mask files")
     default_method: str = Field(default=DEFAULT_METHOD, description="Method that a bare language name means")
     mask_rows: int = Field(default=DEFAULT_ROWS, ge=1, description="How many different masks are resident at most")
     host: str = Field(default="127.0.0.1", description="Address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on")
+    insecure: bool = Field(default=False, description="Whether others may reach the server though it has no keys")
     max_connections: int = Field(default=4096, ge=1, description="Connections at once; more get 503")
     drain_timeout_s: float = Field(default=30.0, ge=0, description="Time for running requests to end after SIGTERM")
     log_format: LogFormat = Field(default=LogFormat.TEXT, description="How log lines are written")
@@ -158,6 +172,12 @@ class ServeSettings(ApiSettings, BaseSettings):
         if key is not None and info.data.get("ssl_certfile") is None:
             raise ValueError("expected ssl_certfile, too")
         return key
+
+    @model_validator(mode="after")
+    def _knows_its_names(self) -> Self:
+        if self.allowed_hosts or not self.has_keys:
+            self.allowed_hosts = tuple(dict.fromkeys((*_LOOPBACK, self.host, *self.allowed_hosts)))
+        return self
 
 
 @dataclass(frozen=True)

@@ -215,7 +215,7 @@ def status_of(answer: bytes) -> int:
     return int(head.split(b" ", 2)[1])
 
 
-GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 
 
 class TestConnections:
@@ -276,7 +276,7 @@ class TestConnections:
     async def test_requests_behind_each_other_are_answered_in_order(self, server: FakeServer) -> None:
         reader, writer = await connect(server)
         paths = [b"/health", b"/nothing", b"/health"]
-        requests = [b"GET " + path + b" HTTP/1.1\r\nHost: x\r\n" for path in paths]
+        requests = [b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\n" for path in paths]
         requests[-1] += b"Connection: close\r\n"
         writer.write(b"\r\n".join(requests) + b"\r\n")
         answer = await rest(reader)

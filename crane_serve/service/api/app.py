@@ -12,6 +12,7 @@ from crane_serve.engine.service import EngineService
 from crane_serve.service.api import evaluation, generate, health, languages, masks, page, score
 from crane_serve.service.api.authentication import Authentication
 from crane_serve.service.api.body import BoundedBody
+from crane_serve.service.api.downloads import Downloads
 from crane_serve.service.api.errors import install_error_handlers
 from crane_serve.service.api.evaluation import EvaluationFile
 from crane_serve.service.api.gate import Gate
@@ -20,6 +21,7 @@ from crane_serve.service.api.metrics import Metrics
 from crane_serve.service.api.observation import REQUEST_ID, Observation
 from crane_serve.service.api.openai import OpenAIRoutes
 from crane_serve.service.api.openapi import describe, describe_engine
+from crane_serve.service.api.origins import ANY, Origins
 from crane_serve.service.api.request_lifetime import RequestLifetime, RequestLifetimes
 from crane_serve.service.api.turns import Turns
 from crane_serve.service.settings import ApiSettings
@@ -51,9 +53,12 @@ def create_app(start_engine: Callable[[], Awaitable[EngineService]], settings: A
         version=crane_serve.__version__,
         description="Serve a language model so that any single request can run with a language switched off.",
         lifespan=lifespan,
+        docs_url=None,  # its page runs scripts from elsewhere
+        redoc_url=None,
         redirect_slashes=False,
     )
     app.state.gate = Gate(settings.max_sequences, settings.max_requests_per_key, settings.max_sequences_per_key)
+    app.state.downloads = Downloads()
     app.state.lifetimes = RequestLifetimes()
     app.state.metrics = Metrics(app.state.gate, settings.max_sequences)
     install_error_handlers(app)
@@ -95,4 +100,7 @@ def _add_middleware(app: FastAPI, settings: ApiSettings, keys: KeyRing | None, t
             allow_headers=["*"],
             expose_headers=_EXPOSED_HEADERS,
         )
+    # Browsers send no keys by themselves, so that foreign pages can do nothing where there are keys.
+    pages = settings.cors_origins if keys is None else (ANY,)
+    app.add_middleware(Origins, hosts=settings.allowed_hosts, pages=pages)
     app.add_middleware(Observation, metrics=app.state.metrics)

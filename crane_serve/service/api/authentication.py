@@ -36,7 +36,7 @@ class Authentication:
         try:
             context_of(scope).key = _authenticate(self._keys, scope)
         except ApiError as error:
-            await _refuse(error, scope, receive, send)
+            await refuse(error, scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -88,7 +88,8 @@ def _unauthorized(code: str, message: str) -> ApiError:
     return ApiError(401, code, message, headers=_CHALLENGE)
 
 
-async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request with an error before its body is read."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": str(error)})
         return

@@ -10,6 +10,7 @@ from starlette.types import Scope
 from crane_serve.common.masks import MaskLibrary, Positions, ResolvedMask
 from crane_serve.engine.service import EngineService
 from crane_serve.service.api.context import RequestContext, context_of
+from crane_serve.service.api.downloads import Downloads
 from crane_serve.service.api.errors import ApiError, BadRequest
 from crane_serve.service.api.gate import Gate
 
@@ -22,6 +23,11 @@ async def get_engine(request: Request) -> EngineService:
 async def get_gate(request: Request) -> Gate:
     """The gate that counts requests, as a dependency of routes."""
     return cast(Gate, request.app.state.gate)
+
+
+async def get_downloads(request: Request) -> Downloads:
+    """What makes large answers, as a dependency of routes."""
+    return cast(Downloads, request.app.state.downloads)
 
 
 async def get_context(request: Request) -> RequestContext:
@@ -57,6 +63,7 @@ MaskQuery = Annotated[_Query, Query()]
 GenerateQuery = Annotated[_GenerateQuery, Query()]
 Engine = Annotated[EngineService, Depends(get_engine)]
 TheGate = Annotated[Gate, Depends(get_gate)]
+TheDownloads = Annotated[Downloads, Depends(get_downloads)]
 Context = Annotated[RequestContext, Depends(get_context)]
 
 

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from crane_serve.common.masks import FingerprintError, InvalidMask, MaskError, MaskFileError, MaskTableFull, UnknownMask
-from crane_serve.engine.service import EngineDead, RejectedRequest
+from crane_serve.engine.service import EngineBusy, EngineDead, FailedRequest, RejectedRequest
 from crane_serve.service.api.schemas import ErrorAnswer, ErrorBody, ErrorEvent
 
 _log = logging.getLogger("crane.api")
@@ -22,7 +22,7 @@ _DESCRIPTIONS = {
     304: "Not changed: If-None-Match names the current digest",
     400: "Contradictory, or refused by the engine",
     401: "No key, or an unknown one",
-    403: "The key's role does not allow this",
+    403: "The key's role does not allow this, or a page of another origin has sent it",
     404: "Unknown mask, or unknown model",
     405: "The path has no such method",
     408: "The body arrived too slowly",
@@ -30,10 +30,11 @@ _DESCRIPTIONS = {
     412: "If-Match names another digest than the current one",
     413: "The body is too large",
     415: "The body has a media type or an encoding that this route does not accept",
+    421: "Host names a server that this is not",
     422: "Malformed body or parameter",
     429: "Too much at once: of this key, of the whole server, or different masks; see Retry-After",
-    500: "Unexpected error",
-    503: "The engine has died, or the server is shutting down",
+    500: "Unexpected error, or the engine failed at the request",
+    503: "The engine has died or is busy, or the server is shutting down",
     504: "The request took longer than the server allows",
     507: "The mask cannot be written to the disk",
 }
@@ -47,7 +48,7 @@ _TYPES = {
     504: "timeout_error",
 }
 _NAMED_EVENTS = frozenset({"/v1/messages", "/v1/responses"})  # their clients pass over events without a name
-ANY_ROUTE = (401, 408, 413, 415, 422, 429, 503, 504)
+ANY_ROUTE = (401, 403, 408, 413, 415, 421, 422, 429, 503, 504)
 """What any route may answer, except /health and /ready."""
 
 
@@ -105,6 +106,10 @@ def describe(error: BaseException) -> tuple[int, ErrorBody, dict[str, str]]:
             status, code = 422, "malformed_mask_file"
         case RejectedRequest():
             status, code = 400, "rejected_request"
+        case FailedRequest():
+            status, code = 500, "request_failed"
+        case EngineBusy():
+            status, code = 503, "engine_busy"
         case EngineDead():
             status, code = 503, "engine_dead"
         case RequestValidationError():
@@ -193,6 +198,15 @@ def install_error_handlers(app: FastAPI) -> None:
             response.headers["Allow"] = ", ".join(methods)
         return response
 
-    known = (ApiError, MaskError, FingerprintError, MaskFileError, RejectedRequest, EngineDead)
+    known = (
+        ApiError,
+        MaskError,
+        FingerprintError,
+        MaskFileError,
+        RejectedRequest,
+        FailedRequest,
+        EngineBusy,
+        EngineDead,
+    )
     for kind in (*known, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

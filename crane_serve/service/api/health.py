@@ -12,13 +12,13 @@ from crane_serve.service.api.schemas import Health, Ready
 router = APIRouter()
 
 
-@router.get("/health", response_model=Health)
+@router.get("/health", response_model=Health, responses=responses(421))
 async def health() -> Health:
     """Whether the process answers."""
     return Health()
 
 
-@router.get("/ready", response_model=Ready, responses=responses(503))
+@router.get("/ready", response_model=Ready, responses=responses(421, 503))
 async def ready(engine: Engine, gate: TheGate) -> Ready:
     """Whether requests can be served, and by which model."""
     if gate.closed:

@@ -13,13 +13,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
 
 from crane_serve.common.masks import MaskLibrary, StoredMask, decode_mask, encode_mask
 from crane_serve.common.masks.files import MAX_NAME, NAME, SUFFIX, check_name
-from crane_serve.service.api.dependencies import Engine
+from crane_serve.service.api.dependencies import Engine, TheDownloads
 from crane_serve.service.api.errors import ANY_ROUTE, ApiError, responses
 from crane_serve.service.api.schemas import InvalidMaskFile, MaskDetails, MaskList, MaskNeurons, MaskSummary
 
 router = APIRouter()
 
 _FILE_TYPES = ("application/octet-stream", "application/x-safetensors")
+_PIECE_BYTES = 256 * 2**10  # of a file
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TAG = r'(?:W/)?"[\x21\x23-\x7e]*"'
 _TAGS = rf"[ \t]*(?:\*|{_TAG}(?:[ \t]*,[ \t]*{_TAG})*)[ \t]*"
@@ -97,17 +98,9 @@ NoQuery = Depends(_no_query)
 @router.get(
     "/masks", response_model=MaskList, responses={200: _TAGGED, **responses(304, *ANY_ROUTE)}, dependencies=[NoQuery]
 )
-async def masks(engine: Engine, if_none_match: IfNoneMatch) -> Response:
+async def masks(engine: Engine, downloads: TheDownloads, if_none_match: IfNoneMatch) -> Response:
     """All masks, and the mask files that cannot be used with the reason."""
-    library = engine.library
-    answer = MaskList(
-        masks=[MaskSummary.of(stored) for stored in library.masks.values()],
-        invalid=[InvalidMaskFile(name=name, reason=reason) for name, reason in library.invalid.items()],
-        default_method=library.default_method,
-    )
-    content = answer.model_dump_json()
-    # Not the library's manifest, which has neither the provenance nor the unusable files.
-    digest = hashlib.sha256(content.encode()).hexdigest()
+    content, digest = await downloads.make(lambda: _listed(engine.library))
     return _not_changed(if_none_match, digest) or _json(content, digest)
 
 
@@ -117,10 +110,12 @@ async def masks(engine: Engine, if_none_match: IfNoneMatch) -> Response:
     responses={200: _TAGGED, **responses(304, 404, 409, *ANY_ROUTE)},
     dependencies=[NoQuery],
 )
-async def mask(name: MaskReference, engine: Engine, if_none_match: IfNoneMatch) -> Response:
+async def mask(name: MaskReference, engine: Engine, downloads: TheDownloads, if_none_match: IfNoneMatch) -> Response:
     """One mask by name, digest, or bare language."""
     stored = engine.library.get(name)
-    return _not_changed(if_none_match, stored.mask.digest) or _details(stored)
+    if unchanged := _not_changed(if_none_match, stored.mask.digest):
+        return unchanged
+    return await downloads.make(lambda: _details(stored))
 
 
 @router.get(
@@ -129,13 +124,12 @@ async def mask(name: MaskReference, engine: Engine, if_none_match: IfNoneMatch) 
     responses={200: _TAGGED, **responses(304, 404, 409, *ANY_ROUTE)},
     dependencies=[NoQuery],
 )
-async def neurons(name: MaskReference, engine: Engine, if_none_match: IfNoneMatch) -> Response:
+async def neurons(name: MaskReference, engine: Engine, downloads: TheDownloads, if_none_match: IfNoneMatch) -> Response:
     """What a mask changes: per layer, the neurons whose scale is not 1."""
     stored = engine.library.get(name)
     if unchanged := _not_changed(if_none_match, stored.mask.digest):
         return unchanged
-    content = await asyncio.to_thread(lambda: MaskNeurons.of(stored).model_dump_json())
-    return _json(content, stored.mask.digest)
+    return downloads.answer(MaskNeurons.pieces(stored), "application/json", {"ETag": _tag(stored.mask.digest)})
 
 
 @router.get(
@@ -147,17 +141,16 @@ async def neurons(name: MaskReference, engine: Engine, if_none_match: IfNoneMatc
     },
     dependencies=[NoQuery],
 )
-async def file(name: MaskReference, engine: Engine, if_none_match: IfNoneMatch) -> Response:
+async def file(name: MaskReference, engine: Engine, downloads: TheDownloads, if_none_match: IfNoneMatch) -> Response:
     """A mask as a file, which `PUT /masks/{name}` takes."""
     stored = engine.library.get(name)
     if unchanged := _not_changed(if_none_match, stored.mask.digest):
         return unchanged
-    content = await asyncio.to_thread(encode_mask, stored.name, stored.mask, stored.info)
     headers = {
         "ETag": _tag(stored.mask.digest),
         "Content-Disposition": f'attachment; filename="{stored.name}{SUFFIX}"',
     }
-    return Response(content, media_type=_FILE_TYPES[0], headers=headers)
+    return downloads.answer(_file_pieces(stored), _FILE_TYPES[0], headers)
 
 
 @router.put(
@@ -166,7 +159,7 @@ async def file(name: MaskReference, engine: Engine, if_none_match: IfNoneMatch) 
     responses={
         200: {**_TAGGED, "description": "The mask has replaced the one of its name"},
         201: {**_PLACED, "description": "The mask is new", "model": MaskDetails},
-        **responses(400, 403, 409, 412, 507, *ANY_ROUTE),
+        **responses(400, 409, 412, 507, *ANY_ROUTE),
     },
     openapi_extra={"requestBody": {"required": True, "content": dict.fromkeys(_FILE_TYPES, _BINARY)}},
     dependencies=[NoQuery],
@@ -176,6 +169,7 @@ async def put_mask(
     request: Request,
     engine: Engine,
     changes: Changes,
+    downloads: TheDownloads,
     if_match: IfMatch,
     if_none_match: IfNoneMatch,
 ) -> Response:
@@ -193,7 +187,7 @@ async def put_mask(
         is_new = not _exists(engine.library, name)
         with _disk(f"mask {name!r} was not saved"):
             await engine.put_mask(stored, save=True)
-        return _details(stored, is_new=is_new)
+        return await downloads.make(lambda: _details(stored, is_new=is_new))
 
     return await changes.run(change)
 
@@ -201,7 +195,7 @@ async def put_mask(
 @router.delete(
     "/masks/{name}",
     status_code=204,
-    responses=responses(403, 404, 412, 507, *ANY_ROUTE),
+    responses=responses(404, 412, 507, *ANY_ROUTE),
     dependencies=[NoQuery],
 )
 async def remove_mask(
@@ -217,6 +211,24 @@ async def remove_mask(
 
     await changes.run(change)
     return Response(status_code=HTTPStatus.NO_CONTENT)
+
+
+def _listed(library: MaskLibrary) -> tuple[str, str]:
+    """The answer of /masks, and its digest."""
+    answer = MaskList(
+        masks=[MaskSummary.of(stored) for stored in library.masks.values()],
+        invalid=[InvalidMaskFile(name=name, reason=reason) for name, reason in library.invalid.items()],
+        default_method=library.default_method,
+    )
+    content = answer.model_dump_json()
+    # Not the library's manifest, which has neither the provenance nor the unusable files.
+    return content, hashlib.sha256(content.encode()).hexdigest()
+
+
+def _file_pieces(stored: StoredMask) -> Iterator[bytes]:
+    content = encode_mask(stored.name, stored.mask, stored.info)
+    for start in range(0, len(content), _PIECE_BYTES):
+        yield content[start : start + _PIECE_BYTES]
 
 
 def _require_type(request: Request) -> None:

@@ -1,5 +1,7 @@
 """Request and answer bodies. Log-probabilities are in nats."""
 
+import json
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -316,23 +318,32 @@ class MaskNeurons(BaseModel):
     output: list[LayerDimensions] | None = Field(description="Null if the mask leaves the MLPs' output alone")
 
     @classmethod
-    def of(cls, stored: StoredMask) -> Self:
-        """What is in a stored mask."""
-        output = stored.mask.output
-        return cls(
-            name=stored.name,
-            digest=stored.mask.digest,
-            layers=[
-                LayerNeurons(layer=layer, neurons=changed, scales=scales)
-                for layer, (changed, scales) in enumerate(map(_changed, stored.mask.intermediate))
-            ],
-            output=None
-            if output is None
-            else [
-                LayerDimensions(layer=layer, dimensions=changed, scales=scales)
-                for layer, (changed, scales) in enumerate(map(_changed, output))
-            ],
+    def pieces(cls, stored: StoredMask) -> Iterator[bytes]:
+        """What is in a stored mask, as JSON in pieces of a layer each."""
+        head = json.dumps({"name": stored.name, "digest": stored.mask.digest})
+        yield head.removesuffix("}").encode() + b', "layers": '
+        yield from _array(
+            LayerNeurons(layer=layer, neurons=changed, scales=scales)
+            for layer, (changed, scales) in enumerate(map(_changed, stored.mask.intermediate))
         )
+        yield b', "output": '
+        if stored.mask.output is None:
+            yield b"null"
+        else:
+            yield from _array(
+                LayerDimensions(layer=layer, dimensions=changed, scales=scales)
+                for layer, (changed, scales) in enumerate(map(_changed, stored.mask.output))
+            )
+        yield b"}"
+
+
+def _array(items: Iterable[BaseModel]) -> Iterator[bytes]:
+    """JSON, an item at a time."""
+    before = b"["
+    for item in items:
+        yield before + item.model_dump_json().encode()
+        before = b", "
+    yield b"]"
 
 
 def _changed(scales: Tensor) -> tuple[list[int], list[float] | None]:
