@@ -12,7 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from crane_serve.service.api import body
 from crane_serve.service.api.app import create_app
-from crane_serve.service.api.body import BoundedBody
+from crane_serve.service.api.body import MAX_PARAMETERS, MAX_QUERY_BYTES, BoundedBody
+from crane_serve.service.api.context import context_of
+from crane_serve.service.api.keys import Key, Role
 from crane_serve.service.settings import ApiSettings
 from tests.api.exchange import Exchange
 from tests.api.fake_engine import FakeEngine
@@ -176,6 +178,122 @@ async def test_all_bodies_together_are_bounded_until_their_requests_end() -> Non
     app.go.set()
     await asyncio.gather(*calls)
     assert [exchange.status for exchange in (*running, arriving)] == [204] * 3
+    assert middleware.buffered_bytes == 0
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("header", [(b"content-length", b"3"), (b"transfer-encoding", b"chunked")])
+async def test_a_request_that_only_reads_has_no_body(method: str, header: tuple[bytes, bytes]) -> None:
+    app, exchange = App(), Exchange(method, "/health", [header]).give(b"abc")
+    middleware = bounded(app)
+    await exchange.call(middleware)
+    refused(exchange, app, 413, "body_too_large")
+    assert (exchange.error["message"], exchange.received) == (f"a {method} request takes no body", 0)
+
+
+async def test_masks_and_json_have_bounds_of_their_own() -> None:
+    middleware = BoundedBody(App(), max_bytes=10, max_json_bytes=5, max_buffered_bytes=25, timeout_s=30)
+    for method, size, status in (("PUT", 10, 204), ("PUT", 11, 413), ("POST", 5, 204), ("POST", 6, 413)):
+        exchange = Exchange(method, "/masks/x").give(b"x" * size)
+        await exchange.call(middleware)
+        assert exchange.status == status
+        if status == 413:
+            assert exchange.error["message"] == f"the body is longer than {size - 1} bytes"
+
+
+@pytest.mark.parametrize("path", ["/generate", "/", "/masks", "/nowhere"])
+@pytest.mark.parametrize(
+    ("query", "bound"),
+    [(b"a" * (MAX_QUERY_BYTES + 1), str(MAX_QUERY_BYTES)), (b"a&" * MAX_PARAMETERS, str(MAX_PARAMETERS))],
+    ids=["bytes", "parameters"],
+)
+async def test_a_query_is_bounded_before_it_is_read(path: str, query: bytes, bound: str) -> None:
+    app, exchange = App(), Exchange("GET", path, query=query)
+    await exchange.call(bounded(app))
+    refused(exchange, app, 422, "malformed_query")
+    assert bound in exchange.error["message"]
+    fits = Exchange("GET", path, query=query[: MAX_QUERY_BYTES // 2 if bound == str(MAX_QUERY_BYTES) else -1]).give()
+    await fits.call(bounded(App()))
+    assert fits.status == 204
+
+
+def of_key(exchange: Exchange, name: str) -> Exchange:
+    context_of(exchange.scope).key = Key(name, Role.USER)
+    return exchange
+
+
+async def arrives(middleware: BoundedBody, exchange: Exchange) -> asyncio.Task[None]:
+    """A call whose body has come as far as it was given."""
+    call = asyncio.create_task(exchange.call(middleware))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return call
+
+
+async def test_bodies_that_are_still_arriving_make_room() -> None:
+    """First the one that has taken the most room for the longest; a new one is not refused for them."""
+    app = App()
+    middleware = bounded(app)
+    old, big, new = (Exchange("POST", "/generate").give(b"x" * size, more=True) for size in (6, 10, 9))
+    calls = [await arrives(middleware, exchange) for exchange in (old, big, new)]
+    for held in middleware._arriving:
+        held.began -= {6: 300, 10: 100, 9: 50}[held.size]  # 1800, 1000 and 450 byte seconds
+    assert middleware.buffered_bytes == 25
+
+    late = Exchange("POST", "/generate").give(b"012345")
+    await late.call(middleware)
+    assert late.status == 204
+    assert middleware.buffered_bytes == 19
+    await calls[0]
+    assert (old.status, old.error["code"]) == (408, "body_too_slow")
+    assert "others needed the room" in old.error["message"]
+
+    late = Exchange("POST", "/generate").give(b"0123456789")
+    await late.call(middleware)
+    assert late.status == 204
+    await calls[1]
+    assert (big.status, middleware.buffered_bytes) == (408, 9)
+    new.give(b"!")
+    await calls[2]
+    assert (new.status, middleware.buffered_bytes, len(app.messages)) == (204, 0, 3)
+
+
+async def test_bodies_that_have_arrived_are_not_cut() -> None:
+    app = App()
+    app.go.clear()
+    middleware = bounded(app)
+    running = [Exchange("POST", "/generate").give(b"0123456789") for _ in range(2)]
+    calls = [await arrives(middleware, exchange) for exchange in running]
+    arriving = Exchange("POST", "/generate").give(b"012", more=True)
+    calls.append(await arrives(middleware, arriving))
+    late = Exchange("POST", "/generate").give(b"0123456789")  # the end of `arriving` would not be enough
+    await late.call(middleware)
+    assert (late.status, late.error["code"], middleware.buffered_bytes) == (429, "too_much_data", 23)
+    app.go.set()
+    arriving.give(b"3")
+    await asyncio.gather(*calls)
+    assert [exchange.status for exchange in (*running, arriving)] == [204] * 3
+
+
+async def test_a_key_has_half_of_the_room() -> None:
+    app = App()
+    app.go.clear()
+    middleware = bounded(app)  # 12 of 25 bytes
+    mine, slow = (of_key(Exchange("POST", "/generate").give(b"x" * 6, more=more), "a") for more in (False, True))
+    calls = [await arrives(middleware, exchange) for exchange in (mine, slow)]
+    second = of_key(Exchange("POST", "/generate").give(b"01"), "a")
+    calls.append(await arrives(middleware, second))
+    await calls[1]
+    assert (slow.status, slow.error["code"], middleware.buffered_bytes) == (408, "body_too_slow", 8)
+    third = of_key(Exchange("POST", "/generate").give(b"012345"), "a")
+    await third.call(middleware)
+    assert (third.status, third.error["code"]) == (429, "too_much_data")
+    assert third.error["message"] == "the server holds 8 bytes of requests with this key; no room for more"
+    others = [of_key(Exchange("POST", "/generate").give(b"0123456789"), "b")]
+    calls.append(await arrives(middleware, others[0]))
+    app.go.set()
+    await asyncio.gather(*calls)
+    assert [exchange.status for exchange in (mine, second, *others)] == [204] * 3
     assert middleware.buffered_bytes == 0
 
 
