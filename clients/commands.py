@@ -74,8 +74,8 @@ def evaluate(
     base: Annotated[
         Path | None,
         typer.Option(
-            help="What relative paths of the plan start from.",
-            show_default="the plan's directory, or this one for a replay",
+            help="What relative paths of the plan start from; a replay that reads files needs it.",
+            show_default="the plan's directory",
         ),
     ] = None,
     judge_host: Annotated[

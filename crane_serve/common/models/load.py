@@ -140,17 +140,19 @@ def require_weights_of(checkpoint: Path) -> None:
 
 @dataclass(frozen=True)
 class PickledTensor:
-    """A tensor of a file that torch.save wrote. dtype: as safetensors names it."""
+    """A tensor of a file that torch.save wrote. content: of any shape."""
 
     name: str
     content: torch.Tensor
 
     @property
     def dtype(self) -> str:
+        """The kind of its numbers as safetensors names it, such as BF16."""
         return _safetensors_name(self.content.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Its sizes, one per dimension."""
         return tuple(self.content.shape)
 
     def middle(self, count: int) -> bytes:
@@ -171,8 +173,8 @@ def pickled_tensors(file: Path) -> list[PickledTensor]:
             zipped = content.read(len(_ZIP)) == _ZIP
         held = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
         tensors = [PickledTensor(name, value) for name, value in held.items() if isinstance(value, torch.Tensor)]
-        if not tensors:
-            raise ValueError("it holds no tensors by name")
+    if not tensors:
+        raise CheckpointError(f"{file} is not a file of weights: it holds no tensors by name")
     return tensors
 
 
