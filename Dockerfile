@@ -27,7 +27,8 @@ RUN apt-get update \
     && python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 # Every file is one of those whose hashes are in the lock (`make lock`). torch's build for CPUs is not on PyPI; a mirror may
-# have it. The lock has no torchvision, torchaudio and torchcodec, which vLLM asks for and nothing here uses.
+# have it. vLLM also asks for torchvision, torchaudio, torchcodec, Triton and OpenCV, which it does not use for text on a CPU:
+# the lock has none of them.
 COPY --from=source /deploy/locks/cpu.txt /opt/cpu.txt
 RUN sed -n '/^torch==/,/[^\\]$/p' /opt/cpu.txt > /opt/torch.txt \
     && { python3 -m pip install --no-cache-dir --no-deps --require-hashes -r /opt/torch.txt \
@@ -38,12 +39,14 @@ RUN python3 -m pip install --no-cache-dir --no-deps --no-index --no-build-isolat
 # Volumes that are made from these directories belong to the user, too.
 RUN useradd --create-home --uid 10001 crane \
     && install -d -o crane -g crane /masks /models /home/crane/.cache
+# Compiled code is loaded from the cache: a /tmp of Docker's --tmpfs lets nothing be run.
 ENV HOME=/home/crane \
     CRANE_HOST=0.0.0.0 \
     CRANE_PORT=8000 \
     CRANE_MASKS=/masks \
     HF_HOME=/models \
     XDG_CACHE_HOME=/home/crane/.cache \
+    TORCHINDUCTOR_CACHE_DIR=/home/crane/.cache/torchinductor \
     MPLCONFIGDIR=/home/crane/.cache/matplotlib \
     VLLM_NO_USAGE_STATS=1
 LABEL org.opencontainers.image.title="crane-serve" \
@@ -72,14 +75,13 @@ RUN python3 /opt/crane/deploy/constraints.py torch > /opt/crane/constraints.txt 
 # Volumes that are made from these directories belong to the user, too.
 RUN useradd --create-home --uid 10001 crane \
     && install -d -o crane -g crane /masks /models /home/crane/.cache
-# Masks are served by vLLM's V1 model runner; the V2 runner is refused unless allowed.
-ENV VLLM_USE_V2_MODEL_RUNNER=0 \
-    CRANE_HOST=0.0.0.0 \
+ENV CRANE_HOST=0.0.0.0 \
     CRANE_PORT=8000 \
     CRANE_MASKS=/masks \
     HOME=/home/crane \
     HF_HOME=/models \
     XDG_CACHE_HOME=/home/crane/.cache \
+    TORCHINDUCTOR_CACHE_DIR=/home/crane/.cache/torchinductor \
     TRITON_CACHE_DIR=/home/crane/.cache/triton \
     CUDA_CACHE_PATH=/home/crane/.cache/nv \
     MPLCONFIGDIR=/home/crane/.cache/matplotlib \

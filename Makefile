@@ -6,12 +6,12 @@ TORCH_CPU := torch==2.13.0+cpu
 KEEP ?=
 LOCK = echo '$(TORCH_CPU)' | $(BIN)/uv pip compile -q pyproject.toml - --extra cpu --constraint build/installed.txt \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_36 --generate-hashes --only-binary :all: --emit-build-options --no-annotate \
-	$(addprefix --no-emit-package ,torchvision torchaudio torchcodec) --custom-compile-command 'make lock' \
+	$(addprefix --no-emit-package ,torchvision torchaudio torchcodec triton opencv-python-headless) --custom-compile-command 'make lock' \
 	--output-file deploy/locks/cpu.txt >/dev/null
 
 SHELL := /bin/bash
 
-.PHONY: install browser test test-all test-second-python image lock demo docs tutorial lint release-check clean
+.PHONY: install browser test test-all test-v2 test-second-python contract image lock demo docs tutorial lint release-check clean
 
 install: $(VENV)/.installed
 
@@ -39,6 +39,10 @@ test: install browser $(MODEL)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not engine and not release and not image' -n 2 --dist loadfile --durations 15
 	$(BIN)/pytest -m 'engine and not release' --durations 25
 
+# Tests of engines under vLLM's V2 model runner, through Triton's interpreter: slow.
+test-v2: install
+	$(BIN)/python -m tests.v2 --durations 10
+
 # What documents, packaging, deployment, benchmarks and simulations promise, too; before a release, and when these change.
 test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'release and not engine' -n 2 --dist loadfile --durations 15
@@ -47,6 +51,10 @@ test-all: test
 
 test-second-python: install
 	@.ci/second-python '$(TORCH_CPU)'
+
+# Whether vLLM's source has what the engine needs of it: make contract VERSION=0.33.0, or of all supported versions.
+contract: install
+	@$(BIN)/python -m tests.contract $(VERSION)
 
 # Builds the image's CPU target, starts it as it is deployed, asks it and stops it. Needs a Docker engine.
 image: install

@@ -29,6 +29,7 @@ from summary import machine, speed_ratio, spread, table
 
 from clients import AsyncCraneClient, Plan, Run
 from clients.task import Question, Scored
+from crane_serve.common.atomic import write_atomically
 
 CONCURRENCY = 64
 WAYS = ("mixed", "one at a time")
@@ -172,7 +173,7 @@ def run(options: argparse.Namespace) -> None:
         difference = largest_difference(of_mixed, again.pop("answers"))
         summary["reloaded"] = {**again, "total_s": total, "largest_difference_nats_per_token": difference}
         rows.append(["reloaded", f"{total:.1f}", f"{items / total:.1f}", f"{total / base['median']:.2f}"])
-    (options.out / "evaluation_speed.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_atomically(options.out / "evaluation_speed.json", json.dumps(summary, indent=2).encode() + b"\n")
     print(table(["way", "s", "items/s", "/ mixed"], rows))
     if again:
         parts = ", ".join(f"{name} {again[f'{name}_s']:.1f} s" for name in ("write", "start", "ask"))

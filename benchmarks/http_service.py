@@ -44,6 +44,7 @@ from summary import machine, speed_ratio, spread, table
 from worker import MAX_BATCHED_TOKENS, MAX_MODEL_LEN
 
 from clients import AsyncCraneClient, RetryPolicy
+from crane_serve.common.atomic import write_atomically
 
 MEASUREMENTS = ("throughput", "latency", "overload", "bench", "memory")
 BENCHES = ("vllm", "crane", "masks")
@@ -604,7 +605,7 @@ def run(options: argparse.Namespace) -> None:
         content[name] = measure(options, masks)
         content["took_s"][name] = time.time() - began
         # After every measurement, so that a failure in a later one loses nothing.
-        (options.out / "http.json").write_text(json.dumps(content, indent=2) + "\n")
+        write_atomically(options.out / "http.json", json.dumps(content, indent=2).encode() + b"\n")
         print(f"{name}\n{show(content[name])}\n", flush=True)
 
 

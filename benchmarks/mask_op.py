@@ -30,6 +30,8 @@ from summary import machine, speed_ratio, spread, table
 from torch import Tensor
 from torch.nn import functional as F
 
+from crane_serve.common.atomic import write_atomically
+
 ROWS = 257  # of the mask table, row 0 is all ones
 MASKS = 64  # rows in use
 FEWEST_REPETITIONS, MOST_REPETITIONS, SAMPLE_S = 5, 200, 0.002
@@ -301,7 +303,7 @@ def main() -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         settings = {"rows": ROWS, "masks": MASKS, "threads": torch.get_num_threads(), "seconds": options.seconds}
         content = {"machine": about, "settings": settings, "results": results}
-        options.out.write_text(json.dumps(content, indent=2) + "\n")
+        write_atomically(options.out, json.dumps(content, indent=2).encode() + b"\n")
 
 
 if __name__ == "__main__":

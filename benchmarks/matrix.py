@@ -27,6 +27,8 @@ from loads import LANGUAGES, text_prompts, warm_up, write_masks
 from summary import machine, speed_ratio, spread, table
 from worker import Job, Pass
 
+from crane_serve.common.atomic import write_atomically
+
 MASKS = ("m0", "m1", "m2", "m3")
 PROMPT_TOKENS, OUTPUT_TOKENS, SCORED_TOKENS = 32, 32, 128
 BASELINE, TARGET = "mixed", 3.0
@@ -125,7 +127,7 @@ def run_matrix(options: argparse.Namespace) -> None:
         "summary": summary,
         "measurements": measurements,
     }
-    (options.out / "matrix.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_atomically(options.out / "matrix.json", json.dumps(content, indent=2).encode() + b"\n")
     print(report(summary, requests))
     medians = {name: round(values["median"], 1) for name, values in starts.items()}
     cache = "empty at each start" if options.cold else "as earlier runs left it"

@@ -19,6 +19,8 @@ from pathlib import Path
 from browser import launched
 from playwright.sync_api import Browser
 
+from crane_serve.common.atomic import write_atomically
+
 _PAINTS = """() => Object.fromEntries(performance.getEntriesByType("paint").map((one) => [one.name, one.startTime]))"""
 _CHOOSE = "#masks-input"
 _PAINT_NAMES = {"first-paint": "first paint", "first-contentful-paint": "first contentful paint"}
@@ -43,7 +45,7 @@ def main() -> None:
         low, middle, high = statistics.quantiles(values, n=4)
         print(f"{name:>24} {middle:8.0f} ms  [{low:.0f}, {high:.0f}]  of {len(values)}")
     if options.out is not None:
-        options.out.write_text(json.dumps(runs, indent=1) + "\n")
+        write_atomically(options.out, json.dumps(runs, indent=1).encode() + b"\n")
 
 
 def measured(browser: Browser, url: str, masks: list[str] | None, prompt: str) -> dict[str, float]:

@@ -30,6 +30,7 @@ import torch
 from summary import machine, speed_ratio, spread, table
 from torch import Tensor, nn
 
+from crane_serve.common.atomic import write_atomically
 from crane_serve.common.models.families import take_apart
 from crane_serve.common.models.load import load_tokenizer
 from crane_serve.common.models.resolve import resolve_checkpoint
@@ -221,7 +222,7 @@ def main() -> None:
         rows = [[name, *map(str, mib)] for name, mib in memory.items()]
         print(table(["peak memory, MiB above the model", "N documents", "4 N"], rows))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(found, indent=2) + "\n")
+    write_atomically(options.out, json.dumps(found, indent=2).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ from loads import LOADS, fill_table, mixed, one_by_one, random_prompts, settings
 from summary import machine, plot_ratios, speed_ratio, spread, table
 from worker import MAX_BATCHED_TOKENS, MAX_MODEL_LEN, Job
 
+from crane_serve.common.atomic import write_atomically
+
 BASELINE = "no-plugin"
 DEFAULT_ARMS = (
     "no-plugin,no-plugin-again,idle,masks-1,masks-2,masks-16,masks-64,masks-256,eager-1,eager-16,transformers"
@@ -278,7 +280,7 @@ def run(options: argparse.Namespace) -> None:
                 "rounds": [{key: result[key] for key in result if key != "checks"} for result in rounds],
             }
             # After every round, so that a failure in a later one loses nothing.
-            (options.out / "throughput.json").write_text(json.dumps(content, indent=2) + "\n")
+            write_atomically(options.out / "throughput.json", json.dumps(content, indent=2).encode() + b"\n")
     plot_ratios(summaries, options.out / "throughput.png", f"{options.model.name}, {options.concurrency} at once")
     print(report(summaries))
     starts = {name: [round(result["start_s"][name], 1) for result in rounds] for name in rounds[0]["start_s"]}

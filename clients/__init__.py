@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from clients.client import AsyncCraneClient, CraneClient
     from clients.errors import CraneError, EvaluationError
     from clients.evaluation import Evaluation
+    from clients.permissions import Permissions
     from clients.plan import Plan
     from clients.record import Record
     from clients.results import ItemResult
@@ -42,6 +43,7 @@ __all__ = [
     "MaskNeurons",
     "MaskSummary",
     "Output",
+    "Permissions",
     "Plan",
     "Progress",
     "Readiness",
@@ -62,6 +64,7 @@ _MODULES = {
     "client": "AsyncCraneClient CraneClient",
     "errors": "CraneError EvaluationError",
     "evaluation": "Evaluation",
+    "permissions": "Permissions",
     "plan": "Plan",
     "record": "Record",
     "results": "ItemResult",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from clients.client import AsyncCraneClient
 from clients.evaluation import Evaluation
+from clients.permissions import Permissions
 from clients.plan import Plan
 from clients.results import ItemResult
 from clients.run import Run, evaluate
@@ -23,6 +24,7 @@ def run_evaluation(
     base: Path = Path(),
     concurrency: int = CONCURRENCY,
     wait_s: float = 60.0,
+    allowed: Permissions | None = None,
 ) -> Evaluation:
     """Run a plan to its end, or continue an unfinished run, and write results.json and the reports into `out`.
 
@@ -31,7 +33,7 @@ def run_evaluation(
 
     async def run() -> Evaluation:
         async with AsyncCraneClient(server, concurrency=concurrency) as client:
-            return await evaluate(client, plan, out, base=base, wait_s=wait_s)
+            return await evaluate(client, plan, out, base=base, wait_s=wait_s, allowed=allowed)
 
     return asyncio.run(run())
 
@@ -44,6 +46,7 @@ def iterate_answers(
     base: Path = Path(),
     concurrency: int = CONCURRENCY,
     wait_s: float = 60.0,
+    allowed: Permissions | None = None,
 ) -> Iterator[ItemResult]:
     """The missing answers of a plan, one by one. Each is already saved in `out`, so the iteration can stop at any time.
 
@@ -54,7 +57,9 @@ def iterate_answers(
 
         async def start() -> Run:
             client = await stack.enter_async_context(AsyncCraneClient(server, concurrency=concurrency))
-            return await stack.enter_async_context(Run.start(client, plan, out, base=base, wait_s=wait_s))
+            return await stack.enter_async_context(
+                Run.start(client, plan, out, base=base, wait_s=wait_s, allowed=allowed)
+            )
 
         async def end() -> None:
             await results.aclose()

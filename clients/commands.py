@@ -78,6 +78,17 @@ def evaluate(
             show_default="the plan's directory, or this one for a replay",
         ),
     ] = None,
+    judge_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A judge's host that the plan may send questions, answers and a key to: judge.example, or "
+            "127.0.0.1:8001 with a port; may be repeated. Default: none."
+        ),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="A directory that the plan may read files in, beside its own or --base; may be repeated."),
+    ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 64,
     wait: Annotated[
         float, typer.Option(min=0, help="Seconds to wait for the server, at the start and when it goes away.")
@@ -96,6 +107,7 @@ def evaluate(
     from clients.client import AsyncCraneClient
     from clients.errors import EvaluationError
     from clients.evaluation import Evaluation
+    from clients.permissions import Permissions
     from clients.plan import Plan
     from clients.replay import Replay
 
@@ -121,6 +133,9 @@ def evaluate(
         content = original.content() | {name: value for name, value in changes.items() if value is not None}
         wanted = Plan.parse(content, "the flags" if plan is None else str(plan))
     start = base or (plan.parent if plan is not None else Path())
+    named = (*(data or ()), *([] if corpus in (None, "embedded") else [Path(corpus)]))
+    directories = named if base is None and plan is None else (start, *named)  # a replay may be of anybody's plan
+    allowed = Permissions(frozenset(judge_host or ()), directories)
     console = Console()
 
     async def measure() -> Evaluation:
@@ -146,6 +161,7 @@ def evaluate(
                     out,
                     base=start,
                     wait_s=wait,
+                    allowed=allowed,
                     expect=None if repeated is None else repeated.expect,
                     on_progress=advance,
                     on_notice=progress_bar.say,

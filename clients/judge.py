@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from clients.bounded import BoundedError, first_groups
 from clients.errors import CraneError, EvaluationError
 from clients.retries import RetryPolicy
 from clients.templates import Template
@@ -30,6 +31,7 @@ the language of the question (ISO code: {{ language }}). Length alone is no meri
 </answer>
 
 Give your reasons in one or two sentences. Then end with the mark, exactly in this form: Rating: [[5]]""")
+_KEY_VARIABLE = r"CRANE_JUDGE_KEY(_[A-Z0-9_]+)?"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PATTERN = r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]"
 
@@ -51,8 +53,8 @@ class Judge(BaseModel):
 
     base_url: the address before `/chat/completions`; template: of the prompt, with `question`, `answer` and `language`;
     lowest, highest: of the marks; pattern: a regular expression whose first group is the mark; key_variable: the
-    environment variable with the API key, which is never written to a plan, result or message; temperature: None to
-    send no temperature, for models that refuse it.
+    environment variable with the API key, CRANE_JUDGE_KEY or one whose name begins with CRANE_JUDGE_KEY_; the key is
+    never written to a plan, result or message; temperature: None to send no temperature, for models that refuse it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,7 +88,7 @@ class Judge(BaseModel):
     def _has_group(cls, value: str) -> str:
         try:
             groups = re.compile(value).groups
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{value!r} is not a regular expression: {error}") from error
         if not groups:
             raise ValueError(f"{value!r} has no group; expected one that holds the mark")
@@ -104,12 +106,31 @@ class Judge(BaseModel):
         content = [self.model, str(self.template), self.max_tokens, self.temperature]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
+    @property
+    def host(self) -> str:
+        """The host in its address, with the port if one is given that is not the scheme's own."""
+        return httpx.URL(self.base_url).netloc.decode()
+
+    def require_safe(self) -> None:
+        """Raise EvaluationError for an address that others on the way could read, or a variable that is not meant for
+        judges."""
+        url = httpx.URL(self.base_url)
+        if url.scheme != "https" and url.host not in _LOOPBACK:
+            raise EvaluationError(f"judge {self.model} at {self.base_url}: expected https, as it is not this machine")
+        if self.key_variable is not None and not re.fullmatch(_KEY_VARIABLE, self.key_variable):
+            raise EvaluationError(
+                f"judge {self.model}: key_variable is {self.key_variable!r}; expected CRANE_JUDGE_KEY, or a name that "
+                "begins with CRANE_JUDGE_KEY_, so that a plan can name no other secret"
+            )
+
     async def ask(self, question: str, answer: str, language: str) -> str:
         """The judge's reply, word for word; empty if the reply has no text.
 
-        429, 503 and failed connections are retried. Raises CraneError naming the judge for a refusal or an answer that
-        is not a chat completion; EvaluationError if `key_variable` is not set or does not contain a key.
+        429, 503 and failed connections are retried; redirections are not followed. Raises CraneError naming the judge
+        for a refusal or an answer that is not a chat completion; EvaluationError if `key_variable` is not set or does
+        not contain a key, and as `require_safe` does.
         """
+        self.require_safe()
         prompt = self.template.render({"question": question, "answer": answer, "language": language})
         body: dict[str, Any] = {
             "model": self.model,
@@ -125,6 +146,7 @@ class Judge(BaseModel):
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(self.timeout_s, connect=min(self.timeout_s, 10.0)),
             verify=_certificates(),
+            follow_redirects=False,  # to where nobody allowed it
             trust_env=httpx.URL(self.base_url).host not in _LOOPBACK,  # proxies cannot reach loopback addresses
         ) as client:
             try:
@@ -134,8 +156,14 @@ class Judge(BaseModel):
         return reply
 
     def score(self, reply: str) -> float | None:
-        """The mark in a reply; None if there is none, if there are different ones, or if it is out of range."""
-        marks = {_number(match[1]) for match in re.finditer(self.pattern, reply)}
+        """The mark in a reply; None if there is none, if there are different ones, or if it is out of range.
+
+        Raises EvaluationError for a pattern that goes beyond the bounds of a plan's templates.
+        """
+        try:
+            marks = {_number(mark) for mark in first_groups(self.pattern, reply)}
+        except BoundedError as error:
+            raise EvaluationError(f"judge {self.model}: pattern {self.pattern!r}: {error}") from error
         if len(marks) != 1:
             return None
         (mark,) = marks

@@ -15,6 +15,7 @@ from clients.task import Item, Task
 from clients.tasks import parse_task
 
 _TASKS = "tasks"
+_ENTRIES = 100_000
 _Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -73,6 +74,9 @@ class Plan(BaseModel):
             where = "" if mark is None else f" in line {mark.line + 1}"
             problem = getattr(error, "problem", None) or str(error).splitlines()[0]
             raise EvaluationError(f"{path} is not YAML{where}: {problem}") from error
+        except RecursionError as error:
+            raise EvaluationError(f"{path} is not a plan: it is nested too deeply") from error
+        _require_few(content, path)
         return cls.parse(content, str(path))
 
     @classmethod
@@ -142,6 +146,20 @@ def _task(raw: Any, where: str) -> Task:
     if not isinstance(raw, Mapping):
         raise EvaluationError(f"{where}: expected a mapping with the settings of a task")
     return parse_task(raw, where)
+
+
+def _require_few(content: Any, path: Path) -> None:
+    """Refuse a file whose references (`*name`) stand for more than could be gone through, or for themselves."""
+    waiting, entries = [content], 0
+    while waiting:
+        entry = waiting.pop()
+        entries += 1
+        if entries > _ENTRIES:
+            raise EvaluationError(f"{path} is not a plan: with its references it has more than {_ENTRIES:,} entries")
+        if isinstance(entry, Mapping):
+            waiting.extend(entry.values())
+        elif isinstance(entry, list):
+            waiting.extend(entry)
 
 
 def _check_distinct(names: Iterable[str], where: str) -> None:

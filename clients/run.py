@@ -12,6 +12,7 @@ from clients.answers import MaskReference, Readiness, Usage
 from clients.client import AsyncCraneClient
 from clients.errors import CraneError, EvaluationError
 from clients.evaluation import UNMASKED, Evaluation, Failure, PlannedMask
+from clients.permissions import Permissions
 from clients.plan import Plan, matching
 from clients.planned_masks import find_masks
 from clients.record import Record
@@ -86,18 +87,22 @@ class Run:
         *,
         base: Path = Path(),
         wait_s: float = 60.0,
+        allowed: Permissions | None = None,
         expect: Expectation | None = None,
         on_notice: Callable[[str], None] = lambda _: None,
     ) -> AsyncIterator["Run"]:
         """Check everything, then open the results in `out`, which may hold an unfinished run; closed at the end.
 
-        base: directory for relative paths of the plan; wait_s: how long to wait for the server, now and whenever it
-        becomes unavailable; expect: further checks before the first request; on_notice: called with a message when the
-        server becomes unavailable or available again.
+        base: directory for relative paths of the plan; allowed: what the plan may reach, None for files in `base` and
+        no judge; wait_s: how long to wait for the server, now and whenever it becomes unavailable; expect: further
+        checks before the first request; on_notice: called with a message when the server becomes unavailable or
+        available again.
 
-        Raises EvaluationError, before the first request, for sources that cannot be read, a server of another model,
-        masks that the server lacks, and results of another run in `out`; CraneError if the server is not ready in time.
+        Raises EvaluationError, before the first request, for what the plan may not reach, sources that cannot be read,
+        a server of another model, masks that the server lacks, and results of another run in `out`; CraneError if the
+        server is not ready in time.
         """
+        (allowed or Permissions(directories=(base,))).require(plan, base)
         items = plan.load(base)
         readiness = await client.wait_until_ready(wait_s)
         if plan.model not in (None, readiness.model):
@@ -273,6 +278,7 @@ async def evaluate(
     *,
     base: Path = Path(),
     wait_s: float = 60.0,
+    allowed: Permissions | None = None,
     expect: Expectation | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     on_notice: Callable[[str], None] = lambda _: None,
@@ -280,7 +286,9 @@ async def evaluate(
     """Run a plan to its end and write results.json and the reports into `out`. Arguments and errors: `Run.start`."""
     from clients.reporting import write_all
 
-    async with Run.start(client, plan, out, base=base, wait_s=wait_s, expect=expect, on_notice=on_notice) as run:
+    async with Run.start(
+        client, plan, out, base=base, wait_s=wait_s, allowed=allowed, expect=expect, on_notice=on_notice
+    ) as run:
         on_progress(run.progress)
         async with aclosing(aiter(run)) as results:
             async for _ in results:

@@ -1,5 +1,6 @@
 """RowSource: where a task's rows come from: files, a corpus directory or a data set of the Hugging Face Hub."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -9,6 +10,7 @@ from pydantic_core import to_jsonable_python
 
 from clients.errors import EvaluationError
 from crane_serve.common.text.corpus import EMBEDDED_CORPUS, Corpus, CorpusError, Form, normalised
+from crane_serve.common.text.language_files import language_files
 from crane_serve.common.text.records import format_of, read_records
 
 Row = dict[str, JsonValue]
@@ -16,6 +18,7 @@ Row = dict[str, JsonValue]
 EMBEDDED = "embedded"
 PLACES = ("files", "corpus", "dataset")
 _LANGUAGE = "{lang}"
+_HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # alone, `text` would be a reader of all files in the working directory
 _ID_COLUMNS = ("id", "idx")
 
 _Text = Annotated[str, Field(min_length=1)]
@@ -27,8 +30,8 @@ class RowSource(BaseModel):
     files: a path with `{lang}` for the language, or language -> path; relative paths start from the plan's directory.
     The suffix says the format, as `read_records` has it: .jsonl, .json (a list of objects, or SQuAD's form), .csv,
     .tsv, .txt, each perhaps with .gz, and .parquet. corpus: a directory as `Corpus` reads it, or the word `embedded`
-    for the one that comes with this package; rows of id and text. dataset: name on the Hugging Face Hub, `{lang}`
-    allowed, which needs the package `datasets`.
+    for the one that comes with this package; rows of id and text. dataset: NAMESPACE/NAME on the Hugging Face Hub,
+    `{lang}` allowed, which needs the package `datasets`.
 
     config: of a dataset, `{lang}` allowed; if there are several, their rows are joined, with the config's name in a
     field `config` and before their ids. revision: of a dataset's repository: a commit, branch or tag. `datasets` 4 and
@@ -117,6 +120,19 @@ class RowSource(BaseModel):
             return [{"id": document.id, "text": document.text} for document in documents]
         return self._dataset_rows(language)
 
+    def local(self, language: str, base: Path) -> tuple[Path, ...]:
+        """The files of this machine that the rows of a language come from; for a corpus that cannot be read, its
+        directory. base: as of `rows`. None are of the packaged corpus or of the Hub."""
+        if self.files is not None:
+            return (self._path(language, base),)
+        if self.corpus in (None, EMBEDDED):
+            return ()
+        directory = base / self._placed(str(self.corpus), language)
+        try:
+            return (directory, *language_files(directory, [self._code(language)]).values())
+        except (CorpusError, OSError):
+            return (directory,)
+
     def _path(self, language: str, base: Path) -> Path:
         if isinstance(self.files, dict) and language not in self.files:
             raise EvaluationError(f"no file for the language {language!r}; there are files for {', '.join(self.files)}")
@@ -143,6 +159,10 @@ class RowSource(BaseModel):
         placed = None if config is None else self._placed(config, language)
         if isinstance(self.config, tuple):
             where = f"{where}, config {placed}"
+        if not re.fullmatch(_HUB_NAME, name) or Path(name).exists():
+            raise EvaluationError(
+                f"{where}: expected NAMESPACE/NAME of the Hub, and no path; data sets on this machine are `files`"
+            )
         try:
             from datasets import load_dataset
         except ImportError as error:
@@ -150,7 +170,9 @@ class RowSource(BaseModel):
                 f"{where}: the package 'datasets' is not installed; pip install datasets, or give `files`"
             ) from error
         try:
-            return _rows_of(load_dataset(name, placed, split=self.split, revision=self.revision))
+            # No loading script of a data set runs, whatever `datasets` would do by itself.
+            records = load_dataset(name, placed, split=self.split, revision=self.revision, trust_remote_code=False)
+            return _rows_of(records)
         except (OSError, ValueError, RuntimeError) as error:  # base classes of its own errors and of network errors
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             advice = "check its name and the network"

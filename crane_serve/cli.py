@@ -20,6 +20,7 @@ from crane_serve import sizing
 from crane_serve.common.bars import bar
 from crane_serve.common.models.fetch import SOURCES, FetchError
 from crane_serve.common.models.fetch import fetch as fetch_model
+from crane_serve.common.models.resolve import Revision, resolve_checkpoint
 from crane_serve.demo import DemoError, run_demo
 from crane_serve.service.options import option_name, with_options
 from crane_serve.service.settings import SECRETS, ServeSettings, SettingError, SettingSource, load_settings
@@ -143,13 +144,13 @@ def transfer(
     to: Annotated[str, typer.Option("--to", help="Checkpoint directory or hub id that the masks shall be used on")],
     out: Annotated[Path, typer.Option(help="Another directory, for the new mask files")],
     names: Annotated[list[str] | None, typer.Argument(help="Names of masks; default all")] = None,
+    revision: Revision = None,
 ) -> None:
     """Make masks usable on another checkpoint of the same shape; the new files name both models."""
     from crane_serve.common.masks.fingerprint import Fingerprint
     from crane_serve.common.masks.transfer import transfer_masks
-    from crane_serve.common.models.resolve import resolve_checkpoint
 
-    for path in transfer_masks(masks, Fingerprint.of(resolve_checkpoint(to)), out, names or ()):
+    for path in transfer_masks(masks, Fingerprint.of(resolve_checkpoint(to, revision)), out, names or ()):
         typer.echo(path)
 
 
@@ -160,14 +161,14 @@ def import_lape_file(
     languages: Annotated[str, typer.Option(help="Labels of its languages in order, joined with commas")],
     model: Annotated[str, typer.Option(help="Checkpoint directory or hub id that the file was made for")],
     out: Annotated[Path, typer.Option(help="Directory for the mask files")],
+    revision: Revision = None,
 ) -> None:
     """Turn a published LAPE neuron file into mask files `lape-{label}`."""
     from crane_serve.common.masks.fingerprint import Fingerprint
     from crane_serve.common.masks.lape import import_lape
-    from crane_serve.common.models.resolve import resolve_checkpoint
 
     labels = [label.strip() for label in languages.split(",")]
-    for path in import_lape(file, labels, Fingerprint.of(resolve_checkpoint(model)), out):
+    for path in import_lape(file, labels, Fingerprint.of(resolve_checkpoint(model, revision)), out):
         typer.echo(path)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from crane_serve.common.defaults import DEFAULT_ROWS
+from crane_serve.common.models.resolve import Revision, require_no_revision
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 _FILE_SCALE_BYTES = 4  # mask files, and masks in memory, are float32
@@ -37,10 +38,11 @@ class ModelSizes:
     dtype: str
 
     @classmethod
-    def of(cls, model: str | Path) -> "ModelSizes":
+    def of(cls, model: str | Path, revision: str | None = None) -> "ModelSizes":
         """Sizes of a checkpoint directory, a config file, or a hub id, of which only the config is fetched.
 
-        Of a multimodal model, only the language model counts. Raises SizeError.
+        revision: of a hub id. Of a multimodal model, only the language model counts. Raises SizeError; CheckpointError
+        for a revision of a path.
         """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -48,8 +50,11 @@ class ModelSizes:
         from crane_serve.common.masks.fingerprint import intermediate_sizes
         from crane_serve.common.models.load import reason
 
+        if Path(model).exists():
+            require_no_revision(str(model), revision)
         try:
-            config: Any = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+            whole: Any = AutoConfig.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
+            config = whole.get_text_config()
             with torch.device("meta"):
                 parameters = sum(tensor.numel() for tensor in AutoModelForCausalLM.from_config(config).parameters())
             layers, hidden_size = int(config.num_hidden_layers), int(config.hidden_size)
@@ -165,6 +170,7 @@ def byte_text(count: int) -> str:
 
 def size(
     model: Annotated[str, typer.Argument(help="Checkpoint directory, config file, or hub id")],
+    revision: Revision = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of the mask table, as --mask-rows")] = DEFAULT_ROWS,
     masks: Annotated[int, typer.Option(min=0, help="Mask files in the directory")] = 16,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences at once")] = 64,
@@ -177,7 +183,7 @@ def size(
     as_json: Annotated[bool, typer.Option("--json", help="Bytes, as JSON")] = False,
 ) -> None:
     """Show what a model, its masks and its KV cache take: on each rank, before what vLLM needs to compute."""
-    sizes = ModelSizes.of(model)
+    sizes = ModelSizes.of(model, revision)
     dtype = dtype or sizes.dtype
     for name in (dtype, kv_cache_dtype or dtype):
         if name not in DTYPE_BYTES:

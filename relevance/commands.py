@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from crane_serve.common.bars import bar
+from crane_serve.common.models.resolve import Revision, resolve_checkpoint
 from crane_serve.common.text.corpus import EMBEDDED_CORPUS, Corpus, CorpusError
 from crane_serve.common.text.language_files import EXPECTED
 from relevance.corpus_import import Unit, line_parts, parse_splits, squad_parts, write_corpus
@@ -16,6 +17,7 @@ from relevance.text_options import Normalise, TextColumn
 
 def relevance(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.")],
+    revision: Revision = None,
     corpus: Annotated[
         str,
         typer.Option(
@@ -75,7 +77,6 @@ def relevance(
     """
     texts = load_corpus(corpus, split, _names(languages), text_column, normalise).spread(limit)
 
-    from crane_serve.common.models.resolve import resolve_checkpoint
     from relevance.doubts import doubts
     from relevance.methods import find_scored
     from relevance.model import pick_device, pick_dtype
@@ -90,7 +91,7 @@ def relevance(
         for doubt in doubts(texts):
             progress_bar.say(f"warning: {doubt}")
         scores = score(
-            resolve_checkpoint(model),
+            resolve_checkpoint(model, revision),
             texts,
             chosen,
             batch_tokens=batch_tokens or (512 if torch_device.type == "cpu" else 2048),

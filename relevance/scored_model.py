@@ -43,13 +43,16 @@ class ScoredModel:
     device: torch.device
 
     @classmethod
-    def open(cls, model: str, scores: Path, dtype: str | None, device: str | None) -> "ScoredModel":
-        """Load both. dtype: None is bfloat16, which makes comparing sets of neurons more than twice as fast.
+    def open(
+        cls, model: str, scores: Path, dtype: str | None, device: str | None, revision: str | None = None
+    ) -> "ScoredModel":
+        """Load both. dtype: None is bfloat16, which makes comparing sets of neurons more than twice as fast; revision:
+        of a hub id.
 
         Raises ScoresError or FingerprintError, before the weights are read, for scores of another model.
         """
         loaded = Scores.load(scores)
-        checkpoint = resolve_checkpoint(model)
+        checkpoint = resolve_checkpoint(model, revision)
         Fingerprint.of(checkpoint).require(loaded.info.fingerprint, str(scores))
         where = pick_device(device)
         kind = pick_dtype(dtype or "bfloat16", where)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from crane_serve.common.bars import bar
+from crane_serve.common.models.resolve import Revision
 from crane_serve.common.text.corpus import EMBEDDED_CORPUS
 from relevance.sources import TextSource, load_corpus
 from relevance.text_options import Normalise, ScoresForm, TextColumn
@@ -28,6 +29,7 @@ _Replace = Annotated[bool, typer.Option("--replace", help="Replace existing scor
 def refine(
     model: _Model,
     scores: _Scores,
+    revision: Revision = None,
     corpus: _Corpus = str(EMBEDDED_CORPUS),
     split: _Split = "relevance",
     text_column: TextColumn = "text",
@@ -52,7 +54,7 @@ def refine(
     from relevance.selection import order
 
     with bar("refine", "groups", f"{scores} of {model}") as progress_bar:
-        scored_model = ScoredModel.open(model, scores, dtype, device)
+        scored_model = ScoredModel.open(model, scores, dtype, device, revision)
         scored_model.require_absent("ablation-refined", replace=replace)
         options = Refinement(candidates=candidates, group=group, price=price, documents=documents, seed=seed)
         proposed = order(scored_model.scores, start)
@@ -73,6 +75,7 @@ def refine(
 def learn(
     model: _Model,
     scores: _Scores,
+    revision: Revision = None,
     corpus: _Corpus = str(EMBEDDED_CORPUS),
     split: _Split = "relevance",
     text_column: TextColumn = "text",
@@ -95,7 +98,7 @@ def learn(
     from relevance.selection_options import neurons_of_budget
 
     with bar("learn", "steps", f"{scores} of {model}") as progress_bar:
-        scored_model = ScoredModel.open(model, scores, dtype, device)
+        scored_model = ScoredModel.open(model, scores, dtype, device, revision)
         scored_model.require_absent("learned", replace=replace)
         options = Learning(
             neurons=neurons_of_budget(budget, scored_model.scores.shape.neurons),
@@ -118,6 +121,7 @@ def learn(
 def validate(
     model: _Model,
     scores: Annotated[Path, typer.Argument(help="File written by `crane relevance`, `crane refine`, `crane learn`.")],
+    revision: Revision = None,
     corpus: Annotated[
         str, typer.Option(help="Corpus to measure on.", show_default="the packaged parallel corpus")
     ] = str(EMBEDDED_CORPUS),
@@ -155,7 +159,7 @@ def validate(
     from relevance.validation.validator import run
 
     with bar("validate", "masks", f"{scores} of {model}") as progress_bar:
-        scored_model = ScoredModel.open(model, scores, dtype, device)
+        scored_model = ScoredModel.open(model, scores, dtype, device, revision)
         chosen = tuple(name.strip() for name in methods.split(",")) if methods else tuple(scored_model.scores.by_method)
         plan = ValidationPlan(
             methods=chosen,
@@ -187,6 +191,8 @@ def validate(
 def compare_masks(
     base: Annotated[str, typer.Argument(help="The model that the masks were made for.")],
     chat: Annotated[str, typer.Argument(help="A model of the same shape to use them on as well.")],
+    base_revision: Revision = None,
+    chat_revision: Revision = None,
     masks: Annotated[Path, typer.Option(help="Directory of masks.")] = Path("masks"),
     names: Annotated[str | None, typer.Option(help="Comma-separated masks; default: all.")] = None,
     corpus: Annotated[
@@ -225,6 +231,7 @@ def compare_masks(
             batch_tokens=batch_tokens,
             dtype=pick_dtype(dtype or "bfloat16", where),
             device=where,
+            revisions=(base_revision, chat_revision),
             start=lambda count: progress_bar.start(count, what=f"in {', '.join(texts.languages)}"),
             advance=lambda done: progress_bar.advance(note=done),
         )

@@ -102,7 +102,7 @@ class _Dataset:
         except ImportError as error:
             raise CorpusError(f"{self}: the package 'datasets' is not installed; pip install datasets") from error
         try:
-            yield from load_dataset(self.name, self.configuration or None, split=self.split)
+            yield from load_dataset(self.name, self.configuration or None, split=self.split, trust_remote_code=False)
         except (
             OSError,
             ValueError,

@@ -118,16 +118,17 @@ def compare(
     batch_tokens: int,
     dtype: torch.dtype,
     device: torch.device,
+    revisions: tuple[str | None, str | None] = (None, None),
     start: Callable[[int], None] = lambda masks: None,
     advance: Callable[[str], None] = lambda done: None,
 ) -> TransferEffects:
     """Measure every mask of the directory `masks` (or those of `names`) on both models; the result is saved.
 
-    start: called with the number of measurements, one per mask and model; advance: called after each. A journal per
-    model in `directory` lets a killed run continue. Raises MaskFileError for no masks, FingerprintError for masks of
-    another model than `base`, TransferError when `chat` has another shape.
+    revisions: of hub ids; start: called with the number of measurements, one per mask and model; advance: called after
+    each. A journal per model in `directory` lets a killed run continue. Raises MaskFileError for no masks,
+    FingerprintError for masks of another model than `base`, TransferError when `chat` has another shape.
     """
-    checkpoints = [resolve_checkpoint(base), resolve_checkpoint(chat)]
+    checkpoints = [resolve_checkpoint(model, of) for model, of in zip((base, chat), revisions, strict=True)]
     prints = [Fingerprint.of(checkpoint) for checkpoint in checkpoints]
     stored = read_masks(masks, names)
     for mask in stored:

@@ -1,13 +1,16 @@
 """Session fixtures. Engines take long to start, so the ones a session needs start together, behind the quick tests."""
 
+import hashlib
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+import tests.tiny
 from crane_serve.common.masks import MaskLibrary
 from tests.engines import Oracle, Server, add_output_mask, random_masks
 from tests.jobs import Jobs
@@ -17,6 +20,10 @@ GEMMA = Path(__file__).parent.parent / "models" / "gemma-3-270m"
 TINY_CHUNK_TOKENS = 64
 TINY_FLAGS = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8", "--block-size", "32")
 TINY_FLAGS += ("--max-num-batched-tokens", str(TINY_CHUNK_TOKENS))
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+# Token ids in place of texts, for which random models need not have any.
+OPENAI_FLAGS = ("--chat-template", TEMPLATE, "--return-tokens-as-token-ids", "--enable-scale-out")
+TOOL_FLAGS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 RANKS = {
     "tensor parallel": ("--tensor-parallel-size", "2", "--enforce-eager"),
     "data parallel": ("--data-parallel-size", "2", "--enforce-eager"),
@@ -37,11 +44,11 @@ class Tiny:
 class Engines:
     """The engine processes of a session, by the name of the fixture that needs them."""
 
-    def __init__(self, directory: Path, wanted: set[str]) -> None:
+    def __init__(self, directory: Path, kept: Path, wanted: set[str]) -> None:
+        """kept: what outlives the session."""
         self.directory = directory
-        checkpoint, masks = directory / "tiny", directory / "tiny-masks"
-        self.tiny = Tiny(tiny_model("llama", checkpoint), masks, random_masks(checkpoint, masks, share=0.4))
-        add_token_beyond(checkpoint)
+        checkpoint, masks = _kept_checkpoint(kept), directory / "tiny-masks"
+        self.tiny = Tiny(checkpoint, masks, random_masks(checkpoint, masks, share=0.4))
         self.output_masks = directory / "tiny-output-masks"
         self.output_library = add_output_mask(self.tiny.library, self.output_masks)
         (masks / "corrupt.safetensors").write_bytes(b"not a mask")
@@ -52,11 +59,14 @@ class Engines:
             gemma_masks = directory / "gemma-masks"
             random_masks(GEMMA, gemma_masks, share=0.05)
             flags = ("--max-model-len", "1024", "--max-num-seqs", "16")
-            self.servers["gemma_server"] = Server.start(
+            self.servers["gemma_server"] = Server.of(
                 GEMMA, gemma_masks, directory / "gemma.log", *flags, core=1 % (os.cpu_count() or 1)
             )
         if "tiny_server" in wanted:
-            self.servers["tiny_server"] = Server.start(checkpoint, masks, directory / "tiny.log", *TINY_FLAGS, core=0)
+            flags = (*TINY_FLAGS, "--enforce-eager", *OPENAI_FLAGS, *TOOL_FLAGS)
+            # vLLM's own variable for keys is not ours.
+            keys = {"VLLM_API_KEY": "not asked for"}
+            self.servers["tiny_server"] = Server.of(checkpoint, masks, directory / "tiny.log", *flags, core=0, **keys)
         self.jobs = Jobs(directory)
         self._add_jobs(wanted)
 
@@ -65,17 +75,15 @@ class Engines:
         here = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         in_process = {**here, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
-        def baseline(name: str, *arguments: str, **environment: str) -> None:
-            out = self.directory / f"{name}.json"
-            self.jobs.add(name, scripts / "baseline.py", self.tiny.checkpoint, out, *arguments, **environment)
-
         if "baseline" in wanted:
-            baseline("baseline", VLLM_PLUGINS="", VLLM_CPU_KVCACHE_SPACE="1")
-        if "eager" in wanted:
-            baseline("eager-idle", "eager", CRANE_MASKS=str(self.tiny.masks), **in_process)
-            baseline("eager-plain", "eager", VLLM_PLUGINS="", **in_process)
-        if "families" in wanted:
+            out = self.directory / "baseline.json"
+            environment = {"VLLM_PLUGINS": "", "VLLM_CPU_KVCACHE_SPACE": "1"}
+            self.jobs.add("baseline", scripts / "baseline.py", self.tiny.checkpoint, out, **environment)
+        if wanted & {"families", "eager_idle"}:
             checkpoints = self.directory / "families"
+            checkpoints.mkdir()
+            (checkpoints / "tiny").symlink_to(self.tiny.checkpoint)
+            (checkpoints / "tiny-masks").symlink_to(self.tiny.masks)
             for family in FAMILIES:
                 random_masks(tiny_model(family, checkpoints / family), checkpoints / f"{family}-masks", share=0.4)
             self.jobs.add("families", scripts / "families.py", checkpoints, checkpoints / "answers.json", **in_process)
@@ -91,6 +99,17 @@ class Engines:
             server.stop()
 
 
+def _kept_checkpoint(directory: Path) -> Path:
+    """The tiny Llama, at the same place in every session: vLLM finds what it has compiled for it before."""
+    made_by = hashlib.sha256(Path(tests.tiny.__file__).read_bytes()).hexdigest()[:16]
+    checkpoint = directory / made_by / "tiny"
+    if not checkpoint.exists():
+        with tempfile.TemporaryDirectory(dir=directory) as making:
+            add_token_beyond(tiny_model("llama", Path(making) / made_by / "tiny"))
+            (Path(making) / made_by).rename(checkpoint.parent)
+    return checkpoint
+
+
 _ENGINES = pytest.StashKey[Engines]()
 
 
@@ -103,7 +122,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.option.collectonly or "engines" not in wanted:
         return
     directory = session.config._tmp_path_factory.mktemp("engines")  # type: ignore[attr-defined]
-    session.config.stash[_ENGINES] = Engines(directory, wanted)
+    session.config.stash[_ENGINES] = Engines(directory, session.config.cache.mkdir("crane"), wanted)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -146,6 +165,6 @@ def gemma_library(engines: Engines, gemma_server: Server) -> MaskLibrary:
 
 @pytest.fixture(scope="session")
 def baseline(engines: Engines) -> dict[str, list[dict[str, object]]]:
-    """Generations of vLLM without the plugin, from a process of its own."""
+    """Generations of vLLM without the plugin, "compiled" and "eager", from a process of its own."""
     engines.jobs.wait("baseline")
     return json.loads((engines.directory / "baseline.json").read_text())

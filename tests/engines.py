@@ -6,16 +6,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from crane_serve.common.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, write_mask
+from crane_serve.common.masks import Composition, Fingerprint, MaskInfo, MaskLibrary, NeuronMask, write_mask
 from tests.tiny import mlp_projections
 
 START_TIMEOUT_S = 420
@@ -53,8 +52,10 @@ class Oracle:
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
     @contextmanager
-    def _masked(self, mask: NeuronMask | None, masked: slice):
+    def _masked(self, mask: NeuronMask | Composition | None, masked: slice):
         """Scale the MLPs' inputs and outputs at the token positions `masked`."""
+        if isinstance(mask, Composition):
+            mask = mask.whole()
 
         def per_token(scale: torch.Tensor, tokens: int) -> torch.Tensor:
             scales = torch.ones(tokens, len(scale))
@@ -81,46 +82,54 @@ class Oracle:
                 hook.remove()
 
     @torch.no_grad()
-    def logprobs(self, token_ids: Sequence[int], mask: NeuronMask | None, masked: slice = slice(None)) -> list[float]:
+    def logprobs(
+        self, token_ids: Sequence[int], mask: NeuronMask | Composition | None, masked: slice = slice(None)
+    ) -> list[float]:
         """Log-probability in nats of each token after the first, with the mask at the token positions `masked`."""
         ids = torch.tensor([list(token_ids)])
         with self._masked(mask, masked):
             logprobs = self.model(ids).logits[0].log_softmax(-1)
         return logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist()
 
-    def text_logprobs(self, text: str, mask: NeuronMask | None) -> list[float]:
+    def text_logprobs(self, text: str, mask: NeuronMask | Composition | None) -> list[float]:
         return self.logprobs(self.tokenizer(text)["input_ids"], mask)
 
 
-@dataclass
 class Server:
-    """A `crane serve` process; started at once, waited for on first use."""
+    """A server process; started at once, waited for on first use.
 
-    url: str
-    process: subprocess.Popen[bytes]
-    log: Path
+    command: to which its port is appended; ready: the path that answers when it serves.
+    """
 
-    @classmethod
-    def start(
-        cls, model: Path, masks: Path, log: Path, *flags: str, core: int | str, port: int | None = None
-    ) -> "Server":
+    def __init__(
+        self, command: Sequence[str], log: Path, environment: Mapping[str, str], ready: str = "/ready"
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = port or probe.getsockname()[1]
-        command = [sys.executable, "-m", "crane_serve", "serve", str(model), "--masks", str(masks)]
-        # vLLM binds every worker to the first core by default; two engines at once want one each. Ranks: `0|1`.
-        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core)}
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [*command, "--port", str(port), *flags], stdout=output, stderr=subprocess.STDOUT, env=environment
+            port = probe.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{port}", log
+        self._command, self._ready = [*command, str(port)], ready
+        self._environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **environment}
+        self.start()
+
+    @classmethod
+    def of(cls, model: Path, masks: Path, log: Path, *flags: str, core: int | str, **environment: str) -> "Server":
+        """`crane serve`. core: for its worker, as vLLM binds every worker to the first by default; of ranks, `0|1`."""
+        command = [sys.executable, "-m", "crane_serve", "serve", str(model), "--masks", str(masks), *flags, "--port"]
+        return cls(command, log, {"VLLM_CPU_OMP_THREADS_BIND": str(core), **environment})
+
+    def start(self) -> None:
+        """Start the process; once more under the same address, if it has ended."""
+        with self.log.open("ab", buffering=0) as output:
+            self.process = subprocess.Popen(
+                self._command, stdout=output, stderr=subprocess.STDOUT, env=self._environment
             )
-        return cls(f"http://127.0.0.1:{port}", process, log)
 
     def wait(self) -> "Server":
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                if httpx.get(f"{self.url}/ready", timeout=5).is_success:
+                if httpx.get(f"{self.url}{self._ready}", timeout=5).is_success:
                     return self
             except httpx.TransportError:
                 pass

@@ -9,6 +9,7 @@ from crane_serve.engine.config import DISABLE_VARIABLE, MASKS_VARIABLE, mask_con
 MASK_ARGUMENT = "crane_mask"
 POSITIONS_ARGUMENT = "crane_positions"
 _ARGUMENTS = (MASK_ARGUMENT, POSITIONS_ARGUMENT)
+_SHOWN = 80  # characters of an expression that errors show
 OUR_WORDS = ("crane", "mask", "maks", "msak", "amsk")
 """Parts of a parameter's name that show that it asks for a mask; also misspellings with two letters exchanged."""
 
@@ -66,7 +67,7 @@ def admit(vllm_config: Any, sampling_params: Any, *, resumable: bool) -> Resolve
     request = requested_mask(sampling_params)
     if request is None:
         return None
-    what = f"{MASK_ARGUMENT}={request.expression!r}"
+    what = f"{MASK_ARGUMENT}={request.expression[:_SHOWN]!r}"
     config = mask_config(vllm_config)
     if config is None:
         reason = f"{DISABLE_VARIABLE} is set" if masks_disabled() else f"start it with {MASKS_VARIABLE}=DIRECTORY"
@@ -79,7 +80,7 @@ def admit(vllm_config: Any, sampling_params: Any, *, resumable: bool) -> Resolve
         return None
     if resumable:
         raise MaskError(f"{what}: streaming-input sessions cannot be masked")
-    if resolved.mask.output is not None and not config.outputs:
+    if resolved.mask.scales_outputs and not config.outputs:
         raise MaskError(f"{what}: scales MLP output dimensions, which this engine was started without")
     sampling_params.extra_args = {**others, **mask_arguments(resolved)}
     return resolved

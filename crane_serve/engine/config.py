@@ -9,7 +9,7 @@ import crane_serve
 from crane_serve.common.defaults import DEFAULT_METHOD, DEFAULT_ROWS
 from crane_serve.common.masks import Fingerprint, MaskFileError, MaskLibrary
 from crane_serve.common.models.resolve import resolve_checkpoint
-from crane_serve.engine.weights import require_same_weights
+from crane_serve.engine.weights import require_own_config, require_same_weights
 
 CONFIG_KEY = "crane"
 MASKS_VARIABLE = "CRANE_MASKS"
@@ -28,12 +28,22 @@ class MaskConfig(dict[str, Any]):
     or fails: vLLM itself would only log that a plugin does not load, and run masked requests unmasked.
     """
 
-    def __init__(self, rows: int, outputs: bool, model: str, masks: Path, default_method: str, manifest: str) -> None:
+    def __init__(
+        self,
+        rows: int,
+        outputs: bool,
+        model: str,
+        masks: Path,
+        default_method: str,
+        manifest: str,
+        commit: str | None = None,
+    ) -> None:
         super().__init__(plugin=crane_serve.__version__, rows=rows, outputs=outputs)
         self.model = model
         self.masks = masks
         self.default_method = default_method
         self.manifest = manifest
+        self.commit = commit  # of a hub id
         self._library: MaskLibrary | None = None
 
     @property
@@ -52,7 +62,7 @@ class MaskConfig(dict[str, Any]):
         Raises MaskFileError if the directory changed since the engine was configured: all processes must agree on it.
         """
         if self._library is None:
-            fingerprint = Fingerprint.of(resolve_checkpoint(self.model))
+            fingerprint = Fingerprint.of(resolve_checkpoint(self.model, self.commit))
             library = MaskLibrary.load(self.masks, fingerprint, self.default_method)
             if library.manifest != self.manifest:
                 raise MaskFileError(f"{self.masks} changed while the engine was starting; start it again")
@@ -62,7 +72,7 @@ class MaskConfig(dict[str, Any]):
     @property
     def fields(self) -> tuple[Any, ...]:
         """The arguments of the constructor."""
-        return (self.rows, self.outputs, self.model, self.masks, self.default_method, self.manifest)
+        return (self.rows, self.outputs, self.model, self.masks, self.default_method, self.manifest, self.commit)
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("only a process with the crane plugin can send its configuration on")  # see `plugin`
@@ -88,19 +98,27 @@ def _rows() -> int:
 def add_mask_config(vllm_config: Any) -> None:
     """Put a MaskConfig into a new VllmConfig if CRANE_MASKS names a directory of masks.
 
-    Raises MaskFileError when the directory does not exist, FingerprintError when the model cannot be identified,
-    CheckpointError when vLLM would not load its weights or not all of them, ValueError for an unusable number of rows.
+    A hub id is pinned to the commit that the fingerprint is of. Raises MaskFileError when the directory does not exist,
+    FingerprintError when the model cannot be identified, CheckpointError when vLLM would not load its weights or not
+    all of them, or a config from elsewhere, ValueError for an unusable number of rows.
     """
     directory = os.environ.get(MASKS_VARIABLE)
     if not directory or masks_disabled():
         return
     default_method, rows = os.environ.get(DEFAULT_METHOD_VARIABLE, DEFAULT_METHOD), _rows()
-    model, masks = str(vllm_config.model_config.model), Path(directory).resolve()
-    checkpoint = resolve_checkpoint(model)
+    model_config, masks = vllm_config.model_config, Path(directory).resolve()
+    model = str(model_config.model)
+    require_own_config(model_config)
+    commit = None
+    if Path(model).is_dir():  # perhaps put there by vLLM itself, which then keeps a revision that means nothing
+        checkpoint = resolve_checkpoint(model)
+    else:
+        checkpoint = resolve_checkpoint(model, model_config.revision)
+        model_config.revision = commit = checkpoint.name
     library = MaskLibrary.load(masks, Fingerprint.of(checkpoint), default_method)
     require_same_weights(vllm_config, checkpoint)
     outputs = flag(OUTPUTS_VARIABLE) or any(stored.mask.output is not None for stored in library.masks.values())
-    config = MaskConfig(rows, outputs, model, masks, default_method, library.manifest)
+    config = MaskConfig(rows, outputs, model, masks, default_method, library.manifest, commit)
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config}
 
 

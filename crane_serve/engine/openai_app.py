@@ -22,6 +22,7 @@ from crane_serve.engine.vllm_routes import guard
 _TASKS = ("generate",)
 _CHAT, _CHAT_BATCH = "/v1/chat/completions", "/v1/chat/completions/batch"
 _TOKENS = "/inference/v1/generate"
+_LISTS = ("list", "tuple", "set", "frozenset")  # of pydantic's core schemas
 _answering_as: ContextVar[str | None] = ContextVar("answering_as", default=None)
 
 
@@ -116,7 +117,33 @@ def assemble(arguments: Any) -> Any:
     register_scale_out_api_routers(app, _TASKS)
     init_exception_handler(app)
     app.add_exception_handler(HTTPException, http_exception_handler)  # vLLM's own covers only a subclass of it
+    _fail_fast(app)
     return app
+
+
+def _fail_fast(app: Any) -> None:
+    """Have the lists of request bodies checked up to their first wrong item.
+
+    pydantic describes every wrong item, for every kind of thing that it might have been: of `"input": [{}, {}, ...]`
+    4 ms each. For vLLM 0.32 and FastAPI, whose fields keep their TypeAdapter to themselves.
+    """
+    from pydantic_core import SchemaValidator
+
+    for route in app.routes:
+        body = getattr(route, "body_field", None)
+        if body is not None:
+            adapter = body._type_adapter
+            adapter.validator = SchemaValidator(_failing_fast(adapter.core_schema))
+
+
+def _failing_fast(schema: Any) -> Any:
+    """A copy of a pydantic core schema."""
+    if isinstance(schema, dict):
+        copy = {key: _failing_fast(value) for key, value in schema.items()}
+        return copy | {"fail_fast": True} if schema.get("type") in _LISTS else copy
+    if isinstance(schema, list | tuple):
+        return type(schema)(map(_failing_fast, schema))
+    return schema
 
 
 def request_fields(app: Any) -> RequestFields:

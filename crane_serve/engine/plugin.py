@@ -10,6 +10,7 @@ What is wrapped, each once per process:
 - EngineCore.preprocess_add_request (engine core): admission again, and the prefix-cache salt;
 - generate_block_hash_extra_keys (engine core): the salt of blocks with generated tokens, if only some are masked, in
   hashes and in KV events;
+- get_kv_cache_configs (engine core): has KV blocks zeroed before a request gets them: see `fresh_blocks`;
 - EngineCore.add_request (engine core): refuses a mask without a free row, and forgets content that no request needs;
 - WorkerWrapperBase.init_device (worker): gives the model runner its masks, through MaskedRunner (V1)
   or MaskedModelState (V2).
@@ -26,7 +27,8 @@ from crane_serve.engine import live_masks, vllm_routes
 from crane_serve.engine.admission import MASK_ARGUMENT, admit, looks_like_ours, requested_mask, require_row
 from crane_serve.engine.config import MASKS_VARIABLE, MaskConfig, add_mask_config, mask_config, masks_disabled
 from crane_serve.engine.prefix_cache import check_salt, generated_salt, salted, with_generated_salt
-from crane_serve.engine.support import UnsupportedEngine, check_engine, check_version
+from crane_serve.engine.support import UnsupportedEngine, caution, check_engine, check_version
+from crane_serve.engine.versions import fail_request
 from crane_serve.engine.vocabulary import drop_impossible, require_embeddings, validate_token_ids
 from crane_serve.engine.wrapping import wrap
 
@@ -69,9 +71,12 @@ def install() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.renderers.base import BaseRenderer
     from vllm.v1.core import block_pool, kv_cache_utils
+    from vllm.v1.engine import core
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    from crane_serve.engine.fresh_blocks import get_kv_cache_configs
 
     wrap(EngineArgs, "create_engine_config", _create_engine_config)
     wrap(InputProcessor, "__init__", _init_front_end)
@@ -81,6 +86,7 @@ def install() -> None:
     wrap(EngineCore, "add_request", _add_request)
     for module in (kv_cache_utils, block_pool):  # the second imports it by name, for KV events
         wrap(module, "generate_block_hash_extra_keys", _block_keys)
+    wrap(core, "get_kv_cache_configs", get_kv_cache_configs)
     wrap(WorkerWrapperBase, "init_device", _init_device)
     setattr(EngineCore, live_masks.CHANGE_METHOD, live_masks.change_in_core)
     setattr(EngineCore, live_masks.FORGET_METHOD, live_masks.forget_in_core)
@@ -112,7 +118,17 @@ def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, *
     add_mask_config(vllm_config)
     if mask_config(vllm_config) is not None:
         check_engine(vllm_config)
+        _warn_of_version()
     return vllm_config
+
+
+def _warn_of_version() -> None:
+    import vllm
+    from vllm.logger import init_logger
+
+    warning = caution(vllm.__version__)
+    if warning is not None:
+        init_logger("vllm.crane").warning("%s", warning)
 
 
 def _init_front_end(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
@@ -151,9 +167,14 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
 
 def _preprocess_add_request(original: Callable[..., Any], self: Any, request: Any) -> Any:
     # An error here is sent to the client as a failed request (EngineCoreProc) or raised to the caller (in-process).
+    from vllm.exceptions import VLLMValidationError
+
     require_embeddings(self.vllm_config, request)
-    resolved = admit(self.vllm_config, request.sampling_params, resumable=request.resumable)
-    request.cache_salt = salted(resolved, request.cache_salt)
+    try:
+        resolved = admit(self.vllm_config, request.sampling_params, resumable=request.resumable)
+        request.cache_salt = salted(resolved, request.cache_salt)
+    except MaskError as error:  # from 0.33 on the client is told the text of this kind of error
+        raise VLLMValidationError(str(error), parameter=MASK_ARGUMENT) from error
     admitted = original(self, request)
     # As long as vLLM keeps the request, its mask is in use.
     setattr(admitted[0], _LEASE, resolved)
@@ -167,19 +188,21 @@ def _add_request(original: Callable[..., Any], self: Any, request: Any, *args: A
         leases = (getattr(other, _LEASE, None) for other in self.scheduler.requests.values())
         try:
             require_row(self.vllm_config, mask, {lease.mask.digest for lease in leases if lease is not None})
-        except MaskTableFull:
+        except MaskTableFull as error:
             # The engine core may raise here only if it runs in the caller's process.
-            if not hasattr(self, "_send_error_outputs_to_client"):
+            if not hasattr(self, "_send_finish_outputs_to_client"):
                 raise
-            self._send_error_outputs_to_client([request.request_id], request.client_index)
+            fail_request(self, request, "mask_table_full", str(error))
             return None
     return original(self, request, *args, **kwargs)
 
 
-def _block_keys(original: Callable[..., Any], request: Any, start: int, end: int, *args: Any) -> Any:
-    keys, *rest = original(request, start, end, *args)
+def _block_keys(
+    original: Callable[..., Any], request: Any, start_token_idx: int, end_token_idx: int, *args: Any, **kwargs: Any
+) -> Any:
+    keys, *rest = original(request, start_token_idx, end_token_idx, *args, **kwargs)
     # The prompt's blocks are hashed while the request is being made, before it has its mask; they need no second salt.
-    salt = generated_salt(getattr(request, _LEASE, None), request.num_prompt_tokens, end)
+    salt = generated_salt(getattr(request, _LEASE, None), request.num_prompt_tokens, end_token_idx)
     return with_generated_salt(keys, salt), *rest
 
 

@@ -1,11 +1,13 @@
 """The interface to vLLM's V1 model runner (`v1/worker/gpu_model_runner.py` and its CPU subclass, vLLM 0.32)."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from crane_serve.engine.admission import MaskRequest, requested_mask
 from crane_serve.engine.batch_masks import BatchMasks
+from crane_serve.engine.fresh_blocks import zero_blocks
 
 
 class MaskedRunner:
@@ -21,6 +23,8 @@ class MaskedRunner:
         self._load_model, runner.load_model = runner.load_model, self.load_model
         self._prepare_inputs, runner._prepare_inputs = runner._prepare_inputs, self.prepare_inputs
         self._dummy_run, runner._dummy_run = runner._dummy_run, self.dummy_run
+        if runner.device.type == "cpu":
+            runner._zero_block_ids = partial(zero_blocks, runner)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, and patch it."""

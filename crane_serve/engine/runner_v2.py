@@ -1,8 +1,7 @@
 """The interface to vLLM's V2 model runner (`v1/worker/gpu/model_runner.py`, vLLM 0.32): its ModelState.
 
 V2 asks `resolve_model_state_cls` which class holds a model's per-request state, makes one when the weights are loaded,
-and calls it for every request and every batch. Written from vLLM's source and tested against its classes; V2 needs
-Triton, so it has not run on a CPU, and it has not run on a GPU.
+and calls it for every request and every batch.
 """
 
 from typing import Any
@@ -16,8 +15,8 @@ from crane_serve.engine.batch_masks import BatchMasks
 class MaskedModelState:
     """Mixed in before a ModelState class: the masks of V2's requests by id."""
 
-    def __init__(self, vllm_config: Any, model: Any, *args: Any) -> None:
-        super().__init__(vllm_config, model, *args)  # type: ignore[call-arg]
+    def __init__(self, vllm_config: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, model, *args, **kwargs)  # type: ignore[call-arg]
         self._crane_masks = BatchMasks.install(model, vllm_config)
         self._crane_requests: dict[str, MaskRequest | None] = {}
         self._crane_prompts: dict[str, int] = {}  # length in tokens
@@ -36,19 +35,19 @@ class MaskedModelState:
         self._crane_requests.pop(req_id, None)
         self._crane_prompts.pop(req_id, None)
 
-    def prepare_inputs(self, input_batch: Any, *args: Any) -> Any:
+    def prepare_inputs(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Called for dummy batches too; their ids belong to no request, so they are unmasked."""
         ids = input_batch.req_ids
         tokens = np.diff(input_batch.query_start_loc_np[: len(ids) + 1])
         requests = [self._crane_requests.get(req_id) for req_id in ids]
         prompts = [self._crane_prompts.get(req_id, 0) for req_id in ids]
         self._crane_masks.fill(requests, tokens, input_batch.num_computed_tokens_np[: len(ids)], prompts)
-        return super().prepare_inputs(input_batch, *args)  # type: ignore[misc]
+        return super().prepare_inputs(input_batch, *args, **kwargs)  # type: ignore[misc]
 
-    def prepare_dummy_inputs(self, *args: Any) -> Any:
+    def prepare_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Batches that belong to no request are unmasked."""
         self._crane_masks.clear()
-        return super().prepare_dummy_inputs(*args)  # type: ignore[misc]
+        return super().prepare_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
 
 
 def masked(state: type) -> type:

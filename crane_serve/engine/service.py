@@ -16,7 +16,7 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
-from crane_serve.common.atomic import written_aside
+from crane_serve.common.atomic import remove_file, written_aside
 from crane_serve.common.masks import (
     Fingerprint,
     MaskError,
@@ -54,6 +54,14 @@ _CPU_PRIMITIVES = "64"
 
 class EngineDead(RuntimeError):
     """The engine process has died; no request can be served."""
+
+
+class EngineBusy(RuntimeError):
+    """The engine takes no such request at the moment; the same one may succeed later."""
+
+
+class FailedRequest(RuntimeError):
+    """The engine failed at this one request, by no fault of the request, and goes on with others."""
 
 
 class RejectedRequest(ValueError):
@@ -311,11 +319,24 @@ class EngineService:
                 if save:
                     aside = written_aside(mask_path(self._config.masks, stored.name), content)
                     put_in_place = await asyncio.to_thread(files.enter_context, aside)
-                await self._tell_cores(CHANGE_METHOD, stored.name, content)
-                if put_in_place is not None:
-                    put_in_place()
+                try:
+                    await self._tell_cores(CHANGE_METHOD, stored.name, content)
+                    if put_in_place is not None:
+                        await asyncio.to_thread(put_in_place)
+                except Exception:
+                    with suppress(Exception):  # what has failed may fail again; the first error says why
+                        await self._take_back(stored)
+                    raise
             self.library.put(stored)
         await self._forget_unused()
+
+    async def _take_back(self, stored: StoredMask) -> None:
+        """Have the engine cores be as the front end, which never had `stored`."""
+        before = self.library.masks.get(stored.name)
+        content = None if before is None else encode_mask(before.name, before.mask, before.info)
+        await self._tell_cores(CHANGE_METHOD, stored.name, content)
+        if stored.mask.digest not in self.library:  # requests of the front end may have it otherwise
+            await self._tell_cores(FORGET_METHOD, [stored.mask.digest])
 
     async def remove_mask(self, name: str, *, save: bool = False) -> None:
         """Remove the mask of exactly this name while serving; requests that use it finish with it.
@@ -331,7 +352,7 @@ class EngineService:
                 known = ", ".join(self.library.masks) or "no masks"
                 raise UnknownMask(f"unknown mask {name!r}; this server has {known}")
             if save:
-                mask_path(self._config.masks, name).unlink(missing_ok=True)
+                await asyncio.to_thread(remove_file, mask_path(self._config.masks, name))
             self.library.discard(name)
             await self._tell_cores(CHANGE_METHOD, name, None)
         await self._forget_unused()
@@ -366,7 +387,8 @@ class EngineService:
     ) -> AsyncGenerator[Step]:
         """Continue a prompt. With `stream` each step is yielded when it is ready, otherwise all as one step.
 
-        Raises RejectedRequest, MaskError or EngineDead. Closing the iterator aborts the request.
+        Raises RejectedRequest, MaskError, EngineBusy, FailedRequest or EngineDead. Closing the iterator aborts the
+        request.
         """
         from vllm.sampling_params import RequestOutputKind
 
@@ -394,8 +416,8 @@ class EngineService:
     ) -> PromptLogprobs:
         """Log-probability of each of `token_ids` [n] after the first given those before it: [n - 1].
 
-        data_parallel_rank: the engine to run it, if not the one with the least to do. Raises RejectedRequest,
-        MaskError or EngineDead.
+        data_parallel_rank: the engine to run it, if not the one with the least to do. Raises RejectedRequest and as
+        `generate` does.
         """
         parameters = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
         results = [result async for result in self._run(token_ids, parameters, mask, data_parallel_rank)]
@@ -414,7 +436,7 @@ class EngineService:
         mask: ResolvedMask | None,
         data_parallel_rank: int | None = None,
     ) -> AsyncGenerator[Any]:
-        from vllm.exceptions import VLLMClientError
+        from vllm.exceptions import GenerationError, GracefulHTTPError, RetryableRequestError, VLLMClientError
         from vllm.inputs import tokens_input
         from vllm.sampling_params import SamplingParams
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -441,6 +463,10 @@ class EngineService:
             if self.is_dead:
                 raise EngineDead("the engine has died") from error
             raise RejectedRequest(str(error.__cause__ or error)) from error
+        except (RetryableRequestError, GracefulHTTPError) as error:  # paused; too many are queued
+            raise EngineBusy(str(error)) from error
+        except GenerationError as error:
+            raise FailedRequest(f"the engine failed at this request: {error}") from error
         except (VLLMClientError, ValueError) as error:
             if isinstance(error.__cause__, MaskError):
                 # A new error: raising the old one again would make a reference cycle.

@@ -3,9 +3,8 @@
 from typing import Any
 
 from crane_serve.engine.config import flag
+from crane_serve.engine.versions import READ_VERSIONS, TESTED_VERSIONS
 
-TESTED_VERSIONS = ("0.32.0",)
-AVOID_V2 = "VLLM_USE_V2_MODEL_RUNNER=0"
 ALLOW_UNTESTED_VARIABLE = "CRANE_ALLOW_UNTESTED_VLLM"
 
 
@@ -18,13 +17,26 @@ def _untested_allowed() -> bool:
 
 
 def check_version(version: str) -> None:
-    """Raise UnsupportedEngine for a vLLM version this plugin was not tested with, unless the environment allows it."""
-    base = version.split("+")[0]
-    if base not in TESTED_VERSIONS and not _untested_allowed():
+    """Raise UnsupportedEngine for a vLLM version that is not supported, unless the environment allows it."""
+    if _base(version) not in (*TESTED_VERSIONS, *READ_VERSIONS) and not _untested_allowed():
         raise UnsupportedEngine(
-            f"vLLM {version} has not been tested with this plugin (tested: {', '.join(TESTED_VERSIONS)}); "
-            f"set {ALLOW_UNTESTED_VARIABLE}=1 to try it all the same"
+            f"vLLM {version} has not been tested with this plugin (tested: {', '.join(TESTED_VERSIONS)}; checked "
+            f"against its source: {', '.join(READ_VERSIONS)}); set {ALLOW_UNTESTED_VARIABLE}=1 to try it all the same"
         )
+
+
+def caution(version: str) -> str | None:
+    """What to say of a version that has only been read; None for the others."""
+    if _base(version) not in READ_VERSIONS:
+        return None
+    return (
+        f"vLLM {version} is supported by its source alone: no engine of this version has been run with masks (tested: "
+        f"{', '.join(TESTED_VERSIONS)}); `crane verify MODEL` tests it on this machine"
+    )
+
+
+def _base(version: str) -> str:
+    return version.split("+")[0]
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -36,11 +48,9 @@ def check_engine(vllm_config: Any) -> None:
         "kv_sharing_fast_prefill": getattr(cache, "kv_sharing_fast_prefill", False),
         "speculative decoding": vllm_config.speculative_config is not None,
         "LoRA": vllm_config.lora_config is not None,
+        "weights that change meanwhile (--weight-transfer-config)": vllm_config.weight_transfer_config is not None,
         "KV transfer between engines": vllm_config.kv_transfer_config is not None,
     }
-    if not _untested_allowed():
-        v2 = f"the V2 model runner, which is untested ({ALLOW_UNTESTED_VARIABLE}=1 allows it, {AVOID_V2} avoids it)"
-        refused[v2] = vllm_config.use_v2_model_runner
     refused["vLLM's Rust front end (VLLM_USE_RUST_FRONTEND), which loads no plugins"] = flag("VLLM_USE_RUST_FRONTEND")
     for feature, used in refused.items():
         if used:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from crane_serve.common.masks import NeuronMask
+from crane_serve.common.masks import Composition
 
 UNMASKED_ROW = 0
 
@@ -32,7 +32,7 @@ class MaskTable:
         for table in (*self._tables.values(), *self._outputs.values()):
             table.fill_(1.0)
 
-    def assign(self, masks: list[NeuronMask]) -> list[int]:
+    def assign(self, masks: list[Composition]) -> list[int]:
         """The row of each mask. A mask that is not resident gets a row that no mask of this call needs.
 
         Raises RuntimeError for more distinct masks than the table has rows.
@@ -48,24 +48,25 @@ class MaskTable:
                 self._rows[digest] = self._fill(self._free_row(distinct), mask)
         return [self._rows[mask.digest] for mask in masks]
 
-    def _free_row(self, needed: Mapping[str, NeuronMask]) -> int:
+    def _free_row(self, needed: Mapping[str, Composition]) -> int:
         if len(self._rows) < self._capacity - 1:
             return len(self._rows) + 1
         digest = next(digest for digest in self._rows if digest not in needed)
         return self._rows.pop(digest)
 
-    def _fill(self, row: int, mask: NeuronMask) -> int:
+    def _fill(self, row: int, mask: Composition) -> int:
         for layer, table in self._tables.items():
             start, width = self._offsets[layer], table.shape[1]
-            scales = mask.intermediate[layer, start : start + width]  # [neurons on this rank]
+            scales = mask.intermediate(layer, start, start + width)  # [neurons on this rank]
             table[row].copy_(scales.to(table.device, table.dtype))
-        if mask.output is not None and not self._outputs:
+        if mask.scales_outputs and not self._outputs:
             raise RuntimeError("a mask scales MLP output dimensions, the model was patched without them")
         for layer, table in self._outputs.items():
-            if mask.output is None:
+            output = mask.output(layer)  # [hidden]
+            if output is None:
                 table[row].fill_(1.0)
             else:
-                table[row].copy_(mask.output[layer].to(table.device, table.dtype))
+                table[row].copy_(output.to(table.device, table.dtype))
         return row
 
 

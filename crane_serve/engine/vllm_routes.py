@@ -1,7 +1,8 @@
 """MaskGuard: refuses, on vLLM's own server, a request that asks for a mask in a place where vLLM would ignore it.
 
 Most of vLLM's request models ignore fields they do not know, and several routes make sampling parameters of their own,
-so that a mask would be dropped in silence. Of vLLM 0.32, with the first three rows tested route by route:
+so that a mask would be dropped in silence. Of vLLM 0.32, with the first three rows tested route by route, and by
+reading of 0.33:
 
 | route                                                 | a mask arrives if it is in               |
 |-------------------------------------------------------|------------------------------------------|
@@ -13,8 +14,8 @@ so that a mask would be dropped in silence. Of vLLM 0.32, with the first three r
 |                                                       | task: refused                            |
 | /v1/audio/transcriptions, /v1/audio/translations      | vllm_xargs, but language detection and   |
 |                                                       | beam search drop it: refused             |
-| /generative_scoring, /v1/systemone, /v2/chat,         | nowhere: they make their own parameters  |
-| /v1/realtime                                          |                                          |
+| /generative_scoring, /v1/systemone, /v1/decisions,    | nowhere: they make their own parameters  |
+| /cohere/v2/chat, /v1/realtime                         |                                          |
 | embeddings, score, rerank, classify, pooling          | nowhere: they have none                  |
 | all others: tokenize, count_tokens, derender, ...     | nowhere: they run no model               |
 
@@ -26,7 +27,7 @@ misspelt mask count too, such as `masks`, `neuron_mask` or `maks`.
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from email.message import Message as Header
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
@@ -51,6 +52,9 @@ CARRYING: Mapping[str, tuple[str, ...]] = {
     "/inference/v1/generate": ("sampling_params", "extra_args"),
 }
 """Per route that carries a mask: the object of the body whose keys reach the engine."""
+
+CHECKED = "crane.checked"
+"""In the scope of a request: whoever sends it to vLLM's app has refused, with `asking_names`, what is refused here."""
 
 _PREFIX = "crane"
 # Objects that hold parameters, or that a client may take for such. Elsewhere in a body "mask" is data of the user.
@@ -113,6 +117,10 @@ class _Object(list[tuple[str, Any]]):
     """A JSON object as pairs, so that both values of a duplicate name are seen."""
 
 
+CONTAINERS = frozenset({dict, list, _Object})
+"""The types of JSON objects and lists."""
+
+
 def _json(body: bytes | str) -> Any:
     return json.loads(body, object_pairs_hook=_Object)
 
@@ -167,20 +175,33 @@ def asking_names(content: Any) -> Iterator[tuple[str, ...]]:
         place, value, are_parameters = pending.pop()
         if isinstance(value, dict | _Object):
             pairs = value.items() if isinstance(value, dict) else value
-            counts = Counter(name for name, _ in pairs)
+            twice: Collection[str] = () if isinstance(value, dict) else _twice(value)
             is_tool_call = ("type", "tool_use") in pairs
             for name, child in pairs:
-                inner = Place(place, name + _TWICE if counts[name] > 1 else name)
+                inner = Place(place, name + _TWICE if name in twice else name)
                 if name.lower().startswith(_PREFIX) or (are_parameters and looks_like_ours(name)):
                     yield inner.path
-                elif name not in _SCHEMA_NAMES and not (is_tool_call and name == "input"):
+                elif type(child) in CONTAINERS and name not in _SCHEMA_NAMES and not (is_tool_call and name == "input"):
                     pending.append((inner, child, are_parameters and name in _PARAMETERS))
-        elif isinstance(value, list):
+        elif isinstance(value, list) and not CONTAINERS.isdisjoint(map(type, value)):
             pending.extend(
                 (Place(place, str(index)), child, False)
                 for index, child in enumerate(value)
-                if isinstance(child, list | dict)
+                if type(child) in CONTAINERS
             )
+
+
+def _twice(pairs: _Object) -> Collection[str]:
+    """The names that an object has more than once."""
+    if len(dict(pairs)) == len(pairs):
+        return ()
+    return {name for name, count in Counter(name for name, _ in pairs).items() if count > 1}
+
+
+def nested(value: Any) -> list[Any]:
+    """The objects and lists that stand directly in a JSON value."""
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [child for child in children if type(child) in CONTAINERS]
 
 
 class MaskGuard:
@@ -202,6 +223,9 @@ class MaskGuard:
             await self.app(scope, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get(CHECKED):
+            await self.app(scope, receive, send)
+            return
         messages: list[Message] = []
         body = b""
         if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
@@ -292,31 +316,31 @@ def install() -> None:
         wrap(owner, "init_entrypoints_middleware", _init_entrypoints_middleware)
     for module in ("vllm.entrypoints.launchers.run_batch", "__main__"):
         runner = sys.modules.get(module)
-        wrap(runner if hasattr(runner, "BatchRequestInput") else None, "read_file", _read_file)
+        wrap(getattr(runner, "BatchRequestInput", None), "model_validate_json", _read_batch_request)
     beam_search = sys.modules.get("vllm.entrypoints.generate.beam_search.offline")
     wrap(getattr(beam_search, "BeamSearchOfflineMixin", None), "beam_search", _beam_search)
     wrap(preprocess, "_validate_prompt_dict", _validate_prompt_dict)
 
 
-def _init_entrypoints_middleware(original: Callable[..., Any], args: Any, app: Starlette, *rest: Any) -> None:
-    original(args, app, *rest)
+def _init_entrypoints_middleware(
+    original: Callable[..., Any], args: Any, app: Starlette, *rest: Any, **options: Any
+) -> None:
+    original(args, app, *rest, **options)
     guard(app)
 
 
-async def _read_file(original: Callable[..., Any], path_or_url: str) -> str:
-    text: str = await original(path_or_url)
-    for number, line in enumerate(text.split("\n"), 1):
-        if not may_ask(line.encode()):
-            continue
+def _read_batch_request(original: Callable[..., Any], json_data: str | bytes, *args: Any, **kwargs: Any) -> Any:
+    line = json_data.encode() if isinstance(json_data, str) else json_data
+    if may_ask(line):
         try:
             request = dict(_json(line))
         except (TypeError, ValueError):
-            continue  # vLLM cannot read it either
+            return original(json_data, *args, **kwargs)  # vLLM cannot read it either
         url, body = str(request.get("url", "")), request.pop("body", None)
         reason = _misplaced(url, _Object(request.items())) or _misplaced(url, body)
         if reason is not None:
-            raise MaskError(f"line {number} of {path_or_url}: {reason}")
-    return text
+            raise MaskError(f"request {request.get('custom_id')!r} of the batch: {reason}")
+    return original(json_data, *args, **kwargs)
 
 
 def _beam_search(original: Callable[..., Any], self: Any, prompts: Any, params: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,7 @@
 """The life of the server process: start, serve, drain, stop; and its exit codes."""
 
 import asyncio
+import gc
 import logging
 import resource
 import signal
@@ -118,6 +119,8 @@ class _Life:
         loop = asyncio.get_running_loop()
         async with self._app.router.lifespan_context(self._app):
             on_signal(lambda: _soon(loop, self._signalled))
+            gc.collect()
+            gc.freeze()  # what has been made so far stays: to go through it again would hold the loop for long
             sockets = [self._listen()]
             server = _Server(self._config())
             serving = asyncio.create_task(server.serve(sockets))

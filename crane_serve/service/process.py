@@ -17,7 +17,7 @@ def serve(settings: ServeSettings) -> int:
     Raises ValueError (CheckpointError, MaskFileError, UnsupportedEngine, ...) before anything starts.
     """
     require_keys(settings)
-    model = resolve_checkpoint(settings.model)
+    model = resolve_checkpoint(settings.model, settings.revision)
     name = model.name if Path(settings.model).is_dir() else settings.model
     config = configure_engine(model, settings.masks, settings.default_method, settings.mask_rows, settings.engine_flags)
     configure_logging(settings.log_format, settings.log_level)

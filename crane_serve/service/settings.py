@@ -105,11 +105,15 @@ class ApiSettings(BaseModel):
         description="Names that the server has besides localhost and its address, joined with commas; requests for "
         "others are refused. * is any, the default with keys",
     )
-    max_body_bytes: int = Field(default=16 * _MIB, ge=1024, description="Largest body of a request")
+    max_body_bytes: int = Field(default=16 * _MIB, ge=1024, description="Largest body: an uploaded mask")
+    max_json_bytes: int = Field(default=4 * _MIB, ge=1024, description="Largest body of any other request")
     max_buffered_bytes: int = Field(
         default=512 * _MIB, ge=1024, description="Bodies of all requests together", validate_default=True
     )
-    max_sequences: int = Field(default=2048, ge=1, description="Prompts running or waiting before requests get 429")
+    max_sequences: int = Field(default=2048, ge=1, description="Prompts, each times n, running or waiting at once")
+    max_sequences_per_key: int | None = Field(
+        default=None, ge=1, description="The same for one API key; by default half of max_sequences"
+    )
     max_requests_per_key: int = Field(default=256, ge=1, description="Requests of one API key at once")
     body_timeout_s: float = Field(default=60.0, gt=0, description="Time for a body to arrive")
     request_timeout_s: float = Field(default=600.0, gt=0, description="Time for an answer")
@@ -137,6 +141,7 @@ class ServeSettings(ApiSettings, BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid")
 
     model: str = Field(description="Checkpoint directory or hub id")
+    revision: str | None = Field(default=None, description="Commit, branch or tag of the hub id")
     masks: Path = Field(description="Directory of mask files")
     default_method: str = Field(default=DEFAULT_METHOD, description="Method that a bare language name means")
     mask_rows: int = Field(default=DEFAULT_ROWS, ge=1, description="How many different masks are resident at most")

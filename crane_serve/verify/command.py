@@ -5,10 +5,13 @@ from typing import Annotated
 
 import typer
 
+from crane_serve.common.models.resolve import Revision
+
 
 def verify(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id")],
+    revision: Revision = None,
     masks: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="Try these mask files too")] = None,
     no_reference: Annotated[bool, typer.Option("--no-reference", help="Do not compare with transformers")] = False,
     no_throughput: Annotated[bool, typer.Option("--no-throughput", help="Do not measure throughput")] = False,
@@ -22,7 +25,7 @@ def verify(
     from crane_serve.common.bars import bar
     from crane_serve.verify.session import VerifyOptions, run
 
-    options = VerifyOptions(model, masks, not no_reference, not no_throughput, tuple(context.args))
+    options = VerifyOptions(model, masks, not no_reference, not no_throughput, tuple(context.args), revision)
     with bar("verify", "steps", f"{model} by transformers, by vLLM and with masks", on_terminal=False) as progress_bar:
         result = run(options, progress_bar.say)
     for line in result.lines():

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
+from crane_serve.common.atomic import append_whole, write_atomically
 from crane_serve.common.masks import Fingerprint
 from crane_serve.engine.offline import Answer, EngineFacts
 from crane_serve.verify.checks import Check
@@ -65,7 +66,7 @@ class ProcessPlan(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write it to a file, as JSON."""
-        path.write_text(self.model_dump_json())
+        write_atomically(path, self.model_dump_json().encode())
 
 
 class Outcome:
@@ -77,8 +78,10 @@ class Outcome:
     def record(self, **results: Any) -> None:
         """Append results by name: facts, check, plain, reference or error."""
         plain = {name: asdict(value) if is_dataclass(value) else value for name, value in results.items()}  # type: ignore[arg-type]
-        with self._path.open("a") as file:
-            file.write(json.dumps(plain) + "\n")  # Python's own JSON keeps numbers that are not finite
+        with self._path.open("ab", buffering=0) as file:
+            append_whole(
+                file, json.dumps(plain).encode() + b"\n"
+            )  # Python's own JSON keeps numbers that are not finite
 
     @property
     def error(self) -> str | None:
@@ -106,7 +109,9 @@ class Outcome:
         return self._read("check", Check)
 
     def _read(self, name: str, kind: type[_T]) -> list[_T]:
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        lines = (
+            self._path.read_bytes().split(b"\n")[:-1] if self._path.exists() else []
+        )  # a process may die in the last
         records: list[Mapping[str, Any]] = [json.loads(line) for line in lines]
         return [TypeAdapter(kind).validate_python(record[name]) for record in records if name in record]
 

@@ -31,13 +31,14 @@ Launch = Callable[[str, Path, Mapping[str, str], Path], str | None]
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """The options of a verification. flags: vLLM's own engine flags."""
+    """The options of a verification. flags: vLLM's own engine flags; revision: of a hub id."""
 
     model: str
     masks: Path | None = None
     reference: bool = True
     throughput: bool = True
     flags: tuple[str, ...] = ()
+    revision: str | None = None
 
 
 def run(options: VerifyOptions, progress: Callable[[str], None], launch: Launch | None = None) -> Report:
@@ -46,7 +47,7 @@ def run(options: VerifyOptions, progress: Callable[[str], None], launch: Launch 
     Raises ValueError for a model without fingerprint or with missing weights, and for masks that cannot be tried.
     launch: runs a module with a plan, an environment and a log, and returns what went wrong, if anything.
     """
-    checkpoint = resolve_checkpoint(options.model)
+    checkpoint = resolve_checkpoint(options.model, options.revision)
     fingerprint = Fingerprint.of(checkpoint)
     require_weights_of(checkpoint)
     scratch = Path(tempfile.mkdtemp(prefix="crane-verify-"))

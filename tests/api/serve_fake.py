@@ -6,7 +6,6 @@ for ever; a stream of each gives its first token at once. SIGUSR2 kills the engi
 
 import asyncio
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ from crane_serve.service.lifecycle import run
 from crane_serve.service.logs import configure_logging
 from crane_serve.service.settings import ServeSettings
 from tests.api.fake_engine import FakeEngine
+from tests.forked import context
 
 _SENTENCES = {
     None: "the old bridge across the river was closed and people walk through the park",
@@ -122,12 +122,10 @@ class FakeServer:
     def __init__(
         self, directory: Path, fail: str | None = None, never: bool = False, talks: bool = False, **settings: Any
     ) -> None:
-        fork = multiprocessing.get_context("forkserver")
-        fork.set_forkserver_preload([__name__])
         self._log = directory / "server.log"
         self._log.touch()
         given = {"model": "tiny", "masks": directory, "port": 0, "log_format": "json", **settings}
-        self.process = fork.Process(target=_serve, args=(self._log, given, fail, never, talks), daemon=True)
+        self.process = context().Process(target=_serve, args=(self._log, given, fail, never, talks), daemon=True)
         self.process.start()
 
     @property

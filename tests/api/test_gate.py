@@ -4,7 +4,7 @@ import pytest
 
 from crane_serve.service.api.context import RequestContext
 from crane_serve.service.api.errors import ApiError, TooBusy, describe
-from crane_serve.service.api.gate import Gate
+from crane_serve.service.api.gate import MAX_LOGPROBS, Gate
 from crane_serve.service.api.keys import Key, Role
 
 
@@ -12,27 +12,72 @@ def request(name: str | None = None) -> RequestContext:
     return RequestContext("-", key=None if name is None else Key(name, Role.USER))
 
 
-def admitted(gate: Gate, sequences: int = 0, name: str | None = None) -> RequestContext:
+def admitted(gate: Gate, sequences: int = 0, name: str | None = None, logprobs: int = 0) -> RequestContext:
     context = request(name)
-    gate.admit(context, sequences)
+    gate.admit(context, sequences, logprobs)
     return context
 
 
-async def test_one_request_may_go_over_the_limit() -> None:
+async def test_what_runs_and_what_is_asked_for_count_together() -> None:
     gate = Gate(4, 10)
-    first, second = admitted(gate, 3), admitted(gate, 50)
-    assert gate.sequences == 53
+    first, second = admitted(gate, 1), admitted(gate, 2)
     late = request()
-    with pytest.raises(TooBusy, match=r"53 prompts .* 4") as caught:
-        gate.admit(late, 1)
+    with pytest.raises(TooBusy, match=r"^3 prompts .* 2 more .* 4$") as caught:
+        gate.admit(late, 2)
     status, body, headers = describe(caught.value)
     assert (status, body.code, int(headers["Retry-After"]) > 0) == (429, "queue_full", True)
-    assert (late.admitted, late.sequences, gate.sequences) == (False, 0, 53)
-    gate.leave(second)
-    gate.admit(late, 1)
+    assert (late.admitted, late.sequences, gate.sequences) == (False, 0, 3)
+    third = admitted(gate, 1)
+    with pytest.raises(TooBusy):
+        admitted(gate, 0)  # what runs no model waits, too, while the queue is full
     gate.leave(first)
+    gate.leave(third)
+    gate.admit(late, 2)
+    gate.leave(second)
     gate.leave(late)
     assert gate.sequences == 0
+
+
+@pytest.mark.parametrize("sequences", [5, 1024 * 16384])
+async def test_what_never_fits_is_no_matter_of_time(sequences: int) -> None:
+    gate = Gate(4, 10)
+    with pytest.raises(ApiError, match=f"{sequences} sequences, .* at most 4 ") as caught:
+        admitted(gate, sequences)
+    status, body, headers = describe(caught.value)
+    assert (status, body.code, "Retry-After" in headers) == (400, "too_many_sequences", False)
+    assert gate.sequences == 0
+
+
+async def test_log_probabilities_are_bounded_over_all_sequences() -> None:
+    gate = Gate(10_000, 10)
+    gate.leave(admitted(gate, 1024, logprobs=20))
+    for sequences, logprobs in ((1025, 20), (1, MAX_LOGPROBS + 1)):
+        with pytest.raises(ApiError, match=str(MAX_LOGPROBS)) as caught:
+            admitted(gate, sequences, logprobs=logprobs)
+        assert (caught.value.status, caught.value.code, caught.value.param) == (400, "too_many_logprobs", "logprobs")
+    assert gate.sequences == 0
+
+
+async def test_a_key_has_a_share_of_the_sequences() -> None:
+    gate = Gate(9, 10)  # a share of 5
+    mine = admitted(gate, 4, "a")
+    with pytest.raises(TooBusy, match=r"^of this key, 4 prompts .* 2 more .* 5$") as caught:
+        admitted(gate, 2, "a")
+    assert caught.value.code == "key_queue_full"
+    with pytest.raises(ApiError, match="at most 5 ") as never:
+        admitted(gate, 6, "a")
+    assert never.value.code == "too_many_sequences"
+    others = [admitted(gate, 3, "b"), admitted(gate, 2)]
+    gate.leave(mine)
+    others.append(admitted(gate, 4, "a"))
+    for context in others:
+        gate.leave(context)
+    assert (gate.sequences, dict(gate._sequences_per_key)) == (0, {})
+    for share, most in ((7, 7), (100, 9)):
+        admitted(Gate(9, 10, share), most, "a")
+        with pytest.raises(ApiError, match=f"at most {most} "):
+            admitted(Gate(9, 10, share), most + 1, "a")
+    admitted(Gate(9, 10, 1), 9)  # without keys there is nobody to share with
 
 
 async def test_a_key_has_so_many_requests() -> None:
@@ -69,7 +114,7 @@ async def test_leaving_twice_or_without_admission_changes_nothing() -> None:
     gate.leave(context)
     assert (gate.sequences, context.admitted, context.sequences) == (3, False, 0)
     gate.leave(other)
-    assert (gate.sequences, dict(gate._requests_per_key)) == (0, {})
+    assert (gate.sequences, dict(gate._requests_per_key), dict(gate._sequences_per_key)) == (0, {}, {})
 
 
 async def test_admitting_twice_is_a_mistake() -> None:

@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 
 from crane_serve.common.masks import MaskTableFull
-from crane_serve.engine.service import EngineDead, EngineService, RejectedRequest, Sampling
+from crane_serve.engine.service import EngineBusy, EngineDead, EngineService, FailedRequest, RejectedRequest, Sampling
 from tests.api.fake_engine import FakeEngine
 from tests.tokenizer_kinds import ENDING, KINDS, Kind
 
@@ -263,6 +263,8 @@ TYPES = {400: "invalid_request_error", 500: "server_error", 503: "service_unavai
 ERRORS = [
     (RejectedRequest("the prompt is too long"), 400, "rejected_request", "the prompt is too long"),
     (EngineDead("the engine has died"), 503, "engine_dead", "the engine has died"),
+    (EngineBusy("generation is paused"), 503, "engine_busy", "generation is paused"),
+    (FailedRequest("the engine failed"), 500, "request_failed", "the engine failed"),
     (RuntimeError("a secret path"), 500, "internal_error", "unexpected error; see the server's log"),
 ]
 
@@ -282,6 +284,7 @@ async def test_an_error_before_the_first_token_is_an_http_error(
     response = await client.post("/generate", json={"prompt": ["a", "b"], "stream": stream})
     assert response.status_code == status
     assert response.json() == {"error": {"code": code, "message": message, "param": None, "type": TYPES[status]}}
+    assert response.headers.get("Retry-After") == ("1" if status == 503 else None)
     assert engine.running == 0
 
 

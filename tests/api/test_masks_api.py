@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import json
+import math
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -282,7 +283,8 @@ async def test_a_malformed_condition_is_refused(
     await client.put("/masks/fr", content=content_of(3))
     header = "If-None-Match" if method == "GET" else "If-Match"
     headers = [(header.encode(), condition.encode())]
-    response = await client.request(method, "/masks/fr", content=content_of(4), headers=headers)
+    content = content_of(4) if method == "PUT" else None
+    response = await client.request(method, "/masks/fr", content=content, headers=headers)
     assert response.status_code == 422
     assert error_of(response)["message"].endswith("expected *, or digests in double quotes, joined with commas")
     assert files(directory) == {"fr": OLD}
@@ -419,9 +421,19 @@ LARGER = encode_mask(
 )
 
 
+def too_large() -> bytes:
+    """A mask file as an engine without a bound of scales would write it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("crane_serve.common.masks.mask.MAX_SCALE", math.inf)
+        scales = torch.ones(2, 6)
+        scales[0, 1] = 1e38
+        return encode_mask("fr", NeuronMask(scales, (6, 5)), INFO)
+
+
 @pytest.mark.parametrize(
     ("content", "status", "code"),
     [
+        pytest.param(too_large(), 422, "malformed_mask_file", id="a scale beyond the bound"),
         pytest.param(b"", 422, "malformed_mask_file", id="empty"),
         pytest.param(content_of(3)[:-1], 422, "malformed_mask_file", id="cut"),
         pytest.param(content_of(3) + b"\0", 422, "malformed_mask_file", id="longer"),

@@ -452,6 +452,26 @@ async def test_a_mask_in_a_header_never_runs_unmasked(
     assert vllm.contents == []
 
 
+@pytest.mark.parametrize(
+    ("path", "name", "most"), [("/v1/chat/completions", "messages", 4096), ("/v1/responses", "input", 256)]
+)
+async def test_a_field_that_takes_vllm_long_has_a_bound(
+    http: httpx.AsyncClient, vllm: Recorder, path: str, name: str, most: int
+) -> None:
+    parts = [{"content": [{}]}] * (most // 3)
+    assert (await http.post(path, json={"model": "tiny", name: parts})).status_code == 200
+    answer = await http.post(path, json={"model": "tiny", name: [*parts, {}, {}]})
+    assert code_of(answer) == (413, "body_too_complex", name)
+    assert f"more than {most} objects and lists" in answer.json()["error"]["message"]
+    assert len(vllm.contents) == 1
+
+
+async def test_stop_strings_have_a_bound(http: httpx.AsyncClient, vllm: Recorder) -> None:
+    assert (await http.post("/v1/completions", json={**COMPLETION, "stop": ["a"] * 64})).status_code == 200
+    answer = await http.post("/v1/completions", json={**COMPLETION, "stop": ["a"] * 65})
+    assert code_of(answer) == (422, "malformed_body", "stop")
+
+
 async def test_a_long_name_is_not_sent_back_whole(http: httpx.AsyncClient, vllm: Recorder) -> None:
     for body in ({"x" * 100_000: 1}, {"vllm_xargs": {"x" * 100_000: {"crane": 1}}}, {"x" * 100_000: "\ud800"}):
         answer = await http.post("/v1/completions", content=json.dumps({**COMPLETION, **body}))
@@ -505,7 +525,7 @@ async def test_checking_a_body_takes_time_in_proportion_to_its_size(http: httpx.
         items = ",".join(['"\\ud83d\\ude00 mask",{"a":[]},5'] * parts)  # so that it is examined as a whole
         content = f'{{"model": "tiny", "prompt": {"[" * depth}{items}{"]" * depth}}}'
         start = time.process_time()
-        assert (await http.post("/v1/completions", content=content)).status_code == 200
+        assert (await http.post("/v1/completions/render", content=content)).status_code == 200
         return time.process_time() - start
 
     await seconds(10)
@@ -588,6 +608,11 @@ async def test_no_other_is(http: httpx.AsyncClient, vllm: Recorder, model: str) 
     assert vllm.scopes == []
 
 
+async def test_a_long_name_of_a_model_is_not_sent_back_whole(http: httpx.AsyncClient) -> None:
+    answer = await http.get(f"/v1/models/{'x' * 50_000}")
+    assert (answer.status_code, len(answer.content) < 1000) == (404, True)
+
+
 async def test_models_come_and_go_with_their_masks(http: httpx.AsyncClient, vllm: Recorder, engine: FakeEngine) -> None:
     stored = engine.library.get("zh")
     await engine.put_mask(StoredMask("attnlrp-fr", stored.mask, stored.info))
@@ -661,6 +686,8 @@ async def test_websockets_are_closed(front: Front, vllm: Recorder) -> None:
         ("/v1/completions", {"prompt": [[1, 2], [3]]}, 2),
         ("/v1/completions", {"prompt": ["a", "b"], "n": 4}, 8),
         ("/v1/completions", {"prompt": ["a", "b"], "n": "4"}, 8),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": "4.0"}, 8),
+        ("/v1/completions", {"prompt": [1.0, 2.0], "n": 4.0}, 4),
         ("/v1/completions", {"prompt": "a", "prompt_embeds": ["x", "y"]}, 3),
         ("/v1/completions", {"prompt": "a", "n": None}, 1),
         ("/v1/completions", {"prompt": [], "n": -3}, 1),
@@ -681,6 +708,36 @@ async def test_sequences_are_counted_while_vllm_answers(
     assert (await http.post(path, json=body)).status_code == 200
     assert vllm.sequences == [sequences]
     assert gate.sequences == 0
+
+
+MUCH = 2**40
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "code"),
+    [
+        ("/v1/completions", {"prompt": ["a"] * 1024, "n": 16384}, "too_many_sequences"),
+        ("/v1/completions", {"prompt": ["a"] * 101}, "too_many_sequences"),
+        ("/v1/completions", {"prompt": [[1]] * 51, "n": "2.0"}, "too_many_sequences"),
+        ("/v1/chat/completions", {"messages": [], "n": 101}, "too_many_sequences"),
+        ("/v1/chat/completions/batch", {"messages": [[]] * 51, "n": 2}, "too_many_sequences"),
+        ("/inference/v1/generate", {"sampling_params": {"n": 101}}, "too_many_sequences"),
+        ("/v1/completions", {"logprobs": MUCH}, "too_many_logprobs"),
+        ("/v1/completions", {"prompt": ["a"] * 2, "logprobs": -1}, "too_many_logprobs"),
+        ("/v1/completions", {"prompt": ["a"] * 100, "prompt_logprobs": 205}, "too_many_logprobs"),
+        ("/v1/chat/completions", {"n": 100, "top_logprobs": "205"}, "too_many_logprobs"),
+        ("/v1/completions", {"prompt": ["a"], "n": 100, "use_beam_search": True}, None),
+        ("/v1/completions", {"prompt": ["a"] * 2, "n": 50, "use_beam_search": True, "logprobs": 204}, None),
+        ("/v1/completions", {"prompt": ["a"], "logprobs": -1}, None),
+    ],
+)
+async def test_what_is_asked_for_together_is_bounded(
+    http: httpx.AsyncClient, vllm: Recorder, engine: FakeEngine, path: str, body: dict, code: str | None
+) -> None:
+    engine.openai_fields[path][""] |= {"top_logprobs", "prompt_logprobs"}
+    answer = await http.post(path, json={"model": "tiny", **body})
+    assert answer.json().get("error", {}).get("code") == code
+    assert (answer.status_code, len(vllm.contents)) == ((400, 0) if code else (200, 1))
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
@@ -848,7 +905,9 @@ async def test_a_full_mask_table_is_a_429(
     assert (await http.post("/v1/completions", json=COMPLETION)).status_code == 200
 
 
-@pytest.mark.parametrize(("status", "dead", "expected"), [(500, True, 503), (500, False, 500), (400, True, 400)])
+@pytest.mark.parametrize(
+    ("status", "dead", "expected"), [(500, True, 503), (500, False, 500), (503, False, 503), (400, True, 400)]
+)
 async def test_what_fails_because_the_engine_has_died_says_so(
     http: httpx.AsyncClient, vllm: Recorder, engine: FakeEngine, status: int, dead: bool, expected: int
 ) -> None:

@@ -42,13 +42,13 @@ def directories(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> d
 
 @pytest.mark.parametrize("block", RUN, ids=str)
 def test_an_example_runs_and_prints_what_the_page_says(
-    block: Block, openai_server: Server, directories: dict[str, Path]
+    block: Block, tiny_server: Server, directories: dict[str, Path]
 ) -> None:
     """A page's model is replaced by a tiny one with its own start token, and its address by the server's."""
 
     def here(text: str) -> str:
         text = text.replace("gemma-3-270m", NAME).replace("<bos>", BOS)
-        return text.replace("http://127.0.0.1:8000", openai_server.url)
+        return text.replace("http://127.0.0.1:8000", tiny_server.url)
 
     directory = directories[block.page]
     path = directory / "example"

@@ -2,13 +2,11 @@
 
 import asyncio
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from contextlib import aclosing
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,9 @@ import yaml
 from clients import AsyncCraneClient, Evaluation, Plan, RetryPolicy, Run
 from clients.results import RESULTS_FILE
 from crane_serve.common.masks import NeuronMask
-from tests.conftest import TINY_FLAGS, Tiny
-from tests.engines import Oracle, Server
+from tests.conftest import Tiny
+from tests.engines import START_TIMEOUT_S, Oracle, Server
+from tests.forked import crane
 
 pytestmark = pytest.mark.engine
 
@@ -59,9 +58,19 @@ def write_plan(directory: Path) -> Path:
 TOTAL = 4 * 3 * 4 * (1 + len(MASKS))
 
 
-def command(server: Server, plan: Path, out: Path) -> list[str]:
-    program = [sys.executable, "-m", "crane_serve", "eval"]
-    return [*program, str(plan), "--server", server.url, "--out", str(out), "--concurrency", "8"]
+def start(server: Server, plan: Path, out: Path) -> ForkServerProcess:
+    options = ("--server", server.url, "--out", out, "--concurrency", 8)
+    return crane("eval", plan, *options, log=log_of(out))
+
+
+def log_of(out: Path) -> Path:
+    return out.with_suffix(".log")
+
+
+def run_to_its_end(server: Server, plan: Path, out: Path) -> None:
+    process = start(server, plan, out)
+    process.join()
+    assert process.exitcode == 0, log_of(out).read_text()
 
 
 def lines_of(out: Path) -> dict[tuple[str, ...], dict[str, Any]]:
@@ -91,8 +100,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(plan: Path, tiny_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of an evaluation that nothing disturbed."""
     out = tmp_path_factory.mktemp("whole")
-    run = subprocess.run(command(tiny_server, plan, out), capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_to_its_end(tiny_server, plan, out)
     assert len(lines_of(out)) == TOTAL
     return out
 
@@ -150,50 +158,41 @@ def test_kill_9_of_the_client_ten_times(plan: Path, tiny_server: Server, whole: 
     out, draw, kept = tmp_path / "killed", random.Random(1), 0
     results = out / RESULTS_FILE
     for kill in range(KILLS):
-        process = subprocess.Popen(command(tiny_server, plan, out), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        process = start(tiny_server, plan, out)
         goal = kept + draw.randrange(1, max(2, (TOTAL - kept) // (KILLS - kill)))
         while not results.exists() or results.read_bytes().count(b"\n") < goal:
-            assert process.poll() is None
+            assert process.exitcode is None, log_of(out).read_text()
             time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         kept = results.read_bytes().count(b"\n")
         if kept >= TOTAL:
             break
-    run = subprocess.run(command(tiny_server, plan, out), capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_to_its_end(tiny_server, plan, out)
     assert_same_answers(out, whole)
 
 
-async def test_a_server_that_is_killed_and_started_again(tiny: Tiny, whole: Path, plan: Path, tmp_path: Path) -> None:
-    flags = (*TINY_FLAGS, "--enforce-eager")
-    server = Server.start(tiny.checkpoint, tiny.masks, tmp_path / "first.log", *flags, core=1 % (os.cpu_count() or 1))
-    again: Server | None = None
+async def test_a_server_that_is_killed_and_started_again(
+    tiny_server: Server, whole: Path, plan: Path, tmp_path: Path
+) -> None:
     said: list[str] = []
     out, answered = tmp_path / "out", 0
     retries = RetryPolicy(attempts=2, first_wait_s=0.1)
-    try:
-        server.wait()
-        async with (
-            AsyncCraneClient(server.url, concurrency=4, retries=retries) as client,
-            Run.start(client, Plan.read(plan), out, base=plan.parent, wait_s=300, on_notice=said.append) as run,
-            aclosing(aiter(run)) as results,
-        ):
-            async for _ in results:
-                answered += 1
-                if answered == TOTAL // 3:
-                    for process in psutil.Process(server.process.pid).children(recursive=True):
-                        process.kill()
-                    server.process.kill()
-                    await asyncio.to_thread(server.process.wait)
-                    port = int(server.url.rpartition(":")[2])
-                    log = tmp_path / "second.log"
-                    again = Server.start(tiny.checkpoint, tiny.masks, log, *flags, core=0, port=port)
-            assert run.failures == []
-    finally:
-        for one in (server, again):
-            if one is not None and one.process.poll() is None:
-                one.stop()
+    async with (
+        AsyncCraneClient(tiny_server.url, concurrency=4, retries=retries) as client,
+        Run.start(client, Plan.read(plan), out, base=plan.parent, wait_s=START_TIMEOUT_S, on_notice=said.append) as run,
+        aclosing(aiter(run)) as results,
+    ):
+        async for _ in results:
+            answered += 1
+            if answered == TOTAL // 3:
+                for process in psutil.Process(tiny_server.process.pid).children(recursive=True):
+                    process.kill()
+                tiny_server.process.kill()
+                await asyncio.to_thread(tiny_server.process.wait)
+                tiny_server.start()
+        assert run.failures == []
     assert answered == TOTAL
     assert said[0].startswith("the server does not answer")
     assert said[-1].startswith("the server is back after")

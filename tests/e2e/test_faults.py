@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ USER, ADMIN, UNKNOWN = "user-6a1f0c2e94b7", "admin-d83b57f1e206", "other-0c9e8d7
 PROMPT = "The harbour froze."
 BODY_TIMEOUT_S, MAX_BODY_BYTES = 5, 100_000
 RUNNING = 8  # sequences at once
+ROWS = 2  # different masks at once, on the first server
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 FLAGS = (
     *TINY_FLAGS,
@@ -71,15 +72,16 @@ class Place:
     def masks(self) -> Path:
         return self.directory / "masks"
 
-    def start(self, name: str) -> Server:
+    def start(self, name: str, *flags: str) -> Server:
         """A server whose log goes through a pipe, so that a limit on its files is none on its log."""
         pipe, log = self.directory / f"{name}.pipe", self.directory / f"{name}.log"
         os.mkfifo(pipe)
         threading.Thread(target=_copy, args=(pipe, log), daemon=True).start()
         keys = ("--api-keys-file", str(self.directory / "keys"))
         core = 1 % (os.cpu_count() or 1)
-        server = Server.start(self.tiny.checkpoint, self.masks, pipe, *FLAGS, *keys, core=core)
-        return replace(server, log=log).wait()
+        server = Server.of(self.tiny.checkpoint, self.masks, pipe, *FLAGS, *flags, *keys, core=core)
+        server.log = log
+        return server.wait()
 
 
 def _copy(pipe: Path, log: Path) -> None:
@@ -111,7 +113,7 @@ def place(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def first(place: Place) -> Iterator[Server]:
-    server = place.start("first")
+    server = place.start("first", "--mask-rows", str(ROWS))
     try:
         with client_of(server) as client:
             for name in ("kept", "gone"):
@@ -314,6 +316,31 @@ class TestMasks:
             start = next(pieces)
             yield texts
             texts.append(self.text(httpx.Response(200, text=start + "".join(pieces))))
+
+
+async def test_a_full_mask_table_is_a_rate_limit_until_a_client_has_gone(first: Server) -> None:
+    long = {"prompt": PROMPT, "max_tokens": 1900, "stream": True, "extra_body": {"ignore_eos": True}}
+    short = {"model": "tiny:zh", "prompt": PROMPT, "max_tokens": 2}
+    assert ROWS == 2
+    async with openai.AsyncOpenAI(
+        base_url=f"{first.url}/v1", api_key=USER, max_retries=0, timeout=DEADLINE_S
+    ) as client:
+        streams = [await client.completions.create(model=f"tiny:{mask}", **long) for mask in ("en", "vi")]
+        with pytest.raises(openai.RateLimitError) as raised:
+            await client.completions.create(**short)
+        assert raised.value.code == "mask_table_full"
+        assert raised.value.response.headers["retry-after"] == "1"
+        await client.completions.create(**{**short, "model": "tiny"})
+        await streams[0].close()
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            try:
+                await client.completions.create(**short)
+                break
+            except openai.RateLimitError:
+                assert time.monotonic() < deadline, "the row of a client that has gone is not given back"
+                await asyncio.sleep(0.1)
+        await streams[1].close()
 
 
 def files_in(directory: Path) -> list[str]:

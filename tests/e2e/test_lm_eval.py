@@ -92,11 +92,11 @@ def greedy_items(server: Server, mask: str) -> Iterator[tuple[str, list[str]]]:
 
 @pytest.fixture(scope="module")
 def samples(
-    tiny: Tiny, openai_server: Server, tmp_path_factory: pytest.TempPathFactory
+    tiny: Tiny, tiny_server: Server, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """What the harness logs of each job, by task."""
     directory = tmp_path_factory.mktemp("lm-eval")
-    items = [*CHOICES, *(item for mask in ("none", "zh", "vi") for item in greedy_items(openai_server, mask))]
+    items = [*CHOICES, *(item for mask in ("none", "zh", "vi") for item in greedy_items(tiny_server, mask))]
     rows = {
         "choices": [{"question": question, "choices": choices} for question, choices in items],
         "texts": [{"question": prompt} for prompt in PROMPTS],
@@ -108,7 +108,7 @@ def samples(
     writing = _WRITING.replace("TEXTS", str(directory / "texts.jsonl")).replace("STOPS", json.dumps(STOPS))
     (directory / "choices.yaml").write_text(choosing)
     (directory / "texts.yaml").write_text(writing.replace("TOKENS", str(NEW_TOKENS)))
-    jobs = [[model_arguments(openai_server, tiny, job), tasks_of(job)] for job in JOBS_AND_REMOTE.values()]
+    jobs = [[model_arguments(tiny_server, tiny, job), tasks_of(job)] for job in JOBS_AND_REMOTE.values()]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(directory / "hub")}
     out = directory / "out.json"
     run = subprocess.run(
@@ -139,9 +139,9 @@ def tasks_of(job: Job) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [name for name, job in JOBS.items() if "crane_choices" in tasks_of(job)])
-def test_log_likelihoods_equal_our_own_clients(samples: dict, openai_server: Server, name: str) -> None:
+def test_log_likelihoods_equal_our_own_clients(samples: dict, tiny_server: Server, name: str) -> None:
     checked = greedy = 0
-    with CraneClient(openai_server.url) as client:
+    with CraneClient(tiny_server.url) as client:
         for sample in samples[name]["crane_choices"]:
             for number, (response,) in enumerate(sample["resps"]):
                 context, continuation = sample["arguments"][number]
@@ -157,7 +157,7 @@ def test_log_likelihoods_equal_our_own_clients(samples: dict, openai_server: Ser
 
 
 @pytest.mark.parametrize("name", ["no mask", "?mask=zh", "?mask=vi, in batches"])
-def test_our_own_task_gives_the_same_figures(samples: dict, openai_server: Server, tmp_path: Path, name: str) -> None:
+def test_our_own_task_gives_the_same_figures(samples: dict, tiny_server: Server, tmp_path: Path, name: str) -> None:
     logged = sorted(samples[name]["crane_choices"], key=lambda sample: sample["doc_id"])
     rows = [json.dumps(sample["doc"], ensure_ascii=False) + "\n" for sample in logged]
     (tmp_path / "choices.jsonl").write_text("".join(rows))
@@ -166,7 +166,7 @@ def test_our_own_task_gives_the_same_figures(samples: dict, openai_server: Serve
     mask = JOBS[name].mask
     plan = Plan.parse({"languages": ["en"], "masks": [mask], "tasks": [task]}, "plan")
     out = tmp_path / "out"
-    evaluation = run_evaluation(plan, out, server=openai_server.url, base=tmp_path, concurrency=4)
+    evaluation = run_evaluation(plan, out, server=tiny_server.url, base=tmp_path, concurrency=4)
     (of_mask,) = [of for of in evaluation.masks if mask == "none" or of != "none"]
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     answers = {line["item"]: line["answer"]["scores"] for line in lines if line["mask"] == of_mask}
@@ -183,30 +183,30 @@ def test_our_own_task_gives_the_same_figures(samples: dict, openai_server: Serve
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_generated_texts_equal_our_own_clients(samples: dict, openai_server: Server, name: str) -> None:
+def test_generated_texts_equal_our_own_clients(samples: dict, tiny_server: Server, name: str) -> None:
     logged = samples[name]["crane_texts"]
     texts = {sample["doc"]["question"]: sample["resps"][0][0] for sample in logged}
     assert set(texts) == set(PROMPTS)
-    with CraneClient(openai_server.url) as client:
+    with CraneClient(tiny_server.url) as client:
         own = client.generate(PROMPTS, mask=JOBS[name].mask, max_tokens=NEW_TOKENS, temperature=0, stop=STOPS)
     assert [texts[prompt] for prompt in PROMPTS] == [output.text for output in own.outputs]
 
 
-def test_whole_texts_equal_our_own_clients(tiny: Tiny, openai_server: Server) -> None:
+def test_whole_texts_equal_our_own_clients(tiny: Tiny, tiny_server: Server) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-    url = f"{openai_server.url}/v1/completions?mask=zh"
+    url = f"{tiny_server.url}/v1/completions?mask=zh"
     tokenizer = {"tokenizer": str(tiny.checkpoint), "tokenizer_backend": "huggingface"}
     harness = LocalCompletionsAPI(base_url=url, model="tiny", max_length=512, **tokenizer)
     asked = [Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0) for text in PROMPTS]
-    with CraneClient(openai_server.url) as client:
+    with CraneClient(tiny_server.url) as client:
         own = [score.logprob for score in client.score_text(PROMPTS, mask="zh").scores]
     assert harness.loglikelihood_rolling(asked, disable_tqdm=True) == pytest.approx(own, abs=1e-3)
 
 
 def test_the_servers_tokenizer_serves_the_harness(
-    samples: dict, tiny: Tiny, tiny_oracle: Oracle, openai_server: Server
+    samples: dict, tiny: Tiny, tiny_oracle: Oracle, tiny_server: Server
 ) -> None:
     mask = tiny.library.resolve("vi")
     assert mask is not None
@@ -226,16 +226,16 @@ def test_the_servers_tokenizer_serves_the_harness(
     texts = {sample["doc"]["question"]: sample["resps"][0][0] for sample in samples[REMOTE]["crane_texts"]}
     body = {"model": "tiny:vi", "temperature": 0, "max_tokens": NEW_TOKENS, "stop": [*STOPS, "</s>"]}
     for prompt in PROMPTS:
-        answer = httpx.post(f"{openai_server.url}/v1/completions", json={**body, "prompt": encoded(prompt)}, timeout=60)
+        answer = httpx.post(f"{tiny_server.url}/v1/completions", json={**body, "prompt": encoded(prompt)}, timeout=60)
         assert texts[prompt] == answer.json()["choices"][0]["text"]
 
 
-def test_the_harness_sees_where_the_servers_tokenizer_can_be_asked(openai_server: Server) -> None:
+def test_the_harness_sees_where_the_servers_tokenizer_can_be_asked(tiny_server: Server) -> None:
     from lm_eval.utils import check_remote_tokenizer_support
 
-    assert check_remote_tokenizer_support(f"{openai_server.url}/v1/completions", max_retries=1)
+    assert check_remote_tokenizer_support(f"{tiny_server.url}/v1/completions", max_retries=1)
     # It puts /tokenizer_info behind the query.
-    assert not check_remote_tokenizer_support(f"{openai_server.url}/v1/completions?mask=vi", max_retries=1)
+    assert not check_remote_tokenizer_support(f"{tiny_server.url}/v1/completions?mask=vi", max_retries=1)
 
 
 def test_masks_differ_and_both_ways_to_name_one_agree(samples: dict) -> None:

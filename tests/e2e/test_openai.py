@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,8 +26,8 @@ DEADLINE_S = 120
 
 
 @pytest.fixture(scope="module")
-def url(openai_server: Server) -> str:
-    return f"{openai_server.url}/v1"
+def url(tiny_server: Server) -> str:
+    return f"{tiny_server.url}/v1"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +61,7 @@ def tokens_of(logprobs: Any) -> tuple[list[int], list[float]]:
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_all_ways_to_name_a_mask_give_what_transformers_gives_under_it(
-    tiny: Tiny, tiny_oracle: Oracle, openai_server: Server, client: openai.OpenAI, mask: str
+    tiny: Tiny, tiny_oracle: Oracle, tiny_server: Server, client: openai.OpenAI, mask: str
 ) -> None:
     answers = []
     for way in WAYS:
@@ -76,7 +75,7 @@ def test_all_ways_to_name_a_mask_give_what_transformers_gives_under_it(
     expected = tiny_oracle.logprobs([*prompt, *tokens], neuron_mask(tiny, mask))
     assert logprobs == pytest.approx(expected[-TOKENS:], abs=1e-4)
     # And what our own route says, up to the end of the text, which it does not ignore.
-    with CraneClient(openai_server.url) as own:
+    with CraneClient(tiny_server.url) as own:
         output = own.generate(TEXT, mask=mask, temperature=0, max_tokens=TOKENS, logprobs=0).outputs[0]
     assert text.startswith(output.text)
     shared = output.completion_tokens
@@ -153,15 +152,15 @@ def test_responses_say_what_completions_say(client: openai.OpenAI) -> None:
     assert said == events[-1].response.output_text == expected.choices[0].text
 
 
-def test_anthropics_messages_say_what_chat_says(client: openai.OpenAI, openai_server: Server) -> None:
+def test_anthropics_messages_say_what_chat_says(client: openai.OpenAI, tiny_server: Server) -> None:
     body: Any = {"model": "tiny:zh", "messages": MESSAGES, "temperature": 0, "max_tokens": TOKENS}
     expected = client.chat.completions.create(**body).choices[0].message.content
-    answer = httpx.post(f"{openai_server.url}/v1/messages?beta=true", json=body, timeout=DEADLINE_S).json()
+    answer = httpx.post(f"{tiny_server.url}/v1/messages?beta=true", json=body, timeout=DEADLINE_S).json()
     assert (answer["model"], "".join(part["text"] for part in answer["content"])) == ("tiny:zh", expected)
 
 
-def test_a_rendered_request_keeps_its_mask(tiny: Tiny, tiny_oracle: Oracle, openai_server: Server) -> None:
-    with httpx.Client(base_url=openai_server.url, timeout=DEADLINE_S) as http:
+def test_a_rendered_request_keeps_its_mask(tiny: Tiny, tiny_oracle: Oracle, tiny_server: Server) -> None:
+    with httpx.Client(base_url=tiny_server.url, timeout=DEADLINE_S) as http:
         body = {"model": "tiny:zh", "prompt": TEXT, "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
         (rendered,) = http.post("/v1/completions/render", json={**body, "logprobs": 0}).raise_for_status().json()
         answer = http.post("/inference/v1/generate?mask=zh", json=rendered).raise_for_status().json()
@@ -248,7 +247,7 @@ def test_each_listed_model_and_each_that_a_request_may_name_is_retrieved(client:
 
 @pytest.mark.parametrize("model", ["tiny", "tiny:zh"])
 def test_a_prompt_that_ends_inside_a_character_does_not_come_back(
-    tiny_oracle: Oracle, client: openai.OpenAI, openai_server: Server, model: str
+    tiny_oracle: Oracle, client: openai.OpenAI, tiny_server: Server, model: str
 ) -> None:
     token_ids = tiny_oracle.tokenizer("Secret ế")["input_ids"][:-1]
     answer = client.completions.create(model=model, prompt=token_ids, logprobs=0, **GREEDY).choices[0]
@@ -258,20 +257,20 @@ def test_a_prompt_that_ends_inside_a_character_does_not_come_back(
     assert "Secret" not in answer.text
     chunks = client.completions.create(model=model, prompt=token_ids, stream=True, **GREEDY)
     assert "".join(chunk.choices[0].text for chunk in chunks) == answer.text
-    with CraneClient(openai_server.url) as own:  # a text cannot end so, but it can look so
+    with CraneClient(tiny_server.url) as own:  # a text cannot end so, but it can look so
         assert (
             "Secret" not in own.generate("Secret \ufffd", mask="zh", temperature=0, max_tokens=TOKENS).outputs[0].text
         )
 
 
 @pytest.mark.parametrize("length", [512, 513])
-def test_a_prompt_without_room_is_named(client: openai.OpenAI, openai_server: Server, length: int) -> None:
+def test_a_prompt_without_room_is_named(client: openai.OpenAI, tiny_server: Server, length: int) -> None:
     with pytest.raises(openai.BadRequestError) as raised:
         client.completions.create(model="tiny:zh", prompt=[5] * length)
     assert str(length) in str(raised.value.body)
     assert "prompt" in raised.value.body["message"]
     for path, body in [("/generate", {"prompt": "x" * (length - 1)}), ("/score", {"text": ["x" * (length - 1)]})]:
-        answer = httpx.post(f"{openai_server.url}{path}", json=body, timeout=DEADLINE_S)
+        answer = httpx.post(f"{tiny_server.url}{path}", json=body, timeout=DEADLINE_S)
         assert answer.status_code == 400
         assert f"the prompt has {length} tokens" in answer.json()["error"]["message"]
 
@@ -314,7 +313,7 @@ def test_each_refusal_is_the_clients_exception_for_it(
 
 @pytest.mark.parametrize("mask", ["none", "zh"])
 def test_a_token_beyond_the_vocabulary_is_named_on_every_route_and_ends_nothing(
-    tiny_oracle: Oracle, openai_server: Server, mask: str
+    tiny_oracle: Oracle, tiny_server: Server, mask: str
 ) -> None:
     """The tokenizer has one token more than the model, which vLLM takes for one of the model's."""
     text = f"Look: {BEYOND} Hà Nội là"
@@ -343,43 +342,21 @@ def test_a_token_beyond_the_vocabulary_is_named_on_every_route_and_ends_nothing(
     ]
     for path, body in requests:
         model: dict[str, Any] = {} if path in ("/generate", "/score") else {"model": "tiny"}
-        answer = httpx.post(f"{openai_server.url}{path}?mask={mask}", json={**model, **body}, timeout=DEADLINE_S)
+        answer = httpx.post(f"{tiny_server.url}{path}?mask={mask}", json={**model, **body}, timeout=DEADLINE_S)
         assert answer.status_code == 400, (path, body, answer.text)
         message = answer.json()["error"]["message"]
         assert "token " in message, (path, message)
         assert f"{beyond} tokens" in message, (path, message)
         if "beyond" in json.dumps(body):
             assert f"token {beyond} ('{BEYOND}')" in message, (path, message)
-        fine = httpx.post(f"{openai_server.url}/score?mask={mask}", json={"text": [TEXT]}, timeout=DEADLINE_S)
+        fine = httpx.post(f"{tiny_server.url}/score?mask={mask}", json={"text": [TEXT]}, timeout=DEADLINE_S)
         assert fine.status_code == 200, (path, fine.text)
 
 
-def test_random_bodies_are_answered_under_their_mask_or_refused(openai_server: Server) -> None:
-    statuses, broken = bodies.run(openai_server.url, count=60, seed=7)
+def test_random_bodies_are_answered_under_their_mask_or_refused(tiny_server: Server) -> None:
+    statuses, broken = bodies.run(tiny_server.url, count=60, seed=7)
     assert not broken, "\n".join(broken)
     assert statuses[200], statuses
-
-
-async def test_a_full_mask_table_is_a_rate_limit_until_a_client_has_gone(url: str) -> None:
-    long = {"prompt": TEXT, "max_tokens": 450, "stream": True, "extra_body": {"ignore_eos": True}}
-    short = {"model": "tiny:zh", "prompt": TEXT, "max_tokens": 2}
-    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=DEADLINE_S) as client:
-        streams = [await client.completions.create(model=f"tiny:{mask}", **long) for mask in ("en", "vi")]
-        with pytest.raises(openai.RateLimitError) as raised:
-            await client.completions.create(**short)
-        assert raised.value.code == "mask_table_full"
-        assert raised.value.response.headers["retry-after"] == "1"
-        await client.completions.create(**{**short, "model": "tiny"})
-        await streams[0].close()
-        deadline = time.monotonic() + DEADLINE_S
-        while True:
-            try:
-                await client.completions.create(**short)
-                break
-            except openai.RateLimitError:
-                assert time.monotonic() < deadline, "the row of a client that has gone is not given back"
-                await asyncio.sleep(0.1)
-        await streams[1].close()
 
 
 async def test_requests_with_one_id_do_not_disturb_each_other(url: str) -> None:

@@ -29,8 +29,8 @@ SETTINGS = settings(
 
 
 @pytest.fixture(scope="module")
-def document(openai_server: Server) -> Any:
-    return schemathesis.openapi.from_url(f"{openai_server.url}/openapi.json")
+def document(tiny_server: Server) -> Any:
+    return schemathesis.openapi.from_url(f"{tiny_server.url}/openapi.json")
 
 
 def reach(body: Any) -> None:

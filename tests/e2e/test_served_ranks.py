@@ -37,7 +37,7 @@ def ranked(request: pytest.FixtureRequest, engines: Engines) -> Iterator[RankedS
     for path in engines.tiny.masks.glob("attnlrp-*.safetensors"):
         shutil.copy(path, masks)
     log = engines.directory / f"{request.param} served.log"
-    server = Server.start(engines.tiny.checkpoint, masks, log, *TINY_FLAGS, *RANKS[request.param], core="0|1")
+    server = Server.of(engines.tiny.checkpoint, masks, log, *TINY_FLAGS, *RANKS[request.param], core="0|1")
     try:
         yield RankedServer(request.param, server.wait())
     finally:

@@ -1,11 +1,7 @@
 """vLLM's own OpenAI server with the plugin: each route runs a request under exactly its mask, or refuses it by name."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +9,7 @@ import httpx
 import pytest
 
 from tests.conftest import TINY_FLAGS, Tiny
-from tests.engines import START_TIMEOUT_S, Oracle, Server
+from tests.engines import Oracle, Server
 
 pytestmark = pytest.mark.engine
 
@@ -29,36 +25,18 @@ ZH = {"crane_mask": "zh"}
 
 @pytest.fixture(scope="module")
 def server(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("vllm-server") / "log"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny.checkpoint)]
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    flags = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny", "--chat-template", template]
+    flags = ["--host", "127.0.0.1", "--served-model-name", "tiny", "--chat-template", template]
     # Token ids in place of texts, for which random models need not have any.
     flags += [*TINY_FLAGS, "--enforce-eager", "--enable-scale-out", "--return-tokens-as-token-ids"]
-    environment = {**os.environ, "CRANE_MASKS": str(tiny.masks), "VLLM_CPU_KVCACHE_SPACE": "1"}
-    with log.open("wb") as output:
-        process = subprocess.Popen([*command, *flags], stdout=output, stderr=subprocess.STDOUT, env=environment)
-    running = Server(f"http://127.0.0.1:{port}", process, log)
+    running = Server([*command, *flags, "--port"], log, {"CRANE_MASKS": str(tiny.masks)}, ready="/health")
     try:
-        with httpx.Client(base_url=running.url, timeout=120) as client:
-            deadline = time.monotonic() + START_TIMEOUT_S
-            while not _answers(client):
-                alive = process.poll() is None and time.monotonic() < deadline
-                assert alive, f"the server did not start:\n{log.read_text(errors='replace')[-4000:]}"
-                time.sleep(0.5)
+        with httpx.Client(base_url=running.wait().url, timeout=120) as client:
             yield client
     finally:
         running.stop()
-
-
-def _answers(client: httpx.Client) -> bool:
-    try:
-        return client.get("/health").is_success
-    except httpx.TransportError:
-        return False
 
 
 def post(server: httpx.Client, path: str, body: Any) -> Any:

@@ -12,7 +12,11 @@ from tests.engine.offline import start
 def llm(engines: Engines) -> Iterator[object]:
     """vLLM's offline engine with the plugin, switched on by nothing but CRANE_MASKS; one mask scales outputs."""
     saved = dict(os.environ)
-    os.environ.update(CRANE_MASKS=str(engines.output_masks), VLLM_CPU_KVCACHE_SPACE="1")
+    os.environ.update(
+        CRANE_MASKS=str(engines.output_masks),
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # so that a test can send a function to the worker
+    )
     engine = start(engines.tiny.checkpoint)
     yield engine
     engine.llm_engine.engine_core.shutdown()

@@ -1,6 +1,6 @@
 """Generate under masks with every model family: `python families.py CHECKPOINTS OUT`, all in one process.
 
-CHECKPOINTS holds a directory per family, with its masks in `{family}-masks`.
+CHECKPOINTS holds a directory per family, with its masks in `{family}-masks`; nothing under `tiny` is masked.
 """
 
 import json
@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from offline import PROMPTS as UNMASKED_PROMPTS
 from offline import generate, start
 
 LONG = "A prompt that is longer than one chunk of the prefill, in steps. " * 2
@@ -27,8 +28,12 @@ def main() -> None:
             llm = start(checkpoints / family, enforce_eager=True, distributed_executor_backend="uni")
             pairs = [(prompt, mask) for prompt in PROMPTS for mask in MASKS]
             prompts, expressions = zip(*pairs, strict=True)
-            generated = generate(llm, list(prompts), list(expressions), score=True)
-            answers[family] = [{"mask": mask, **answer} for (_, mask), answer in zip(pairs, generated, strict=True)]
+            if family == "tiny":
+                assert "crane" in llm.llm_engine.vllm_config.additional_config
+                answers[family] = [generate(llm, [prompt], [None])[0] for prompt in UNMASKED_PROMPTS]
+            else:
+                generated = generate(llm, list(prompts), list(expressions), score=True)
+                answers[family] = [{"mask": mask, **answer} for (_, mask), answer in zip(pairs, generated, strict=True)]
             llm.llm_engine.engine_core.shutdown()
             del llm
             cleanup_dist_env_and_memory()

@@ -1,11 +1,14 @@
 """vLLM's own LLM class on the tiny model, with the mask in `extra_args`."""
 
+import math
+import os
 from pathlib import Path
 
 CHUNK_TOKENS, BLOCK_TOKENS, KV_BLOCKS = 64, 32, 40
 LONG = "A prompt that is longer than one chunk of the prefill, so that it takes several steps. " * 3
 PROMPTS = ["The harbour froze.", "港口结冰了。", "Bến cảng đóng băng.", LONG, "One more short one"]
 MAX_TOKENS = 12
+V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 
 
 def start(checkpoint: Path, **options: object):
@@ -21,6 +24,7 @@ def start(checkpoint: Path, **options: object):
         "num_gpu_blocks_override": KV_BLOCKS,
         "disable_log_stats": False,
         "enable_prefix_caching": True,
+        "enforce_eager": V2,  # Triton's interpreter runs kernels, not what a compiler makes of them
     }
     return LLM(str(checkpoint), **{**settings, **options})
 
@@ -56,3 +60,10 @@ def generate(llm, prompts: list[str], masks: list[str | None], *, score: bool = 
             }
         )
     return answers
+
+
+def fill_with_nan(worker) -> int:
+    """In a worker: write NaN into every KV block; returns the number of layers."""
+    for cache in worker.model_runner.kv_caches:
+        cache.fill_(math.nan)
+    return len(worker.model_runner.kv_caches)

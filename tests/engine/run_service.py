@@ -35,7 +35,7 @@ class Run:
         self.answers: list[dict] = []
         self.refused: dict[str, str] = {}
         library = service.library
-        self.contents = {library.resolve(content(n)).mask.digest: content(n) for n in range(REPLACEMENTS + 1)}
+        self.contents = {library.resolve(content(n)).mask.whole().digest: content(n) for n in range(REPLACEMENTS + 1)}
 
     async def generate(
         self, prompt: str, mask: str | None, tokens: int = 6, positions: Positions = Positions.ALL
@@ -76,7 +76,7 @@ class Run:
 
     def stored(self, name: str, expression: str) -> StoredMask:
         resolved = self.service.library.resolve(expression)
-        return StoredMask(name, resolved.mask, self.service.library.masks["attnlrp-zh"].info)
+        return StoredMask(name, resolved.mask.whole(), self.service.library.masks["attnlrp-zh"].info)
 
     async def everything(self, foreign: StoredMask) -> None:
         service = self.service

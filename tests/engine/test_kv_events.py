@@ -16,7 +16,7 @@ from vllm.v1.core.kv_cache_utils import (
 )
 from vllm.v1.request import Request
 
-from crane_serve.common.masks import NeuronMask, Positions, ResolvedMask
+from crane_serve.common.masks import Composition, Member, NeuronMask, Positions, ResolvedMask
 from crane_serve.engine import plugin
 from crane_serve.engine.prefix_cache import salted
 
@@ -27,7 +27,7 @@ def masked_request(positions: Positions | None) -> Any:
     """A request as the engine core has it once it has generated some tokens."""
     mask = None
     if positions is not None:
-        mask = ResolvedMask("m", "m", NeuronMask.switching_off([[1]], [8]), positions)
+        mask = ResolvedMask("m", Composition([Member(NeuronMask.switching_off([[1]], [8]))]), positions)
     hasher = get_request_block_hasher(BLOCK_TOKENS, sha256_cbor)
     request = Request(
         "request",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crane_serve.common.masks import NeuronMask
+from crane_serve.common.masks import Composition, Member, NeuronMask
 from crane_serve.engine.masked_mlp import UnsupportedModel, install_masks
 from tests.engine.stand_in import Layer, Mlp, Model
 from tests.tiny import HIDDEN, LAYERS, NEURONS
@@ -16,13 +16,17 @@ def install(model: Model, sizes: tuple[int, ...] = SIZES, outputs: bool = False)
     return install_masks(model, sizes, rows=4, max_tokens=8, outputs=outputs)
 
 
+def as_it_is(mask: NeuronMask) -> Composition:
+    return Composition([Member(mask)])
+
+
 @torch.no_grad()
 def test_each_token_gets_its_mask_and_unmasked_tokens_are_untouched() -> None:
     model, x = Model(), torch.randn(5, HIDDEN)
     plain = [layer.mlp(x) for layer in model.layers]
     table, slots = install(model)
     neurons = [list(range(0, NEURONS, 3)), [], [7]]
-    (row,) = table.assign([NeuronMask.switching_off(neurons, SIZES)])
+    (row,) = table.assign([as_it_is(NeuronMask.switching_off(neurons, SIZES))])
     slots[:5] = torch.tensor([0, row, 0, row, 0])
     for layer, before, off in zip(model.layers, plain, neurons, strict=True):
         after = layer.mlp(x)
@@ -39,7 +43,7 @@ def test_outputs_are_scaled_where_the_engine_was_made_for_it() -> None:
     table, slots = install(model, outputs=True)
     output = torch.ones(LAYERS, HIDDEN)
     output[1, :10] = 0.5
-    (row,) = table.assign([NeuronMask(torch.ones(LAYERS, NEURONS), SIZES, output)])
+    (row,) = table.assign([as_it_is(NeuronMask(torch.ones(LAYERS, NEURONS), SIZES, output))])
     slots[:2] = torch.tensor([0, row])
     after = model.layers[1].mlp(x)
     assert torch.equal(after[0], before[0])
@@ -50,7 +54,7 @@ def test_a_mask_of_outputs_never_runs_without_them() -> None:
     table, _ = install(Model())
     mask = NeuronMask(torch.ones(LAYERS, NEURONS), SIZES, torch.zeros(LAYERS, HIDDEN))
     with pytest.raises(RuntimeError, match="scales MLP output dimensions"):
-        table.assign([mask])
+        table.assign([as_it_is(mask)])
 
 
 def test_a_layer_too_many_or_too_few_is_refused() -> None:
@@ -66,7 +70,7 @@ def test_a_pipeline_rank_installs_its_own_layers_by_their_global_index() -> None
     model.layers[0] = PPMissingLayer()
     table, slots = install(model)
     neurons = [[1], [2], [3]]
-    (row,) = table.assign([NeuronMask.switching_off(neurons, SIZES)])
+    (row,) = table.assign([as_it_is(NeuronMask.switching_off(neurons, SIZES))])
     slots[:2] = row
     for layer in (1, 2):
         activations = model.layers[layer].mlp.act_fn(model.layers[layer].mlp.gate(x))

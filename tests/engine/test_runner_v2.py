@@ -1,4 +1,4 @@
-"""The V2 seam against vLLM's own classes, with batches made by hand: V2 itself needs Triton."""
+"""The V2 seam against vLLM's own classes, with batches made by hand; tests.v2 runs engines."""
 
 from dataclasses import replace
 from types import SimpleNamespace

@@ -11,7 +11,7 @@ from crane_serve.common.masks import MaskError, MaskFileError, MaskLibrary
 from crane_serve.engine import plugin
 from crane_serve.engine.admission import admit, requested_mask
 from crane_serve.engine.config import MaskConfig, mask_config
-from crane_serve.engine.support import UnsupportedEngine, check_engine, check_version
+from crane_serve.engine.support import UnsupportedEngine, caution, check_engine, check_version
 from tests.engines import random_masks
 from tests.tiny import tiny_model
 
@@ -25,6 +25,7 @@ def plain_config(**changes: object) -> SimpleNamespace:
         "speculative_config": None,
         "lora_config": None,
         "kv_transfer_config": None,
+        "weight_transfer_config": None,
         "use_v2_model_runner": False,
         "additional_config": {},
     }
@@ -50,7 +51,7 @@ def test_a_plain_engine_is_supported() -> None:
         ({"speculative_config": object()}, "speculative decoding"),
         ({"lora_config": object()}, "LoRA"),
         ({"kv_transfer_config": object()}, "KV transfer"),
-        ({"use_v2_model_runner": True}, "V2 model runner"),
+        ({"weight_transfer_config": object()}, "weights that change"),
     ],
 )
 def test_what_cannot_be_exact_is_refused_by_name(changes: dict[str, object], feature: str) -> None:
@@ -71,17 +72,31 @@ def test_the_fields_that_are_checked_exist_in_vllm() -> None:
     fields = {"use_ubatching", "prefill_context_parallel_size"}
     assert fields <= set(dir(ParallelConfig()))
     assert "kv_sharing_fast_prefill" in dir(CacheConfig())
-    fields = {"speculative_config", "lora_config", "kv_transfer_config", "use_v2_model_runner", "additional_config"}
+    fields = {
+        "speculative_config",
+        "lora_config",
+        "kv_transfer_config",
+        "weight_transfer_config",
+        "use_v2_model_runner",
+        "additional_config",
+    }
     assert fields <= set(dir(VllmConfig)) | set(VllmConfig.__dataclass_fields__)
 
 
 def test_only_tested_versions_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     check_version("0.32.0")
     check_version("0.32.0+cpu")
-    with pytest.raises(UnsupportedEngine, match=r"vLLM 0\.33\.0 has not been tested.*CRANE_ALLOW_UNTESTED_VLLM=1"):
-        check_version("0.33.0")
+    with pytest.raises(UnsupportedEngine, match=r"vLLM 0\.34\.0 has not been tested.*CRANE_ALLOW_UNTESTED_VLLM=1"):
+        check_version("0.34.0")
     monkeypatch.setenv("CRANE_ALLOW_UNTESTED_VLLM", "1")
+    check_version("0.34.0")
+
+
+def test_a_version_that_was_only_read_is_accepted_with_a_warning() -> None:
     check_version("0.33.0")
+    assert "no engine of this version has been run with masks" in str(caution("0.33.0+cu130"))
+    assert caution("0.32.0") is None
+    assert caution("0.34.0") is None  # which only CRANE_ALLOW_UNTESTED_VLLM=1 accepts
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +209,7 @@ def test_a_process_that_receives_the_configuration_has_the_plugin(
     monkeypatch.setattr(plugin, "install", lambda: installed.append(True))
     pickle.loads(sent)  # noqa: S301
     assert installed == [True]
-    monkeypatch.setattr(plugin, "install", lambda: check_version("0.33.0"))
+    monkeypatch.setattr(plugin, "install", lambda: check_version("0.34.0"))
     with pytest.raises(UnsupportedEngine):
         pickle.loads(sent)  # noqa: S301
 
@@ -209,14 +224,14 @@ def test_an_untested_vllm_refuses_masks_even_where_none_were_asked_for(monkeypat
             return SimpleNamespace(sampling_params=sampling_params)
 
     monkeypatch.setattr(input_processor, "InputProcessor", InputProcessor)
-    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
     monkeypatch.delenv("CRANE_MASKS", raising=False)
     plugin.register()
     assert InputProcessor().process_inputs(parameters(other=1)).sampling_params.extra_args == {"other": 1}
     with pytest.raises(ValueError, match="not installed in this untested vLLM version"):
         InputProcessor().process_inputs(parameters(crane_mask="zh"))
     monkeypatch.setenv("CRANE_MASKS", "masks")
-    with pytest.raises(UnsupportedEngine, match=r"vLLM 0\.33\.0 has not been tested"):
+    with pytest.raises(UnsupportedEngine, match=r"vLLM 0\.34\.0 has not been tested"):
         plugin.register()
 
 

@@ -259,7 +259,7 @@ def test_a_websocket_is_closed_when_it_asks_for_a_mask() -> None:
 
 # Every route of a real app of vLLM's, built without an engine, in a process whose imports are in the given order.
 IN_VLLM = """
-import asyncio, json, sys
+import asyncio, importlib.util, json, sys
 from types import SimpleNamespace
 
 first = sys.argv[1]
@@ -276,9 +276,10 @@ if first == "plugin":
     import vllm.entrypoints.launchers.run_batch
     vllm_routes.install()
 
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from starlette.testclient import TestClient
+place = "common" if importlib.util.find_spec("vllm.entrypoints.common.cli_args") else "launchers"
+make_arg_parser = importlib.import_module(f"vllm.entrypoints.{place}.cli_args").make_arg_parser
 args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", "x", "--enable-scale-out", "--api-key", "k"])
 app = build_app(args, ("generate", "transcription", "realtime"), None)
 client = TestClient(app)
@@ -304,17 +305,17 @@ def error(call, *arguments):
 
 params = BeamSearchParams(beam_width=2, max_tokens=2)
 params.extra_args = {"crane_mask": "zh"}
-for name, body in json.loads(sys.argv[2]).items():
-    with open(name, "w") as file:
-        print(json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {}}), file=file)
-        print(json.dumps({"custom_id": "b", "method": "POST", "url": "/v1/chat/completions", "body": body}), file=file)
+lines = {
+    name: json.dumps({"custom_id": "b", "method": "POST", "url": "/v1/chat/completions", "body": body})
+    for name, body in json.loads(sys.argv[2]).items()
+}
 print(json.dumps({
     "answers": answers,
     "unauthorised": unauthorised,
     "beam": error(BeamSearchOfflineMixin.beam_search, None, ["x"], params),
     "prompt": error(parse_dec_only_prompt, {"prompt": "x", "crane_mask": "zh"}),
     "good prompt": error(parse_dec_only_prompt, {"prompt": "x"}),
-    "batches": {name: error(run_batch.read_file, name) for name in json.loads(sys.argv[2])},
+    "lines": {name: error(run_batch.BatchRequestInput.model_validate_json, line) for name, line in lines.items()},
 }))
 """
 
@@ -322,8 +323,9 @@ print(json.dumps({
 @pytest.mark.engine  # starts none, but takes as long
 @pytest.mark.parametrize("first", ["vllm", "plugin"])
 def test_every_route_of_vllm_is_guarded_whatever_is_imported_first(first: str, tmp_path) -> None:
-    batches = json.dumps({"good.jsonl": XARGS, "bad.jsonl": {"crane_mask": "zh"}})
-    command = [sys.executable, "-c", IN_VLLM, first, batches]
+    chat = {"messages": [{"role": "user", "content": "a crane"}]}
+    lines = json.dumps({"plain": chat, "good": {**chat, **XARGS}, "bad": {**chat, "crane_mask": "zh"}})
+    command = [sys.executable, "-c", IN_VLLM, first, lines]
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}  # more routes
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -338,8 +340,9 @@ def test_every_route_of_vllm_is_guarded_whatever_is_imported_first(first: str, t
     assert "beam search cannot be masked" in result["beam"]
     assert "'crane_mask' would be ignored in a prompt" in result["prompt"]
     assert result["good prompt"] == "{'prompt': 'x'}"
-    assert "line 2 of bad.jsonl: 'crane_mask' would be ignored" in result["batches"]["bad.jsonl"]
-    assert len(result["batches"]["good.jsonl"].splitlines()) == 2
+    assert "request 'b' of the batch: 'crane_mask' would be ignored" in result["lines"]["bad"]
+    for name in ("plain", "good"):
+        assert "custom_id='b'" in result["lines"][name]
 
 
 async def test_the_guard_costs_little() -> None:

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 from pathspec import PathSpec
 
 import crane_serve
-from crane_serve.engine.support import TESTED_VERSIONS
+from crane_serve.engine.versions import TESTED_VERSIONS
 from crane_serve.service.api.app import create_app
 from tests import deployment
 from tests.deployment import DEPLOY, MANIFESTS, NO_SCHEMA, ROOT, UID

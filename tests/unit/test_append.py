@@ -1,5 +1,6 @@
 """A line is written whole or not at all, also where the system writes a part of it and then finds the disk full."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -20,15 +21,11 @@ def test_what_does_not_fit_is_taken_back(tmp_path: Path, room: int) -> None:
 
 
 def test_nothing_follows_what_cannot_be_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stuck:
-        def __init__(self) -> None:
-            self.file = (tmp_path / "lines").open("ab", buffering=0)
-            self.fileno, self.write, self.close = self.file.fileno, self.file.write, self.file.close
+    def stuck(descriptor: int, size: int) -> None:
+        raise OSError("stuck")
 
-        def truncate(self, size: int) -> None:
-            raise OSError("stuck")
-
-    stuck = Stuck()
+    monkeypatch.setattr(os, "ftruncate", stuck)
+    file = (tmp_path / "lines").open("ab", buffering=0)
     with room_for(8), pytest.raises(OSError, match="too large"):
-        append_whole(stuck, b"second line\n")  # type: ignore[arg-type]
-    assert stuck.file.closed
+        append_whole(file, b"second line\n")
+    assert file.closed

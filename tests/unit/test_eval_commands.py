@@ -1,14 +1,12 @@
 """`crane eval`, `report` and `compare` as processes and as commands: kill -9, replays, one message for each mistake."""
 
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,8 @@ from clients.commands import compare, evaluate, render
 from clients.evaluation import Evaluation
 from clients.results import RESULTS_FILE
 from tests.fake_server import LANGUAGES, FakeServer, serving
+from tests.forked import crane
 
-ROOT = Path(__file__).parents[2]
 DOCUMENTS = 12
 KILLS = 10
 
@@ -72,13 +70,9 @@ def write_plan(directory: Path, **changes: Any) -> Path:
 TOTAL = 5 * 3 * (DOCUMENTS + DOCUMENTS + 6)
 
 
-def start(server: FakeServer, plan: Path, out: Path) -> subprocess.Popen[str]:
-    program = "import typer; from clients.commands import evaluate; typer.run(evaluate)"
-    options = [str(plan), "--server", server.address, "--out", str(out), "--concurrency", "4"]
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *options],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+def start(server: FakeServer, plan: Path, out: Path) -> ForkServerProcess:
+    options = ("--server", server.address, "--out", out, "--concurrency", 4)
+    return crane("eval", plan, *options, log=out.with_suffix(".log"))
 
 
 def read_lines(out: Path) -> list[dict[str, Any]]:
@@ -94,10 +88,11 @@ def test_kill_9_ten_times_loses_and_repeats_nothing(server: FakeServer, tmp_path
         process = start(server, plan, out)
         goal = len(server.asked) + draw.randrange(1, (TOTAL - kept) // (KILLS - kill) + 1)
         while len(server.asked) < goal:
-            assert process.poll() is None, process.stdout and process.stdout.read()
+            assert process.exitcode is None, out.with_suffix(".log").read_text()
             time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         server.settle()
         lines = (out / RESULTS_FILE).read_bytes().count(b"\n")
         assert kept <= lines < TOTAL
@@ -106,15 +101,16 @@ def test_kill_9_ten_times_loses_and_repeats_nothing(server: FakeServer, tmp_path
     before = len(server.asked)
     server.delay_s = 0.0
     process = start(server, plan, out)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
+    process.join()
+    assert process.exitcode == 0, out.with_suffix(".log").read_text()
     assert len(server.asked) - before == TOTAL - kept
     keys = [(line["task"], line["mask"], line["language"], line["item"]) for line in read_lines(out)]
     assert len(keys) == len(set(keys)) == TOTAL
     assert {line["session"] for line in read_lines(out)} <= set(range(1, KILLS + 2))
 
     process = start(server, plan, tmp_path / "whole")
-    assert process.communicate()[0]
+    process.join()
+    assert process.exitcode == 0
     killed, whole = (
         Evaluation.read(tmp_path / name).model_dump(exclude={"throughput"}) for name in ("killed", "whole")
     )

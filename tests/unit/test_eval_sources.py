@@ -25,7 +25,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str | None, str, str
     """Datasets by name, configuration, split and revision, which a module `datasets` gives out."""
     stored: dict[tuple[str, str | None, str, str | None], list[dict[str, Any]]] = {}
 
-    def load_dataset(name: str, config: str | None, *, split: str, revision: str | None) -> list[dict[str, Any]]:
+    def load_dataset(
+        name: str, config: str | None, *, split: str, revision: str | None, trust_remote_code: bool
+    ) -> list[dict[str, Any]]:
+        assert not trust_remote_code
         if (name, config, split, revision) not in stored:
             raise ValueError(f"no {name} {config} {split} {revision}\nsecond line")
         return stored[name, config, split, revision]
@@ -182,16 +185,16 @@ def test_datasets(hub: Any) -> None:
 
 
 def test_several_configurations(hub: Any) -> None:
-    hub["exam", "law", "val", "v1"] = [{"id": 0, "q": "a"}, {"id": 1, "q": "b"}]
-    hub["exam", "logic", "val", "v1"] = [{"id": 0, "q": "c"}]
-    source = RowSource(dataset="exam", config=("law", "logic"), split="val", revision="v1")
+    hub["some/exam", "law", "val", "v1"] = [{"id": 0, "q": "a"}, {"id": 1, "q": "b"}]
+    hub["some/exam", "logic", "val", "v1"] = [{"id": 0, "q": "c"}]
+    source = RowSource(dataset="some/exam", config=("law", "logic"), split="val", revision="v1")
     assert source.rows("zh", Path()) == [
         {"id": "law/0", "config": "law", "q": "a"},
         {"id": "law/1", "config": "law", "q": "b"},
         {"id": "logic/0", "config": "logic", "q": "c"},
     ]
-    with pytest.raises(EvaluationError, match=r"hf:exam \(split val\), config art cannot be loaded"):
-        RowSource(dataset="exam", config=("law", "art"), split="val", revision="v1").rows("zh", Path())
+    with pytest.raises(EvaluationError, match=r"hf:some/exam \(split val\), config art cannot be loaded"):
+        RowSource(dataset="some/exam", config=("law", "art"), split="val", revision="v1").rows("zh", Path())
 
 
 def test_a_dataset_with_a_loading_script(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,13 +203,42 @@ def test_a_dataset_with_a_loading_script(hub: Any, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(sys.modules["datasets"], "load_dataset", refuse)
     with pytest.raises(EvaluationError, match=r"found mgsm\.py; give a `revision` with data files .*, or download it"):
-        RowSource(dataset="x", split="test").rows("en", Path())
+        RowSource(dataset="some/x", split="test").rows("en", Path())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text",
+        "json",
+        "here/there",
+        "/etc",
+        "../x",
+        "./x",
+        "a/b/c",
+        "https://x/y",
+        "hf://datasets/a",
+        "a/..",
+        "buckets/a/b/c",
+    ],
+)
+def test_a_dataset_is_a_name_of_the_hub_and_no_path(
+    hub: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` reads a directory of that name, and by `text` all texts of the working directory."""
+    (tmp_path / "here" / "there").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    hub[name, None, "test", None] = [{"id": "1"}]
+    with pytest.raises(EvaluationError, match="expected NAMESPACE/NAME of the Hub, and no path"):
+        RowSource(dataset="{lang}", split="test", codes={"en": name}).rows("en", Path())
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(EvaluationError, match=r"hf:x .*'datasets' is not installed; pip install datasets, or give"):
-        RowSource(dataset="x", split="test").rows("en", Path())
+    with pytest.raises(
+        EvaluationError, match=r"hf:some/x .*'datasets' is not installed; pip install datasets, or give"
+    ):
+        RowSource(dataset="some/x", split="test").rows("en", Path())
 
 
 # --- ids and columns

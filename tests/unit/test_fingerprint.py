@@ -3,17 +3,19 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from crane_serve.common.masks import Fingerprint, FingerprintError
 from crane_serve.common.masks.canonical_config import file_digest
-from tests.damaged import pickled, sharded
+from tests.damaged import UP, Tensors, pickled, sharded
 from tests.tiny import FAMILIES, HIDDEN, LAYERS, NEURONS, tiny_model
 
 
@@ -305,13 +307,125 @@ def test_masks_of_the_first_version_stay_valid(checkpoint: Path) -> None:
         now.require(now.model_copy(update={"config_digest": "f" * 64}), "the mask")
 
 
-def test_legacy_weights_count_by_name_and_size(copy: Path) -> None:
+# --- weights that torch.save wrote
+
+
+def save_pickled(checkpoint: Path, change: Callable[[Tensors], Tensors] = dict, *, zipped: bool = True) -> Fingerprint:
+    torch.save(
+        change(load_file(checkpoint / "model.safetensors")),
+        checkpoint / "pytorch_model.bin",
+        _use_new_zipfile_serialization=zipped,
+    )
+    (checkpoint / "model.safetensors").rename(checkpoint / "kept")
+    fingerprint = Fingerprint.of(checkpoint)
+    (checkpoint / "kept").rename(checkpoint / "model.safetensors")
+    return fingerprint
+
+
+def one_weight(held: Tensors) -> Tensors:
+    held[UP][held[UP].shape[0] // 2, 0] += 1
+    return held
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_pickled_weights_count_by_their_values(copy: Path, zipped: bool) -> None:
+    whole = Fingerprint.of(copy)
+    assert save_pickled(copy, zipped=zipped) == whole  # in whatever form they are
+    size = (copy / "pytorch_model.bin").stat().st_size
+    changed = save_pickled(copy, one_weight, zipped=zipped)
+    assert (copy / "pytorch_model.bin").stat().st_size == size
+    assert changed.weights_digest != whole.weights_digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda held: {name: tensor.to(torch.bfloat16) for name, tensor in held.items()}, id="dtype"),
+        pytest.param(lambda held: {f"{name}.": tensor for name, tensor in held.items()}, id="names"),
+        pytest.param(lambda held: held | {UP: held[UP].reshape(-1)}, id="shape"),
+    ],
+)
+def test_pickled_weights_count_by_name_dtype_and_shape(copy: Path, change: Callable[[Tensors], Tensors]) -> None:
+    assert save_pickled(copy, change).weights_digest != Fingerprint.of(copy).weights_digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda held: held | {UP: held[UP].T.contiguous().T}, id="strides"),
+        pytest.param(
+            lambda held: held | {UP: torch.cat([held[UP], held[UP]])[: len(held[UP])]}, id="part of a storage"
+        ),
+        pytest.param(lambda held: held | {UP: nn.Parameter(held[UP])}, id="parameter"),
+        pytest.param(lambda held: {name: held[name] for name in reversed(held)}, id="order"),
+        pytest.param(lambda held: held | {"step": 3}, id="something else beside them"),
+    ],
+)
+def test_how_tensors_lie_in_a_file_does_not_matter(copy: Path, change: Callable[[Tensors], Tensors]) -> None:
+    assert save_pickled(copy, change) == Fingerprint.of(copy)
+
+
+def test_shards_of_pickled_weights_are_one_model(copy: Path) -> None:
+    whole = Fingerprint.of(copy)
+    shards = sharded(copy, suffix=".bin", stem="pytorch_model")
+    assert Fingerprint.of(copy) == whole
+    held = torch.load(shards[1])
+    torch.save({name: tensor + 1 for name, tensor in held.items()}, shards[1])
+    assert Fingerprint.of(copy).weights_digest != whole.weights_digest
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".gguf"])
+def test_what_an_index_names_is_read_whatever_its_suffix(copy: Path, suffix: str) -> None:
+    whole = Fingerprint.of(copy)
+    shards = sharded(copy, suffix=".bin", stem="pytorch_model")
+    index = copy / "pytorch_model.bin.index.json"
+    index.write_text(index.read_text().replace(shards[0].name, f"part{suffix}"))
+    shards[0].rename(copy / f"part{suffix}")
+    assert Fingerprint.of(copy) == whole
+
+
+class Command:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"12", b"PK\x03\x04", b"PK\x03\x04" + b"\0" * 64, {}, [1], "state_dict", "code"]
+)
+def test_refuses_pickled_weights_that_are_none(copy: Path, tmp_path: Path, content: Any) -> None:
     (copy / "model.safetensors").unlink()
-    digests = []
-    for content in (b"12", b"34", b"567"):
-        (copy / "pytorch_model.bin").write_bytes(content)
-        digests.append(Fingerprint.of(copy).weights_digest)
-    assert digests[0] == digests[1] != digests[2]
+    ran = tmp_path / "ran"
+    objects = {"state_dict": {"state_dict": {UP: torch.ones(3)}}, "code": {UP: Command(ran)}}
+    file = copy / "pytorch_model.bin"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(objects.get(content, content) if isinstance(content, str) else content, file)
+    with pytest.raises(FingerprintError, match=r"pytorch_model\.bin is not a file of weights"):
+        Fingerprint.of(copy)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("beside", [(), ("training_args.bin",)], ids=str)
+def test_masks_for_names_and_sizes_are_refused_with_what_to_do(copy: Path, beside: tuple[str, ...]) -> None:
+    """Version 0.1.0 digested the names and sizes of all .bin files, later ones of those that count."""
+    pickled(copy)
+    for name in beside:
+        (copy / name).write_bytes(b"arguments")
+    entries = sorted(f"{file.name}:{file.stat().st_size}" for file in copy.glob("*.bin"))
+    digest = hashlib.sha256("".join(entries).encode()).hexdigest()
+    now = Fingerprint.of(copy)
+    earlier = Fingerprint.model_validate(now.model_dump() | {"weights_digest": digest})
+    assert not now.is_of(earlier)
+    with pytest.raises(
+        FingerprintError, match=r"names and sizes alone; make it again.*`crane masks transfer MASKS --to"
+    ):
+        now.require(earlier, "mask 'zh'")
+    with pytest.raises(FingerprintError, match="made for another model"):
+        now.require(now.model_copy(update={"weights_digest": "0" * 64}), "mask 'zh'")
 
 
 def test_refuses_a_directory_without_weights(copy: Path) -> None:

@@ -103,9 +103,9 @@ async def test_a_judge_on_this_machine_is_asked_without_a_proxy(
 async def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("REFEREE_KEY", "sk-secret")
+    monkeypatch.setenv("CRANE_JUDGE_KEY", "sk-secret")
     caplog.set_level("DEBUG")
-    judge = server.judge(key_variable="REFEREE_KEY")
+    judge = server.judge(key_variable="CRANE_JUDGE_KEY")
     await judge.ask("q", "a", "en")
     assert server.asked[0][1]["authorization"] == "Bearer sk-secret"
     server.answers = [(401, {"error": {"code": "invalid_api_key", "message": "wrong key: sk-secret"}})]
@@ -117,11 +117,11 @@ async def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
 
 @pytest.mark.parametrize("key", [None, "", "two words", "schlüssel"])
 async def test_without_a_key_nothing_is_sent(server: Server, monkeypatch: pytest.MonkeyPatch, key: str | None) -> None:
-    monkeypatch.delenv("REFEREE_KEY", raising=False)
+    monkeypatch.delenv("CRANE_JUDGE_KEY", raising=False)
     if key is not None:
-        monkeypatch.setenv("REFEREE_KEY", key)
-    with pytest.raises(EvaluationError, match="REFEREE_KEY holds no API key") as caught:
-        await server.judge(key_variable="REFEREE_KEY").ask("q", "a", "en")
+        monkeypatch.setenv("CRANE_JUDGE_KEY", key)
+    with pytest.raises(EvaluationError, match="CRANE_JUDGE_KEY holds no API key") as caught:
+        await server.judge(key_variable="CRANE_JUDGE_KEY").ask("q", "a", "en")
     assert not key or key not in str(caught.value)
     assert server.asked == []
 

@@ -1,5 +1,7 @@
 """MaskLibrary: which masks a directory holds, and which one a request means."""
 
+import math
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from crane_serve.common.masks import (
     MaskFileError,
     MaskInfo,
     MaskLibrary,
+    Member,
     NeuronMask,
     UnknownMask,
     write_mask,
@@ -65,6 +68,19 @@ def test_lists_unusable_files_with_the_reason(directory: Path, fingerprint: Fing
     assert library.resolve("vi") is not None
 
 
+def test_a_file_with_scales_beyond_the_bound_is_listed_with_it(
+    directory: Path, fingerprint: Fingerprint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("crane_serve.common.masks.mask.MAX_SCALE", math.inf)
+        mask = NeuronMask(torch.full((2, 6), 3e38).where(torch.tensor([[1] * 6, [1] * 5 + [0]]) == 1, 1), (6, 5))
+        write_mask(directory, "large", mask, MaskInfo(language="xx", method="test", fingerprint=fingerprint))
+    library = MaskLibrary.load(directory, fingerprint)
+    assert "'intermediate' holds a scale of size 3e+38, expected at most 10000 in absolute" in library.invalid["large"]
+    with pytest.raises(InvalidMask, match="at most 10000"):
+        library.resolve("large,vi@100")
+
+
 def test_an_empty_directory_is_a_library(tmp_path: Path, fingerprint: Fingerprint) -> None:
     library = MaskLibrary.load(tmp_path, fingerprint)
     assert library.masks == {}
@@ -98,7 +114,8 @@ def test_resolves_names(library: MaskLibrary, expression: str, name: str) -> Non
     assert resolved is not None
     assert resolved.name == name
     members = [library.masks[member].mask for member in name.split(",")]
-    assert resolved.mask.digest == NeuronMask.union(members).digest
+    product = torch.stack([mask.intermediate for mask in members]).prod(dim=0)
+    assert torch.equal(resolved.mask.whole().intermediate, product)
     assert resolved.wire == ",".join(sorted(mask.digest for mask in members))
 
 
@@ -111,21 +128,39 @@ def test_the_wire_form_means_the_same(library: MaskLibrary, expression: str) -> 
     assert (again.name, again.wire, again.mask.digest) == (resolved.name, resolved.wire, resolved.mask.digest)
 
 
-@pytest.mark.parametrize(
-    ("expression", "factor"), [("zh@0.5", 0.5), ("attnlrp-zh@2", 2.0), ("zh@0", 0.0), ("zh@1e-1", 0.1)]
-)
+@pytest.mark.parametrize(("expression", "factor"), [("zh@0.5", 0.5), ("attnlrp-zh@2", 2.0), ("zh@1e-1", 0.1)])
 def test_a_factor_scales_a_mask(library: MaskLibrary, expression: str, factor: float) -> None:
     resolved = library.resolve(expression)
     assert resolved is not None
     assert resolved.name == f"attnlrp-zh@{factor}"
-    assert resolved.mask.digest == library.masks["attnlrp-zh"].mask.scaled(factor).digest
+    mask = library.masks["attnlrp-zh"].mask
+    assert resolved.wire == f"{mask.digest}@{factor}"
+    expected = mask.intermediate.clone()
+    expected[expected == 0] = factor
+    assert torch.equal(resolved.mask.whole().intermediate, expected)
 
 
 def test_factors_join_with_other_masks(library: MaskLibrary) -> None:
     resolved = library.resolve("en@0.5,zh")
     assert resolved is not None
-    members = [library.masks["attnlrp-en"].mask.scaled(0.5), library.masks["attnlrp-zh"].mask]
-    assert resolved.mask.digest == NeuronMask.union(members).digest
+    assert resolved.name == "attnlrp-en@0.5,attnlrp-zh"
+    assert resolved.mask.whole().intermediate[0, :3].tolist() == [0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("expression", ["zh,zh", "zh@0", "zh@-0.0", "zh@0,attnlrp-zh", "zh@1e-999", "DIGEST@0,zh"])
+def test_one_mask_as_it_is_has_one_identity(library: MaskLibrary, expression: str) -> None:
+    plain = library.resolve("zh")
+    assert plain is not None
+    same = library.resolve(expression.replace("DIGEST", plain.mask.digest))
+    assert same is not None
+    assert (same.name, same.wire, same.mask.digest) == (plain.name, plain.wire, plain.mask.digest)
+    assert same.mask.digest == library.masks["attnlrp-zh"].mask.digest
+
+
+def test_different_contents_have_different_identities(library: MaskLibrary) -> None:
+    names = ["en", "zh", "vi", "en@0.5", "zh@0.5", "zh@0.05", "en@1", "en,zh", "en,zh@0.5", "en@0.5,zh", "en,zh,vi"]
+    resolved = [library.resolve(name) for name in [*names, "zh,zh@0.5", "zh@2,zh@0.5"]]
+    assert len({one.mask.digest for one in resolved if one}) == len(resolved)
 
 
 def test_a_digest_means_its_content_whatever_files_are_called(directory: Path, fingerprint: Fingerprint) -> None:
@@ -161,6 +196,10 @@ def test_none_means_unmasked(library: MaskLibrary, expression: str | None) -> No
         ("zh@101", "'101' is no factor"),
         ("zh@0.5@2", "'0.5@2' is no factor"),
         (",".join(["zh"] * 17), "joins 17 masks; at most 16 are allowed"),
+        ("zh," * 100_000, "has 300000 characters; at most 4096 are allowed"),
+        ("z" * 4097, "has 4097 characters; at most 4096 are allowed"),
+        ("zh@100,en@100,vi@100", "scales that may multiply to 1e\\+06, expected at most 10000"),
+        ("zh@100,zh@99,zh@98", "'zh@100,zh@99,zh@98': scales that may multiply to 9.7e\\+05, expected at most 10000"),
     ],
 )
 def test_refuses_malformed_expressions(library: MaskLibrary, expression: str, message: str) -> None:
@@ -188,22 +227,38 @@ def test_a_broken_default_mask_is_not_silently_another(directory: Path, fingerpr
         MaskLibrary.load(directory, fingerprint, "attnlrp").resolve("zh")
 
 
-def test_unions_are_computed_once(library: MaskLibrary) -> None:
-    first, second = library.resolve("zh,en"), library.resolve("en,zh")
-    assert first is not None
-    assert second is not None
-    assert first.mask is second.mask
+def test_nothing_is_multiplied_to_know_what_a_request_means(
+    library: MaskLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in the front end nor where a worker looks a wire form up: only rows are multiplied, layer by layer."""
+    monkeypatch.setattr(Member, "moved", None)
+    resolved = library.resolve("en@0.5,zh,vi")
+    assert resolved is not None
+    mask = library.mask_of(resolved.wire)
+    assert (mask.digest, mask.neurons) == (resolved.mask.digest, 6)
+    parts = {member.mask.digest for member in mask.members}
+    assert parts == {library.get(name).mask.digest for name in ("en", "zh", "vi")}
+    assert all(member.mask is library.get(member.mask.digest).mask for member in mask.members)
 
 
-def test_many_unions_stay_right(directory: Path, fingerprint: Fingerprint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crane_serve.common.masks.library._CACHED", 2)
-    library = MaskLibrary.load(directory, fingerprint, "attnlrp")
-    pairs = [("en", "zh"), ("en", "vi"), ("zh", "vi"), ("lape-zh", "en")]
-    for pair in [*pairs, *pairs]:
-        resolved = library.resolve(",".join(pair))
-        assert resolved is not None
-        product = torch.stack([library.get(name).mask.intermediate for name in pair]).prod(dim=0)
-        assert torch.equal(resolved.mask.intermediate, product)
+def test_what_is_remembered_of_many_expressions_is_small(library: MaskLibrary) -> None:
+    """No more than 1,024 of the longest, 8 KB each; before, every one kept scales of its own."""
+
+    def remember(first: int, last: int) -> None:
+        for number in range(first, last):
+            parts = (
+                f"{name}@{(number + place) / 16384!r}" for place, name in enumerate(["en", "zh", "vi", "lape-zh"] * 4)
+            )
+            library.mask_of(",".join(parts))
+
+    remember(0, 10)
+    tracemalloc.start()
+    try:
+        remember(0, 4096)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 1024 * 8192
 
 
 def test_the_manifest_follows_names_and_contents(directory: Path, fingerprint: Fingerprint) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from crane_serve.common.masks import (
+    Composition,
     Fingerprint,
     FingerprintError,
     MaskInfo,
     MaskLibrary,
     MaskTableFull,
+    Member,
     NeuronMask,
     ResolvedMask,
     StoredMask,
@@ -39,7 +41,7 @@ def test_a_replaced_mask_goes_on_for_those_who_have_it(library: MaskLibrary, fin
     new = library.resolve("a")
     assert old.mask.digest != new.mask.digest
     assert library.retired == {old.mask.digest}
-    assert library.mask_of(old.wire) is old.mask
+    assert library.mask_of(old.wire).members == old.mask.members
     assert library.forget(library.retired) == []
     digest = old.mask.digest
     del old
@@ -57,7 +59,23 @@ def test_a_retired_mask_is_not_there_for_new_requests_even_by_digest(library: Ma
         with pytest.raises(UnknownMask):
             library.resolve(name)
     # A request on its way to the engine still gets there.
-    assert library.resolve(kept.wire, retired=True).mask is kept.mask
+    assert library.resolve(kept.wire, retired=True).mask.members == kept.mask.members
+
+
+@pytest.mark.parametrize("expression", ["a,b", "b@0.5", "a@2,b@3"])
+def test_what_a_joined_mask_is_made_of_stays_as_long_as_it_is_used(library: MaskLibrary, expression: str) -> None:
+    """Also where a worker multiplies it into a row: it is told to forget only when no core needs it."""
+    used = library.resolve(expression)
+    digest = library.masks["b"].mask.digest
+    before = used.mask.whole().digest
+    library.discard("b")
+    assert library.forget(library.retired) == []
+    assert library.mask_of(used.wire).whole().digest == before
+    wire = used.wire
+    del used
+    assert library.forget(library.retired) == [digest]
+    with pytest.raises(UnknownMask):
+        library.mask_of(wire)
 
 
 def test_content_with_two_names_stays_until_both_are_gone(library: MaskLibrary, fingerprint: Fingerprint) -> None:
@@ -214,7 +232,7 @@ def test_a_mask_without_a_row_is_refused_only_where_rows_can_run_out(
 
     from crane_serve.engine.config import MaskConfig
 
-    mask = ResolvedMask("a", "a", stored("a", 0, fingerprint).mask)
+    mask = ResolvedMask("a", Composition([Member(stored("a", 0, fingerprint).mask)]))
     in_use = {mask.mask.digest if digest == "SELF" else digest for digest in in_use}
     config = SimpleNamespace(
         additional_config={"crane": MaskConfig(rows, False, "model", Path("masks"), "attnlrp", "0")},
@@ -236,7 +254,7 @@ def test_the_engine_core_too_refuses_a_mask_without_a_row(fingerprint: Fingerpri
     from crane_serve.engine.plugin import _LEASE, _add_request
 
     def request(name: str, neuron: int) -> SimpleNamespace:
-        lease = ResolvedMask(name, name, stored(name, neuron, fingerprint).mask)
+        lease = ResolvedMask(name, Composition([Member(stored(name, neuron, fingerprint).mask)]))
         return SimpleNamespace(request_id=name, client_index=0, **{_LEASE: lease})
 
     added: list[str] = []
@@ -249,7 +267,7 @@ def test_the_engine_core_too_refuses_a_mask_without_a_row(fingerprint: Fingerpri
         scheduler=SimpleNamespace(requests={name: request(name, number) for number, name in enumerate("ab")}),
     )
     if own_process:
-        core._send_error_outputs_to_client = lambda ids, client: refused.extend(ids)
+        core._send_finish_outputs_to_client = lambda ids, *how: refused.extend(ids)
 
     def add(one: SimpleNamespace) -> None:
         _add_request(lambda core, request: added.append(request.request_id), core, one)

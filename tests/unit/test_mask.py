@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from crane_serve.common.masks import NeuronMask
+from crane_serve.common.masks.mask import MAX_SCALE
 
 SIZES = (6, 4)
 
@@ -25,6 +26,12 @@ def test_switching_off_zeroes_exactly_the_given_neurons() -> None:
     assert mask.neuron_sets() == [[1, 5], [3]]
     assert mask.neurons_per_layer() == [2, 1]
     assert mask.layers == 2
+
+
+def test_the_largest_scales_are_allowed() -> None:
+    mask = NeuronMask(scales((0, 1, -MAX_SCALE), (1, 1, MAX_SCALE)), SIZES, torch.full((2, 3), 0.5))
+    assert mask.extremes == (-MAX_SCALE, MAX_SCALE)
+    assert torch.isfinite(mask.intermediate.half()).all()
 
 
 def test_counts_every_scale_that_is_not_one() -> None:
@@ -85,7 +92,14 @@ def test_later_changes_to_the_callers_tensor_do_not_reach_the_mask() -> None:
         (scales((0, 0, float("nan"))), None, "'intermediate' holds values that are not finite"),
         (scales((0, 0, float("inf"))), None, "'intermediate' holds values that are not finite"),
         (scales(), torch.full((2, 3), float("-inf")), "'output' holds values that are not finite"),
-        (scales().double() * 1e300, None, "not finite"),
+        (scales().double() * 1e300, None, "not finite, expected at most 10000 in absolute value"),
+        (
+            scales((0, 0, 1e38)),
+            None,
+            r"'intermediate' holds a scale of size 1e\+38, expected at most 10000 in absolute",
+        ),
+        (scales((0, 0, -10001)), None, r"holds a scale of size 1e\+04, expected at most 10000"),
+        (scales(), torch.full((2, 3), 65504.0), r"'output' holds a scale of size 6.55e\+04, expected at most 10000"),
         (torch.ones(3, 6), None, r"shape \[3, 6\], expected \[2, 6\]"),
         (torch.ones(2, 7), None, r"shape \[2, 7\], expected \[2, 6\]"),
         (torch.ones(12), None, r"shape \[12\], expected \[2, 6\]"),
@@ -115,57 +129,3 @@ def test_refuses_what_is_no_mask(intermediate: Tensor, output: Tensor | None, me
 def test_switching_off_names_what_is_out_of_range(neurons: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NeuronMask.switching_off(neurons, SIZES)
-
-
-FIRST = NeuronMask(scales((0, 0, 0.3), (0, 1, 0.0)), SIZES)
-SECOND = NeuronMask(scales((0, 0, 0.7), (1, 2, 0.0)), SIZES, torch.full((2, 3), 0.5))
-THIRD = NeuronMask(scales((0, 0, 1.1), (1, 3, 2.0)), SIZES, torch.full((2, 3), 0.25))
-
-
-def test_union_multiplies_scales() -> None:
-    union = NeuronMask.union([FIRST, SECOND, THIRD])
-    assert torch.allclose(union.intermediate, FIRST.intermediate * SECOND.intermediate * THIRD.intermediate)
-    assert union.neuron_sets() == [[0, 1], [2, 3]]
-    assert union.output is not None
-    assert torch.equal(union.output, torch.full((2, 3), 0.125))
-
-
-def test_union_does_not_depend_on_the_order() -> None:
-    orders = [(FIRST, SECOND, THIRD), (THIRD, SECOND, FIRST), (SECOND, FIRST, THIRD), (SECOND, THIRD, FIRST)]
-    assert len({NeuronMask.union(order).digest for order in orders}) == 1
-
-
-def test_union_counts_a_mask_once() -> None:
-    again = NeuronMask(FIRST.intermediate.clone(), SIZES)
-    assert NeuronMask.union([FIRST, again]).digest == FIRST.digest
-    assert NeuronMask.union([FIRST, SECOND, again]).digest == NeuronMask.union([FIRST, SECOND]).digest
-
-
-def test_union_leaves_its_members_as_they_were() -> None:
-    before = FIRST.intermediate.clone()
-    NeuronMask.union([FIRST, SECOND])
-    assert torch.equal(FIRST.intermediate, before)
-
-
-@pytest.mark.parametrize(
-    ("masks", "message"),
-    [([], "at least one mask"), ([FIRST, NeuronMask(scales(), (6, 5))], "different intermediate sizes")],
-)
-def test_union_refuses(masks: list[NeuronMask], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        NeuronMask.union(masks)
-
-
-@pytest.mark.parametrize("factor", [0.0, 0.3, 1.0, 2.0])
-def test_scaling_moves_what_is_masked_and_leaves_the_rest_at_exactly_one(factor: float) -> None:
-    mask = NeuronMask(scales((0, 1, 0.0), (1, 2, 0.5)), SIZES, torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
-    scaled = mask.scaled(factor)
-    expected = scales((0, 1, factor), (1, 2, factor + (1 - factor) * 0.5))
-    assert torch.equal(scaled.intermediate, expected)
-    assert scaled.output is not None
-    assert torch.equal(scaled.output, torch.tensor([[factor, 1.0], [1.0, 1.0]]))
-
-
-def test_scaling_refuses_what_is_not_finite() -> None:
-    with pytest.raises(ValueError, match="not finite"):
-        NeuronMask.switching_off([[1], []], SIZES).scaled(float("inf"))

@@ -5,12 +5,13 @@ from itertools import product
 import pytest
 import torch
 
-from crane_serve.common.masks import MaskError, NeuronMask, Positions, ResolvedMask
+from crane_serve.common.masks import Composition, MaskError, Member, NeuronMask, Positions, ResolvedMask
 from crane_serve.engine.prefix_cache import check_salt, generated_salt, salted, with_generated_salt
 
 
 def resolved(neuron: int, positions: Positions = Positions.ALL) -> ResolvedMask:
-    return ResolvedMask(f"m{neuron}", str(neuron), NeuronMask.switching_off([[neuron]], [8]), positions)
+    mask = Composition([Member(NeuronMask.switching_off([[neuron]], [8]))])
+    return ResolvedMask(f"m{neuron}", mask, positions)
 
 
 MASKS = [resolved(1), resolved(2)]
@@ -78,5 +79,5 @@ def test_a_second_salt_looks_like_vllms_own_keys() -> None:
 
 
 def test_masks_of_another_size_are_other_masks() -> None:
-    other = ResolvedMask("x", "x", NeuronMask(torch.zeros(1, 8), (8,)))
+    other = ResolvedMask("x", Composition([Member(NeuronMask(torch.zeros(1, 8), (8,)))]))
     assert salted(other, None) != salted(MASKS[0], None)

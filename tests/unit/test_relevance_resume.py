@@ -1,8 +1,9 @@
 import json
-import subprocess
-import sys
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,37 +15,32 @@ from relevance.model_passes import ModelPasses
 from relevance.progress import Done, Progress, ProgressError, ScoringPlan
 from relevance.scores import Scores
 from relevance.scoring import Execution, score
+from tests.forked import forked
 from tests.tiny import tiny_model
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
-# Scores with every method and keeps progress; writes a line when a batch begins and another when it is done.
-# The process kills itself at the batch that is told, before or after the methods have seen it.
-SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-import torch
-sys.path.insert(0, {root!r})
-from relevance.model_passes import ModelPasses
-from tests.unit.test_relevance_resume import scores_of
-checkpoint, directory, out, log, moment, at = sys.argv[1:]
-torch.set_num_threads(1)
-run, seen = ModelPasses.run, []
 
-def counting(self, batch, methods):
-    seen.append(None)
-    with open(log, "a") as file:
-        file.write("begun\\n")
-    if len(seen) == int(at) and moment == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    run(self, batch, methods)
-    if len(seen) == int(at) and moment == "after":
-        os.kill(os.getpid(), signal.SIGKILL)
+def score_and_be_killed(checkpoint: Path, directory: Path, out: Path, log: Path, moment: str, at: int) -> None:
+    """Score with every method and keep progress; write a line when a batch begins.
 
-ModelPasses.run = counting
-scores_of(Path(checkpoint), Path(directory)).save(Path(out))
-"""
+    Kills its own process at batch number `at`, before or after the methods have seen it.
+    """
+    torch.set_num_threads(1)
+    run, seen = ModelPasses.run, []
+
+    def counting(self: ModelPasses, batch: Any, methods: Any) -> None:
+        seen.append(None)
+        with log.open("a") as file:
+            file.write("begun\n")
+        if len(seen) == at and moment == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        run(self, batch, methods)
+        if len(seen) == at and moment == "after":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ModelPasses.run = counting
+    scores_of(checkpoint, directory).save(out)
 
 
 @pytest.fixture(autouse=True)
@@ -86,10 +82,11 @@ def scores_of(
 
 
 def killed_or_finished(checkpoint: Path, directory: Path, moment: str, at: int) -> int:
-    script = SCRIPT.format(root=str(ROOT))
-    arguments = (checkpoint, directory / "progress", directory / "scores", directory / "log", moment, str(at))
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, check=False, timeout=200, capture_output=True).returncode
+    places = (directory / "progress", directory / "scores", directory / "log")
+    process = forked(score_and_be_killed, checkpoint, *places, moment, at)
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 def same(found: Scores, expected: Scores) -> bool:

@@ -7,19 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from crane_serve.common.masks import NeuronMask, Positions
+from crane_serve.common.masks import Composition, Member, NeuronMask, Positions
 from crane_serve.engine.routing import fill_slots, row_per_token
 from crane_serve.engine.table import UNMASKED_ROW, MaskTable, new_table
 
 LAYERS, NEURONS = 3, 8
 
 
-def mask(neuron: int) -> NeuronMask:
+def mask(neuron: int) -> Composition:
     """One mask per neuron: each layer scales another one, by an amount of its own."""
     scales = torch.ones(LAYERS, NEURONS)
     for layer in range(LAYERS):
         scales[layer, (neuron + layer) % NEURONS] = neuron / 64
-    return NeuronMask(scales, (NEURONS,) * LAYERS)
+    return Composition([Member(NeuronMask(scales, (NEURONS,) * LAYERS))])
 
 
 def tables(rows: int, *, neurons: int = NEURONS, layers: tuple[int, ...] = (0, 1, 2)) -> dict[int, Tensor]:
@@ -31,9 +31,9 @@ def table_of(rows: int) -> tuple[MaskTable, dict[int, Tensor]]:
     return MaskTable(held, dict.fromkeys(held, 0)), held
 
 
-def assert_holds(held: dict[int, Tensor], row: int, mask: NeuronMask) -> None:
+def assert_holds(held: dict[int, Tensor], row: int, mask: Composition) -> None:
     for layer, table in held.items():
-        assert torch.equal(table[row], mask.intermediate[layer])
+        assert torch.equal(table[row], mask.intermediate(layer))
 
 
 def test_a_new_table_is_unmasked() -> None:
@@ -63,8 +63,8 @@ def test_only_the_owned_layers_and_shards_are_filled() -> None:
     table = MaskTable(held, {1: 0, 2: 4})
     wanted = mask(5)
     (row,) = table.assign([wanted])
-    assert torch.equal(held[1][row], wanted.intermediate[1, :4])
-    assert torch.equal(held[2][row], wanted.intermediate[2, 4:])
+    assert torch.equal(held[1][row], wanted.intermediate(1, 0, 4))
+    assert torch.equal(held[2][row], wanted.intermediate(2, 4))
 
 
 def test_rows_take_the_dtype_of_the_model() -> None:
@@ -73,7 +73,7 @@ def test_rows_take_the_dtype_of_the_model() -> None:
     assert tensor.shape == (3, NEURONS)
     table = MaskTable({0: tensor}, {0: 0})
     (row,) = table.assign([mask(3)])
-    assert torch.equal(tensor[row], mask(3).intermediate[0].bfloat16())
+    assert torch.equal(tensor[row], mask(3).intermediate(0).bfloat16())
 
 
 def test_the_least_recently_used_row_is_reused() -> None:

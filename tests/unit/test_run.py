@@ -14,6 +14,7 @@ import pytest
 from clients import AsyncCraneClient, CraneError, EvaluationError, RetryPolicy
 from clients.blocking import iterate_answers, run_evaluation
 from clients.evaluation import Evaluation
+from clients.permissions import Permissions
 from clients.plan import Plan
 from clients.record import Record
 from clients.results import RESULTS_FILE, RUN_FILE
@@ -45,7 +46,7 @@ def plan_of(directory: Path, documents: int = 4, marker: str = "text", **setting
 async def run(server: FakeServer, plan: Plan, out: Path, concurrency: int = 8, **options: Any) -> Evaluation:
     retries = RetryPolicy(attempts=2, first_wait_s=0.001)
     async with AsyncCraneClient(server.address, concurrency=concurrency, retries=retries) as client:
-        return await evaluate(client, plan, out, **({"wait_s": 5.0} | options))
+        return await evaluate(client, plan, out, **({"wait_s": 5.0, "base": out.parent} | options))
 
 
 def figures(evaluation: Evaluation) -> dict[str, Any]:
@@ -152,7 +153,7 @@ async def test_answers_are_handed_out_as_they_come_and_a_run_can_be_left(server:
     plan, out = plan_of(tmp_path, 6, masks=["en"]), tmp_path / "out"
     async with (
         AsyncCraneClient(server.address, concurrency=2) as client,
-        Run.start(client, plan, out) as running,
+        Run.start(client, plan, out, base=tmp_path) as running,
         aclosing(aiter(running)) as results,
     ):
         first = [(await anext(results)).question for _ in range(5)]
@@ -160,7 +161,10 @@ async def test_answers_are_handed_out_as_they_come_and_a_run_can_be_left(server:
     kept = len(read_lines(out))
     assert 5 <= kept < 36
     asked = len(server.asked)
-    async with AsyncCraneClient(server.address, concurrency=2) as client, Run.start(client, plan, out) as running:
+    async with (
+        AsyncCraneClient(server.address, concurrency=2) as client,
+        Run.start(client, plan, out, base=tmp_path) as running,
+    ):
         assert running.progress.resumed == kept
         rest = [result.question async for result in running]
         assert len(rest) == 36 - kept
@@ -172,9 +176,9 @@ async def test_answers_are_handed_out_as_they_come_and_a_run_can_be_left(server:
 
 def test_without_asyncio(server: FakeServer, tmp_path: Path) -> None:
     plan, out = plan_of(tmp_path, 3, masks=["en"]), tmp_path / "out"
-    questions = [result.question for result in iterate_answers(plan, out, server=server.address)]
+    questions = [result.question for result in iterate_answers(plan, out, server=server.address, base=tmp_path)]
     assert len(set(questions)) == 18
-    evaluation = run_evaluation(plan, out, server=server.address)
+    evaluation = run_evaluation(plan, out, server=server.address, base=tmp_path)
     assert len(server.asked) == 18
     assert evaluation == Evaluation.read(out)
 
@@ -366,11 +370,13 @@ async def test_a_judge_that_does_not_answer_is_no_outage_of_the_server(
     source = {"files": str(write_texts(tmp_path / "texts", 1) / "{lang}.jsonl")}
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        judge = {"base_url": f"http://127.0.0.1:{closed.getsockname()[1]}", "model": "judge"}
+        host = f"127.0.0.1:{closed.getsockname()[1]}"
+        judge = {"base_url": f"http://{host}", "model": "judge"}
         task = {"kind": "open_generation", "source": source, "judge": judge}
         plan = Plan.parse({"languages": ["en"], "masks": [], "tasks": [task]}, "plan")
         said: list[str] = []
-        evaluation = await run(server, plan, tmp_path / "out", on_notice=said.append)
+        allowed = Permissions(frozenset({host}), (tmp_path,))
+        evaluation = await run(server, plan, tmp_path / "out", on_notice=said.append, allowed=allowed)
     assert said == []
     (failure,) = evaluation.failures
     assert "judge" in failure.error

@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 from collections.abc import AsyncGenerator
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +22,13 @@ from crane_serve.common.masks import (
     NeuronMask,
     StoredMask,
     UnknownMask,
+    decode_mask,
     encode_mask,
     write_mask,
 )
 from crane_serve.engine.live_masks import CHANGE_METHOD, FORGET_METHOD
 from crane_serve.engine.service import EngineDead, EngineService
+from tests.failing_disk import interrupted, is_full, killed_at
 from tests.tiny import byte_tokenizer
 
 FULL = OSError("disk full")
@@ -185,7 +188,7 @@ def fail(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["new", "old"])
-@pytest.mark.parametrize("function", ["fsync", "fdopen"])
+@pytest.mark.parametrize("function", ["fsync", "write"])
 async def test_a_full_disk_is_noticed_before_anybody_is_told(
     service: EngineService,
     core: Core,
@@ -208,8 +211,9 @@ async def test_a_full_disk_is_noticed_before_anybody_is_told(
 
 
 @pytest.mark.parametrize("name", ["new", "old"])
-async def test_a_file_that_cannot_be_put_in_place_changes_no_name(
+async def test_a_file_that_cannot_be_put_in_place_changes_no_name_and_leaves_no_content(
     service: EngineService,
+    core: Core,
     directory: Path,
     fingerprint: Fingerprint,
     monkeypatch: pytest.MonkeyPatch,
@@ -221,7 +225,18 @@ async def test_a_file_that_cannot_be_put_in_place_changes_no_name(
             await service.put_mask(StoredMask(name, mask_of(1), info_of(fingerprint)), save=True)
     assert list(service.library.masks) == ["old"]
     assert service.library.get("old").mask.digest == mask_of(0).digest
+    assert core.masks == ({"old": content_of(service.library.get("old"))} if name == "old" else {})
+    assert core.forgotten == [mask_of(1).digest]
     assert_disk_is_served(service, directory, fingerprint)
+
+
+async def test_content_that_is_served_under_another_name_is_not_taken_back(
+    service: EngineService, core: Core, fingerprint: Fingerprint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        await service.put_mask(StoredMask("new", mask_of(0), info_of(fingerprint)), save=True)
+    assert (core.masks, core.forgotten) == ({}, [])
 
 
 @pytest.mark.parametrize("name", ["new", "old"])
@@ -294,6 +309,106 @@ async def test_an_unusable_file_is_removed(service: EngineService, directory: Pa
     assert all_files(directory) == ["old.safetensors"]
     assert service.library.invalid == {}
     assert_disk_is_served(service, directory, fingerprint)
+
+
+async def test_a_removal_is_on_the_disk_before_it_is_acknowledged(service: EngineService, directory: Path) -> None:
+    """Its directory is synced, so that a power cut does not bring the mask back."""
+    with interrupted(0, is_full) as made:
+        await service.remove_mask("old", save=True)
+    assert "fsync" in made[made.index("unlink") :]
+
+
+CHANGES = {
+    "new": lambda service, fingerprint: service.put_mask(
+        StoredMask("new", mask_of(1), info_of(fingerprint)), save=True
+    ),
+    "replaced": lambda service, fingerprint: service.put_mask(
+        StoredMask("old", mask_of(1), info_of(fingerprint)), save=True
+    ),
+    "removed": lambda service, _: service.remove_mask("old", save=True),
+    "unusable removed": lambda service, _: service.remove_mask("broken", save=True),
+}
+
+
+def served_at(directory: Path, fingerprint: Fingerprint) -> tuple[dict[str, str], list[str]]:
+    """What a server that starts now has, and the files that are not usable."""
+    library = MaskLibrary.load(directory, fingerprint)
+    return {name: stored.mask.digest for name, stored in library.masks.items()}, list(library.invalid)
+
+
+def change_at(place: Path, fingerprint: Fingerprint, change: Any) -> tuple[EngineService, Core]:
+    """Make a change over the directory `place`, which gets the usual masks if it is new."""
+    if not place.exists():
+        write_mask(place, "old", mask_of(0), info_of(fingerprint))
+        (place / "broken.safetensors").write_bytes(b"broken")
+    core = Core(place)
+
+    async def run() -> EngineService:
+        core.go_on.set()
+        service = service_over(place, core, fingerprint, outputs=False)
+        await change(service, fingerprint)
+        return service
+
+    return asyncio.run(run()), core
+
+
+async def _nothing(*_: object) -> None:
+    pass
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_disk_that_fails_at_any_call_of_a_change(tmp_path: Path, fingerprint: Fingerprint, what: str) -> None:
+    change_at(tmp_path / "before", fingerprint, _nothing)
+    before = served_at(tmp_path / "before", fingerprint)
+    change_at(tmp_path / "after", fingerprint, CHANGES[what])
+    after = served_at(tmp_path / "after", fingerprint)
+    for at in count(1):
+        place, refused = tmp_path / str(at), False
+        service, core = change_at(place, fingerprint, _nothing)
+
+        async def change(service: EngineService = service) -> None:
+            await CHANGES[what](service, fingerprint)
+
+        with interrupted(at, is_full) as made:
+            try:
+                asyncio.run(change())
+            except OSError:
+                refused = True
+        if len(made) < at:
+            break
+        assert served_at(place, fingerprint) == (before if refused else after), made
+        served = {name: stored.mask.digest for name, stored in service.library.masks.items()}
+        assert (served, list(service.library.invalid)) == served_at(place, fingerprint)
+        if refused:  # the content of a mask that was not acknowledged is in no process
+            assert {
+                name: decode_mask(name, content, source="x").mask.digest for name, content in core.masks.items()
+            } in (
+                {},
+                {"old": mask_of(0).digest},
+            )
+            assert not core.told or mask_of(1).digest in core.forgotten
+            change_at(place, fingerprint, CHANGES[what])
+            assert served_at(place, fingerprint) == after
+    assert at > 2
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_server_that_is_killed_at_any_call_of_a_change(tmp_path: Path, fingerprint: Fingerprint, what: str) -> None:
+    change_at(tmp_path / "before", fingerprint, _nothing)
+    before = served_at(tmp_path / "before", fingerprint)
+    change_at(tmp_path / "after", fingerprint, CHANGES[what])
+    after = served_at(tmp_path / "after", fingerprint)
+    for at in count(1):
+        place = tmp_path / str(at)
+        change_at(place, fingerprint, _nothing)
+        if not killed_at(at, lambda place=place: change_at(place, fingerprint, CHANGES[what])):
+            break
+        found = served_at(place, fingerprint)
+        assert found in (before, after)
+        if found == before:
+            change_at(place, fingerprint, CHANGES[what])
+            assert served_at(place, fingerprint) == after
+    assert at > 2
 
 
 @pytest.mark.parametrize("save", [True, False])

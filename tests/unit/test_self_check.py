@@ -32,7 +32,7 @@ class FakeService:
     async def score(
         self, token_ids: list[int], mask: ResolvedMask | None, *, data_parallel_rank: int
     ) -> PromptLogprobs:
-        moved = torch.tensor(0.0) if mask is None else (1 - mask.mask.intermediate).sum(dim=1)
+        moved = torch.tensor(0.0) if mask is None else (1 - mask.mask.whole().intermediate).sum(dim=1)
         heard = [
             float(amount)
             for layer, amount in enumerate(moved.flatten())

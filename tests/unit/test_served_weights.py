@@ -1,5 +1,6 @@
 """What vLLM would load is what the fingerprint was taken of, and whole; no engine is started."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from crane_serve.common.models.errors import CheckpointError
+from crane_serve.engine import weights
 from crane_serve.engine.service import configure_engine
 from crane_serve.engine.weights import require_same_weights
 from tests.damaged import DOWN, UP, copied, pickled, sharded, without
@@ -23,7 +25,10 @@ def require(checkpoint: Path, load_format: str = "auto") -> str:
     """Check, and return the format that vLLM is to load."""
     from vllm.config import LoadConfig
 
-    config = SimpleNamespace(load_config=LoadConfig(load_format=load_format))
+    config = SimpleNamespace(
+        load_config=LoadConfig(load_format=load_format),
+        model_config=SimpleNamespace(model=str(checkpoint), revision=None),
+    )
     require_same_weights(config, checkpoint)
     return str(config.load_config.load_format)
 
@@ -88,6 +93,45 @@ def test_what_cannot_be_read_is_one_line_before_an_engine_starts(
     assert "\n" not in str(caught.value)
 
 
-def test_other_formats_are_left_to_vllm(copy: Path) -> None:
+@pytest.mark.parametrize("load_format", ["mistral", "instanttensor", "fastsafetensors"])
+def test_no_format_reads_other_files(copy: Path, load_format: str) -> None:
+    save_file({UP: torch.ones(3)}, copy / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match=r"would also read consolidated\.safetensors"):
+        require(copy, load_format)
+
+
+def test_pickles_are_not_read_in_place_of_the_models_safetensors(copy: Path) -> None:
+    shutil.copy(copy / "model.safetensors", copy / "kept")
+    (pickled(copy) / "kept").rename(copy / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"would also read pytorch_model\.bin"):
+        require(copy, "npcache")
+
+
+@pytest.mark.parametrize(
+    "load_format",
+    [
+        "sharded_state",
+        "tensorizer",
+        "ipc_cache",
+        "modelexpress",
+        "runai_streamer",
+        "runai_streamer_sharded",
+        "of_some_plugin",
+    ],
+)
+def test_a_format_that_does_not_tell_its_files_is_refused(copy: Path, load_format: str) -> None:
+    with pytest.raises(CheckpointError, match=f"--load-format {load_format}: "):
+        require(copy, load_format)
+
+
+def test_every_format_of_vllm_is_known() -> None:
+    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER as LOADERS
+    from vllm.model_executor.model_loader import DefaultModelLoader
+
+    assert {name for name, loader in LOADERS.items() if loader is DefaultModelLoader} == set(weights._BY_FILES)
+    assert weights._RANDOM in LOADERS
+
+
+def test_random_weights_are_left_to_vllm(copy: Path) -> None:
     without(copy, DOWN)
     assert require(copy, "dummy") == "dummy"

@@ -20,7 +20,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str | None, str], li
     """Datasets by name, configuration and split, which a module `datasets` gives out."""
     stored: dict[tuple[str, str | None, str], list[dict[str, Any]]] = {}
 
-    def load_dataset(name: str, configuration: str | None, *, split: str) -> list[dict[str, Any]]:
+    def load_dataset(
+        name: str, configuration: str | None, *, split: str, trust_remote_code: bool
+    ) -> list[dict[str, Any]]:
+        assert not trust_remote_code
         if (name, configuration, split) not in stored:
             raise ValueError(f'Unknown split "{split}" of {name}.\nSecond line.')
         return stored[name, configuration, split]

@@ -1,5 +1,6 @@
 """Neuron masks: their content, their files, and the model that they belong to. Does not import vLLM."""
 
+from crane_serve.common.masks.composition import Composition, Member
 from crane_serve.common.masks.files import (
     MaskFileError,
     MaskInfo,
@@ -23,6 +24,7 @@ from crane_serve.common.masks.mask import NeuronMask
 from crane_serve.common.masks.positions import Positions
 
 __all__ = [
+    "Composition",
     "Fingerprint",
     "FingerprintError",
     "InvalidMask",
@@ -31,6 +33,7 @@ __all__ = [
     "MaskInfo",
     "MaskLibrary",
     "MaskTableFull",
+    "Member",
     "NeuronMask",
     "Positions",
     "ResolvedMask",

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from crane_serve.common.masks.canonical_config import config_digest, file_digest
 from crane_serve.common.models.errors import CheckpointError
-from crane_serve.common.models.load import architecture_of, load_config, reason
+from crane_serve.common.models.load import architecture_of, load_config, pickled_tensors, reason
 from crane_serve.common.models.weights import stored_tensors, weight_files
 
 _SAMPLE_BYTES = 4096
@@ -25,7 +25,8 @@ class Fingerprint(BaseModel):
 
     The config digest covers the config as transformers reads it, without defaults. The weights digest covers every
     tensor's name, dtype and shape and a 4 KiB sample from its middle, so that a fine-tuned checkpoint of the same shape
-    has another digest, and not all weights need to be read. Files that transformers does not load do not count.
+    has another digest, and not all weights need to be read. Whether they are in safetensors or .bin files does not
+    matter. Files that transformers does not load do not count.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +40,8 @@ class Fingerprint(BaseModel):
 
     # field -> its value in version 0.1.0 for the same checkpoint, so that masks of 0.1.0 stay valid.
     _earlier: dict[str, str] = PrivateAttr(default_factory=dict)
+    # Weights digests of 0.1.0 for any .bin files of the same names and sizes. They identify nothing.
+    _by_sizes: frozenset[str] = PrivateAttr(default=frozenset())
 
     @classmethod
     def of(cls, checkpoint: Path) -> "Fingerprint":
@@ -70,6 +73,7 @@ class Fingerprint(BaseModel):
             "weights_digest": _earlier_weights_digest(checkpoint, files) or weights,
         }
         fingerprint._earlier.update(earlier)
+        fingerprint._by_sizes = _digests_by_sizes(checkpoint, files)
         return fingerprint
 
     def __eq__(self, other: object) -> bool:
@@ -83,6 +87,12 @@ class Fingerprint(BaseModel):
     def require(self, other: "Fingerprint", what: str) -> None:
         """Raise FingerprintError naming the first difference, unless `other` (of `what`) is the same model."""
         name = self._difference(other)
+        if name == "weights_digest" and other.weights_digest in self._by_sizes:
+            raise FingerprintError(
+                f"{what} was made by an earlier version, which told .bin files apart by their names and sizes alone; "
+                "make it again. If you are sure that it was this model, masks can be kept: "
+                "`crane masks transfer MASKS --to MODEL --out DIRECTORY` makes them usable on it"
+            )
         if name is not None:
             mine, theirs = getattr(self, name), getattr(other, name)
             raise FingerprintError(
@@ -136,8 +146,12 @@ def _weights_digest(files: Iterable[Path]) -> str:
 
 
 def _entries(file: Path) -> list[bytes]:
-    if file.suffix != ".safetensors":  # only names and sizes can be read without unpickling
-        return [f"{file.name}:{file.stat().st_size}".encode()]
+    if file.suffix != ".safetensors":
+        pickled = pickled_tensors(file)
+        try:
+            return [_entry(tensor.name, tensor.dtype, tensor.shape, tensor.middle(_SAMPLE_BYTES)) for tensor in pickled]
+        except (RuntimeError, TypeError, ValueError, OSError) as error:  # of an uncommon kind of tensor
+            raise CheckpointError(f"{file} holds a tensor that cannot be read: {reason(error)}") from error
     entries = []
     tensors = stored_tensors(file)
     with file.open("rb") as content:
@@ -145,16 +159,28 @@ def _entries(file: Path) -> list[bytes]:
             middle = max(tensor.start, (tensor.start + tensor.end - _SAMPLE_BYTES) // 2)
             content.seek(middle)
             sample = content.read(min(_SAMPLE_BYTES, tensor.end - middle))
-            entries.append(f"{tensor.name}|{tensor.dtype}|{list(tensor.shape)}|".encode() + sample)
+            entries.append(_entry(tensor.name, tensor.dtype, tensor.shape, sample))
     return entries
 
 
-def _earlier_weights_digest(checkpoint: Path, files: Sequence[Path]) -> str | None:
-    """The digest over all files of the kind, as version 0.1.0 made it; None if these are just the model's files."""
-    beside = set(checkpoint.glob("*.safetensors")) or set(checkpoint.glob("*.bin"))
-    if beside == set(files):
+def _entry(name: str, dtype: str, shape: tuple[int, ...], sample: bytes) -> bytes:
+    return f"{name}|{dtype}|{list(shape)}|".encode() + sample
+
+
+def _earlier_weights_digest(checkpoint: Path, files: Collection[Path]) -> str | None:
+    """The digest over all safetensors files, as version 0.1.0 made it; None if these are just the model's files."""
+    beside = set(checkpoint.glob("*.safetensors"))
+    if not beside or beside == set(files):
         return None
     try:
         return _weights_digest(beside)
     except CheckpointError:  # something else, which 0.1.0 could not read either
         return None
+
+
+def _digests_by_sizes(checkpoint: Path, files: Collection[Path]) -> frozenset[str]:
+    """The digests of version 0.1.0 for .bin files: of the model's, and of all in the directory."""
+    if all(file.suffix == ".safetensors" for file in files):
+        return frozenset()
+    sizes = [sorted(f"{file.name}:{file.stat().st_size}" for file in of) for of in (files, checkpoint.glob("*.bin"))]
+    return frozenset(hashlib.sha256("".join(of).encode()).hexdigest() for of in sizes)

@@ -4,21 +4,23 @@ import hashlib
 import math
 import threading
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from crane_serve.common.masks.composition import Composition, Member
 from crane_serve.common.masks.files import SUFFIX, MaskFileError, StoredMask, read_mask
 from crane_serve.common.masks.fingerprint import Fingerprint, FingerprintError
-from crane_serve.common.masks.mask import NeuronMask
 from crane_serve.common.masks.positions import Positions
 
 UNMASKED = "none"
-_MAX_UNION = 16
-_CACHED = 256
-_MEMO = 4096
+MAX_MEMBERS = 16
+MAX_EXPRESSION = 4096
+"""The longest mask expression, in characters; 16 names of the greatest length with factors are 2,447."""
 MAX_FACTOR = 100.0
+_MEMO = 1024  # expressions, a few KB each
+_SHOWN = 80  # characters of an expression that errors show
 
 
 class MaskError(ValueError):
@@ -41,15 +43,18 @@ class MaskTableFull(MaskError):
 class ResolvedMask:
     """The meaning of a request's mask expression.
 
-    name: canonical names joined with commas; wire: the same with content digests instead of names, the form that is
-    sent to the engine. positions: which of the request's tokens are masked. While this object lives, the library keeps
-    the content that it refers to, even if the mask is replaced or removed.
+    name: canonical names joined with commas. positions: which of the request's tokens are masked. While this object
+    lives, the library keeps the content that it refers to, even if the mask is replaced or removed.
     """
 
     name: str
-    wire: str
-    mask: NeuronMask
+    mask: Composition
     positions: Positions = Positions.ALL
+
+    @property
+    def wire(self) -> str:
+        """Content digests instead of names: the form that is sent to the engine."""
+        return self.mask.wire
 
 
 class MaskLibrary:
@@ -74,8 +79,7 @@ class MaskLibrary:
         self.on_unused: Callable[[], object] | None = None  # called when retired content has lost its last user
         self._by_digest = {stored.mask.digest: stored for stored in self.masks.values()}  # retired ones too
         self._retired: frozenset[str] = frozenset()
-        self._composed: OrderedDict[str, NeuronMask] = OrderedDict()
-        self._memo: dict[str, NeuronMask] = {}
+        self._memo: dict[str, Composition] = {}
         self._lock = (
             threading.RLock()
         )  # re-entrant, since a garbage collection under the lock may release a ResolvedMask
@@ -141,12 +145,10 @@ class MaskLibrary:
             if dropped:
                 self._retired -= frozenset(dropped)
                 self._memo.clear()
-                for wire in [wire for wire in self._composed if any(digest in wire for digest in dropped)]:
-                    del self._composed[wire]
             return dropped
 
-    def mask_of(self, wire: str) -> NeuronMask:
-        """The scales that `wire` means. Like `resolve`, but it does not keep the content alive, and caches its results.
+    def mask_of(self, wire: str) -> Composition:
+        """What `wire` means. Like `resolve`, but it does not keep the content alive, and remembers its results.
 
         Raises MaskError.
         """
@@ -192,25 +194,37 @@ class MaskLibrary:
 
         `zh@0.5` damps the neurons of `zh` to half instead of switching them off; a factor above 1 amplifies them. None,
         and the word "none", mean unmasked. With `retired`, digests of retired content are valid too: a request that was
-        admitted before a change keeps its mask. Raises UnknownMask, InvalidMask, or MaskError for a malformed
-        expression.
+        admitted before a change keeps its mask. No scales are multiplied here. Raises UnknownMask, InvalidMask, or
+        MaskError for an expression that is malformed, too long, or could make scales larger than MAX_SCALE.
         """
         if expression is None or expression == UNMASKED:
             return None
+        self._require_bounds(expression)
         parts = [part.strip() for part in expression.split(",")]
+        shown = f"mask {expression[:_SHOWN]!r}"
         if not all(parts):
-            raise MaskError(f"mask {expression!r} is malformed; expected a name, or names joined with commas")
+            raise MaskError(f"{shown} is malformed; expected a name, or names joined with commas")
         if UNMASKED in parts:
-            raise MaskError(f"mask {expression!r} joins {UNMASKED!r} with other masks")
-        if len(parts) > _MAX_UNION:
-            raise MaskError(f"mask {expression[:40]!r}... joins {len(parts)} masks; at most {_MAX_UNION} are allowed")
+            raise MaskError(f"{shown} joins {UNMASKED!r} with other masks")
         with self._lock:
-            members = {member.wire: member for member in (self._member(part, retired) for part in parts)}
-            name = ",".join(sorted(member.name for member in members.values()))
-            wire = ",".join(sorted(members))
-            resolved = ResolvedMask(name, wire, self._compose(wire, list(members.values())), positions)
-            self._lease(resolved, {member.digest for member in members.values()})
+            members = {member.wire: (name, member) for name, member in (self._member(part, retired) for part in parts)}
+            name = ",".join(sorted(name for name, _ in members.values()))
+            try:
+                mask = Composition(member for _, member in members.values())
+            except ValueError as error:
+                raise MaskError(f"{shown}: {error}") from error
+            resolved = ResolvedMask(name, mask, positions)
+            self._lease(resolved, {member.mask.digest for member in mask.members})
             return resolved
+
+    @staticmethod
+    def _require_bounds(expression: str) -> None:
+        length, members = len(expression), expression.count(",") + 1
+        shown = f"mask {expression[:_SHOWN]!r}..."
+        if length > MAX_EXPRESSION:
+            raise MaskError(f"{shown} has {length} characters; at most {MAX_EXPRESSION} are allowed")
+        if members > MAX_MEMBERS:
+            raise MaskError(f"{shown} joins {members} masks; at most {MAX_MEMBERS} are allowed")
 
     def _lease(self, resolved: ResolvedMask, digests: set[str]) -> None:
         self._held.update(digests)
@@ -226,43 +240,14 @@ class MaskLibrary:
         if unused and self.on_unused is not None:
             self.on_unused()
 
-    def _member(self, part: str, retired: bool) -> "_Member":
+    def _member(self, part: str, retired: bool) -> tuple[str, Member]:
+        """The canonical name of a part of an expression, and what it means."""
         name, at, text = part.partition("@")
         stored = self._get(name, retired)
-        if not at:
-            return _Member(stored.name, stored.mask.digest, stored.mask, None, stored.mask.digest)
         try:
-            factor = float(text)
+            factor = float(text) + 0.0 if at else 0.0  # + 0.0: there is one zero
         except ValueError:
             factor = math.nan
         if not 0 <= factor <= MAX_FACTOR:
             raise MaskError(f"mask {part!r}: {text!r} is no factor; expected a number from 0 to {MAX_FACTOR:g}")
-        digest = stored.mask.digest
-        return _Member(f"{stored.name}@{factor!r}", f"{digest}@{factor!r}", stored.mask, factor, digest)
-
-    def _compose(self, wire: str, members: list["_Member"]) -> NeuronMask:
-        if len(members) == 1 and members[0].factor is None:
-            return members[0].mask
-        composed = self._composed.get(wire)
-        if composed is None:
-            composed = self._composed[wire] = NeuronMask.union([member.scaled() for member in members])
-            if len(self._composed) > _CACHED:
-                self._composed.popitem(last=False)
-        return composed
-
-
-@dataclass(frozen=True)
-class _Member:
-    """One part of an expression.
-
-    factor: the scale that it gives to neurons which its mask switches off, if not 0; digest: of the stored mask.
-    """
-
-    name: str
-    wire: str
-    mask: NeuronMask
-    factor: float | None
-    digest: str
-
-    def scaled(self) -> NeuronMask:
-        return self.mask if self.factor is None else self.mask.scaled(self.factor)
+        return f"{stored.name}@{factor!r}" if factor else stored.name, Member(stored.mask, factor)

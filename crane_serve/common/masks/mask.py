@@ -1,12 +1,18 @@
 """NeuronMask: a scale for every MLP neuron, identified by its content."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+MAX_SCALE = 10_000.0
+"""The largest absolute value of a scale, in a mask and in masks joined: within float16, which ends at 65,504."""
 
 _DIGEST_DOMAIN = b"crane-mask-v1"
 
@@ -20,7 +26,7 @@ class NeuronMask:
     intermediate_sizes: the number of neurons of each layer.
     output: float32 [layers, hidden], the scale of each dimension of the MLP's output, or None for all ones.
 
-    Raises ValueError for scales that are not finite, wrong shapes, or padding other than 1.
+    Raises ValueError for scales that are not finite or larger than MAX_SCALE, wrong shapes, or padding other than 1.
     """
 
     intermediate: Tensor  # [layers, widest]
@@ -47,8 +53,10 @@ class NeuronMask:
         if not scales.is_floating_point():
             raise ValueError(f"{name!r} has dtype {scales.dtype}, expected floating point")
         scales = scales.detach().to("cpu", torch.float32).contiguous() + 0.0
-        if not bool(torch.isfinite(scales).all()):
-            raise ValueError(f"{name!r} holds values that are not finite")
+        if not bool((scales.abs() <= MAX_SCALE).all()):  # nor is NaN
+            largest = float(scales.abs().max())
+            what = f"a scale of size {largest:.3g}" if math.isfinite(largest) else "values that are not finite"
+            raise ValueError(f"{name!r} holds {what}, expected at most {MAX_SCALE:g} in absolute value")
         return scales
 
     @classmethod
@@ -68,40 +76,6 @@ class NeuronMask:
                 scales[layer, index] = 0.0
         return cls(scales, sizes)
 
-    @classmethod
-    def union(cls, masks: Sequence["NeuronMask"]) -> "NeuronMask":
-        """The joint effect of `masks`: scales multiply, and a mask given twice counts once.
-
-        Raises ValueError for no masks or masks of different shapes.
-        """
-        distinct = list({mask.digest: mask for mask in masks}.values())
-        if not distinct:
-            raise ValueError("a union needs at least one mask")
-        # A fixed order makes the float product, and with it the digest, independent of the caller's order.
-        distinct.sort(key=lambda mask: mask.digest)
-        first = distinct[0]
-        if any(mask.intermediate_sizes != first.intermediate_sizes for mask in distinct):
-            raise ValueError("masks of models with different intermediate sizes have no union")
-        intermediate, output = first.intermediate, first.output
-        for mask in distinct[1:]:
-            intermediate = intermediate * mask.intermediate
-            if mask.output is not None:
-                output = mask.output if output is None else output * mask.output
-        return cls(intermediate, first.intermediate_sizes, output)
-
-    def scaled(self, factor: float) -> "NeuronMask":
-        """The same neurons at another strength: scale 0 becomes `factor` f, 1 stays 1, s becomes f + (1 - f) s.
-
-        0 gives this mask, 1 has no effect, 2 doubles what this mask switches off. Raises ValueError for a factor that
-        is not finite.
-        """
-
-        def moved(scales: Tensor) -> Tensor:
-            return torch.where(scales == 1, scales, factor + (1 - factor) * scales)
-
-        output = None if self.output is None else moved(self.output)
-        return NeuronMask(moved(self.intermediate), self.intermediate_sizes, output)
-
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of the scales and their shapes. Names, languages and dates are not part of the identity."""
@@ -112,6 +86,17 @@ class NeuronMask:
             content.update(f"output{tuple(self.output.shape)}".encode())
             content.update(self.output.numpy().astype("<f4").tobytes())
         return content.hexdigest()
+
+    @cached_property
+    def extremes(self) -> tuple[float, float]:
+        """The smallest and the largest scale."""
+        ranges = [scales.aminmax() for scales in (self.intermediate, self.output) if scales is not None]
+        return float(min(low for low, _ in ranges)), float(max(high for _, high in ranges))
+
+    @cached_property
+    def changed(self) -> NDArray[np.uint8]:
+        """Which scales of `intermediate` are not 1, a bit for each: [layers * widest / 8, rounded up]."""
+        return np.packbits((self.intermediate != 1).numpy())
 
     @property
     def layers(self) -> int:

@@ -1,8 +1,10 @@
 """Configs, models and tokenizers, loaded by transformers; every problem with a checkpoint is a CheckpointError."""
 
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from crane_serve.common.models.weights import stored_tensors, weight_files
 
 _NAMED = 4  # tensors that a message names
 _REASON_CHARACTERS = 400
+_ZIP = b"PK\x03\x04"  # how a file begins that torch has saved since 1.6
 _OLD_CONSTANT = ".masked_bias"  # in early GPT-2 files; transformers itself ignores the other constants that it once saved
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
@@ -135,6 +138,52 @@ def require_weights_of(checkpoint: Path) -> None:
     _require_all(checkpoint, loading_info)
 
 
+@dataclass(frozen=True)
+class PickledTensor:
+    """A tensor of a file that torch.save wrote. dtype: as safetensors names it."""
+
+    name: str
+    content: torch.Tensor
+
+    @property
+    def dtype(self) -> str:
+        return _safetensors_name(self.content.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.content.shape)
+
+    def middle(self, count: int) -> bytes:
+        """So many bytes from the middle of its values in order, or all if it has fewer."""
+        values = self.content.detach().contiguous().flatten().view(torch.uint8)
+        start = max(0, (len(values) - count) // 2)
+        return values[start : start + count].numpy().tobytes()
+
+
+def pickled_tensors(file: Path) -> list[PickledTensor]:
+    """The tensors of a file that torch.save wrote; nothing but tensors is unpickled.
+
+    Their values stay on the disk until they are used, but for files older than torch 1.6, which are read whole. Raises
+    CheckpointError for a file without tensors by name.
+    """
+    with _transformers(f"{file} is not a file of weights"):
+        with file.open("rb") as content:
+            zipped = content.read(len(_ZIP)) == _ZIP
+        held = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+        tensors = [PickledTensor(name, value) for name, value in held.items() if isinstance(value, torch.Tensor)]
+        if not tensors:
+            raise ValueError("it holds no tensors by name")
+    return tensors
+
+
+@cache
+def _safetensors_name(dtype: torch.dtype) -> str:
+    from safetensors.torch import save
+
+    header = save({"tensor": torch.empty(0, dtype=dtype)})[8:]  # behind its own length; no values follow
+    return str(json.loads(header)["tensor"]["dtype"])
+
+
 def quantisation(config: Any) -> str | None:
     """The format in which a config's checkpoint is quantised, such as gptq; None for plain weights."""
     for of in (config, config.get_text_config()):
@@ -187,11 +236,8 @@ def _shapes_of(checkpoint: Path) -> dict[str, Sequence[int]]:
 
 
 def _shapes(file: Path) -> Iterable[tuple[str, Sequence[int]]]:
-    if file.suffix == ".safetensors":
-        return [(tensor.name, tensor.shape) for tensor in stored_tensors(file)]
-    with _transformers(f"{file} is not a file of weights"):
-        tensors = torch.load(file, map_location="meta", weights_only=True)
-        return [(name, tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)]
+    tensors = stored_tensors(file) if file.suffix == ".safetensors" else pickled_tensors(file)
+    return [(tensor.name, tensor.shape) for tensor in tensors]
 
 
 def _require_all(checkpoint: Path, loading_info: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from crane_serve.service.api.openai import OpenAIRoutes
 from crane_serve.service.api.openapi import describe, describe_engine
 from crane_serve.service.api.origins import ANY, Origins
 from crane_serve.service.api.request_lifetime import RequestLifetime, RequestLifetimes
+from crane_serve.service.api.turns import Turns
 from crane_serve.service.settings import ApiSettings
 
 _EXPOSED_HEADERS = (REQUEST_ID, "X-Crane-Mask", "X-Crane-Mask-Digest", "ETag", "Retry-After")
@@ -56,7 +57,7 @@ def create_app(start_engine: Callable[[], Awaitable[EngineService]], settings: A
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.gate = Gate(settings.max_sequences, settings.max_requests_per_key)
+    app.state.gate = Gate(settings.max_sequences, settings.max_requests_per_key, settings.max_sequences_per_key)
     app.state.downloads = Downloads()
     app.state.lifetimes = RequestLifetimes()
     app.state.metrics = Metrics(app.state.gate, settings.max_sequences)
@@ -66,25 +67,29 @@ def create_app(start_engine: Callable[[], Awaitable[EngineService]], settings: A
         app.include_router(module.router)
     if settings.playground:
         app.include_router(page.router)
-    app.router.default = OpenAIRoutes()
+    turns = Turns()
+    app.router.default = OpenAIRoutes(turns)
     describe(app, asks_for_keys=keys is not None)
-    _add_middleware(app, settings, keys)
+    _add_middleware(app, settings, keys, turns)
     return app
 
 
-def _add_middleware(app: FastAPI, settings: ApiSettings, keys: KeyRing | None) -> None:
+def _add_middleware(app: FastAPI, settings: ApiSettings, keys: KeyRing | None, turns: Turns) -> None:
     """From the innermost to the outermost."""
     app.add_middleware(
         RequestLifetime,
         lifetimes=app.state.lifetimes,
         gate=app.state.gate,
         timeout_s=settings.request_timeout_s,
+        turns=turns,
     )
     app.add_middleware(
         BoundedBody,
         max_bytes=settings.max_body_bytes,
+        max_json_bytes=settings.max_json_bytes,
         max_buffered_bytes=settings.max_buffered_bytes,
         timeout_s=settings.body_timeout_s,
+        turns=turns,
     )
     app.add_middleware(Authentication, keys=keys, playground=settings.playground)
     if settings.cors_origins:

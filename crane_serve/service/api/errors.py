@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from crane_serve.common.masks import FingerprintError, InvalidMask, MaskError, MaskFileError, MaskTableFull, UnknownMask
-from crane_serve.engine.service import EngineDead, RejectedRequest
+from crane_serve.engine.service import EngineBusy, EngineDead, FailedRequest, RejectedRequest
 from crane_serve.service.api.schemas import ErrorAnswer, ErrorBody, ErrorEvent
 
 _log = logging.getLogger("crane.api")
@@ -33,8 +33,8 @@ _DESCRIPTIONS = {
     421: "Host names a server that this is not",
     422: "Malformed body or parameter",
     429: "Too much at once: of this key, of the whole server, or different masks; see Retry-After",
-    500: "Unexpected error",
-    503: "The engine has died, or the server is shutting down",
+    500: "Unexpected error, or the engine failed at the request",
+    503: "The engine has died or is busy, or the server is shutting down",
     504: "The request took longer than the server allows",
     507: "The mask cannot be written to the disk",
 }
@@ -106,6 +106,10 @@ def describe(error: BaseException) -> tuple[int, ErrorBody, dict[str, str]]:
             status, code = 422, "malformed_mask_file"
         case RejectedRequest():
             status, code = 400, "rejected_request"
+        case FailedRequest():
+            status, code = 500, "request_failed"
+        case EngineBusy():
+            status, code = 503, "engine_busy"
         case EngineDead():
             status, code = 503, "engine_dead"
         case RequestValidationError():
@@ -194,6 +198,15 @@ def install_error_handlers(app: FastAPI) -> None:
             response.headers["Allow"] = ", ".join(methods)
         return response
 
-    known = (ApiError, MaskError, FingerprintError, MaskFileError, RejectedRequest, EngineDead)
+    known = (
+        ApiError,
+        MaskError,
+        FingerprintError,
+        MaskFileError,
+        RejectedRequest,
+        FailedRequest,
+        EngineBusy,
+        EngineDead,
+    )
     for kind in (*known, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

@@ -3,39 +3,49 @@
 from collections import Counter
 
 from crane_serve.service.api.context import RequestContext
-from crane_serve.service.api.errors import ApiError, TooBusy
+from crane_serve.service.api.errors import ApiError, BadRequest, TooBusy
+
+MAX_LOGPROBS = 20 * 1024
+"""Most log-probabilities for one position that a request may ask for, over all its sequences: 20 of 1,024 prompts."""
 
 
 class Gate:
     """Counts what has been admitted and not yet answered.
 
-    max_sequences: prompts running or waiting in the engine; once there are so many, nothing more is admitted. The
-    request that exceeds the number is still admitted. max_requests_per_key: HTTP requests of one API key at once.
-    closed: nothing more is admitted.
+    max_sequences: running or waiting in the engine; max_sequences_per_key: of these, for requests of one API key, half
+    of them if None. A request that would exceed one of them is not admitted. max_requests_per_key: HTTP requests of one
+    API key at once. closed: nothing more is admitted.
     """
 
-    def __init__(self, max_sequences: int, max_requests_per_key: int) -> None:
+    def __init__(self, max_sequences: int, max_requests_per_key: int, max_sequences_per_key: int | None = None) -> None:
         self._max_sequences = max_sequences
         self._max_requests_per_key = max_requests_per_key
+        self._max_sequences_per_key = min(max_sequences_per_key or -(-max_sequences // 2), max_sequences)
         self._requests_per_key: Counter[str] = Counter()
+        self._sequences_per_key: Counter[str] = Counter()
         self.closed = False
         self.sequences = 0
 
-    def admit(self, context: RequestContext, sequences: int) -> None:
-        """Admit and count a request for which the engine will run `sequences`.
+    def admit(self, context: RequestContext, sequences: int, logprobs: int = 0) -> None:
+        """Admit and count a request for which the engine will run `sequences`, each with `logprobs` for a position.
 
-        Called once for each request, which counts until `leave`. Raises TooBusy, and an ApiError of 503 once the gate
-        is closed.
+        Called once for each request, which counts until `leave`. Raises TooBusy for what fits later, ApiError of 400
+        for what never does, and of 503 once the gate is closed.
         """
         assert not context.admitted, "a request is admitted once"
         if self.closed:
             raise ApiError(503, "shutting_down", "the server is shutting down", headers={"Connection": "close"})
-        if self.sequences >= self._max_sequences:
-            raise TooBusy(
-                "queue_full", f"{self.sequences} prompts are waiting or running; the limit is {self._max_sequences}"
-            )
-        if context.key is not None:
-            name = context.key.name
+        name = None if context.key is None else context.key.name
+        self._require_possible(
+            sequences, logprobs, self._max_sequences if name is None else self._max_sequences_per_key
+        )
+        asked = max(sequences, 1)
+        if self.sequences + asked > self._max_sequences:
+            raise TooBusy("queue_full", _full(self.sequences, sequences, self._max_sequences))
+        if name is not None:
+            if self._sequences_per_key[name] + asked > self._max_sequences_per_key:
+                own = _full(self._sequences_per_key[name], sequences, self._max_sequences_per_key)
+                raise TooBusy("key_queue_full", f"of this key, {own}")
             if self._requests_per_key[name] >= self._max_requests_per_key:
                 raise TooBusy(
                     "too_many_requests",
@@ -44,6 +54,18 @@ class Gate:
             self._requests_per_key[name] += 1
         context.admitted = True
         self._count(context, sequences)
+
+    @staticmethod
+    def _require_possible(sequences: int, logprobs: int, most: int) -> None:
+        if sequences > most:
+            message = f"the request asks for {sequences} sequences, its prompts times n; at most {most} can run at once"
+            raise BadRequest("too_many_sequences", message)
+        if sequences * logprobs > MAX_LOGPROBS:
+            message = (
+                f"the request asks for {sequences} sequences with {logprobs} log-probabilities for each position; at "
+                f"most {MAX_LOGPROBS} together are allowed"
+            )
+            raise BadRequest("too_many_logprobs", message, "logprobs")
 
     def leave(self, context: RequestContext) -> None:
         """Forget an admitted request; does nothing for one that was not admitted."""
@@ -59,3 +81,11 @@ class Gate:
     def _count(self, context: RequestContext, sequences: int) -> None:
         context.sequences += sequences
         self.sequences += sequences
+        if context.key is not None:
+            self._sequences_per_key[context.key.name] += sequences
+            if not self._sequences_per_key[context.key.name]:
+                del self._sequences_per_key[context.key.name]
+
+
+def _full(running: int, asked: int, most: int) -> str:
+    return f"{running} prompts are waiting or running, and {asked} more are asked for; the limit is {most}"

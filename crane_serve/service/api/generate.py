@@ -66,7 +66,7 @@ async def generate(
     named = named_masks(query.mask, body.mask)
     positions = choose_positions(query.positions, body.positions, masked=bool(named))
     context.mask = choose_mask(engine.library, named, positions)
-    gate.admit(context, len(body.prompts))
+    gate.admit(context, len(body.prompts), body.logprobs or 0)
     generation = Generation(engine, body, await engine.encode(body.prompts), context.mask)
     if body.stream:
         # The first event is awaited here, so that a refused request is an HTTP error and not a broken stream.

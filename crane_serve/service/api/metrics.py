@@ -43,7 +43,11 @@ class Metrics:
         self._tokens = Counter("crane_tokens", "Tokens through the engine", ["mask", "kind"], registry=self.registry)
         self._in_flight = Gauge("crane_requests_in_flight", "Requests under way", registry=self.registry)
         self._gauge("crane_sequences", "Prompts running or waiting", lambda: gate.sequences)
-        self._gauge("crane_sequences_limit", "Number of prompts from which requests get 429", lambda: max_sequences)
+        self._gauge(
+            "crane_sequences_limit",
+            "Most prompts running or waiting; more get 429",
+            lambda: max_sequences,
+        )
         self._gauge(
             "crane_mask_rows", "Different masks that can be resident", self._of_engine(lambda engine: engine.mask_rows)
         )

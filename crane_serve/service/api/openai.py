@@ -11,6 +11,7 @@ from typing import Any, cast
 from urllib.parse import parse_qsl, urlencode
 
 from fastapi import FastAPI
+from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -20,16 +21,19 @@ from crane_serve.common.masks import MaskError, MaskLibrary, Positions, Resolved
 from crane_serve.engine.admission import MASK_ARGUMENT, POSITIONS_ARGUMENT, mask_arguments
 from crane_serve.engine.openai_app import answering_as, public_name, split_model
 from crane_serve.engine.service import EngineDead, EngineService
-from crane_serve.engine.vllm_routes import CARRYING
+from crane_serve.engine.vllm_routes import CARRYING, CHECKED
 from crane_serve.service.api import openai_body
 from crane_serve.service.api.body import replayed
 from crane_serve.service.api.context import context_of
 from crane_serve.service.api.dependencies import check_headers, choose_mask, named_masks
 from crane_serve.service.api.errors import ApiError, BadRequest, error_event, error_response
-from crane_serve.service.api.gate import Gate
+from crane_serve.service.api.gate import MAX_LOGPROBS, Gate
 from crane_serve.service.api.openai_body import MASK, POSITIONS, Body
 from crane_serve.service.api.page import check_page_query
+from crane_serve.service.api.turns import Turns
 
+_INTEGER = TypeAdapter(int)
+_LONGEST = 100  # characters of a model's name that is quoted
 _MODELS, MODEL = "/v1/models/", "/v1/models/{model}"
 _WITHOUT_MODEL = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 ROUTES: Mapping[str, str] = {
@@ -45,8 +49,12 @@ _HARMLESS_PARAMETERS = frozenset({"api-version", "beta"})
 class OpenAIRoutes:
     """ASGI application for the paths that no other route of the service has; what is not in ROUTES is a 404.
 
-    Found in the application's state: `engine`, whose `openai` answers, and `gate`.
+    Found in the application's state: `engine`, whose `openai` answers, and `gate`. vLLM gets a body in one of `turns`,
+    since it reads it once more.
     """
+
+    def __init__(self, turns: Turns | None = None) -> None:
+        self._turns = turns or Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,8 +84,8 @@ class OpenAIRoutes:
         context = context_of(scope)
         context.mask = request.mask
         if method == "POST":
-            gate.admit(context, _sequences(path, request.body))
-        translated = {**scope, "state": {}, "query_string": request.query.encode("latin-1")}
+            gate.admit(context, *_asked(path, request.body))
+        translated = {**scope, CHECKED: True, "state": {}, "query_string": request.query.encode("latin-1")}
         translated.pop("router", None)
         if request.content is not content:
             headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
@@ -89,11 +97,20 @@ class OpenAIRoutes:
             answer = _Answer(scope, receive, send, engine)
             try:
                 body: Message = {"type": "http.request", "body": request.content, "more_body": False}
-                await engine.openai(translated, replayed(body, receive), answer)
+                await engine.openai(translated, self._in_turn(replayed(body, receive)), answer)
             except Exception:
                 if not engine.is_dead:
                     raise
                 await answer.end()  # vLLM fails in the middle of some of its streams
+
+    def _in_turn(self, receive: Receive) -> Receive:
+        async def give() -> Message:
+            message = await receive()
+            if message.get("body"):
+                await self._turns.take()
+            return message
+
+        return give
 
 
 async def _read(receive: Receive) -> bytes | None:
@@ -205,7 +222,7 @@ class _TranslatedRequest:
         if self.mask is not None and self.body.get("use_beam_search"):
             raise BadRequest("beam_search", "beam search cannot be masked", "use_beam_search")
         changed = self._translate(None if expression is None else base)
-        self.content = json.dumps(self.body).encode() if changed else content
+        self.content = json.dumps(self.body, ensure_ascii=False).encode() if changed else content
 
     def _carried(self) -> Body | None:
         """The object whose keys vLLM hands to the engine, None if there is none."""
@@ -279,7 +296,7 @@ def _check_model(model: str, engine: EngineService) -> None:
     if reason is not None or (base is None and model not in engine.model_names):
         masks = (f"{engine.model_name}:{public_name(engine.library, name)}" for name in engine.library.masks)
         known = ", ".join((*engine.model_names, *masks))
-        message = f"the model {model!r} does not exist; this server has {known}"
+        message = f"the model {model[:_LONGEST]!r} does not exist; this server has {known}"
         raise ApiError(404, "model_not_found", message if reason is None else f"{message} ({reason})", "model")
 
 
@@ -311,24 +328,36 @@ def _choose(
     return choose_mask(library, masks, Positions(positions[0][1]))
 
 
-def _sequences(path: str, body: Body) -> int:
-    """How many sequences the engine will run for a request, as far as its body can be understood."""
+def _asked(path: str, body: Body) -> tuple[int, int]:
+    """How many sequences the engine will run for a request, and how many log-probabilities of each it gives for a
+    position, as far as its body can be understood."""
     if path not in CARRYING or path.endswith("/render"):
-        return 0
+        return 0, 0
     place: Any = body.get("sampling_params") if path == "/inference/v1/generate" else body
-    try:
-        sequences = max(1, int(place["n"]))  # vLLM also reads "2", and 2.0
-    except (KeyError, TypeError, ValueError, OverflowError):
-        sequences = 1
+    if not isinstance(place, dict):
+        return 1, 0
+    sequences = max(_integer(place.get("n")), 1)
+    logprobs = [_integer(place.get(name)) for name in ("logprobs", "top_logprobs", "prompt_logprobs")]
+    most = MAX_LOGPROBS if -1 in logprobs else max(logprobs)  # -1 is the whole vocabulary
+    if place.get("use_beam_search"):
+        most = max(most, 2 * sequences)  # of each beam, n wide
     if path == "/v1/completions":
-        return sequences * (_prompts(body.get("prompt")) + _prompts(body.get("prompt_embeds")) or 1)
+        sequences *= _prompts(body.get("prompt")) + _prompts(body.get("prompt_embeds")) or 1
     if path == "/v1/chat/completions/batch" and isinstance(body.get("messages"), list):
-        return sequences * len(body["messages"])
-    return sequences
+        sequences *= len(body["messages"])
+    return sequences, most
+
+
+def _integer(value: Any) -> int:
+    """A number as vLLM reads it, which takes "2", and 2.0; 0 for what it refuses."""
+    try:
+        return _INTEGER.validate_python(value)
+    except ValidationError:
+        return 0
 
 
 def _prompts(prompt: Any) -> int:
     """One text, several, one list of token ids, or several."""
     if isinstance(prompt, list):
-        return 1 if prompt and isinstance(prompt[0], int) else len(prompt)
+        return 1 if prompt and isinstance(prompt[0], int | float) else len(prompt)
     return 0 if prompt is None else 1

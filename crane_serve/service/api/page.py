@@ -21,7 +21,7 @@ def check_page_query(query: str) -> None:
 
 async def _file(request: Request) -> Response:
     request.scope["crane_route"] = ROUTE
-    check_page_query(request.url.query)
+    check_page_query(request.scope["query_string"].decode("latin-1"))
     if request.method not in _READING_METHODS:
         raise HTTPException(405, headers={"Allow": ", ".join(_READING_METHODS)})
     file = FILES.get(request.scope["path"])

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from crane_serve.service.api.context import context_of
 from crane_serve.service.api.errors import ApiError, error_event, error_response
 from crane_serve.service.api.gate import Gate
+from crane_serve.service.api.turns import Turns
 
 _log = logging.getLogger("crane.api")
 
@@ -65,14 +66,18 @@ class RequestLifetime:
     task has cleaned up and `gate` has forgotten it, or after 10 s, so that nothing that it held is in the way of the
     next one. If the answer has begun, the error is the last event of a stream of these, and for any other answer
     raised, so that the server cuts the connection. The application is told that `send` raises OSError once the request
-    has ended (ASGI 2.4), so that responses need not listen themselves. Bodies come in one message (BoundedBody).
+    has ended (ASGI 2.4), so that responses need not listen themselves. Bodies come in one message (BoundedBody), and
+    the application gets its body in one of `turns`, since it will read it at once.
     """
 
-    def __init__(self, app: ASGIApp, lifetimes: RequestLifetimes, gate: Gate, *, timeout_s: float) -> None:
+    def __init__(
+        self, app: ASGIApp, lifetimes: RequestLifetimes, gate: Gate, *, timeout_s: float, turns: Turns | None = None
+    ) -> None:
         self._app = app
         self._lifetimes = lifetimes
         self._gate = gate
         self._timeout_s = timeout_s
+        self._turns = turns or Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -83,7 +88,7 @@ class RequestLifetime:
         first = await receive()
         if first["type"] == "http.disconnect":
             return
-        run = _Run(first, receive, send)
+        run = _Run(first, receive, send, self._turns)
         self._lifetimes.add(run)
         try:
             try:
@@ -98,8 +103,9 @@ class RequestLifetime:
 class _Run:
     """One run of the application for a request. first: the message with the body."""
 
-    def __init__(self, first: Message, receive: Receive, send: Send) -> None:
+    def __init__(self, first: Message, receive: Receive, send: Send, turns: Turns) -> None:
         self._first: Message | None = first
+        self._turns = turns
         self._receive = receive
         self._send = send
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -199,6 +205,8 @@ class _Run:
         """`receive` for the application."""
         if self._first is not None:
             first, self._first = self._first, None
+            if first.get("body"):
+                await self._turns.take()
             return first
         self._waiting += 1
         try:

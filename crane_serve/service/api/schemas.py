@@ -12,6 +12,9 @@ from crane_serve.common.masks import Fingerprint, Positions, ResolvedMask, Store
 from crane_serve.common.models.prefix import AddBos, Join
 
 MAX_ITEMS = 1024
+MAX_REPEATED = 2**24
+"""Most characters of a context, counted once for each of its continuations."""
+
 _Text = Annotated[str, Field(min_length=1)]
 _TextOrEmpty = Annotated[str, Field(min_length=0)]  # a length makes pydantic refuse what UTF-8 cannot encode
 
@@ -39,12 +42,12 @@ class _Request(BaseModel):
 class GenerateRequest(_Request):
     """Prompts to be continued under one mask, and how."""
 
-    prompt: _Text | Annotated[list[_Text], Field(min_length=1, max_length=MAX_ITEMS)]
+    prompt: _Text | Annotated[list[_Text], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     max_tokens: _Integer = Field(128, ge=1, lt=2**31)
     temperature: float = Field(1.0, ge=0, le=10, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
     seed: Annotated[int, Field(ge=0, le=_LARGEST_SEED), BeforeValidator(_integer)] | None = None
-    stop: _Text | Annotated[list[_Text], Field(max_length=16)] | None = None
+    stop: _Text | Annotated[list[_Text], Field(max_length=16, fail_fast=True)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(_integer)] | None = Field(
         None, description="Alternatives to return per generated token"
     )
@@ -98,9 +101,9 @@ class ScoreRequest(_Request):
 
     model_config = ConfigDict(json_schema_extra=_ONE_FORM)
 
-    text: Annotated[list[_TextOrEmpty], Field(min_length=1, max_length=MAX_ITEMS)] | None = None
+    text: Annotated[list[_TextOrEmpty], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)] | None = None
     context: _TextOrEmpty | None = None
-    continuations: Annotated[list[_Text], Field(min_length=1, max_length=MAX_ITEMS)] | None = None
+    continuations: Annotated[list[_Text], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)] | None = None
     join: Join = Field(
         "shared",
         description="Where a continuation's tokens begin: after those that the context has alone, too (shared), or "
@@ -113,6 +116,11 @@ class ScoreRequest(_Request):
         texts, pairs = self.text is not None, self.context is not None or self.continuations is not None
         if texts == pairs or (pairs and (self.context is None or self.continuations is None)):
             raise ValueError("expected either 'text', or 'context' and 'continuations'")
+        characters = len(self.context or "") * len(self.continuations or ())
+        if characters > MAX_REPEATED:
+            raise ValueError(
+                f"context times continuations has {characters} characters; at most {MAX_REPEATED} are read"
+            )
         return self
 
     @property
@@ -241,7 +249,7 @@ class LanguagesRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    text: Annotated[list[_TextOrEmpty], Field(min_length=1, max_length=MAX_ITEMS)]
+    text: Annotated[list[_TextOrEmpty], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
 
 
 class LanguagesAnswer(BaseModel):

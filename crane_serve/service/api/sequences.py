@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 from crane_serve.common.models.prefix import NoStartToken, StartTokens, token_bytes
@@ -61,7 +60,7 @@ def _continuation(
         together, first = alone + together[len(alone) :], len(alone)
     else:
         # A token that spans the join does not belong to the context: it is scored with the continuation.
-        first = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(together, alone, strict=False)))
+        first = _shared(together, alone)
         if not first and body.add_bos == "auto":  # the first token spans the join
             together, first = _before(start, whole, body, from_start=True), 1
     scored = ScoredSequence(together, first, len(continuation.encode()))
@@ -72,6 +71,18 @@ def _continuation(
         message = f"continuation {continuation!r} has no token of its own behind its context"
         raise BadRequest("nothing_to_score", message, "continuations")
     return scored
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """How many tokens both begin with. By halves: there may be a thousand continuations of a long context."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _before(
