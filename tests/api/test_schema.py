@@ -7,6 +7,7 @@ from typing import Any
 
 import schemathesis
 from hypothesis import HealthCheck, settings
+from schemathesis.core import NOT_SET
 
 from crane_serve.common.masks import ResolvedMask
 from crane_serve.engine.service import RejectedRequest, Sampling, Step
@@ -64,6 +65,13 @@ def described(app: Any, **headers: str) -> Any:
     return schemathesis.openapi.from_asgi("/openapi.json", app, config=config, headers=headers)
 
 
+def without_unwanted_body(case: schemathesis.Case) -> schemathesis.Case:
+    """Of a GET, the body: the service refuses it before it looks whether there is such a route."""
+    if case.method.upper() in ("GET", "HEAD"):
+        case.body = NOT_SET
+    return case
+
+
 open_service = described(create_app(_start))  # type: ignore[arg-type]
 closed_service = described(create_app(_start, ApiSettings(admin_key=KEY)), **{"x-api-key": KEY})  # type: ignore[arg-type]
 
@@ -71,10 +79,10 @@ closed_service = described(create_app(_start, ApiSettings(admin_key=KEY)), **{"x
 @open_service.parametrize()
 @SETTINGS
 def test_every_answer_is_as_documented(case: schemathesis.Case) -> None:
-    case.call_and_validate()
+    without_unwanted_body(case).call_and_validate()
 
 
 @closed_service.parametrize()
 @settings(SETTINGS, max_examples=5)
 def test_with_keys_every_answer_is_as_documented(case: schemathesis.Case) -> None:
-    case.call_and_validate(headers={"x-api-key": KEY})
+    without_unwanted_body(case).call_and_validate(headers={"x-api-key": KEY})
