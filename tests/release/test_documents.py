@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from tests.documents import DATA, PROGRAMS, README, ROOT, Block, blocks, differs, not_run, pages, programs, why_not
+from tests.hostile.__main__ import cases as hostile_cases
 
 COMMANDS = re.compile(
     r"^\$ |^(?:crane|curl|docker|helm|kubectl|make|pip|python3?|lm_eval|vllm|git|systemctl) ", re.MULTILINE
@@ -63,3 +64,13 @@ def test_output_is_compared_with_the_page(printed: str, expected: str, wrong: st
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / README).read_text().split()) <= 900
+
+
+def test_what_shows_a_promise_of_security_is_there() -> None:
+    page = (ROOT / "docs" / "security.md").read_text()
+    rows = [row.rpartition(" | ")[2] for row in re.findall(r"^\| (.+) \|$", page, re.MULTILINE) if "ests/" in row]
+    assert len(rows) >= 20
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    files = {name for name in named if name.startswith("tests/")}
+    assert [name for name in files if not (ROOT / name).exists()] == []
+    assert named - files - {"make image"} <= hostile_cases().keys()
