@@ -21,7 +21,7 @@ CLOSING_S = 15  # connections and the engine, after the drain
 _OTHERS = {
     "HOME", "PATH",  # everything
     "XDG_CACHE_HOME",  # vLLM, Hugging Face, FlashInfer
-    "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "MPLCONFIGDIR",  # Triton, the driver, matplotlib
+    "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH", "MPLCONFIGDIR",  # caches of others
     "PIP_BREAK_SYSTEM_PACKAGES",
 }  # fmt: skip
 _SECRET = re.compile(r"(?i)(password|token|secret|credential|(^|_)key)")

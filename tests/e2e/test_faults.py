@@ -607,11 +607,11 @@ async def test_sigterm_lets_everything_under_way_end_whole(first: Server) -> Non
         # These fill the engine: what comes behind them cannot end before all of them are under way.
         await metrics_say(client, lambda text: metric(text, "crane_sequences") >= 100 - RUNNING)
         tasks += [asyncio.create_task(asked.run(client)) for asked in rest]
-        await under_way(client, 30)
+        await metrics_say(client, lambda text: metric(text, "crane_sequences") == 100 + len(rest))
         first.process.send_signal(signal.SIGTERM)
         await ready_says(client, "shutting_down")
         await refused_with(client, "shutting_down")
-        assert not any(task.done() for task in tasks)
+        assert [task.result() for task in tasks if task.done()] == []
         await asyncio.gather(*tasks)
     await ends_with(first, processes, code=0, seconds=60)
     assert {asked.status for asked in (many, *rest)} == {200}

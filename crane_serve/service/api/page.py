@@ -13,7 +13,7 @@ _READING_METHODS = ("GET", "HEAD")
 
 def check_page_query(query: str) -> None:
     """Refuses a mask in a request for the page. A client whose base address ends in `?mask=` sends its paths inside the
-    query, and must not get the page as an answer."""
+    query, and must not get the page as an answer. Raises ApiError."""
     if any(name == "mask" for name, _ in parse_qsl(query, keep_blank_values=True)):
         message = "the page takes no mask; where a path follows the address, name the mask in the model: MODEL:MASK"
         raise ApiError(422, "malformed_query", message, "mask")
