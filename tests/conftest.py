@@ -132,6 +132,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a small model, for tests without engines."""
+    return tiny_model("llama", tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
 def engines(request: pytest.FixtureRequest) -> Engines:
     return request.config.stash[_ENGINES]
 

@@ -1,16 +1,8 @@
-"""A checkpoint and the fingerprint of a small model, for tests that need neither an engine nor a download."""
-
-from pathlib import Path
+"""The fingerprint of a small model, for tests that need neither an engine nor a download."""
 
 import pytest
 
 from crane_serve.common.masks import Fingerprint
-from tests.tiny import tiny_model
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model("llama", tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture
