@@ -33,12 +33,12 @@ def _evaluated(address: str, directory: Path, *arguments: str) -> None:
 def _received(variable: str, *, replayed: bool) -> Outcome:
     """What a judge that nobody named received."""
     from clients import Plan, run_evaluation
+    from tests.fake_judge import judging
     from tests.fake_server import serving
-    from tests.listener import listening
 
-    with serving() as server, listening() as listener, tempfile.TemporaryDirectory() as name:
+    with serving() as server, judging() as referee, tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        judge = {"base_url": listener.address, "model": "m", "key_variable": variable}
+        judge = {"base_url": referee.base_url, "model": "m", "key_variable": variable}
         if replayed:
             plan = Plan.parse(_plan(directory), "plan")
             run_evaluation(plan, directory / "theirs", server=server.address, base=directory)
@@ -51,9 +51,9 @@ def _received(variable: str, *, replayed: bool) -> Outcome:
         else:
             (directory / "plan.yaml").write_text(json.dumps(_plan(directory, judge=judge)))
             _evaluated(server.address, directory, str(directory / "plan.yaml"))
-        leaked = any(_SECRET in (key or "") for key in listener.keys)
+        leaked = any(_SECRET in (key or "") for key in referee.keys)
         return Outcome(
-            f"requests: {len(listener.bodies)}, with the variable: {'yes' if leaked else 'no'}", not listener.bodies
+            f"requests: {len(referee.asked)}, with the variable: {'yes' if leaked else 'no'}", not referee.asked
         )
 
 

@@ -1,11 +1,7 @@
 """Judge: what is sent to an OpenAI-compatible server, what is read from its reply, and how it fails."""
 
 import asyncio
-import json
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -14,57 +10,25 @@ from pydantic import ValidationError
 from clients.errors import CraneError, EvaluationError
 from clients.judge import Judge
 from clients.retries import RetryPolicy
+from tests.fake_judge import FakeJudge, completion, judging
 
 QUICK = RetryPolicy(attempts=3, first_wait_s=0.001)
 
 
-def completion(text: str | None) -> dict[str, Any]:
-    return {"id": "1", "choices": [{"index": 0, "message": {"role": "assistant", "content": text}}], "usage": {}}
-
-
-@dataclass
-class Server:
-    """A server that gives `answers` one after another, the last one again and again, and keeps what it was asked."""
-
-    answers: list[tuple[int, Any]] = field(default_factory=lambda: [(200, completion("Rating: [[7]]"))])
-    asked: list[tuple[str, dict[str, str], dict[str, Any]]] = field(default_factory=list)
-    base_url: str = ""
-
-    def judge(self, **settings: Any) -> Judge:
-        judge = Judge.model_validate({"base_url": self.base_url, "model": "referee", **settings})
-        judge._retries = QUICK
-        return judge
+def judge_of(server: FakeJudge, **settings: Any) -> Judge:
+    judge = Judge.model_validate({"base_url": server.base_url, "model": "referee", **settings})
+    judge._retries = QUICK
+    return judge
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    state = Server()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            state.asked.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
-            status, answer = state.answers.pop(0) if len(state.answers) > 1 else state.answers[0]
-            content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("content-length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        state.base_url = f"http://127.0.0.1:{http.server_port}/v1"
-        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield state
-        http.shutdown()
-        thread.join()
+def server() -> Iterator[FakeJudge]:
+    with judging() as fake:
+        yield fake
 
 
-async def test_what_is_sent(server: Server) -> None:
-    judge = server.judge(template="{{ language }}|{{ question }}|{{ answer }}", max_tokens=9)
+async def test_what_is_sent(server: FakeJudge) -> None:
+    judge = judge_of(server, template="{{ language }}|{{ question }}|{{ answer }}", max_tokens=9)
     assert await judge.ask("长城在哪里？", "在 {{ answer }}", "zh") == "Rating: [[7]]"
     ((path, headers, body),) = server.asked
     assert path == "/v1/chat/completions"
@@ -77,35 +41,35 @@ async def test_what_is_sent(server: Server) -> None:
     }
 
 
-async def test_without_a_temperature_none_is_sent(server: Server) -> None:
-    await server.judge(temperature=None).ask("q", "a", "en")
+async def test_without_a_temperature_none_is_sent(server: FakeJudge) -> None:
+    await judge_of(server, temperature=None).ask("q", "a", "en")
     assert "temperature" not in server.asked[0][2]
 
 
-async def test_the_default_template_asks_for_what_the_default_pattern_reads(server: Server) -> None:
-    await server.judge().ask("Why is it so?", "Because of <that> & this.", "vi")
+async def test_the_default_template_asks_for_what_the_default_pattern_reads(server: FakeJudge) -> None:
+    await judge_of(server).ask("Why is it so?", "Because of <that> & this.", "vi")
     prompt = server.asked[0][2]["messages"][0]["content"]
     assert all(part in prompt for part in ("\nWhy is it so?\n", "\nBecause of <that> & this.\n", "vi", "Rating: [["))
 
 
-async def test_a_slash_at_the_end_of_the_address_does_not_matter(server: Server) -> None:
-    await server.judge(base_url=server.base_url + "/").ask("q", "a", "en")
+async def test_a_slash_at_the_end_of_the_address_does_not_matter(server: FakeJudge) -> None:
+    await judge_of(server, base_url=server.base_url + "/").ask("q", "a", "en")
     assert server.asked[0][0] == "/v1/chat/completions"
 
 
 async def test_a_judge_on_this_machine_is_asked_without_a_proxy(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: FakeJudge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    assert await server.judge().ask("q", "a", "en") == "Rating: [[7]]"
+    assert await judge_of(server).ask("q", "a", "en") == "Rating: [[7]]"
 
 
 async def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
-    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: FakeJudge, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CRANE_JUDGE_KEY", "sk-secret")
     caplog.set_level("DEBUG")
-    judge = server.judge(key_variable="CRANE_JUDGE_KEY")
+    judge = judge_of(server, key_variable="CRANE_JUDGE_KEY")
     await judge.ask("q", "a", "en")
     assert server.asked[0][1]["authorization"] == "Bearer sk-secret"
     server.answers = [(401, {"error": {"code": "invalid_api_key", "message": "wrong key: sk-secret"}})]
@@ -116,59 +80,61 @@ async def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
 
 
 @pytest.mark.parametrize("key", [None, "", "two words", "schlüssel"])
-async def test_without_a_key_nothing_is_sent(server: Server, monkeypatch: pytest.MonkeyPatch, key: str | None) -> None:
+async def test_without_a_key_nothing_is_sent(
+    server: FakeJudge, monkeypatch: pytest.MonkeyPatch, key: str | None
+) -> None:
     monkeypatch.delenv("CRANE_JUDGE_KEY", raising=False)
     if key is not None:
         monkeypatch.setenv("CRANE_JUDGE_KEY", key)
     with pytest.raises(EvaluationError, match="CRANE_JUDGE_KEY holds no API key") as caught:
-        await server.judge(key_variable="CRANE_JUDGE_KEY").ask("q", "a", "en")
+        await judge_of(server, key_variable="CRANE_JUDGE_KEY").ask("q", "a", "en")
     assert not key or key not in str(caught.value)
     assert server.asked == []
 
 
 @pytest.mark.parametrize("status", [429, 503])
-async def test_an_overloaded_judge_is_asked_again(server: Server, status: int) -> None:
+async def test_an_overloaded_judge_is_asked_again(server: FakeJudge, status: int) -> None:
     server.answers = [(status, {}), (status, {}), (200, completion("Rating: [[3]]"))]
-    assert await server.judge().ask("q", "a", "en") == "Rating: [[3]]"
+    assert await judge_of(server).ask("q", "a", "en") == "Rating: [[3]]"
     assert len(server.asked) == 3
 
 
-async def test_an_overloaded_judge_is_not_asked_for_ever(server: Server) -> None:
+async def test_an_overloaded_judge_is_not_asked_for_ever(server: FakeJudge) -> None:
     server.answers = [(503, {"error": {"code": "busy", "message": "busy"}})]
     with pytest.raises(CraneError, match=r"judge referee at http://127.*: busy \(busy, status 503\)") as caught:
-        await server.judge().ask("q", "a", "en")
+        await judge_of(server).ask("q", "a", "en")
     assert caught.value.transient
     assert len(server.asked) == QUICK.attempts
 
 
 @pytest.mark.parametrize("status", [400, 404, 500])
-async def test_a_refusal_names_the_judge_and_is_not_repeated(server: Server, status: int) -> None:
+async def test_a_refusal_names_the_judge_and_is_not_repeated(server: FakeJudge, status: int) -> None:
     server.answers = [(status, {"error": {"code": "no", "message": "no such model"}})]
     with pytest.raises(CraneError, match=r"^judge referee at http://127.*/v1: no such model") as caught:
-        await server.judge().ask("q", "a", "en")
+        await judge_of(server).ask("q", "a", "en")
     assert (caught.value.status, caught.value.code, len(server.asked)) == (status, "no", 1)
 
 
 @pytest.mark.parametrize("answer", [b"<html>", {}, {"choices": []}, {"choices": [{"text": "[[7]]"}]}, []])
-async def test_what_is_no_chat_completion_is_an_error(server: Server, answer: Any) -> None:
+async def test_what_is_no_chat_completion_is_an_error(server: FakeJudge, answer: Any) -> None:
     server.answers = [(200, answer)]
     with pytest.raises(CraneError, match=r"judge referee .*expected choices with a message"):
-        await server.judge().ask("q", "a", "en")
+        await judge_of(server).ask("q", "a", "en")
 
 
-async def test_no_content_is_an_empty_reply(server: Server) -> None:
+async def test_no_content_is_an_empty_reply(server: FakeJudge) -> None:
     server.answers = [(200, completion(None))]
-    assert await server.judge().ask("q", "a", "en") == ""
+    assert await judge_of(server).ask("q", "a", "en") == ""
 
 
-async def test_nobody_there_names_the_judge(server: Server) -> None:
+async def test_nobody_there_names_the_judge(server: FakeJudge) -> None:
     with pytest.raises(CraneError, match=r"judge referee at http://127\.0\.0\.1:9/v1: cannot connect") as caught:
-        await server.judge(base_url="http://127.0.0.1:9/v1").ask("q", "a", "en")
+        await judge_of(server, base_url="http://127.0.0.1:9/v1").ask("q", "a", "en")
     assert caught.value.transient
 
 
-def test_a_judge_outlives_event_loops(server: Server) -> None:
-    judge = server.judge()
+def test_a_judge_outlives_event_loops(server: FakeJudge) -> None:
+    judge = judge_of(server)
 
     async def several() -> list[str]:
         return await asyncio.gather(*(judge.ask("q", "a", "en") for _ in range(8)))

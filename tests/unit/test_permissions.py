@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from clients import EvaluationError, Permissions, Plan, iterate_answers, run_evaluation
 from clients.judge import Judge
 from crane_serve.cli import app
+from tests.fake_judge import FakeJudge, judging
 from tests.fake_server import FakeServer, serving
-from tests.listener import Listener, listening
 
 SECRET = "sk-secret"
 
@@ -25,8 +25,8 @@ def server() -> Iterator[FakeServer]:
 
 
 @pytest.fixture
-def listener() -> Iterator[Listener]:
-    with listening() as judge:
+def referee() -> Iterator[FakeJudge]:
+    with judging() as judge:
         yield judge
 
 
@@ -58,29 +58,29 @@ def written(path: Path, content: dict[str, Any]) -> Path:
 # --- judges
 
 
-def test_a_judge_that_nobody_named_gets_nothing(server: FakeServer, listener: Listener, tmp_path: Path) -> None:
-    judge = {"base_url": listener.address, "model": "m", "key_variable": "CRANE_JUDGE_KEY"}
+def test_a_judge_that_nobody_named_gets_nothing(server: FakeServer, referee: FakeJudge, tmp_path: Path) -> None:
+    judge = {"base_url": referee.base_url, "model": "m", "key_variable": "CRANE_JUDGE_KEY"}
     plan = written(tmp_path / "plan.yaml", talk(tmp_path, judge))
     for options in ((), ("--judge-host", "127.0.0.1"), ("--judge-host", "judge.example")):
         code, said = crane_eval(server, tmp_path / "out", plan, *options)
         assert code == 1
         assert (
-            f"to {listener.host}, with the key in CRANE_JUDGE_KEY; allow that with --judge-host {listener.host}" in said
+            f"to {referee.host}, with the key in CRANE_JUDGE_KEY; allow that with --judge-host {referee.host}" in said
         )
-    assert (listener.bodies, server.asked) == ([], [])
-    code, _ = crane_eval(server, tmp_path / "out", plan, "--judge-host", listener.host)
-    assert (code, listener.keys) == (0, [f"Bearer {SECRET}"])
+    assert (referee.asked, server.asked) == ([], [])
+    code, _ = crane_eval(server, tmp_path / "out", plan, "--judge-host", referee.host)
+    assert (code, referee.keys) == (0, [f"Bearer {SECRET}"])
 
 
-def test_a_judge_without_a_key_must_be_named_too(server: FakeServer, listener: Listener, tmp_path: Path) -> None:
-    plan = Plan.parse(talk(tmp_path, {"base_url": listener.address, "model": "m"}), "plan")
+def test_a_judge_without_a_key_must_be_named_too(server: FakeServer, referee: FakeJudge, tmp_path: Path) -> None:
+    plan = Plan.parse(talk(tmp_path, {"base_url": referee.base_url, "model": "m"}), "plan")
     for run in (run_evaluation, lambda *given, **named: list(iterate_answers(*given, **named))):
-        with pytest.raises(EvaluationError, match=f"would send .* to {listener.host}; allow that"):
+        with pytest.raises(EvaluationError, match=f"would send .* to {referee.host}; allow that"):
             run(plan, tmp_path / "out", server=server.address, base=tmp_path)
-    assert listener.bodies == []
-    allowed = Permissions(frozenset({listener.host}), (tmp_path,))
+    assert referee.asked == []
+    allowed = Permissions(frozenset({referee.host}), (tmp_path,))
     assert run_evaluation(plan, tmp_path / "out", server=server.address, base=tmp_path, allowed=allowed).failures == ()
-    assert listener.keys == [None]
+    assert referee.keys == [None]
 
 
 @pytest.mark.parametrize(
@@ -94,15 +94,15 @@ def test_a_judge_without_a_key_must_be_named_too(server: FakeServer, listener: L
         "CRANE_JUDGE_KEY\n",
     ],
 )
-def test_a_plan_names_no_other_secret(server: FakeServer, listener: Listener, variable: str, tmp_path: Path) -> None:
-    judge = {"base_url": listener.address, "model": "m", "key_variable": variable}
+def test_a_plan_names_no_other_secret(server: FakeServer, referee: FakeJudge, variable: str, tmp_path: Path) -> None:
+    judge = {"base_url": referee.base_url, "model": "m", "key_variable": variable}
     plan = written(tmp_path / "plan.yaml", talk(tmp_path, judge))
-    code, said = crane_eval(server, tmp_path / "out", plan, "--judge-host", listener.host)
+    code, said = crane_eval(server, tmp_path / "out", plan, "--judge-host", referee.host)
     assert code == 1
     assert "expected CRANE_JUDGE_KEY, or a name that begins with CRANE_JUDGE_KEY_" in said
     with pytest.raises(EvaluationError, match="expected CRANE_JUDGE_KEY"):
         asyncio.run(Judge.model_validate(judge).ask("q", "a", "en"))
-    assert (listener.bodies, server.asked) == ([], [])
+    assert (referee.asked, server.asked) == ([], [])
 
 
 @pytest.mark.parametrize("address", ["http://judge.example/v1", "http://10.0.0.1:8000", "http://127.0.0.1.example"])
@@ -132,13 +132,13 @@ def test_a_host_has_its_port_where_it_is_not_the_usual_one(address: str, host: s
     assert judge.host == host
 
 
-async def test_the_key_is_not_sent_on(listener: Listener) -> None:
-    with listening() as elsewhere:
-        listener.redirect = f"{elsewhere.address}/chat/completions"
-        judge = Judge(base_url=listener.address, model="m", key_variable="CRANE_JUDGE_KEY_2")
+async def test_the_key_is_not_sent_on(referee: FakeJudge) -> None:
+    with judging() as elsewhere:
+        referee.redirect = f"{elsewhere.base_url}/chat/completions"
+        judge = Judge(base_url=referee.base_url, model="m", key_variable="CRANE_JUDGE_KEY_2")
         with pytest.raises(Exception, match="judge m at"):
             await judge.ask("q", "a", "en")
-        assert (listener.keys, elsewhere.bodies) == ([f"Bearer {SECRET}"], [])
+        assert (referee.keys, elsewhere.asked) == ([f"Bearer {SECRET}"], [])
 
 
 # --- files
@@ -204,15 +204,15 @@ def recorded(server: FakeServer, own: Path, **changes: Any) -> Path:
     return written(results, {**content, "tasks": [], "cells": [], "effects": [], "ranks": [], "matched": []})
 
 
-def test_a_replay_asks_no_judge_that_nobody_named(server: FakeServer, listener: Listener, tmp_path: Path) -> None:
-    judge = {"base_url": listener.address, "model": "m", "key_variable": "CRANE_JUDGE_KEY"}
+def test_a_replay_asks_no_judge_that_nobody_named(server: FakeServer, referee: FakeJudge, tmp_path: Path) -> None:
+    judge = {"base_url": referee.base_url, "model": "m", "key_variable": "CRANE_JUDGE_KEY"}
     results = recorded(server, tmp_path / "own", judge=judge)
     options = ("--replay", results, "--base", tmp_path / "own")
     code, said = crane_eval(server, tmp_path / "again", *options)
-    assert (code, listener.bodies) == (1, [])
-    assert f"--judge-host {listener.host}" in said
-    code, said = crane_eval(server, tmp_path / "again", *options, "--judge-host", listener.host)
-    assert listener.keys == [f"Bearer {SECRET}"], said
+    assert (code, referee.asked) == (1, [])
+    assert f"--judge-host {referee.host}" in said
+    code, said = crane_eval(server, tmp_path / "again", *options, "--judge-host", referee.host)
+    assert referee.keys == [f"Bearer {SECRET}"], said
 
 
 def test_a_replay_reads_no_files_here_unless_told_where(
