@@ -55,6 +55,7 @@ def test_a_name_without_an_address(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [("--host", "0.0.0.0"), ("--host", "::", "--no-insecure")])
 def test_the_command_says_so_before_it_looks_for_the_model(tmp_path: Path, options: tuple[str, ...]) -> None:
+    pytest.importorskip("torch")
     result = CliRunner().invoke(app, ["serve", str(tmp_path / "missing"), "--masks", str(tmp_path), *options])
     assert result.exit_code == 1
     assert result.stderr.startswith(f"error: host {options[1]!r} can be reached from other machines")
