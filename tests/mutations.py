@@ -1,10 +1,12 @@
 """Do the tests notice when a promise of docs/design.md is broken? Each is broken in a copy, with its tests run there.
 
-    python -m tests.mutations
+    python -m tests.mutations [--v2]
 
+With --v2 it is the interface to vLLM's V2 model runner that is broken, with engines that run it (`tests.v2`): slow.
 Prints a line for each, and exits with 1 if a broken promise passes.
 """
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -171,9 +173,39 @@ MUTATIONS = (
     ),
 )  # fmt: skip
 
+V2, SCHEDULES = f"{ENGINE}/runner_v2.py", "tests/engine/test_schedules.py::test_"
+UNDER_V2 = (
+    Mutation(
+        "what is done for one request is not done for the next at its place, as after a preemption",
+        V2,
+        "[self._crane_requests.get(req_id) for req_id in ids]",
+        "[self.__dict__.setdefault('_at', {}).setdefault(int(place), self._crane_requests.get(req_id))"
+        " for place, req_id in zip(input_batch.idx_mapping_np, ids)]",
+        f"{SCHEDULES}preempted_requests_keep_their_masks",
+    ),
+    Mutation(
+        "masks go with the batch in its own order",
+        V2,
+        "ids = input_batch.req_ids",
+        "ids = sorted(input_batch.req_ids, reverse=True)",
+        f"{SCHEDULES}requests_that_come_while_others_end_keep_their_masks",
+    ),
+    Mutation(
+        "the prompt of a request that comes back does not hold what was generated",
+        V2,
+        "new_req_data.prompt_token_ids or",
+        "new_req_data.prefill_token_ids or",
+        f"{SCHEDULES}a_mask_of_the_prompt_or_of_what_is_generated_is_exact_also_when_preempted",
+    ),
+)
+
 
 def main() -> int:
     """Break each promise in turn."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations")
+    parser.add_argument("--v2", action="store_true")
+    under_v2 = parser.parse_args().v2
+    runner = ["tests.v2"] if under_v2 else ["pytest", "-p", "no:cacheprovider", "-m", "not engine"]
     unnoticed = 0
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory) / "copy"
@@ -182,14 +214,13 @@ def main() -> int:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name)
         environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-        for mutation in MUTATIONS:
+        for mutation in UNDER_V2 if under_v2 else MUTATIONS:
             path = copy / mutation.file
             content = path.read_text()
             if content.count(mutation.old) != 1:
                 raise SystemExit(f"{mutation.file} does not hold the code of {mutation.promise!r} once")
             path.write_text(content.replace(mutation.old, mutation.new))
-            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not engine"]
-            command += mutation.tests.split()
+            command = [sys.executable, "-m", *runner, "-x", "-q", *mutation.tests.split()]
             run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
             path.write_text(content)
             failed = [line.split(" - ")[0] for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]

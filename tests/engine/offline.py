@@ -24,7 +24,6 @@ def start(checkpoint: Path, **options: object):
         "num_gpu_blocks_override": KV_BLOCKS,
         "disable_log_stats": False,
         "enable_prefix_caching": True,
-        "enforce_eager": V2,  # Triton's interpreter runs kernels, not what a compiler makes of them
     }
     return LLM(str(checkpoint), **{**settings, **options})
 

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TESTS = ("tests/engine/test_offline.py", "tests/engine/test_schedules.py")
+ENGINE = ("offline", "schedules", "families", "ranks", "recycled_blocks")
+TESTS = (*(f"tests/engine/test_{name}.py" for name in ENGINE), "tests/e2e/test_service.py")
 
 
 def main() -> None:
