@@ -22,11 +22,13 @@ class MaskReference(Answer):
 
 
 class Usage(Answer):
-    """Tokens a request cost."""
+    """Tokens a request cost. Of scores: how many of them the model computed, and how many were in its prefix cache."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     total_tokens: int = 0
+    computed_tokens: int | None = None
+    cached_tokens: int | None = None
 
 
 class Output(Answer):
@@ -70,14 +72,15 @@ class Score(Answer):
     """Log-probability of one text or continuation.
 
     logprob: nats, summed over the tokens scored; tokens: how many; bytes: their length in UTF-8;
-    is_greedy: for continuations, whether greedy decoding would have produced it; token_logprobs: of each token scored,
-    if asked for with `return_tokens`.
+    is_greedy: for continuations, whether greedy decoding would have produced it; question: of several, the one that it
+    belongs to, from 0; token_logprobs: of each token scored, if asked for with `return_tokens`.
     """
 
     logprob: FiniteFloat
     tokens: int
     bytes: int
     is_greedy: bool | None = None
+    question: int | None = None
     token_logprobs: tuple[Token, ...] | None = None
 
 

@@ -110,6 +110,19 @@ def score_continuations(
     return Call("POST", "score", Scores.model_validate_json, _mask_query(mask), body)
 
 
+def score_questions(
+    questions: Sequence[tuple[str, Sequence[str]]],
+    mask: str | None,
+    add_bos: AddBos,
+    join: Join,
+    return_tokens: bool = False,
+) -> Call[Scores]:
+    """Score continuations of several contexts."""
+    asked = [{"context": context, "continuations": list(continuations)} for context, continuations in questions]
+    body = {"questions": asked, **chosen(add_bos=add_bos, join=join, return_tokens=return_tokens)}
+    return Call("POST", "score", Scores.model_validate_json, _mask_query(mask), body)
+
+
 def masks() -> Call[MaskListing]:
     """List the server's masks."""
     return Call("GET", "masks", MaskListing.model_validate_json)

@@ -117,6 +117,18 @@ class CraneClient(_Client):
         """Log-probabilities of continuations given `context`. join: where their tokens begin."""
         return self._send(calls.score_continuations(context, continuations, mask, add_bos, join, return_tokens))
 
+    def score_questions(
+        self,
+        questions: Sequence[tuple[str, Sequence[str]]],
+        *,
+        mask: str | None = None,
+        add_bos: AddBos = "auto",
+        join: Join = "shared",
+        return_tokens: bool = False,
+    ) -> Scores:
+        """Score the continuations of several contexts; a score's `question` is the index of its context."""
+        return self._send(calls.score_questions(questions, mask, add_bos, join, return_tokens))
+
     def masks(self) -> MaskListing:
         """The masks the server holds."""
         return self._send(calls.masks())
@@ -261,6 +273,18 @@ class AsyncCraneClient(_Client):
     ) -> Scores:
         """Log-probabilities of continuations given `context`. join: where their tokens begin."""
         return await self._send(calls.score_continuations(context, continuations, mask, add_bos, join, return_tokens))
+
+    async def score_questions(
+        self,
+        questions: Sequence[tuple[str, Sequence[str]]],
+        *,
+        mask: str | None = None,
+        add_bos: AddBos = "auto",
+        join: Join = "shared",
+        return_tokens: bool = False,
+    ) -> Scores:
+        """Score the continuations of several contexts; a score's `question` is the index of its context."""
+        return await self._send(calls.score_questions(questions, mask, add_bos, join, return_tokens))
 
     async def masks(self) -> MaskListing:
         """The masks the server holds."""

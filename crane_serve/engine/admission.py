@@ -8,6 +8,8 @@ from crane_serve.engine.config import DISABLE_VARIABLE, MASKS_VARIABLE, mask_con
 
 MASK_ARGUMENT = "crane_mask"
 POSITIONS_ARGUMENT = "crane_positions"
+SCORE_ARGUMENT = "crane_score"
+"""Asks for scores of its prompt: see `scoring`."""
 _ARGUMENTS = (MASK_ARGUMENT, POSITIONS_ARGUMENT)
 _SHOWN = 80  # characters of an expression that errors show
 OUR_WORDS = ("crane", "mask", "maks", "msak", "amsk")
@@ -37,7 +39,7 @@ def requested_mask(sampling_params: Any) -> MaskRequest | None:
     if not extra_args:
         return None
     for argument in extra_args:
-        if looks_like_ours(argument) and argument not in _ARGUMENTS:
+        if looks_like_ours(argument) and argument not in (*_ARGUMENTS, SCORE_ARGUMENT):
             raise MaskError(f"unknown argument {argument!r}; expected {' or '.join(map(repr, _ARGUMENTS))}")
     expression, positions = (extra_args.get(argument) for argument in _ARGUMENTS)
     if expression is None:

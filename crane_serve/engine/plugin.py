@@ -11,9 +11,10 @@ What is wrapped, each once per process:
 - generate_block_hash_extra_keys (engine core): the salt of blocks with generated tokens, if only some are masked, in
   hashes and in KV events;
 - get_kv_cache_configs (engine core): has KV blocks zeroed before a request gets them: see `fresh_blocks`;
+- KVCacheManager.get_computed_blocks (engine core): how far a scored request may read from the prefix cache;
 - EngineCore.add_request (engine core): refuses a mask without a free row, and forgets content that no request needs;
 - WorkerWrapperBase.init_device (worker): gives the model runner its masks, through MaskedRunner (V1)
-  or MaskedModelState (V2).
+  or MaskedModelState (V2), and has it score prompts: see `scoring`.
 Added to EngineCore and WorkerWrapperBase: the methods of `live_masks`.
 """
 
@@ -27,6 +28,7 @@ from crane_serve.engine import live_masks, vllm_routes
 from crane_serve.engine.admission import MASK_ARGUMENT, admit, looks_like_ours, requested_mask, require_row
 from crane_serve.engine.config import MASKS_VARIABLE, MaskConfig, add_mask_config, mask_config, masks_disabled
 from crane_serve.engine.prefix_cache import check_salt, generated_salt, salted, with_generated_salt
+from crane_serve.engine.scoring import check_score, get_computed_blocks
 from crane_serve.engine.support import UnsupportedEngine, caution, check_engine, check_version
 from crane_serve.engine.versions import fail_request
 from crane_serve.engine.vocabulary import drop_impossible, require_embeddings, validate_token_ids
@@ -71,6 +73,7 @@ def install() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.renderers.base import BaseRenderer
     from vllm.v1.core import block_pool, kv_cache_utils
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.engine import core
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
@@ -87,6 +90,7 @@ def install() -> None:
     for module in (kv_cache_utils, block_pool):  # the second imports it by name, for KV events
         wrap(module, "generate_block_hash_extra_keys", _block_keys)
     wrap(core, "get_kv_cache_configs", get_kv_cache_configs)
+    wrap(KVCacheManager, "get_computed_blocks", get_computed_blocks)
     wrap(WorkerWrapperBase, "init_device", _init_device)
     setattr(EngineCore, live_masks.CHANGE_METHOD, live_masks.change_in_core)
     setattr(EngineCore, live_masks.FORGET_METHOD, live_masks.forget_in_core)
@@ -154,6 +158,7 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
     from vllm.exceptions import VLLMValidationError
 
     require_embeddings(self.vllm_config, request, self.tokenizer)
+    check_score(self.vllm_config, request, self.tokenizer)
     drop_impossible(self.vllm_config, request.sampling_params)
     try:
         admit(self.vllm_config, request.sampling_params, resumable=request.resumable)
@@ -170,6 +175,7 @@ def _preprocess_add_request(original: Callable[..., Any], self: Any, request: An
     from vllm.exceptions import VLLMValidationError
 
     require_embeddings(self.vllm_config, request)
+    check_score(self.vllm_config, request)
     try:
         resolved = admit(self.vllm_config, request.sampling_params, resumable=request.resumable)
         request.cache_salt = salted(resolved, request.cache_salt)
@@ -210,7 +216,7 @@ def _init_device(original: Callable[..., Any], self: Any) -> Any:
     result = original(self)
     if mask_config(self.vllm_config) is not None:
         if self.vllm_config.use_v2_model_runner:
-            _mask_model_states()
+            _prepare_v2()
         else:
             from crane_serve.engine.runner_v1 import MaskedRunner
 
@@ -218,14 +224,25 @@ def _init_device(original: Callable[..., Any], self: Any) -> Any:
     return result
 
 
-def _mask_model_states() -> None:
-    """Have V2 make masked states for engines with masks; its model is loaded after this."""
+def _prepare_v2() -> None:
+    """Have V2 make masked states for engines with masks, and score their prompts; its model is loaded after this."""
     from vllm.v1.worker.gpu import model_states
+    from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
-    from crane_serve.engine.runner_v2 import masked
+    from crane_serve.engine.runner_v2 import (
+        add_scored,
+        compute_prompt_logprobs,
+        init_scoring,
+        masked,
+        remove_scored,
+    )
 
     def resolve(original: Callable[..., type], vllm_config: Any, model: Any) -> type:
         state = original(vllm_config, model)
         return state if mask_config(vllm_config) is None else masked(state)
 
     wrap(model_states, "resolve_model_state_cls", resolve)
+    wrap(PromptLogprobsWorker, "__init__", init_scoring)
+    wrap(PromptLogprobsWorker, "add_request", add_scored)
+    wrap(PromptLogprobsWorker, "remove_request", remove_scored)
+    wrap(PromptLogprobsWorker, "compute_prompt_logprobs", compute_prompt_logprobs)

@@ -4,25 +4,31 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from crane_serve.engine.admission import MaskRequest, requested_mask
 from crane_serve.engine.batch_masks import BatchMasks
 from crane_serve.engine.fresh_blocks import zero_blocks
+from crane_serve.engine.scoring import Chunk, ScoreRequest, Scoring
 
 
 class MaskedRunner:
     """Gives one V1 model runner its masks: patches the model after loading and fills the slots of every batch.
 
     Only this runner instance is changed. Its methods are called by vLLM in the order `load_model`, `_dummy_run`
-    (profiling), and then per step `_prepare_inputs`.
+    (profiling), and then per step `_prepare_inputs` and `_get_prompt_logprobs_dict`.
     """
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
         self._masks: BatchMasks | None = None
+        self._scoring = Scoring()
         self._load_model, runner.load_model = runner.load_model, self.load_model
         self._prepare_inputs, runner._prepare_inputs = runner._prepare_inputs, self.prepare_inputs
         self._dummy_run, runner._dummy_run = runner._dummy_run, self.dummy_run
+        self._prompt_logprobs = runner._get_prompt_logprobs_dict
+        runner._get_prompt_logprobs_dict = self.prompt_logprobs
         if runner.device.type == "cpu":
             runner._zero_block_ids = partial(zero_blocks, runner)
 
@@ -50,6 +56,38 @@ class MaskedRunner:
         if self._masks is not None:
             self._masks.clear()
         return self._dummy_run(*args, **kwargs)
+
+    def prompt_logprobs(self, hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
+        """vLLM's prompt log-probabilities of a step, with those of the scored requests. hidden_states: [tokens, hidden
+        size]."""
+        from vllm.v1.outputs import LogprobsTensors
+
+        runner, scoring = self._runner, self._scoring
+        for request_id in list(runner.num_prompt_logprobs):
+            asked = ScoreRequest.of(runner.requests[request_id].sampling_params)
+            if asked is not None:
+                scoring.add(request_id, asked)
+                del runner.num_prompt_logprobs[request_id]
+        answers = self._prompt_logprobs(hidden_states, num_scheduled_tokens)
+        scoring.keep(runner.requests.keys())
+        chunks = (
+            self._chunk(request_id, tokens)
+            for request_id, tokens in num_scheduled_tokens.items()
+            if request_id in scoring
+        )
+        scores = scoring.step(runner.model.compute_logits, hidden_states, chunks)
+        on_host = {key: LogprobsTensors(*(each.cpu() for each in tensors)) for key, tensors in scores.items()}
+        return {**answers, **on_host}
+
+    def _chunk(self, request_id: str, tokens: int) -> Chunk:
+        runner, request = self._runner, self._runner.requests[request_id]
+        prompt: list[int] = request.prompt_token_ids
+        row = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
+
+        def targets(start: int, end: int) -> Tensor:
+            return torch.tensor(prompt[start:end], device=runner.device)
+
+        return Chunk(request_id, row, request.num_computed_tokens, tokens, len(prompt), targets)
 
 
 def _mask_request(state: Any) -> MaskRequest | None:

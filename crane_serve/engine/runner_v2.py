@@ -1,15 +1,20 @@
-"""The interface to vLLM's V2 model runner (`v1/worker/gpu/model_runner.py`, vLLM 0.32): its ModelState.
+"""The interface to vLLM's V2 model runner (`v1/worker/gpu/model_runner.py`, vLLM 0.32): its ModelState, and its
+PromptLogprobsWorker, which scores prompts.
 
 V2 asks `resolve_model_state_cls` which class holds a model's per-request state, makes one when the weights are loaded,
 and calls it for every request and every batch.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from crane_serve.engine.admission import MaskRequest, requested_mask
 from crane_serve.engine.batch_masks import BatchMasks
+from crane_serve.engine.scoring import Chunk, ScoreRequest, Scoring
 
 
 class MaskedModelState:
@@ -53,3 +58,58 @@ class MaskedModelState:
 def masked(state: type) -> type:
     """The ModelState class `state` with masks."""
     return type(f"Masked{state.__name__}", (MaskedModelState, state), {})
+
+
+def init_scoring(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """Make a PromptLogprobsWorker that scores prompts, too."""
+    original(self, *args, **kwargs)
+    self._crane_scoring = Scoring()
+
+
+def add_scored(original: Callable[..., None], self: Any, req_id: str, req_idx: int, sampling_params: Any) -> None:
+    """Begin a request, also one that was preempted."""
+    original(self, req_id, req_idx, sampling_params)
+    asked = ScoreRequest.of(sampling_params)
+    if asked is not None:
+        self._crane_scoring.add(req_id, asked)
+        self.uses_prompt_logprobs[req_idx] = False
+
+
+def remove_scored(original: Callable[..., None], self: Any, req_id: str) -> None:
+    """Forget a request."""
+    original(self, req_id)
+    self._crane_scoring.remove(req_id)
+
+
+def compute_prompt_logprobs(
+    original: Callable[..., Any],
+    self: Any,
+    logits_fn: Callable[[Tensor], Tensor],
+    hidden_states: Tensor,  # [tokens, hidden size]
+    input_batch: Any,
+    all_token_ids: Tensor,  # [requests, tokens]
+    num_computed_tokens: Tensor,  # [requests]
+    prompt_lens: Any,  # [requests], of places as the two before
+) -> Any:
+    """vLLM's prompt log-probabilities of a step, with those of the scored requests."""
+    from vllm.v1.outputs import LogprobsTensors
+
+    answers = original(self, logits_fn, hidden_states, input_batch, all_token_ids, num_computed_tokens, prompt_lens)
+
+    def tokens_of(place: int, start: int, end: int) -> Tensor:
+        return all_token_ids[place, start:end].long()
+
+    chunks = (
+        Chunk(
+            request_id=request_id,
+            row=int(input_batch.query_start_loc_np[index]),
+            start=int(input_batch.num_computed_prefill_tokens_np[index]),
+            tokens=int(input_batch.num_scheduled_tokens[index]),
+            prompt=int(prompt_lens[input_batch.idx_mapping_np[index]]),
+            targets=partial(tokens_of, int(input_batch.idx_mapping_np[index])),
+        )
+        for index, request_id in enumerate(input_batch.req_ids)
+        if request_id in self._crane_scoring
+    )
+    scores = self._crane_scoring.step(logits_fn, hidden_states, chunks)
+    return {**answers, **{request_id: LogprobsTensors(*tensors) for request_id, tensors in scores.items()}}

@@ -16,12 +16,20 @@ class SelfCheckFailed(ValueError):
     """Masks do not take effect in this engine."""
 
 
-class Logprobs(Protocol):
-    """Log-probabilities in nats of the tokens of a text after its first."""
+class TokenScore(Protocol):
+    """The score of a token."""
 
     @property
-    def logprobs(self) -> tuple[float, ...]:
-        """In nats, one per token."""
+    def logprob(self) -> float:
+        """Log-probability in nats."""
+
+
+class Scores(Protocol):
+    """The scores of a prompt after its first token."""
+
+    @property
+    def tokens(self) -> Sequence[TokenScore]:
+        """One per token."""
 
 
 class MaskedEngine(Protocol):
@@ -35,9 +43,14 @@ class MaskedEngine(Protocol):
         """How many engines share the requests."""
 
     async def score(
-        self, token_ids: list[int], mask: ResolvedMask | None, *, data_parallel_rank: int | None = None
-    ) -> Logprobs:
-        """The log-probabilities of a text on one rank."""
+        self,
+        prompt_ids: list[int],
+        candidates: Sequence[int],
+        mask: ResolvedMask | None,
+        *,
+        data_parallel_rank: int | None = None,
+    ) -> Scores:
+        """The scores of a text on one rank."""
 
     async def put_mask(self, stored: StoredMask) -> None:
         """Add a mask, or replace the one of its name."""
@@ -61,7 +74,8 @@ async def check_masks(service: MaskedEngine) -> None:
 
     async def score(mask: str | None) -> list[tuple[float, ...]]:
         resolved = service.library.resolve(mask)
-        return [(await service.score(tokens, resolved, data_parallel_rank=rank)).logprobs for rank in ranks]
+        scores = [await service.score(tokens, (), resolved, data_parallel_rank=rank) for rank in ranks]
+        return [tuple(token.logprob for token in each.tokens) for each in scores]
 
     before = await score(None)
     idle, effects = [], []

@@ -6,6 +6,7 @@ import math
 import os
 import time
 import uuid
+import zlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,7 @@ from crane_serve.engine.flags import serving_arguments
 from crane_serve.engine.live_masks import CHANGE_METHOD, FORGET_METHOD
 from crane_serve.engine.metering import meter
 from crane_serve.engine.openai_app import RequestFields, build_openai_app
+from crane_serve.engine.scoring import ScoreRequest
 from crane_serve.engine.self_check import check_masks
 
 _CPU_KV_CACHE_GIB = "2"
@@ -113,11 +115,24 @@ class Step:
 
 
 @dataclass(frozen=True)
-class PromptLogprobs:
-    """Per token of a prompt after its first: log-probability in nats, and whether it was the most likely token."""
+class TokenScore:
+    """A token's log-probability in nats, and whether it was the most probable one at its position."""
 
-    logprobs: tuple[float, ...]
-    is_greedy: tuple[bool, ...]
+    logprob: float
+    is_greedy: bool
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one prompt: its tokens from the first that was asked for, and then the candidates for the next one.
+
+    computed, cached: how many of the prompt's tokens the model read now, and how many came from the prefix cache.
+    """
+
+    tokens: tuple[TokenScore, ...]
+    candidates: tuple[TokenScore, ...]
+    computed: int
+    cached: int
 
 
 @dataclass(frozen=True)
@@ -412,22 +427,38 @@ class EngineService:
                 yield Step(output.text, len(output.token_ids), output.finish_reason, logprobs)
 
     async def score(
-        self, token_ids: list[int], mask: ResolvedMask | None, *, data_parallel_rank: int | None = None
-    ) -> PromptLogprobs:
-        """Log-probability of each of `token_ids` [n] after the first given those before it: [n - 1].
+        self,
+        prompt_ids: list[int],
+        candidates: Sequence[int],
+        mask: ResolvedMask | None,
+        *,
+        first: int = 1,
+        data_parallel_rank: int | None = None,
+    ) -> Scores:
+        """Log-probabilities of the tokens of a prompt from `first` on, each given those before it, and of each of
+        `candidates` as the token after the prompt.
 
-        data_parallel_rank: the engine to run it, if not the one with the least to do. Raises RejectedRequest and as
+        Only what comes before may be read from the prefix cache. data_parallel_rank: the engine to run it; None for one
+        that depends on the tokens before `first`, which are then in one engine's cache. Raises RejectedRequest and as
         `generate` does.
         """
-        parameters = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
-        results = [result async for result in self._run(token_ids, parameters, mask, data_parallel_rank)]
+        asked = ScoreRequest(first, tuple(candidates))
+        parameters: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
+        parameters |= {"skip_reading_prefix_cache": False, "extra_args": asked.argument}
+        if data_parallel_rank is None and self.data_parallel_ranks > 1:
+            data_parallel_rank = zlib.crc32(repr(prompt_ids[:first]).encode()) % self.data_parallel_ranks
+        results = [result async for result in self._run(prompt_ids, parameters, mask, data_parallel_rank)]
         per_token = next((result.prompt_logprobs for result in reversed(results) if result.prompt_logprobs), None)
         if per_token is None:
-            raise RejectedRequest("the engine returned no prompt log-probabilities")
-        rows = [candidates[token] for token, candidates in zip(token_ids[1:], per_token[1:], strict=True)]
+            raise RejectedRequest("the engine returned no log-probabilities")
+        wanted = [*prompt_ids[first:], *candidates]
+        rows = [row[token] for token, row in zip(wanted, per_token[1:], strict=True)]
         if not all(math.isfinite(row.logprob) for row in rows):
             raise RejectedRequest("the model gives a token of this text no finite log-probability")
-        return PromptLogprobs(tuple(row.logprob for row in rows), tuple(row.rank == 1 for row in rows))
+        scores = tuple(TokenScore(row.logprob, row.rank == 1) for row in rows)
+        cached = results[-1].num_cached_tokens or 0
+        of_prompt = len(prompt_ids) - first
+        return Scores(scores[:of_prompt], scores[of_prompt:], len(prompt_ids) - cached, cached)
 
     async def _run(
         self,
@@ -443,9 +474,9 @@ class EngineService:
 
         if self.is_dead:
             raise EngineDead("the engine has died")
-        extra_args = None if mask is None else mask_arguments(mask)
+        extra_args = {**parameters.pop("extra_args", {}), **({} if mask is None else mask_arguments(mask))}
         try:
-            sampling_params = SamplingParams(**parameters, extra_args=extra_args)
+            sampling_params = SamplingParams(**parameters, extra_args=extra_args or None)
             run = self._engine.generate(
                 tokens_input(token_ids), sampling_params, uuid.uuid4().hex, data_parallel_rank=data_parallel_rank
             )

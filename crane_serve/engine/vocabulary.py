@@ -17,7 +17,7 @@ def require_embeddings(vllm_config: Any, request: Any, tokenizer: Any = None) ->
     otherwise. tokenizer: to give the token's text in the message, too.
     """
     token_ids = request.prompt_token_ids
-    vocabulary = _vocabulary(vllm_config.model_config)
+    vocabulary = vocabulary_size(vllm_config.model_config)
     if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocabulary):
         return
     embedded: set[int] = set()
@@ -29,7 +29,7 @@ def require_embeddings(vllm_config: Any, request: Any, tokenizer: Any = None) ->
         embedded.update(position for position, is_id in enumerate(is_token) if not is_id)
     for position, token_id in enumerate(token_ids):
         if not 0 <= token_id < vocabulary and position not in embedded:
-            raise _unknown_token(token_id, position, vocabulary, tokenizer)
+            raise unknown_token(token_id, position, vocabulary, tokenizer)
 
 
 def validate_token_ids(original: Callable[..., None], self: Any, token_ids: Sequence[int], **arguments: Any) -> None:
@@ -39,10 +39,10 @@ def validate_token_ids(original: Callable[..., None], self: Any, token_ids: Sequ
     try:
         original(self, token_ids, **arguments)
     except VLLMValidationError as error:
-        vocabulary = _vocabulary(self.model_config)
+        vocabulary = vocabulary_size(self.model_config)
         for position, token_id in enumerate(token_ids):
             if not 0 <= token_id < vocabulary:
-                raise _unknown_token(token_id, position, vocabulary, self.tokenizer) from error
+                raise unknown_token(token_id, position, vocabulary, self.tokenizer) from error
         raise
 
 
@@ -53,7 +53,7 @@ def drop_impossible(vllm_config: Any, sampling_params: Any) -> None:
     """
     if sampling_params is None:
         return
-    vocabulary = _vocabulary(vllm_config.model_config)
+    vocabulary = vocabulary_size(vllm_config.model_config)
     stops = sampling_params.all_stop_token_ids
     if any(token_id >= vocabulary for token_id in stops):
         sampling_params._all_stop_token_ids = {token_id for token_id in stops if token_id < vocabulary}
@@ -62,12 +62,13 @@ def drop_impossible(vllm_config: Any, sampling_params: Any) -> None:
         sampling_params._bad_words_token_ids = [word for word in words if max(word, default=0) < vocabulary]
 
 
-def _vocabulary(model_config: Any) -> int:
+def vocabulary_size(model_config: Any) -> int:
     """How many tokens the model embeds, and gives logits for."""
     return int(model_config.get_vocab_size())
 
 
-def _unknown_token(token_id: int, position: int, vocabulary: int, tokenizer: Any) -> Exception:
+def unknown_token(token_id: int, position: int, vocabulary: int, tokenizer: Any) -> Exception:
+    """The error for a token id that the model does not have."""
     from vllm.exceptions import VLLMValidationError
 
     token = None

@@ -24,7 +24,7 @@ from crane_serve.common.masks import (
 )
 from crane_serve.common.models.prefix import StartTokens
 from crane_serve.common.text.tokens import token_texts
-from crane_serve.engine.service import EngineDead, PromptLogprobs, SampledToken, Sampling, Step, TokenLogprob
+from crane_serve.engine.service import EngineDead, SampledToken, Sampling, Scores, Step, TokenLogprob, TokenScore
 from crane_serve.service.api.openai import ROUTES
 from tests.tiny import byte_tokenizer
 
@@ -81,12 +81,19 @@ def openai_fields() -> dict[str, dict[str, frozenset[str]]]:
 
 @dataclass(frozen=True)
 class Call:
-    """One request that reached the engine."""
+    """One request that reached the engine. first: where scoring begins; candidates: after `token_ids`, if scored."""
 
     token_ids: list[int]
     mask: ResolvedMask | None
     sampling: Sampling | None = None
     stream: bool = False
+    first: int = 0
+    candidates: tuple[int, ...] = ()
+
+    @property
+    def scored(self) -> list[int]:
+        """All tokens."""
+        return [*self.token_ids, *self.candidates]
 
 
 class FakeEngine:
@@ -194,16 +201,19 @@ class FakeEngine:
             if self.on_tokens is not None:
                 self.on_tokens(None if mask is None else mask.name, len(prompt_ids), index + 1)
 
-    async def score(self, token_ids: list[int], mask: ResolvedMask | None) -> PromptLogprobs:
-        self.calls.append(Call(token_ids, mask))
+    async def score(
+        self, prompt_ids: list[int], candidates: Sequence[int], mask: ResolvedMask | None, *, first: int = 1
+    ) -> Scores:
+        self.calls.append(Call(prompt_ids, mask, first=first, candidates=tuple(candidates)))
         await asyncio.sleep(0)
         await self._misbehave(0)
         factor = 1 if mask is None else 2
-        scored = token_ids[1:]
-        return PromptLogprobs(
-            tuple(-float(factor * token_id) for token_id in scored),
-            tuple(token_id not in self.not_greedy for token_id in scored),
-        )
+
+        def score(token_id: int) -> TokenScore:
+            return TokenScore(-float(factor * token_id), token_id not in self.not_greedy)
+
+        tokens, last = tuple(map(score, prompt_ids[first:])), tuple(map(score, candidates))
+        return Scores(tokens, last, len(prompt_ids) - 1, 1)
 
     async def _misbehave(self, index: int) -> None:
         if self.is_dead:

@@ -1,6 +1,6 @@
 """/score against lm-evaluation-harness itself, on one tiny model, for tokenizers of every kind."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from crane_serve.common.masks import ResolvedMask
-from crane_serve.engine.service import PromptLogprobs
+from crane_serve.engine.service import Scores, TokenScore
 from crane_serve.service.api.app import create_app
 from crane_serve.service.settings import ApiSettings
 from tests.api.fake_engine import FakeEngine
@@ -32,11 +32,18 @@ class ModelEngine(FakeEngine):
         self.tokenizer, self.configured_bos = kind.tokenizer(), kind.configured
         self._model = model
 
-    async def score(self, token_ids: list[int], mask: ResolvedMask | None) -> PromptLogprobs:
-        logprobs = log_softmax(self._model, token_ids)[:-1]
-        targets = torch.tensor(token_ids[1:])
-        chosen = logprobs.gather(1, targets.unsqueeze(1)).squeeze(1)
-        return PromptLogprobs(tuple(chosen.tolist()), tuple((logprobs.argmax(dim=1) == targets).tolist()))
+    async def score(
+        self, prompt_ids: list[int], candidates: Sequence[int], mask: ResolvedMask | None, *, first: int = 1
+    ) -> Scores:
+        logprobs = log_softmax(self._model, prompt_ids)
+
+        def scores(rows: Iterable[int], tokens: Sequence[int]) -> tuple[TokenScore, ...]:
+            pairs = zip(rows, tokens, strict=True)
+            return tuple(TokenScore(float(logprobs[row, t]), int(logprobs[row].argmax()) == t) for row, t in pairs)
+
+        last = [len(prompt_ids) - 1] * len(candidates)
+        tokens = scores(range(first - 1, len(prompt_ids) - 1), prompt_ids[first:])
+        return Scores(tokens, scores(last, candidates), len(prompt_ids), 0)
 
 
 def log_softmax(model: LlamaForCausalLM, token_ids: list[int]) -> torch.Tensor:

@@ -33,8 +33,15 @@ async def test_texts_are_scored_from_their_start(
         {"logprob": nats(engine, text), "tokens": len(text.encode()), "bytes": len(text.encode())} for text in texts
     ]
     tokens = sum(1 + len(text.encode()) for text in texts)  # each with BOS
-    assert answer["usage"] == {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
-    assert all(call.token_ids[0] == 0 and 0 not in call.token_ids[1:] for call in engine.calls)
+    read = tokens - len(texts)  # each without its last; the fake engine has the first in its cache
+    assert answer["usage"] == {
+        "prompt_tokens": tokens,
+        "completion_tokens": 0,
+        "total_tokens": tokens,
+        "computed_tokens": read - len(texts),
+        "cached_tokens": len(texts),
+    }
+    assert all(call.scored[0] == 0 and 0 not in call.scored[1:] for call in engine.calls)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +98,7 @@ async def test_a_continuation_is_what_follows_the_context(
             "is_greedy": True,
         }
     ]
-    assert engine.calls[0].token_ids == engine.tokenizer(context + continuation)["input_ids"]
+    assert engine.calls[0].scored == engine.tokenizer(context + continuation)["input_ids"]
 
 
 async def test_a_token_across_the_boundary_is_scored_with_the_continuation(
@@ -108,6 +115,49 @@ async def test_continuations_keep_their_order(client: httpx.AsyncClient, engine:
     assert [item["logprob"] for item in answer["scores"]] == [2 * nats(engine, text) for text in ("a", "bc", "a")]
     assert answer["usage"]["total_tokens"] == (2 + 1) + (2 + 2) + (2 + 1)
     assert answer["mask"]["name"] == "attnlrp-vi"
+
+
+async def test_one_token_continuations_of_a_context_are_one_request_to_the_engine(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    answer = await score(client, context="xy", continuations=["a", "bc", "b", "a", "bd"])
+    assert [item["logprob"] for item in answer["scores"]] == [nats(engine, t) for t in ("a", "bc", "b", "a", "bd")]
+    assert [(call.first, call.candidates) for call in engine.calls] == [
+        (3, tuple(ids(engine, "ab"))),
+        (3, tuple(ids(engine, "cd"))),  # after "xyb"
+    ]
+    assert answer["usage"]["prompt_tokens"] == 4 + 5 + 4 + 4 + 5
+
+
+async def test_several_contexts_in_one_request(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    questions = [{"context": "x", "continuations": ["a", "b"]}, {"context": "", "continuations": [" c"]}]
+    answer = await score(client, "?mask=zh", questions=questions)
+    assert [(item["question"], item["logprob"]) for item in answer["scores"]] == [
+        (number, 2 * nats(engine, text)) for number, text in ((0, "a"), (0, "b"), (1, " c"))
+    ]
+    alone = [await score(client, "?mask=zh", **question) for question in questions]
+    assert [{**item, "question": n} for n, each in enumerate(alone) for item in each["scores"]] == answer["scores"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"questions": []},
+        {"questions": [{"context": "x"}]},
+        {"questions": [{"context": "x", "continuations": []}]},
+        {"questions": [{"context": "x", "continuations": ["a"], "mask": "zh"}]},
+        {"questions": [{"context": "x", "continuations": ["a"]}], "text": ["b"]},
+        {"questions": [{"context": "x", "continuations": ["a"]}], "context": "b"},
+        {"questions": [{"context": "x", "continuations": ["a"] * 600}] * 2},
+        {"questions": [{"context": "x" * 2**20, "continuations": ["a"] * 9}] * 2},
+    ],
+)
+async def test_questions_that_are_none_are_refused(
+    client: httpx.AsyncClient, engine: FakeEngine, body: dict[str, Any]
+) -> None:
+    response = await client.post("/score", json=body)
+    assert (response.status_code, response.json()["error"]["code"]) == (422, "malformed_body")
+    assert not engine.calls
 
 
 @pytest.mark.parametrize(("unlikely", "is_greedy"), [("x", True), ("a", False), ("c", False)])
@@ -155,7 +205,7 @@ async def test_what_stands_before_a_text_counts_for_nothing(
 ) -> None:
     expected = [engine.tokenizer.convert_tokens_to_ids(token) if token else token for token in token_ids]
     answer = await score(client, text=[text], add_bos=add_bos)
-    assert engine.calls[0].token_ids == expected
+    assert engine.calls[0].scored == expected
     assert answer["scores"] == [{"logprob": -sum(expected[1:]), "tokens": len(expected) - 1, "bytes": size}]
     assert answer["usage"]["prompt_tokens"] == len(expected)
 
@@ -175,7 +225,7 @@ async def test_join_by_length_is_as_many_tokens_as_the_context_has_alone(
     engine.tokenizer = byte_tokenizer(merges=[("b", "c")])
     alone = engine.tokenizer("ab")["input_ids"]
     answer = await score(client, context="ab", continuations=["cd", "d"], join="length")
-    assert [call.token_ids for call in engine.calls] == [[*alone, *ids(engine, "d")]] * 2  # of "cd", c is lost
+    assert [call.scored for call in engine.calls] == [[*alone, *ids(engine, "d")]]  # of "cd", c is lost
     assert [item["logprob"] for item in answer["scores"]] == [nats(engine, "d")] * 2
     assert answer["usage"]["prompt_tokens"] == 2 * (len(alone) + 1)
 

@@ -10,6 +10,7 @@ _COMPLETION = "vllm.entrypoints.openai.completion.protocol:CompletionRequest"
 _RESPONSES = "vllm.entrypoints.openai.responses.protocol:ResponsesRequest"
 _V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+_V2_SCORES = "vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker"
 
 WRAPPED = {
     "detokenizing._decode_next": ["vllm.v1.engine.detokenizer:FastIncrementalDetokenizer.decode_next"],
@@ -26,7 +27,7 @@ WRAPPED = {
     "plugin._create_engine_config": ["vllm.engine.arg_utils:EngineArgs.create_engine_config"],
     "plugin._init_device": ["vllm.v1.worker.worker_base:WorkerWrapperBase.init_device"],
     "plugin._init_front_end": ["vllm.v1.engine.input_processor:InputProcessor.__init__"],
-    "plugin._mask_model_states.resolve": ["vllm.v1.worker.gpu.model_states:resolve_model_state_cls"],
+    "plugin._prepare_v2.resolve": ["vllm.v1.worker.gpu.model_states:resolve_model_state_cls"],
     "plugin._preprocess_add_request": ["vllm.v1.engine.core:EngineCore.preprocess_add_request"],
     "plugin._process_inputs": ["vllm.v1.engine.input_processor:InputProcessor.process_inputs"],
     "plugin._refuse_masked_inputs": ["vllm.v1.engine.input_processor:InputProcessor.process_inputs"],
@@ -37,6 +38,12 @@ WRAPPED = {
         "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model",
     ],
     "runner_v1.MaskedRunner.prepare_inputs": [f"{_V1}._prepare_inputs"],
+    "runner_v1.MaskedRunner.prompt_logprobs": [f"{_V1}._get_prompt_logprobs_dict"],
+    "runner_v2.add_scored": [f"{_V2_SCORES}.add_request"],
+    "runner_v2.compute_prompt_logprobs": [f"{_V2_SCORES}.compute_prompt_logprobs"],
+    "runner_v2.init_scoring": [f"{_V2_SCORES}.__init__"],
+    "runner_v2.remove_scored": [f"{_V2_SCORES}.remove_request"],
+    "scoring.get_computed_blocks": ["vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks"],
     "vllm_routes._beam_search": ["vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search"],
     "vllm_routes._init_entrypoints_middleware": [
         "vllm.entrypoints.serve.middleware.register:init_entrypoints_middleware",
@@ -115,8 +122,10 @@ READ = {
     _COMPLETION: "vllm_xargs",
     _RESPONSES: "vllm_xargs",
     _V1: "input_batch requests discard_request_mask model vllm_config load_model _prepare_inputs _dummy_run"
-    " _zero_block_ids device kv_caches kv_cache_config",
-    _V2: "vllm_config model_state",
+    " _zero_block_ids device kv_caches kv_cache_config num_prompt_logprobs query_start_loc _get_prompt_logprobs_dict",
+    _V2: "vllm_config model_state prompt_logprobs_worker",
+    _V2_SCORES: "uses_prompt_logprobs",
+    "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration": "compute_logits",
     f"{_CLI}:FrontendArgs": "lora_modules tokens_only enable_server_load_tracking enable_tokenizer_info_endpoint",
     f"{_CLI}:BaseFrontendArgs": "lora_modules tool_parser_plugin",
     "vllm.config:CacheConfig": "kv_sharing_fast_prefill enable_prefix_caching block_size",
@@ -150,7 +159,8 @@ READ = {
     "vllm.pooling_params:PoolingParams": "extra_kwargs",
     "vllm.sampling_params:RequestOutputKind": "DELTA FINAL_ONLY",
     "vllm.sampling_params:SamplingParams": "max_tokens temperature top_p seed stop logprobs prompt_logprobs detokenize"
-    " repetition_penalty output_kind ignore_eos extra_args all_stop_token_ids _all_stop_token_ids bad_words_token_ids"
+    " skip_reading_prefix_cache repetition_penalty output_kind ignore_eos extra_args all_stop_token_ids"
+    " _all_stop_token_ids bad_words_token_ids"
     " _bad_words_token_ids",
     "vllm.renderers.base:BaseRenderer": "model_config tokenizer",
     "vllm.utils.argparse_utils:FlexibleArgumentParser": "parse_known_args set_defaults get_default",
@@ -165,12 +175,15 @@ READ = {
     "vllm.v1.engine.input_processor:InputProcessor": "vllm_config model_config tokenizer",
     "vllm.v1.engine.llm_engine:LLMEngine": "vllm_config engine_core",
     "vllm.v1.kv_cache_interface:KVCacheConfig": "needs_kv_cache_zeroing num_blocks",
-    "vllm.v1.request:Request": "request_id client_index num_prompt_tokens cache_salt",
+    "vllm.v1.request:Request": "request_id client_index num_prompt_tokens num_tokens cache_salt sampling_params",
     "vllm.v1.utils:CpuGpuBuffer": "np",
     "vllm.v1.worker.cpu_worker:CPUWorker": "model_runner",
-    "vllm.v1.worker.gpu.input_batch:InputBatch": "req_ids query_start_loc_np num_computed_tokens_np",
-    "vllm.v1.worker.gpu_input_batch:CachedRequestState": "sampling_params generator",
-    "vllm.v1.worker.gpu_input_batch:InputBatch": "req_ids num_computed_tokens_cpu num_prompt_tokens generators",
+    "vllm.v1.worker.gpu.input_batch:InputBatch": "req_ids query_start_loc_np num_computed_tokens_np idx_mapping_np"
+    " num_computed_prefill_tokens_np num_scheduled_tokens",
+    "vllm.v1.worker.gpu_input_batch:CachedRequestState": "sampling_params generator prompt_token_ids"
+    " num_computed_tokens",
+    "vllm.v1.worker.gpu_input_batch:InputBatch": "req_ids req_id_to_index num_computed_tokens_cpu"
+    " num_prompt_tokens generators",
     "vllm.v1.worker.gpu_worker:Worker": "model_runner",
     "vllm.v1.worker.worker_base:WorkerWrapperBase": "vllm_config worker",
 }
@@ -187,8 +200,12 @@ RETURNS = {
 """Functions that return so many things."""
 
 SAYS = {
+    f"{_V1}._bookkeeping_sync": ["self._get_prompt_logprobs_dict("],
     f"{_V1}.execute_model": ["self._update_states(", "self._prepare_inputs("],
-    f"{_V2}.add_requests": ["self.model_state.add_request(req_index, new_req_data)"],
+    f"{_V2}.add_requests": [
+        "self.model_state.add_request(req_index, new_req_data)",
+        "self.prompt_logprobs_worker.add_request(",
+    ],
     f"{_V2}.execute_model": ["self.model_state.prepare_inputs(input_batch, "],
     f"{_CHAT}.to_sampling_params": ["self.vllm_xargs", "extra_args=extra_args"],
     f"{_COMPLETION}.to_sampling_params": ["self.vllm_xargs", "extra_args=extra_args"],

@@ -69,7 +69,7 @@ def test_all_that_is_wrapped_is_in_the_table() -> None:
     found = {(each.by, each.attribute) for each in ours.wrappings()}
     listed = {(by, re.split(r"[:.]", target)[-1]) for by, targets in expected.WRAPPED.items() for target in targets}
     by_hand = {(by, name) for by, name in listed if by.startswith("runner_v1.MaskedRunner.")}  # of one instance
-    assert {name for _, name in by_hand} == {"load_model", "_prepare_inputs", "_dummy_run"}
+    assert {name for _, name in by_hand} == {"load_model", "_prepare_inputs", "_dummy_run", "_get_prompt_logprobs_dict"}
     assert found == listed - by_hand
 
 

@@ -60,10 +60,11 @@ class Run:
     async def score(self, prompt: str, mask: str | None, rank: int) -> None:
         prompt_ids = self.service.tokenizer(prompt)["input_ids"]
         resolved = self.service.library.resolve(mask)
-        scored = await self.service.score(prompt_ids, resolved, data_parallel_rank=rank)
+        scored = await self.service.score(prompt_ids[:-1], prompt_ids[-1:], resolved, data_parallel_rank=rank)
+        logprobs = [token.logprob for token in (*scored.tokens, *scored.candidates)]
         self.answers.append(
             {"promised": mask, "positions": "all", "prompt": prompt_ids[:1], "tokens": prompt_ids[1:]}
-            | {"logprobs": scored.logprobs}
+            | {"logprobs": logprobs}
         )
 
     async def refuses(self, what: str, action) -> None:

@@ -92,7 +92,7 @@ def test_errors_of_a_generation_are_told_apart(raised: Exception, expected: type
     service._engine, service._running = Engine(), Counter()
 
     async def score() -> None:
-        await service.score([1, 2], None)
+        await service.score([1, 2], [3], None)
 
     with pytest.raises(expected, match=message):
         asyncio.run(score())

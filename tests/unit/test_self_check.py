@@ -1,11 +1,13 @@
 """The check at start finds a layer, or a rank, in which masks do nothing, and masks that outlast their request."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
 from crane_serve.common.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, ResolvedMask, StoredMask
 from crane_serve.engine.self_check import SelfCheckFailed, check_masks
-from crane_serve.engine.service import PromptLogprobs
+from crane_serve.engine.service import Scores, TokenScore
 from tests.tiny import byte_tokenizer
 
 RANKS = 2
@@ -30,17 +32,17 @@ class FakeService:
         self.library.discard(name)
 
     async def score(
-        self, token_ids: list[int], mask: ResolvedMask | None, *, data_parallel_rank: int
-    ) -> PromptLogprobs:
+        self, prompt_ids: list[int], candidates: Sequence[int], mask: ResolvedMask | None, *, data_parallel_rank: int
+    ) -> Scores:
         moved = torch.tensor(0.0) if mask is None else (1 - mask.mask.whole().intermediate).sum(dim=1)
         heard = [
             float(amount)
             for layer, amount in enumerate(moved.flatten())
             if (data_parallel_rank, layer) not in self._deaf
         ]
-        logprobs = tuple(-float(token) - sum(heard) - self._drift for token in token_ids[1:])
+        logprobs = tuple(-float(token) - sum(heard) - self._drift for token in prompt_ids[1:])
         self._drift += 0.0 if mask is None else self._leak
-        return PromptLogprobs(logprobs, (False,) * len(logprobs))
+        return Scores(tuple(TokenScore(logprob, False) for logprob in logprobs), (), len(prompt_ids), 0)
 
 
 async def test_an_engine_that_obeys_passes_and_keeps_no_trace(fingerprint: Fingerprint) -> None:

@@ -74,36 +74,41 @@ class GenerateRequest(_Request):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
+def _form(**kinds: str) -> dict[str, Any]:
+    """JSON schema of a body with some of the fields, each of a kind, and without the others."""
+    others = {"text", "context", "continuations", "questions"} - kinds.keys()
+    properties = {**kinds, **dict.fromkeys(sorted(others), "null")}
+    return {"required": list(kinds), "properties": {name: {"type": kind} for name, kind in properties.items()}}
+
+
 _ONE_FORM: dict[str, Any] = {
     "oneOf": [
-        {
-            "required": ["text"],
-            "properties": {
-                "text": {"type": "array"},
-                "context": {"type": "null"},
-                "continuations": {"type": "null"},
-            },
-        },
-        {
-            "required": ["context", "continuations"],
-            "properties": {
-                "text": {"type": "null"},
-                "context": {"type": "string"},
-                "continuations": {"type": "array"},
-            },
-        },
+        _form(text="array"),
+        _form(context="string", continuations="array"),
+        _form(questions="array"),
     ]
 }
+_Continuations = Annotated[list[_Text], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
+
+
+class ScoreQuestion(BaseModel):
+    """A context with continuations of its own."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    context: _TextOrEmpty
+    continuations: _Continuations
 
 
 class ScoreRequest(_Request):
-    """Either `text`, scored from its start, or `continuations`, each scored after `context`."""
+    """`text`, scored from its start; or `continuations`, each scored after `context`; or `questions` with both."""
 
     model_config = ConfigDict(json_schema_extra=_ONE_FORM)
 
     text: Annotated[list[_TextOrEmpty], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)] | None = None
     context: _TextOrEmpty | None = None
-    continuations: Annotated[list[_Text], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)] | None = None
+    continuations: _Continuations | None = None
+    questions: Annotated[list[ScoreQuestion], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)] | None = None
     join: Join = Field(
         "shared",
         description="Where a continuation's tokens begin: after those that the context has alone, too (shared), or "
@@ -113,10 +118,14 @@ class ScoreRequest(_Request):
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
-        texts, pairs = self.text is not None, self.context is not None or self.continuations is not None
-        if texts == pairs or (pairs and (self.context is None or self.continuations is None)):
-            raise ValueError("expected either 'text', or 'context' and 'continuations'")
-        characters = len(self.context or "") * len(self.continuations or ())
+        pair = self.context is not None or self.continuations is not None
+        if [self.text is not None, pair, self.questions is not None].count(True) != 1 or (
+            pair and (self.context is None or self.continuations is None)
+        ):
+            raise ValueError("expected one of 'text', 'context' with 'continuations', and 'questions'")
+        if self.sequences > MAX_ITEMS:
+            raise ValueError(f"{self.sequences} continuations in all; at most {MAX_ITEMS} are read")
+        characters = sum(len(question.context) * len(question.continuations) for question in self.asked)
         if characters > MAX_REPEATED:
             raise ValueError(
                 f"context times continuations has {characters} characters; at most {MAX_REPEATED} are read"
@@ -124,17 +133,27 @@ class ScoreRequest(_Request):
         return self
 
     @property
+    def asked(self) -> list[ScoreQuestion]:
+        """The contexts with their continuations, one or several; none for `text`."""
+        if self.context is not None and self.continuations is not None:
+            return [ScoreQuestion(context=self.context, continuations=self.continuations)]
+        return self.questions or []
+
+    @property
     def sequences(self) -> int:
         """How many sequences the engine runs for it."""
-        return len(self.text or self.continuations or ())
+        return len(self.text or ()) + sum(len(question.continuations) for question in self.asked)
 
     @property
     def texts(self) -> list[str]:
-        """The texts to encode: the given texts; or the context alone, then the context with each continuation."""
+        """The texts to encode: the given texts; or each context alone, then with each of its continuations."""
         if self.text is not None:
             return self.text
-        start = self.context or ""
-        return [start.rstrip(), *(start + continuation for continuation in self.continuations or ())]
+        return [
+            text
+            for question in self.asked
+            for text in (question.context.rstrip(), *(question.context + end for end in question.continuations))
+        ]
 
 
 class MaskUsed(BaseModel):
@@ -172,6 +191,27 @@ class Usage(BaseModel):
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
+        )
+
+
+class ScoreUsage(Usage):
+    """Tokens of all scored sequences, and how many of them the model read for it.
+
+    What sequences share is read once, so both numbers together may be less than `prompt_tokens`.
+    """
+
+    computed_tokens: int = Field(description="Tokens that were computed now")
+    cached_tokens: int = Field(description="Tokens that came from the prefix cache")
+
+    @classmethod
+    def of_scored(cls, prompt_tokens: int, computed_tokens: int, cached_tokens: int) -> Self:
+        """Usage without a completion."""
+        return cls(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=0,
+            total_tokens=prompt_tokens,
+            computed_tokens=computed_tokens,
+            cached_tokens=cached_tokens,
         )
 
 
@@ -233,6 +273,7 @@ class ContinuationScore(Score):
     """The log-probability of a continuation, given its context."""
 
     is_greedy: bool = Field(description="Whether greedy decoding would produce this continuation")
+    question: int | None = Field(None, description="With `questions`: which of them it belongs to, from 0")
 
 
 class ScoreAnswer(BaseModel):
@@ -241,7 +282,7 @@ class ScoreAnswer(BaseModel):
     model: str
     mask: MaskUsed | None
     scores: list[ContinuationScore | Score]
-    usage: Usage
+    usage: ScoreUsage
 
 
 class LanguagesRequest(BaseModel):

@@ -1,7 +1,7 @@
 """The token sequences that score a text or a continuation, and which of their tokens count."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from crane_serve.common.models.prefix import NoStartToken, StartTokens, token_bytes
@@ -11,11 +11,13 @@ from crane_serve.service.api.schemas import GenerateRequest, ScoreRequest
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """A sequence of token ids, those from `first` on to be scored; bytes: UTF-8 length of the text that they score."""
+    """A sequence of token ids, those from `first` on to be scored; bytes: UTF-8 length of the text that they score;
+    question: which of several it belongs to."""
 
     token_ids: list[int]
     first: int
     bytes: int
+    question: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -35,9 +37,14 @@ def sequences_of(
     if body.text is not None:
         pairs = zip(body.text, encoded, strict=True)
         return [_text(body, text, token_ids, start, tokenizer) for text, token_ids in pairs]
-    alone, *wholes = encoded
-    continuations = zip(body.continuations or (), wholes, strict=True)
-    return [_continuation(body, text, alone, whole, start) for text, whole in continuations]
+    remaining = iter(encoded)
+    sequences = []
+    for number, question in enumerate(body.asked):
+        alone = next(remaining)
+        for text in question.continuations:
+            sequence = _continuation(body, text, alone, next(remaining), start)
+            sequences.append(sequence if body.questions is None else replace(sequence, question=number))
+    return sequences
 
 
 def _text(body: ScoreRequest, text: str, token_ids: list[int], start: StartTokens, tokenizer: Any) -> ScoredSequence:
