@@ -76,12 +76,15 @@ def send_bodies(url: str, until: float) -> dict[str, Any]:
     statuses, broken = Counter[int](), []
 
     def run(seed: int) -> tuple[Counter[int], list[str]]:
-        return bodies.run(url, _BATCH, seed) if time.time() < until else (Counter(), [])
+        return bodies.run(url, _BATCH, seed, counting=False) if time.time() < until else (Counter(), [])
 
-    with ThreadPoolExecutor(_SENDERS) as senders:
+    with ThreadPoolExecutor(_SENDERS) as senders, httpx.Client(base_url=url, timeout=60) as client:
+        before = bodies.unmasked_tokens(client)  # everybody asks for a mask
         for some, wrong in senders.map(run, range(BODIES // _BATCH)):
             statuses += some
             broken += wrong
+        if bodies.unmasked_tokens(client) != before:
+            broken.append("tokens were computed unmasked")
     return {"bodies": statuses, "broken": broken}
 
 
