@@ -9,13 +9,17 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from crane_serve.common.masks import Composition, Fingerprint, MaskInfo, MaskLibrary, NeuronMask, write_mask
+from crane_serve.common.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, write_mask
 from tests.tiny import mlp_projections
+
+if TYPE_CHECKING:
+    from crane_serve.common.masks import Composition
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # under `python -m tests.v2`
 START_TIMEOUT_S = 1200 if INTERPRETED else 420
@@ -53,9 +57,9 @@ class Oracle:
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
     @contextmanager
-    def _masked(self, mask: NeuronMask | Composition | None, masked: slice):
+    def _masked(self, mask: "NeuronMask | Composition | None", masked: slice):
         """Scale the MLPs' inputs and outputs at the token positions `masked`."""
-        if isinstance(mask, Composition):
+        if mask is not None and not isinstance(mask, NeuronMask):
             mask = mask.whole()
 
         def per_token(scale: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -84,7 +88,7 @@ class Oracle:
 
     @torch.no_grad()
     def logprobs(
-        self, token_ids: Sequence[int], mask: NeuronMask | Composition | None, masked: slice = slice(None)
+        self, token_ids: Sequence[int], mask: "NeuronMask | Composition | None", masked: slice = slice(None)
     ) -> list[float]:
         """Log-probability in nats of each token after the first, with the mask at the token positions `masked`."""
         ids = torch.tensor([list(token_ids)])
@@ -92,7 +96,7 @@ class Oracle:
             logprobs = self.model(ids).logits[0].log_softmax(-1)
         return logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist()
 
-    def text_logprobs(self, text: str, mask: NeuronMask | Composition | None) -> list[float]:
+    def text_logprobs(self, text: str, mask: "NeuronMask | Composition | None") -> list[float]:
         return self.logprobs(self.tokenizer(text)["input_ids"], mask)
 
 

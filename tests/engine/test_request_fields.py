@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any, get_type_hints
 
+import httpx
 import pytest
 from anthropic.types import message_count_tokens_params, message_create_params
 from openai.types import completion_create_params as completion
@@ -14,11 +15,14 @@ from crane_serve.engine.openai_app import assemble, request_fields
 from crane_serve.service.api.openai import ROUTES
 from crane_serve.service.api.openai_body import IGNORED
 
+ARGUMENTS = SimpleNamespace(
+    enable_tokenizer_info_endpoint=True, enable_scale_out=True, tokens_only=False, log_error_stack=False
+)
+
 
 @pytest.fixture(scope="module")
 def fields() -> Any:
-    arguments = SimpleNamespace(enable_tokenizer_info_endpoint=True, enable_scale_out=True, tokens_only=False)
-    return request_fields(assemble(arguments))
+    return request_fields(assemble(ARGUMENTS))
 
 
 def test_every_route_with_a_body_is_known(fields: Any) -> None:
@@ -48,3 +52,11 @@ def test_no_field_of_vllms_looks_like_a_mask(fields: Any) -> None:
 def test_whatever_their_packages_send_passes(fields: Any, path: str, parameters: Any) -> None:
     sent = set(get_type_hints(parameters)) - {"best_of"}
     assert sent <= fields[path][""] | IGNORED
+
+
+@pytest.mark.parametrize("value", ["x", 3, ["regex"], True])
+async def test_a_value_that_vllms_validators_take_for_an_object_is_refused(value: Any) -> None:
+    transport = httpx.ASGITransport(assemble(ARGUMENTS), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+        answer = await client.post("/v1/completions", json={"prompt": "a", "structured_outputs": value})
+    assert answer.status_code == 400
