@@ -664,7 +664,7 @@ async def test_the_death_of_the_engine_is_told_to_everybody(second: Server) -> N
         *(RequestUnderWay("/v1/completions", v1) for _ in range(2)),
         RequestUnderWay("/v1/chat/completions", chat),
         RequestUnderWay("/v1/responses", {"model": "tiny", "input": PROMPT}),
-        RequestUnderWay("/score", {"text": [PROMPT] * 50}),
+        RequestUnderWay("/score", {"text": [f"{number} {PROMPT}" for number in range(50)]}),
         RequestUnderWay("/generate", {**MANY, "prompt": [PROMPT] * 100}),
     ]
     everything = [*begun, *streams, *plain]
