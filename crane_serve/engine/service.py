@@ -442,6 +442,9 @@ class EngineService:
         that depends on the tokens before `first`, which are then in one engine's cache. Raises RejectedRequest and as
         `generate` does.
         """
+        length = len(prompt_ids) + bool(candidates)
+        if length > self.max_model_tokens:
+            raise RejectedRequest(f"the text has {length} tokens, and the model's context is {self.max_model_tokens}")
         asked = ScoreRequest(first, tuple(candidates))
         parameters: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
         parameters |= {"skip_reading_prefix_cache": False, "extra_args": asked.argument}

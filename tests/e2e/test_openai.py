@@ -269,10 +269,19 @@ def test_a_prompt_without_room_is_named(client: openai.OpenAI, tiny_server: Serv
         client.completions.create(model="tiny:zh", prompt=[5] * length)
     assert str(length) in str(raised.value.body)
     assert "prompt" in raised.value.body["message"]
-    for path, body in [("/generate", {"prompt": "x" * (length - 1)}), ("/score", {"text": ["x" * (length - 1)]})]:
-        answer = httpx.post(f"{tiny_server.url}{path}", json=body, timeout=DEADLINE_S)
+    answer = httpx.post(f"{tiny_server.url}/generate", json={"prompt": "x" * (length - 1)}, timeout=DEADLINE_S)
+    assert answer.status_code == 400
+    assert f"the prompt has {length} tokens" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("length", [512, 513])
+def test_a_text_as_long_as_the_context_is_scored_and_a_longer_one_named(tiny_server: Server, length: int) -> None:
+    answer = httpx.post(f"{tiny_server.url}/score", json={"text": ["x" * (length - 1)]}, timeout=DEADLINE_S)
+    if length == 512:
+        assert answer.json()["scores"][0]["tokens"] == 511
+    else:
         assert answer.status_code == 400
-        assert f"the prompt has {length} tokens" in answer.json()["error"]["message"]
+        assert "the text has 513 tokens, and the model's context is 512" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
