@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crane_serve.common.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, write_mask
 from tests.tiny import mlp_projections
+from tests.v2 import INTERPRETED
 
 if TYPE_CHECKING:
     from crane_serve.common.masks import Composition
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # under `python -m tests.v2`
 START_TIMEOUT_S = 1200 if INTERPRETED else 420
 
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-TIMEOUT_S = 3600 if os.environ.get("TRITON_INTERPRET") == "1" else 400  # of one job
+from tests.v2 import INTERPRETED
+
+TIMEOUT_S = 3600 if INTERPRETED else 400  # of one job
 
 
 class Jobs:

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 from crane_serve.engine.service import EngineDead
 from crane_serve.service.api.errors import ApiError
+from crane_serve.service.connections import Connection
 from crane_serve.service.settings import ServeSettings
 
 STOPPED, FAILED = 0, 1
@@ -147,7 +148,7 @@ class _Life:
         settings = self._settings
         return uvicorn.Config(
             self._app,
-            http="h11",
+            http=Connection,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             ws="none",
             lifespan="off",  # `serve` runs it

@@ -97,7 +97,8 @@ class Run:
         streams = [asyncio.create_task(stream(number)) for number in range(2)]
         for number in range(1, REPLACEMENTS + 1):
             answered = len(self.answers)
-            while len(self.answers) == answered:  # then a stream has gone on with the content that is there now
+            # Then a stream has gone on with the content that is there now; one that has failed says so below.
+            while len(self.answers) == answered and not any(stream.done() for stream in streams):
                 await asyncio.sleep(0.05)
             await service.put_mask(self.stored(CHANGING, content(number)))
             assert self.contents[service.library.get(CHANGING).mask.digest] == content(number)
