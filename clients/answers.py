@@ -85,11 +85,15 @@ class Score(Answer):
 
 
 class Scores(Answer):
-    """Answer of /score, one score per text or continuation, in the order asked."""
+    """Answer of /score, one score per text or continuation, in the order asked.
+
+    prompts: the token ids that the model read for them, if asked for with `return_prompts`.
+    """
 
     mask: MaskReference | None = None
     scores: tuple[Score, ...]
     usage: Usage = Usage()
+    prompts: tuple[tuple[int, ...], ...] | None = None
 
 
 class MaskSummary(Answer):
@@ -151,14 +155,15 @@ class MaskListing(Answer):
 class Readiness(Answer):
     """Answer of /ready: the model, its fingerprint (which masks must match) and the server's version.
 
-    prompt_start: token ids before a prompt or a context by default, text_start: the one before a text that is scored
-    from its start; None for a server that does not say.
+    kv_cache_tokens: how many its KV cache holds; prompt_start: token ids before a prompt or a context by default,
+    text_start: the one before a text that is scored from its start; None for a server that does not say.
     """
 
     status: str
     model: str
     fingerprint: dict[str, JsonValue]
     version: str | None = None
+    kv_cache_tokens: int | None = None
     prompt_start: tuple[int, ...] | None = None
     text_start: int | None = None
 

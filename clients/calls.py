@@ -13,7 +13,7 @@ from clients.errors import CraneError
 from crane_serve.common.models.prefix import AddBos, Join
 
 AnswerType = TypeVar("AnswerType")
-_DEFAULTS = {"add_bos": "auto", "join": "shared", "return_tokens": False}  # the server's
+_DEFAULTS = {"add_bos": "auto", "join": "shared", "return_tokens": False, "return_prompts": False}  # the server's
 
 
 class Sampling(TypedDict, total=False):
@@ -28,6 +28,20 @@ class Sampling(TypedDict, total=False):
     repetition_penalty: float  # above 1, tokens of the prompt and of the text so far become less likely
     positions: str  # the tokens that the mask applies to: all, prompt or generated
     add_bos: AddBos  # whether the model's start token stands before the prompt; "auto" is as the tokenizer does
+
+
+class TextOptions(TypedDict, total=False):
+    """Options of /score for whole texts; an option that is left out has the server's default."""
+
+    add_bos: AddBos  # whether the model's start token stands before the text; False leaves out the first token
+    return_tokens: bool  # whether each score has its `token_logprobs`
+    return_prompts: bool  # whether the answer has its `prompts`
+
+
+class ContinuationOptions(TextOptions, total=False):
+    """Options of /score for continuations; an option that is left out has the server's default."""
+
+    join: Join  # where the tokens of a continuation begin
 
 
 @dataclass(frozen=True)
@@ -88,39 +102,28 @@ def generate(
     return Call("POST", "generate", Generation.model_validate_json, _mask_query(mask), body)
 
 
-def score_text(
-    texts: str | Sequence[str], mask: str | None, add_bos: AddBos, return_tokens: bool = False
-) -> Call[Scores]:
+def score_text(texts: str | Sequence[str], mask: str | None, options: TextOptions) -> Call[Scores]:
     """Score whole texts."""
-    body = {"text": _as_list(texts), **chosen(add_bos=add_bos, return_tokens=return_tokens)}
-    return Call("POST", "score", Scores.model_validate_json, _mask_query(mask), body)
+    return _score(mask, options, text=_as_list(texts))
 
 
 def score_continuations(
-    context: str,
-    continuations: Sequence[str],
-    mask: str | None,
-    add_bos: AddBos,
-    join: Join,
-    return_tokens: bool = False,
+    context: str, continuations: Sequence[str], mask: str | None, options: ContinuationOptions
 ) -> Call[Scores]:
     """Score continuations of one context."""
-    reading = chosen(add_bos=add_bos, join=join, return_tokens=return_tokens)
-    body = {"context": context, "continuations": _as_list(continuations), **reading}
-    return Call("POST", "score", Scores.model_validate_json, _mask_query(mask), body)
+    return _score(mask, options, context=context, continuations=_as_list(continuations))
 
 
 def score_questions(
-    questions: Sequence[tuple[str, Sequence[str]]],
-    mask: str | None,
-    add_bos: AddBos,
-    join: Join,
-    return_tokens: bool = False,
+    questions: Sequence[tuple[str, Sequence[str]]], mask: str | None, options: ContinuationOptions
 ) -> Call[Scores]:
     """Score continuations of several contexts."""
     asked = [{"context": context, "continuations": list(continuations)} for context, continuations in questions]
-    body = {"questions": asked, **chosen(add_bos=add_bos, join=join, return_tokens=return_tokens)}
-    return Call("POST", "score", Scores.model_validate_json, _mask_query(mask), body)
+    return _score(mask, options, questions=asked)
+
+
+def _score(mask: str | None, options: TextOptions, **body: Any) -> Call[Scores]:
+    return Call("POST", "score", Scores.model_validate_json, _mask_query(mask), {**body, **chosen(**options)})
 
 
 def masks() -> Call[MaskListing]:

@@ -22,12 +22,11 @@ from clients.answers import (
     Readiness,
     Scores,
 )
-from clients.calls import AnswerType, Call, Sampling
+from clients.calls import AnswerType, Call, ContinuationOptions, Sampling, TextOptions
 from clients.errors import CraneError
 from clients.retries import Patience, RetryPolicy
 from clients.stream import AsyncGenerationStream, GenerationStream
 from crane_serve.common.defaults import DEFAULT_SERVER
-from crane_serve.common.models.prefix import AddBos, Join
 
 KEY_VARIABLE = "CRANE_API_KEY"
 _PROBE_TIMEOUT_S = 10.0
@@ -98,11 +97,10 @@ class CraneClient(_Client):
         texts: str | Sequence[str],
         *,
         mask: str | None = None,
-        add_bos: AddBos = "auto",
-        return_tokens: bool = False,
+        **options: Unpack[TextOptions],
     ) -> Scores:
-        """Log-probabilities of whole texts, and of each token if asked. `add_bos=False` leaves out the first token."""
-        return self._send(calls.score_text(texts, mask, add_bos, return_tokens))
+        """Log-probabilities of whole texts, and of each token if asked."""
+        return self._send(calls.score_text(texts, mask, options))
 
     def score_continuations(
         self,
@@ -110,24 +108,20 @@ class CraneClient(_Client):
         continuations: Sequence[str],
         *,
         mask: str | None = None,
-        add_bos: AddBos = "auto",
-        join: Join = "shared",
-        return_tokens: bool = False,
+        **options: Unpack[ContinuationOptions],
     ) -> Scores:
-        """Log-probabilities of continuations given `context`. join: where their tokens begin."""
-        return self._send(calls.score_continuations(context, continuations, mask, add_bos, join, return_tokens))
+        """Log-probabilities of continuations given `context`."""
+        return self._send(calls.score_continuations(context, continuations, mask, options))
 
     def score_questions(
         self,
         questions: Sequence[tuple[str, Sequence[str]]],
         *,
         mask: str | None = None,
-        add_bos: AddBos = "auto",
-        join: Join = "shared",
-        return_tokens: bool = False,
+        **options: Unpack[ContinuationOptions],
     ) -> Scores:
         """Score the continuations of several contexts; a score's `question` is the index of its context."""
-        return self._send(calls.score_questions(questions, mask, add_bos, join, return_tokens))
+        return self._send(calls.score_questions(questions, mask, options))
 
     def masks(self) -> MaskListing:
         """The masks the server holds."""
@@ -255,11 +249,10 @@ class AsyncCraneClient(_Client):
         texts: str | Sequence[str],
         *,
         mask: str | None = None,
-        add_bos: AddBos = "auto",
-        return_tokens: bool = False,
+        **options: Unpack[TextOptions],
     ) -> Scores:
-        """Log-probabilities of whole texts, and of each token if asked. `add_bos=False` leaves out the first token."""
-        return await self._send(calls.score_text(texts, mask, add_bos, return_tokens))
+        """Log-probabilities of whole texts, and of each token if asked."""
+        return await self._send(calls.score_text(texts, mask, options))
 
     async def score_continuations(
         self,
@@ -267,24 +260,20 @@ class AsyncCraneClient(_Client):
         continuations: Sequence[str],
         *,
         mask: str | None = None,
-        add_bos: AddBos = "auto",
-        join: Join = "shared",
-        return_tokens: bool = False,
+        **options: Unpack[ContinuationOptions],
     ) -> Scores:
-        """Log-probabilities of continuations given `context`. join: where their tokens begin."""
-        return await self._send(calls.score_continuations(context, continuations, mask, add_bos, join, return_tokens))
+        """Log-probabilities of continuations given `context`."""
+        return await self._send(calls.score_continuations(context, continuations, mask, options))
 
     async def score_questions(
         self,
         questions: Sequence[tuple[str, Sequence[str]]],
         *,
         mask: str | None = None,
-        add_bos: AddBos = "auto",
-        join: Join = "shared",
-        return_tokens: bool = False,
+        **options: Unpack[ContinuationOptions],
     ) -> Scores:
         """Score the continuations of several contexts; a score's `question` is the index of its context."""
-        return await self._send(calls.score_questions(questions, mask, add_bos, join, return_tokens))
+        return await self._send(calls.score_questions(questions, mask, options))
 
     async def masks(self) -> MaskListing:
         """The masks the server holds."""

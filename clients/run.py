@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from clients.answers import MaskReference, Readiness, Usage
+from clients.answers import MaskReference, Readiness, Scores, Usage
 from clients.client import AsyncCraneClient
 from clients.errors import CraneError, EvaluationError
 from clients.evaluation import UNMASKED, Evaluation, Failure, PlannedMask
 from clients.permissions import Permissions
 from clients.plan import Plan, matching
 from clients.planned_masks import find_masks
+from clients.prefixes import Computed, Floor
 from clients.record import Record
 from clients.results import ItemResult, ResultLog, Settings, short, write_items
 from clients.task import Generate, Generated, Item, Question, ScoreContinuations, Scored, ScoreText
@@ -22,6 +23,7 @@ from clients.task import Generate, Generated, Item, Question, ScoreContinuations
 _FAILED_DEPENDENCY = 424
 _RETURNS = 3  # how often one item waits for a server that became unavailable
 _SEQUENCES = 1024  # under way at a time; half of a server's default limit
+_BYTES_PER_TOKEN = 2  # of UTF-8, at least, in most tokenizers and languages
 
 _Answered = tuple[Scored | Generated, MaskReference | None, Usage]
 Expectation = Callable[[Settings, Mapping[str, Mapping[str, tuple[Item, ...]]]], None]
@@ -53,6 +55,7 @@ class Run:
         plan: Plan,
         items: Mapping[str, Mapping[str, tuple[Item, ...]]],
         log: ResultLog,
+        cache_tokens: int | None,
         wait_s: float,
         on_notice: Callable[[str], None],
     ) -> None:
@@ -65,12 +68,14 @@ class Run:
         self._wait_s = wait_s
         self._notice = on_notice
         self._tasks = {task.name: task for task in plan.tasks}
-        questions = list(_questions(settings.task_masks, items))
+        questions = list(_questions(settings.task_masks, items, cache_tokens))
         self._missing = [question for question, _ in questions if question not in log.results]
         self._by_question = dict(questions)
         self._total = len(questions)
         self._resumed = self._total - len(self._missing)
         self._tokens = 0
+        self._floor = Floor() if cache_tokens is not None else None
+        self._first_asked = {question.of_item: question for question in reversed(self._missing)}
         self._room = _Room(_SEQUENCES)
         self._recovery = asyncio.Lock()
         self._recoveries = 0
@@ -115,7 +120,7 @@ class Run:
         digests = {question: item.digest for question, item in _questions(settings.task_masks, items)}
         with ResultLog(out, settings, digests.get) as log:
             write_items(out, items)
-            yield cls(client, settings, plan, items, log, wait_s, on_notice)
+            yield cls(client, settings, plan, items, log, readiness.kv_cache_tokens, wait_s, on_notice)
 
     @property
     def progress(self) -> Progress:
@@ -123,6 +128,11 @@ class Run:
         failed = len(self.failures)
         answered = len(self._log.results)
         return Progress(answered, self._total, self._resumed, failed, self._tokens)
+
+    @property
+    def computed(self) -> Computed | None:
+        """What scores of this session took the server; None if there are none, or it does not count."""
+        return None if self._floor is None else self._floor.computed()
 
     async def __aiter__(self) -> AsyncGenerator[ItemResult]:
         """The answers of this session in the order of arrival; each is saved before it is yielded.
@@ -214,7 +224,7 @@ class Run:
     async def _answer(self, question: Question, item: Item) -> ItemResult:
         mask = self._settings.masks[question.mask]
         async with self._room.taken(_sequences(item)):
-            answer, used, usage = await self._send(item, None if question.mask == UNMASKED else question.mask)
+            answer, used, usage = await self._send(question, item)
         digest = used.digest if used is not None else None
         if digest != mask.digest:
             raise EvaluationError(
@@ -238,20 +248,28 @@ class Run:
             elapsed_s=round(time.monotonic() - self._start, 3),
         )
 
-    async def _send(self, item: Item, mask: str | None) -> _Answered:
+    async def _send(self, question: Question, item: Item) -> _Answered:
+        mask = None if question.mask == UNMASKED else question.mask
         match item.request:
             case ScoreText(text, add_bos):
-                scores = await self._client.score_text(text, mask=mask, add_bos=add_bos)
+                scores = await self._client.score_text(
+                    text, mask=mask, add_bos=add_bos, return_prompts=self._wants_prompts(question)
+                )
                 if len(scores.scores) != 1 or scores.scores[0].tokens < 1:
                     raise _unexpected(f"one score of at least one token, got {len(scores.scores)} scores")
-                return Scored(scores=scores.scores), scores.mask, scores.usage
+                return self._scored(question, scores)
             case ScoreContinuations(context, continuations, add_bos, join):
                 scores = await self._client.score_continuations(
-                    context, continuations, mask=mask, add_bos=add_bos, join=join
+                    context,
+                    continuations,
+                    mask=mask,
+                    add_bos=add_bos,
+                    join=join,
+                    return_prompts=self._wants_prompts(question),
                 )
                 if len(scores.scores) != len(continuations):
                     raise _unexpected(f"{len(continuations)} scores, got {len(scores.scores)}")
-                return Scored(scores=scores.scores), scores.mask, scores.usage
+                return self._scored(question, scores)
             case Generate(prompt, max_tokens, stop, repetition_penalty, add_bos):
                 generation = await self._client.generate(
                     prompt,
@@ -270,6 +288,14 @@ class Run:
                 )
                 return answer, generation.mask, generation.usage
 
+    def _wants_prompts(self, question: Question) -> bool:
+        return self._floor is not None and self._first_asked[question.of_item] == question
+
+    def _scored(self, question: Question, scores: Scores) -> _Answered:
+        if self._floor is not None:
+            self._floor.add(question.mask, question.of_item, scores.usage.computed_tokens, scores.prompts)
+        return Scored(scores=scores.scores), scores.mask, scores.usage
+
 
 async def evaluate(
     client: AsyncCraneClient,
@@ -283,7 +309,10 @@ async def evaluate(
     on_progress: Callable[[Progress], None] = lambda _: None,
     on_notice: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
-    """Run a plan to its end and write results.json and the reports into `out`. Arguments and errors: `Run.start`."""
+    """Run a plan to its end and write results.json and the reports into `out`. Arguments and errors: `Run.start`.
+
+    At the end `on_notice` gets what the scores took the server.
+    """
     from clients.reporting import write_all
 
     async with Run.start(
@@ -294,10 +323,12 @@ async def evaluate(
             async for _ in results:
                 on_progress(run.progress)
         on_progress(run.progress)
-        record, failures = run.record(), run.failures
+        record, failures, computed = run.record(), run.failures, run.computed
     evaluation = await asyncio.to_thread(record.evaluation, failures)
     evaluation.write(out)
     write_all(evaluation, record.answers, out)
+    if computed is not None:
+        on_notice(str(computed))
     return evaluation
 
 
@@ -353,16 +384,28 @@ def _settle(plan: Plan, readiness: Readiness, masks: dict[str, PlannedMask]) -> 
 
 
 def _questions(
-    task_masks: Mapping[str, tuple[str, ...]], items: Mapping[str, Mapping[str, tuple[Item, ...]]]
+    task_masks: Mapping[str, tuple[str, ...]],
+    items: Mapping[str, Mapping[str, tuple[Item, ...]]],
+    cache_tokens: int | None = None,
 ) -> Iterator[tuple[Question, Item]]:
-    """Task by task, item by item through all languages, the masks innermost.
+    """Task by task, item by item through all languages, items with a common beginning in a row, the masks innermost.
 
-    Neighbouring requests differ in their mask, so the server's batches have all masks in equal shares. Items that share
-    a prefix stay close together under each mask.
+    Neighbouring requests differ in their mask, so the server's batches have all masks in equal shares, and each mask
+    finds the beginning of an item in the prefix cache. cache_tokens: what the cache holds; if it has no room for an
+    item of each language under each mask, twice, the masks are taken group by group.
     """
     for task, languages in items.items():
-        for row in zip_longest(*languages.values()):
-            for item in row:
-                if item is not None:
-                    for mask in task_masks[task]:
-                        yield Question(task, item.language, item.id, mask), item
+        ordered = [sorted(of_language, key=lambda item: item.prompt) for of_language in languages.values()]
+        longest = sum(max((_tokens_at_most(item) for item in of_language), default=0) for of_language in ordered)
+        masks = task_masks[task]
+        size = len(masks) if cache_tokens is None else max(1, cache_tokens // (2 * max(longest, 1)))
+        for start in range(0, len(masks), size):
+            for row in zip_longest(*ordered):
+                for item in row:
+                    if item is not None:
+                        for mask in masks[start : start + size]:
+                            yield Question(task, item.language, item.id, mask), item
+
+
+def _tokens_at_most(item: Item) -> int:
+    return len(item.prompt.encode()) // _BYTES_PER_TOKEN

@@ -198,6 +198,11 @@ class Question:
     item: str
     mask: str
 
+    @property
+    def of_item(self) -> tuple[str, str, str]:
+        """What it asks, whatever the mask."""
+        return self.task, self.language, self.item
+
 
 @dataclass(frozen=True)
 class Answers:

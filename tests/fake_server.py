@@ -28,7 +28,7 @@ class FakeServer:
     def __init__(self) -> None:
         self.model = "fake"
         self.fingerprint: dict[str, Any] = {"architecture": "Fake", "layers": 2}
-        self.starts: dict[str, Any] = {}  # what it says of start tokens
+        self.starts: dict[str, Any] = {}  # what it says of start tokens and of its cache
         self.digests = {f"{method}-{language}": f"digest-{method}-{language}"
                         for method in ("attnlrp", "random") for language in LANGUAGES}  # fmt: skip
         self.budgets: dict[str, float] = {}
@@ -129,7 +129,10 @@ class FakeServer:
             scores = [{**self.score(mask, text), "is_greedy": False} for text in texts]
             used = sum(score["tokens"] for score in scores)
             usage = {"prompt_tokens": used, "completion_tokens": 0, "total_tokens": used}
-            return JSONResponse({"mask": self._used(mask), "scores": scores, "usage": usage})
+            if "kv_cache_tokens" in self.starts:
+                usage |= {"computed_tokens": used, "cached_tokens": 0}
+            prompts = {"prompts": [[*text.encode()] for text in texts]} if body.get("return_prompts") else {}
+            return JSONResponse({**prompts, "mask": self._used(mask), "scores": scores, "usage": usage})
 
         @app.post("/generate")
         def generate(request: Request, body: dict[str, Any], mask: str = "none") -> Response:

@@ -39,6 +39,13 @@ MUTATIONS = (
         "tests/unit/test_prefix_cache.py",
     ),
     Mutation(
+        "a hit in the prefix cache ends before what is scored",
+        f"{ENGINE}/scoring.py",
+        "original(self, request if asked is None else _Shorter(request, asked.first))",
+        "original(self, request)",
+        "tests/unit/test_scored_rows.py",
+    ),
+    Mutation(
         "padding behind a batch is unmasked",
         f"{ENGINE}/routing.py",
         "    if used > len(rows):",

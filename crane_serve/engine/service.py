@@ -52,6 +52,7 @@ from crane_serve.engine.self_check import check_masks
 
 _CPU_KV_CACHE_GIB = "2"
 _CPU_PRIMITIVES = "64"
+_CPU_BLOCK_TOKENS = 32
 
 
 class EngineDead(RuntimeError):
@@ -160,8 +161,12 @@ def configure_engine(model: Path, masks: Path, default_method: str, rows: int, f
     # oneDNN keeps machine code for each number of tokens that it has seen; by default for 1,024 products, half a GB.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _CPU_PRIMITIVES)
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
 
     arguments = serving_arguments(model, flags, program="crane serve")
+    if current_platform.is_cpu() and arguments.block_size is None:
+        # A prefix is found in the cache by whole blocks. vLLM's on a CPU have 128 tokens, more than many a question.
+        arguments.block_size = _CPU_BLOCK_TOKENS
     _require_readable(model, arguments)
     try:
         vllm_config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
@@ -264,6 +269,12 @@ class EngineService:
     def max_model_tokens(self) -> int:
         """Longest sequence, prompt and completion together, in tokens."""
         return int(self._engine.model_config.max_model_len)
+
+    @property
+    def kv_cache_tokens(self) -> int | None:
+        """How many tokens the KV caches of all engines hold; None if vLLM does not say."""
+        tokens = self._engine.vllm_config.cache_config.kv_cache_size_tokens
+        return None if tokens is None else int(tokens) * self.data_parallel_ranks
 
     @property
     def data_parallel_ranks(self) -> int:

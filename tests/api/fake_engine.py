@@ -105,6 +105,7 @@ class FakeEngine:
     model_name = "tiny"
     model_names = ("tiny",)
     max_model_tokens = 512
+    kv_cache_tokens: int | None = 4096
     mask_rows = 256
 
     def __init__(self, directory: Path | None = None) -> None:

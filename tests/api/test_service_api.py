@@ -301,6 +301,7 @@ async def test_health_and_readiness(client: httpx.AsyncClient, engine: FakeEngin
         "version": crane_serve.__version__,
         "fingerprint": FINGERPRINT.model_dump(mode="json"),
         "max_model_tokens": 512,
+        "kv_cache_tokens": 4096,
         "prompt_start": [0],
         "text_start": 0,
     }

@@ -128,7 +128,7 @@ READ = {
     "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration": "compute_logits",
     f"{_CLI}:FrontendArgs": "lora_modules tokens_only enable_server_load_tracking enable_tokenizer_info_endpoint",
     f"{_CLI}:BaseFrontendArgs": "lora_modules tool_parser_plugin",
-    "vllm.config:CacheConfig": "kv_sharing_fast_prefill enable_prefix_caching block_size",
+    "vllm.config:CacheConfig": "kv_sharing_fast_prefill enable_prefix_caching block_size kv_cache_size_tokens",
     "vllm.config:CompilationConfig": "cudagraph_capture_sizes mode",
     "vllm.config:CompilationMode": "NONE",
     "vllm.config:DeviceConfig": "device_type",

@@ -103,6 +103,42 @@ async def test_masks_are_innermost_so_that_batches_mix_them(server: FakeServer, 
     ]
 
 
+async def test_masks_are_asked_in_groups_that_the_cache_has_room_for(server: FakeServer, tmp_path: Path) -> None:
+    longest = sum(len(f"{language} text 0") // 2 for language in LANGUAGES)
+    server.starts = {"kv_cache_tokens": 3 * 2 * longest}
+    evaluation = await run(server, plan_of(tmp_path, 2), tmp_path / "out", concurrency=1)
+    masks = list(evaluation.masks)
+    texts = [f"{language} text {n}" for n in range(2) for language in LANGUAGES]
+    groups = [masks[start : start + 3] for start in range(0, len(masks), 3)]
+    assert server.asked == [(mask, text) for group in groups for text in texts for mask in group]
+
+
+async def test_items_that_begin_alike_are_asked_in_a_row(server: FakeServer, tmp_path: Path) -> None:
+    rows = [{"id": str(n), "text": f"en {paragraph} {n}"} for n, paragraph in enumerate("abab")]
+    (tmp_path / "en.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"files": str(tmp_path / "{lang}.jsonl")}
+    tasks = [{"kind": "perplexity", "name": "texts", "source": source}]
+    plan = Plan.parse({"languages": ["en"], "masks": [], "tasks": tasks}, "plan")
+    await run(server, plan, tmp_path / "out", concurrency=1)
+    assert [text for _, text in server.asked] == ["en a 0", "en a 2", "en b 1", "en b 3"]
+
+
+@pytest.mark.parametrize("counts", [True, False], ids=["counts", "does not count"])
+async def test_a_run_says_what_its_scores_took(server: FakeServer, tmp_path: Path, counts: bool) -> None:
+    server.starts = {"kv_cache_tokens": 10_000} if counts else {}
+    said: list[str] = []
+    plan = plan_of(tmp_path, 2)
+    evaluation = await run(server, plan, tmp_path / "out", on_notice=said.append)
+    computed = sum(line["tokens"] for line in read_lines(tmp_path / "out"))
+    floor = len(evaluation.masks) * len({text[:end] for _, text in server.asked for end in range(1, len(text) + 1)})
+    expected = [f"scores took {computed:,} computed tokens, {computed / floor:.2f}x of the floor"]
+    assert said == (expected if counts else [])
+    assert sum(body.get("return_prompts", False) for body in server.bodies) == (6 if counts else 0)
+    said.clear()
+    assert await run(server, plan, tmp_path / "out", on_notice=said.append)
+    assert said == []  # nothing was asked
+
+
 async def test_tasks_may_have_masks_and_languages_of_their_own(server: FakeServer, tmp_path: Path) -> None:
     source = {"files": str(write_texts(tmp_path / "texts", 1) / "{lang}.jsonl")}
     tasks = [

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ENGINE = ("offline", "schedules", "families", "ranks", "recycled_blocks")
+ENGINE = ("offline", "schedules", "scoring", "families", "ranks", "recycled_blocks")
 TESTS = (*(f"tests/engine/test_{name}.py" for name in ENGINE), "tests/e2e/test_service.py")
 
 

@@ -30,6 +30,7 @@ async def ready(engine: Engine, gate: TheGate) -> Ready:
         version=crane_serve.__version__,
         fingerprint=engine.library.fingerprint,
         max_model_tokens=engine.max_model_tokens,
+        kv_cache_tokens=engine.kv_cache_tokens,
         prompt_start=list(engine.start_tokens.of_prompt),
         text_start=engine.start_tokens.of_text,
     )

@@ -115,6 +115,7 @@ class ScoreRequest(_Request):
         "after as many as it has alone (length), as in lm-evaluation-harness",
     )
     return_tokens: bool = Field(False, description="Whether each score has its `token_logprobs`")
+    return_prompts: bool = Field(False, description="Whether the answer has its `prompts`")
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -283,6 +284,9 @@ class ScoreAnswer(BaseModel):
     mask: MaskUsed | None
     scores: list[ContinuationScore | Score]
     usage: ScoreUsage
+    prompts: list[list[int]] | None = Field(
+        None, description="With `return_prompts`: the token ids that the model read, each sequence without its last"
+    )
 
 
 class LanguagesRequest(BaseModel):
@@ -423,6 +427,7 @@ class Ready(BaseModel):
     version: str
     fingerprint: Fingerprint
     max_model_tokens: int
+    kv_cache_tokens: int | None = Field(description="How many tokens the KV cache holds; null if vLLM does not say")
     prompt_start: list[int] = Field(description="Token ids that add_bos=auto puts before a prompt or a context")
     text_start: int | None = Field(description="The one that it puts before a text scored from its start")
 

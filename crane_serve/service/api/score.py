@@ -59,6 +59,7 @@ class Scoring:
         self._are_texts = body.text is not None
         self._mask = mask
         self._return_tokens = body.return_tokens
+        self._return_prompts = body.return_prompts
 
     async def answer(self) -> ScoreAnswer:
         """The whole answer. Raises what EngineService.score does."""
@@ -90,6 +91,7 @@ class Scoring:
                 sum(scores.computed for scores in results),
                 sum(scores.cached for scores in results),
             ),
+            **({"prompts": [list(prompt) for prompt, _ in asked]} if self._return_prompts else {}),
         )
 
     async def _score(self, sequence: ScoredSequence, tokens: Sequence[TokenScore]) -> Score:
