@@ -89,11 +89,13 @@ def _serve(
 
 
 def _dtype_flags() -> list[str]:
-    """Flags for float32 on processors without instructions for bfloat16, which is slow on them."""
+    """Flags for float32 on processors that are slow at bfloat16."""
     import torch
 
-    is_slow = not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    return ["--dtype", "float32"] if is_slow else []
+    from crane_serve.common.models.processor import cpu_multiplies_bfloat16
+
+    is_fast = torch.cuda.is_available() or cpu_multiplies_bfloat16()
+    return [] if is_fast else ["--dtype", "float32"]
 
 
 def _wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:

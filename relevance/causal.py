@@ -42,12 +42,13 @@ class Losses:
 def scaled(decoder: Decoder, neurons: Tensor, outputs: Tensor | None = None) -> Iterator[None]:
     """Multiply every MLP neuron (the inputs of down_proj), and perhaps the MLPs' outputs, while the context lasts.
 
-    neurons: [layers, widest]; outputs: [layers, hidden]. Gradients flow back to both. Layers whose factors are all 1
-    and need no gradient are not changed.
+    neurons: [layers, widest], or [documents, layers, widest] for factors of their own for each document of a batch;
+    outputs: [layers, hidden]. Gradients flow back to both. Layers whose factors are all 1 and need no gradient are not
+    changed.
     """
     with ExitStack() as stack:
         for index, layer in enumerate(decoder.layers):
-            factors = neurons[index, : layer.neurons]
+            factors = neurons[..., index, : layer.neurons]  # [neurons] or [documents, neurons]
             if factors.requires_grad or bool((factors != 1).any()):
                 stack.callback(layer.down_proj.register_forward_pre_hook(_input_hook(factors)).remove)
             if outputs is not None and bool((outputs[index] != 1).any()):
@@ -95,7 +96,12 @@ def hidden_states(decoder: Decoder, batch: Batch) -> Tensor:
 
 def _input_hook(factors: Tensor) -> Any:
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
-        return (inputs[0] * factors.to(inputs[0].dtype),)
+        values: Tensor = inputs[0]  # [documents, tokens, neurons], the first two of them flattened in some families
+        own = factors.to(values.dtype)
+        if own.dim() == 1:
+            return (values * own,)
+        by_document = values.reshape(len(own), -1, own.shape[1])
+        return ((by_document * own.unsqueeze(1)).reshape(values.shape),)
 
     return hook
 

@@ -51,7 +51,7 @@ def relevance(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Documents are cut to so many tokens.")] = 2048,
     dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16; default: float32 on the CPU, else bfloat16.")
+        str | None, typer.Option(help="float32 or bfloat16; default: bfloat16, or float32 on a CPU that is slow at it.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda where there is one.")] = None,
     checkpointing: Annotated[

@@ -15,6 +15,7 @@ from crane_serve.common.models.load import (
     require_plain,
     require_weights,
 )
+from crane_serve.common.models.processor import cpu_multiplies_bfloat16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -38,9 +39,9 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The dtype called `name`, or float32 on the CPU and bfloat16 elsewhere. Raises ModelOptionError."""
+    """The dtype called `name`; without one bfloat16, float32 on a CPU that is slow at it. Raises ModelOptionError."""
     if name is None:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        return torch.bfloat16 if device.type != "cpu" or cpu_multiplies_bfloat16() else torch.float32
     if name not in DTYPES:
         raise ModelOptionError(f"unknown dtype {name!r}; expected {' or '.join(DTYPES)}")
     return DTYPES[name]

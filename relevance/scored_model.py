@@ -46,8 +46,7 @@ class ScoredModel:
     def open(
         cls, model: str, scores: Path, dtype: str | None, device: str | None, revision: str | None = None
     ) -> "ScoredModel":
-        """Load both. dtype: None is bfloat16, which makes comparing sets of neurons more than twice as fast; revision:
-        of a hub id.
+        """Load both. dtype: None as of `pick_dtype`; revision: of a hub id.
 
         Raises ScoresError or FingerprintError, before the weights are read, for scores of another model.
         """
@@ -55,7 +54,7 @@ class ScoredModel:
         checkpoint = resolve_checkpoint(model, revision)
         Fingerprint.of(checkpoint).require(loaded.info.fingerprint, str(scores))
         where = pick_device(device)
-        kind = pick_dtype(dtype or "bfloat16", where)
+        kind = pick_dtype(dtype, where)
         opened = load_model(checkpoint, kind, where)
         return cls(checkpoint, opened, take_apart(opened), loaded, kind, where)
 

@@ -21,9 +21,13 @@ _Split = Annotated[str, typer.Option(help="The split that the scores come from."
 _Limit = Annotated[int | None, typer.Option(min=1, help="The limit of documents that the scores were made with.")]
 _Tokens = Annotated[int, typer.Option(min=8, help="Documents are cut to so many tokens while searching.")]
 _Seed = Annotated[int, typer.Option(help="Which documents are drawn, and in what order.")]
-_Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; default: bfloat16.")]
+_Dtype = Annotated[
+    str | None, typer.Option(help="float32 or bfloat16; default: bfloat16, or float32 on a CPU that is slow at it.")
+]
 _Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda where there is one.")]
 _Replace = Annotated[bool, typer.Option("--replace", help="Replace existing scores of this method.")]
+
+_FIRST_START, _NO_START = "attnlrp", "none"
 
 
 def refine(
@@ -82,9 +86,17 @@ def learn(
     normalise: ScoresForm = None,
     limit: _Limit = None,
     budget: Annotated[float, typer.Option(help="Fraction of all neurons that the learned mask switches off.")] = 0.005,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent for each language.")] = 60,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", help="Method whose ranking it starts from, or none; default: attnlrp, if it is there."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent, at most.")] = 20,
     effect: Annotated[float, typer.Option(help="Nats per token that the target is to lose; more is no gain.")] = 1.5,
     hold: Annotated[float, typer.Option(min=0.0, help="Weight of what the other languages lose.")] = 1.0,
+    spare: Annotated[
+        float,
+        typer.Option(help="Nats per token that the others may lose for a mask to be done before the last step."),
+    ] = 0.02,
     documents: Annotated[int, typer.Option(min=1, help="Documents per language in a step.")] = 6,
     max_tokens: _Tokens = 80,
     seed: _Seed = 0,
@@ -95,16 +107,20 @@ def learn(
     """Learn masks by gradient descent: the target language should lose, the others keep their predictions."""
     from relevance.scored_model import ScoredModel
     from relevance.search.learning import Learning, learn_scores
+    from relevance.selection import order
     from relevance.selection_options import neurons_of_budget
 
     with bar("learn", "steps", f"{scores} of {model}") as progress_bar:
         scored_model = ScoredModel.open(model, scores, dtype, device, revision)
         scored_model.require_absent("learned", replace=replace)
+        if start is None:
+            start = _FIRST_START if _FIRST_START in scored_model.scores.by_method else _NO_START
         options = Learning(
             neurons=neurons_of_budget(budget, scored_model.scores.shape.neurons),
             steps=steps,
             effect=effect,
             hold=hold,
+            spare=spare,
             documents=documents,
             seed=seed,
         )
@@ -112,7 +128,11 @@ def learn(
         texts = scored_model.search_texts(source, split, limit, max_tokens)
         progress_bar.start(len(scored_model.languages) * steps, what=f"for {', '.join(scored_model.languages)}")
         values = learn_scores(
-            scored_model.decoder, texts.documents, options, lambda step: progress_bar.advance(note=str(step))
+            scored_model.decoder,
+            texts.documents,
+            options,
+            None if start == _NO_START else order(scored_model.scores, start),
+            lambda step: progress_bar.advance(note=str(step)),
         )
     scored_model.add_scores(scores, "learned", values, replace=replace)
     typer.echo(f"{scores}: learned {options.neurons} neurons for {', '.join(scored_model.languages)}")
@@ -229,7 +249,7 @@ def compare_masks(
             out,
             max_tokens=max_tokens,
             batch_tokens=batch_tokens,
-            dtype=pick_dtype(dtype or "bfloat16", where),
+            dtype=pick_dtype(dtype, where),
             device=where,
             revisions=(base_revision, chat_revision),
             start=lambda count: progress_bar.start(count, what=f"in {', '.join(texts.languages)}"),

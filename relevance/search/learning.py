@@ -5,8 +5,9 @@ are closed follows accumulated gradients, as movement pruning does with weights 
 The objective is this project's own: the target language loses, the others keep their predictions.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,27 +15,32 @@ from torch import Tensor
 from crane_serve.common.models.families import Decoder
 from relevance.encoding import Batch
 from relevance.method import Shape
-from relevance.search.words import Effect, Words, effect, unmasked
+from relevance.search.words import Effect, Unmasked, Words, effect
 
 _NEVER = -torch.inf
+_RECENT = 4  # steps
 
 
 @dataclass(frozen=True)
 class Learning:
-    """How a mask is learned.
+    """How masks are learned.
 
     neurons: how many are switched off in the end; their number grows linearly over the first `growth` of the steps.
     effect: nats per token that the target language should lose; a larger loss is not rewarded. hold: weight of the
-    losses of the other languages. documents: of each language in a step. momentum: of the gradients.
+    losses of the other languages. spare: a mask is done before its last step when the target has lost `effect` and the
+    others no more than this on average, in nats per token, over the last few steps. documents: of each language in a
+    step. momentum: of the gradients. trust: how far the scores that it starts from go, in steps.
     """
 
     neurons: int
-    steps: int = 60
+    steps: int = 20
     growth: float = 0.4
     effect: float = 1.5
     hold: float = 1.0
+    spare: float = 0.02
     documents: int = 6
     momentum: float = 0.9
+    trust: float = 1.0
     seed: int = 0
 
 
@@ -52,48 +58,78 @@ class Step:
         return f"{self.target}: {self.neurons} neurons cost {losses}"
 
 
+@dataclass(eq=False)
+class _Search:
+    """The search for one target's mask. scores, velocity: [layers, widest]; recent: losses of the last steps."""
+
+    target: str
+    scores: Tensor
+    velocity: Tensor
+    recent: deque[Mapping[str, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))
+
+    def done(self, options: Learning) -> bool:
+        """Whether its aim is reached."""
+        if len(self.recent) < _RECENT:
+            return False
+        own = sum(losses[self.target] for losses in self.recent) / _RECENT
+        others = [max(0.0, loss) for losses in self.recent for name, loss in losses.items() if name != self.target]
+        return own >= options.effect and sum(others) / len(others) <= options.spare
+
+
 def learn_scores(
     decoder: Decoder,
     documents: Mapping[str, Sequence[list[int]]],
     options: Learning,
+    starts: Mapping[str, Tensor] | None = None,
     report: Callable[[Step], None] = lambda step: None,
 ) -> dict[str, Tensor]:
-    """`learn` for every language of `documents`, token ids by language: float32 [layers, widest] each."""
-    words = Words.of(decoder, documents)
-    return {target: learn(decoder, words, documents, target, options, report) for target in documents}
-
-
-def learn(
-    decoder: Decoder,
-    words: Words,
-    documents: Mapping[str, Sequence[list[int]]],
-    target: str,
-    options: Learning,
-    report: Callable[[Step], None] = lambda step: None,
-) -> Tensor:
-    """Scores of `target`: float32 [layers, widest] on the CPU, 0 in padding; the highest `neurons` are the mask.
+    """Scores of every language of `documents`: float32 [layers, widest] on the CPU, 0 in padding; the highest `neurons`
+    are its mask.
 
     documents: token ids by language. If the languages have equally many, documents at the same place are used together,
-    so that in a parallel corpus the topic cannot be mistaken for the language.
+    so that in a parallel corpus the topic cannot be mistaken for the language. starts: by language its neurons, best
+    first, int64 [neurons, 2]; None for no preference. All languages are learned in the same passes.
     """
+    words = Words.of(decoder, documents)
+    unmasked = Unmasked(decoder, words, documents)
     device = decoder.unembedding.weight.device
     exists = Shape(tuple(documents), decoder.sizes).exists.to(device)
-    scores = torch.zeros(exists.shape, device=device)  # [layers, widest]
-    velocity = torch.zeros_like(scores)
-    for number, batches in enumerate(_draws(documents, options, device)):
-        count = round(options.neurons * min(1.0, number / max(1.0, options.growth * options.steps)))
-        gates = closed(scores, exists, count).requires_grad_()
-        effects = {
-            language: effect(decoder, words, batch, unmasked(decoder, words, batch), gates)
-            for language, batch in batches.items()
-        }
-        (gradient,) = torch.autograd.grad(_aim(effects, target, options), gates)
-        # Closing a gate lowers its value, so the objective falls where its gradient is positive.
-        gradient = gradient / gradient.square().mean().sqrt().clamp_min(torch.finfo(gradient.dtype).tiny)
-        velocity = options.momentum * velocity + (1 - options.momentum) * gradient
-        scores = scores + velocity
-        report(Step(target, number, count, {language: float(of.loss.detach()) for language, of in effects.items()}))
-    return scores.where(exists, 0).cpu()
+    searches = []
+    for target in documents:
+        start = _start(None if starts is None else starts[target], exists, options)
+        searches.append(_Search(target, start, torch.zeros_like(start)))
+    running = searches
+    for number, places in enumerate(_draws(documents, options)):
+        count = options.neurons
+        if starts is None:
+            count = round(count * min(1.0, number / max(1.0, options.growth * options.steps)))
+        gates = torch.stack([closed(search.scores, exists, count) for search in running]).requires_grad_()
+        gradients = torch.zeros_like(gates)  # [targets, layers, widest]
+        losses: dict[str, list[float]] = {}
+        for language, of_language in places.items():
+            batch = Batch.of([documents[language][place] for place in of_language], device)
+            before = unmasked.log_probabilities(language, of_language)
+            found = effect(decoder, words, batch, before, gates)
+            aims = [
+                _aim(found, index, search.target == language, len(documents) - 1, options)
+                for index, search in enumerate(running)
+            ]
+            gradients += torch.autograd.grad(torch.stack(aims).sum(), gates)[0]
+            losses[language] = found.loss.tolist()
+        for index, search in enumerate(running):
+            # Closing a gate lowers its value, so the objective falls where its gradient is positive.
+            gradient = gradients[index]
+            gradient = gradient / gradient.square().mean().sqrt().clamp_min(torch.finfo(gradient.dtype).tiny)
+            search.velocity = options.momentum * search.velocity + (1 - options.momentum) * gradient
+            search.scores = search.scores + search.velocity
+            of_search = {language: of_language[index] for language, of_language in losses.items()}
+            if count == options.neurons:
+                search.recent.append(of_search)
+            report(Step(search.target, number, count, of_search))
+        running = [search for search in running if not search.done(options)]
+        if not running:
+            break
+    return {search.target: search.scores.where(exists, 0).cpu() for search in searches}
 
 
 def closed(scores: Tensor, exists: Tensor, count: int) -> Tensor:
@@ -105,18 +141,25 @@ def closed(scores: Tensor, exists: Tensor, count: int) -> Tensor:
     return gates
 
 
-def _aim(effects: Mapping[str, Effect], target: str, options: Learning) -> Tensor:
-    """The objective to be minimised: minus the target's loss up to `effect`, plus the losses and changes of the
-    others."""
-    others = [of for language, of in effects.items() if language != target]
-    held = torch.stack([(of.divergence + of.loss.relu()) / 2 for of in others]).mean()
-    return options.hold * held - effects[target].loss.clamp_max(options.effect)
+def _start(order: Tensor | None, exists: Tensor, options: Learning) -> Tensor:
+    """Scores to begin with, [layers, widest]: from `trust` down to 0 over four times as many neurons as are wanted."""
+    scores = torch.zeros(exists.shape, device=exists.device)
+    if order is not None:
+        first = order[: 4 * options.neurons].to(exists.device)
+        scores[first[:, 0], first[:, 1]] = options.trust * torch.linspace(1, 0, len(first), device=exists.device)
+    return scores
 
 
-def _draws(
-    documents: Mapping[str, Sequence[list[int]]], options: Learning, device: torch.device
-) -> Iterator[dict[str, Batch]]:
-    """`steps` times a batch of each language, going through the documents repeatedly, each time in a new random
+def _aim(found: Effect, index: int, is_target: bool, others: int, options: Learning) -> Tensor:
+    """The part of the objective, to be minimised, of one mask in one language: minus the target's loss up to `effect`;
+    of the others, their share of the mean of losses and changes."""
+    if is_target:
+        return -found.loss[index].clamp_max(options.effect)
+    return options.hold * (found.divergence[index] + found.loss[index].relu()) / 2 / others
+
+
+def _draws(documents: Mapping[str, Sequence[list[int]]], options: Learning) -> Iterator[dict[str, list[int]]]:
+    """`steps` times places of documents of each language, going through them repeatedly, each time in a new random
     order."""
     generator = torch.Generator().manual_seed(options.seed)
     longest = max(map(len, documents.values()))
@@ -125,7 +168,4 @@ def _draws(
         if len(pending) < options.documents:
             pending += torch.randperm(longest, generator=generator).tolist()
         drawn, pending = pending[: options.documents], pending[options.documents :]
-        yield {
-            language: Batch.of([of_language[index % len(of_language)] for index in drawn], device)
-            for language, of_language in documents.items()
-        }
+        yield {language: [index % len(of_language) for index in drawn] for language, of_language in documents.items()}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crane_serve.common.models.families import Decoder
 from relevance.encoding import Batch
-from relevance.search.words import Words, effect, unmasked
+from relevance.search.words import Unmasked, Words, effect
 
 # Factors [layers, widest] of the neurons -> nats per token lost, by language.
 Measure = Callable[[Tensor], Mapping[str, float]]
@@ -62,16 +62,18 @@ def refine_scores(
     device = decoder.unembedding.weight.device
     generator = torch.Generator().manual_seed(options.seed)
     drawn = torch.randperm(max(map(len, documents.values())), generator=generator)[: options.documents].tolist()
+    places = {language: [index % len(of_language) for index in drawn] for language, of_language in documents.items()}
     batches = {
-        language: Batch.of([of_language[index % len(of_language)] for index in drawn], device)
-        for language, of_language in documents.items()
+        language: Batch.of([documents[language][place] for place in of_language], device)
+        for language, of_language in places.items()
     }
-    before = {language: unmasked(decoder, words, batch) for language, batch in batches.items()}
+    unmasked = Unmasked(decoder, words, documents)
+    before = {language: unmasked.log_probabilities(language, of_language) for language, of_language in places.items()}
 
     @torch.no_grad()
     def measure(neurons: Tensor) -> dict[str, float]:
         return {
-            language: float(effect(decoder, words, batch, before[language], neurons.to(device)).loss)
+            language: float(effect(decoder, words, batch, before[language], neurons.to(device).unsqueeze(0)).loss)
             for language, batch in batches.items()
         }
 

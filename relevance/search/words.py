@@ -46,12 +46,9 @@ class Words:
         place[chosen] = torch.arange(len(chosen), device=weight.device)
         return cls(place, weight[chosen], decoder.final_softcap)
 
-    def log_probabilities(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Log-softmax over the words at every position that predicts a counted token: float32 [n, words], in nats.
-
-        hidden: [documents, tokens, hidden], the last hidden states.
-        """
-        logits = hidden[:, :-1][batch.counted[:, 1:]] @ self.rows.T  # [n, words]
+    def log_probabilities(self, states: Tensor) -> Tensor:
+        """Log-softmax over the words: float32 [n, words], in nats. states: [n, hidden], of `predicting`."""
+        logits = states @ self.rows.T  # [n, words]
         if self.cap is not None:
             logits = soft_cap(logits, self.cap, PLAIN)
         return logits.float().log_softmax(dim=1)
@@ -61,30 +58,59 @@ class Words:
         return self.place[batch.token_ids[:, 1:][batch.counted[:, 1:]]].unsqueeze(1)
 
 
+def predicting(decoder: Decoder, batch: Batch) -> Tensor:
+    """Last hidden states at every position that predicts a counted token, document after document: [n, hidden]."""
+    return hidden_states(decoder, batch)[:, :-1][batch.counted[:, 1:]]
+
+
+class Unmasked:
+    """Predictions of the whole model for documents, each computed once: its last hidden states are kept.
+
+    documents: token ids by language.
+    """
+
+    def __init__(self, decoder: Decoder, words: Words, documents: Mapping[str, Sequence[list[int]]]) -> None:
+        self._decoder = decoder
+        self._words = words
+        self._documents = documents
+        self._states: dict[tuple[str, int], Tensor] = {}  # [tokens - 1, hidden] by language and place
+
+    @torch.no_grad()
+    def log_probabilities(self, language: str, places: Sequence[int]) -> Tensor:
+        """Of the documents at `places`, one after another: float32 [n, words], in nats. Raises NonFiniteError."""
+        missing = [place for place in dict.fromkeys(places) if (language, place) not in self._states]
+        if missing:
+            batch = Batch.of([self._documents[language][place] for place in missing], self._words.rows.device)
+            states = predicting(self._decoder, batch)
+            for place, of_document in zip(missing, states.split(batch.predicted.tolist()), strict=True):
+                self._states[language, place] = of_document
+        values = self._words.log_probabilities(torch.cat([self._states[language, place] for place in places]))
+        if not bool(torch.isfinite(values).all()):
+            raise NonFiniteError(f"log-probabilities are not finite in {self._words.rows.dtype}; {NON_FINITE_HINT}")
+        return values
+
+
 @dataclass(frozen=True)
 class Effect:
-    """The cost of a mask for a language on one batch. loss: nats per token lost; divergence: KL from the whole
-    model."""
+    """The cost of masks for a language on one batch, [masks] each.
+
+    loss: nats per token lost; divergence: KL from the whole model.
+    """
 
     loss: Tensor
     divergence: Tensor
 
 
-def unmasked(decoder: Decoder, words: Words, batch: Batch) -> Tensor:
-    """Log-probabilities of the whole model, float32 [n, words]. Raises NonFiniteError."""
-    with torch.no_grad():
-        values = words.log_probabilities(hidden_states(decoder, batch), batch)
-    if not bool(torch.isfinite(values).all()):
-        raise NonFiniteError(f"log-probabilities are not finite in {words.rows.dtype}; {NON_FINITE_HINT}")
-    return values
-
-
 def effect(decoder: Decoder, words: Words, batch: Batch, before: Tensor, neurons: Tensor) -> Effect:
-    """Effect of the factors `neurons` [layers, widest] on `batch`; `before`: the result of `unmasked`.
-    Differentiable."""
-    with scaled(decoder, neurons):
-        after = words.log_probabilities(hidden_states(decoder, batch), batch)  # [n, words]
-    targets = words.targets(batch)
-    loss = (before.gather(1, targets) - after.gather(1, targets)).mean()
-    divergence = (before.exp() * (before - after)).sum(dim=1).mean()
-    return Effect(loss, divergence)
+    """Effect of factors on `batch`, of several masks in one pass. Differentiable.
+
+    before: of `Unmasked`, [n, words]; neurons: [masks, layers, widest].
+    """
+    masks = len(neurons)
+    repeated = Batch(batch.token_ids.repeat(masks, 1), batch.lengths.repeat(masks))
+    with scaled(decoder, neurons.repeat_interleave(batch.documents, dim=0)):
+        after = words.log_probabilities(predicting(decoder, repeated)).view(masks, *before.shape)
+    targets = words.targets(batch)  # [n, 1]
+    lost = before.gather(1, targets) - after.gather(2, targets.expand(masks, -1, -1))  # [masks, n, 1]
+    divergence = (before.exp() * (before - after)).sum(dim=2)  # [masks, n]
+    return Effect(lost.mean(dim=(1, 2)), divergence.mean(dim=1))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from relevance.accumulators import NonFiniteError
 from relevance.causal import losses, masked, scaled
 from relevance.encoding import Batch
 from relevance.model import load_model
-from relevance.search.learning import Learning, closed, learn
+from relevance.search.learning import Learning, Step, closed, learn_scores
 from relevance.search.refinement import Refinement, by_rank, refine, refine_scores
-from relevance.search.words import EXTRA_WORDS, Words, effect, unmasked
+from relevance.search.words import EXTRA_WORDS, Effect, Unmasked, Words, effect, predicting
 from relevance.validation.ablations import Ablations, JournalError
 from tests.tiny import FAMILIES, tiny_model
 
@@ -39,6 +40,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     path = tiny_model("llama", tmp_path_factory.mktemp("llama"))
     return take_apart(load_model(path, torch.float32, torch.device("cpu")))
+
+
+_ALL = torch.ones(3, 160, dtype=torch.bool)
 
 
 def _mask(sizes: tuple[int, ...], seed: int = 0) -> NeuronMask:
@@ -104,7 +108,14 @@ def test_weights_that_are_not_numbers_are_noticed(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"not finite in torch\.float32; the weights may hold"):
         losses(decoder, TEXTS["en"], 64)
     with pytest.raises(NonFiniteError, match="not finite"):
-        learn(decoder, Words.of(decoder, TEXTS), TEXTS, "vi", Learning(neurons=4, steps=2))
+        learn_scores(decoder, TEXTS, Learning(neurons=4, steps=2))
+
+
+def _effect(decoder: Decoder, words: Words, language: str, *masks: Tensor) -> Effect:
+    """Of masks [layers, widest] on all texts of a language."""
+    batch = Batch.of(TEXTS[language], torch.device("cpu"))
+    before = Unmasked(decoder, words, TEXTS).log_probabilities(language, range(len(TEXTS[language])))
+    return effect(decoder, words, batch, before, torch.stack(masks))
 
 
 def test_effects_over_all_words_are_the_exact_ones(llama: Decoder) -> None:
@@ -112,8 +123,7 @@ def test_effects_over_all_words_are_the_exact_ones(llama: Decoder) -> None:
     assert llama.unembedding.weight.shape[0] < EXTRA_WORDS
     words = Words.of(llama, TEXTS)
     mask = _mask(llama.sizes)
-    batch = Batch.of(TEXTS["en"], torch.device("cpu"))
-    found = effect(llama, words, batch, unmasked(llama, words, batch), mask.intermediate)
+    found = _effect(llama, words, "en", mask.intermediate)
     with masked(llama, mask):
         after = losses(llama, TEXTS["en"], 64)
     assert float(found.loss) == pytest.approx(after.per_token - losses(llama, TEXTS["en"], 64).per_token, rel=1e-4)
@@ -134,15 +144,43 @@ def test_few_words_hold_every_target(llama: Decoder, monkeypatch: pytest.MonkeyP
 
 def test_gradients_reach_the_gates(llama: Decoder) -> None:
     words = Words.of(llama, TEXTS)
-    batch = Batch.of(TEXTS["vi"], torch.device("cpu"))
-    before = unmasked(llama, words, batch)
     gates = torch.ones(3, 160, requires_grad=True)
-    (gradient,) = torch.autograd.grad(effect(llama, words, batch, before, gates).loss, gates)
+    (gradient,) = torch.autograd.grad(_effect(llama, words, "vi", gates).loss.sum(), gates)
     lower = torch.ones(3, 160)
     lower[2, 7] -= 1e-2
-    higher = 2 - lower
-    slope = effect(llama, words, batch, before, higher).loss - effect(llama, words, batch, before, lower).loss
-    assert float(gradient[2, 7]) == pytest.approx(float(slope) / 2e-2, rel=2e-2, abs=1e-5)
+    below, above = _effect(llama, words, "vi", lower, 2 - lower).loss
+    assert float(gradient[2, 7]) == pytest.approx(float(above - below) / 2e-2, rel=2e-2, abs=1e-5)
+
+
+def test_masks_in_one_pass_have_the_effects_that_they_have_alone(model: torch.nn.Module) -> None:
+    decoder = take_apart(model)
+    words = Words.of(decoder, TEXTS)
+    shape = (len(decoder.sizes), max(decoder.sizes))
+    masks = [torch.ones(shape), *(_mask(decoder.sizes, seed).intermediate for seed in range(3))]
+    together = _effect(decoder, words, "zh", *masks)
+    alone = [_effect(decoder, words, "zh", mask) for mask in masks]
+    assert together.loss.tolist() == pytest.approx([float(each.loss) for each in alone], rel=1e-4, abs=1e-6)
+    assert together.divergence.tolist() == pytest.approx([float(each.divergence) for each in alone], rel=1e-4, abs=1e-6)
+    assert (float(together.loss[0]), float(together.divergence[0])) == pytest.approx((0, 0), abs=1e-6)
+
+
+def test_predictions_of_a_document_are_computed_once(llama: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = Words.of(llama, TEXTS)
+    computed: list[int] = []
+
+    def counting(decoder: Decoder, batch: Batch) -> Tensor:
+        computed.append(batch.documents)
+        return predicting(decoder, batch)
+
+    monkeypatch.setattr("relevance.search.words.predicting", counting)
+    predictions = Unmasked(llama, words, TEXTS)
+    first = predictions.log_probabilities("vi", [2, 0])
+    again = predictions.log_probabilities("vi", [0, 1, 2, 0])
+    assert computed == [2, 1]
+    lengths = [len(ids) - 1 for ids in TEXTS["vi"]]
+    parts = again.split([lengths[0], lengths[1], lengths[2], lengths[0]])
+    assert torch.equal(first, torch.cat([parts[2], parts[0]]))
+    assert torch.equal(parts[0], parts[3])
 
 
 def test_closed_gates_are_the_highest_and_never_padding() -> None:
@@ -155,7 +193,9 @@ def test_closed_gates_are_the_highest_and_never_padding() -> None:
 def test_learning_beats_chance_at_its_own_aim(llama: Decoder) -> None:
     words = Words.of(llama, TEXTS)
     options = Learning(neurons=24, steps=30, documents=3, hold=1.0)
-    scores = learn(llama, words, TEXTS, "vi", options)
+    learned = learn_scores(llama, TEXTS, options)
+    assert set(learned) == set(TEXTS)
+    scores = learned["vi"]
     assert scores.shape == (3, 160)
 
     def gap(factors: Tensor) -> float:
@@ -165,15 +205,38 @@ def test_learning_beats_chance_at_its_own_aim(llama: Decoder) -> None:
     exists = torch.ones(3, 160, dtype=torch.bool)
     chance = [gap(closed(torch.rand(3, 160), exists, 24)) for _ in range(20)]
     assert gap(closed(scores, exists, 24)) > max(chance)
-    again = learn(llama, words, TEXTS, "vi", options)
-    assert torch.equal(scores, again)
+    assert torch.equal(scores, learn_scores(llama, TEXTS, options)["vi"])
+
+
+def test_learning_starts_from_a_ranking(llama: Decoder) -> None:
+    places = torch.cartesian_prod(torch.arange(3), torch.arange(160))
+    starts = {language: places[torch.randperm(480, generator=torch.Generator().manual_seed(3))] for language in TEXTS}
+    seen: list[Step] = []
+    scores = learn_scores(llama, TEXTS, Learning(neurons=24, steps=1, trust=1e6), starts, seen.append)
+    for language, start in starts.items():
+        best = scores[language].flatten().topk(24).indices
+        assert {tuple(place.tolist()) for place in places[best]} == {tuple(place.tolist()) for place in start[:24]}
+    assert [step.neurons for step in seen] == [24] * 3  # from the first step on
+    alone = _effect(llama, Words.of(llama, TEXTS), "zh", closed(by_rank(starts["vi"], (3, 160)), _ALL, 24))
+    first = learn_scores(llama, TEXTS, Learning(neurons=24, steps=1, documents=3), starts, seen.append)
+    assert first
+    assert seen[4].losses["zh"] == pytest.approx(float(alone.loss), rel=1e-4)
+
+
+def test_a_mask_whose_aim_is_reached_is_learned_no_further(llama: Decoder) -> None:
+    seen: list[Step] = []
+    options = Learning(neurons=24, steps=12, documents=3, growth=0, effect=-100, spare=100)
+    learn_scores(llama, TEXTS, options, report=seen.append)
+    assert {step.number for step in seen} == set(range(5))  # one without neurons, then four
+    seen.clear()
+    learn_scores(llama, TEXTS, replace(options, effect=100), report=seen.append)
+    assert len(seen) == 12 * len(TEXTS)
 
 
 def _losses(decoder: Decoder, words: Words, factors: Tensor) -> dict[str, float]:
     found = {}
-    for language, texts in TEXTS.items():
-        batch = Batch.of(texts, torch.device("cpu"))
-        found[language] = float(effect(decoder, words, batch, unmasked(decoder, words, batch), factors).loss)
+    for language in TEXTS:
+        found[language] = float(_effect(decoder, words, language, factors).loss)
     return found
 
 

@@ -517,9 +517,18 @@ def test_a_checkpoint_without_weights(tmp_path: Path) -> None:
         load_model(checkpoint, torch.float32, CPU)
 
 
+@pytest.mark.parametrize(
+    ("ability", "expected"), [("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx2", torch.float32)]
+)
+def test_a_cpu_that_is_slow_at_bfloat16_has_float32(monkeypatch, ability: str, expected: torch.dtype) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {ability: True})
+    assert pick_dtype(None, CPU) == expected
+    assert pick_dtype(None, torch.device("cuda")) == torch.bfloat16
+    assert [pick_dtype(name, CPU) for name in ("bfloat16", "float32")] == [torch.bfloat16, torch.float32]
+
+
 def test_devices_and_dtypes() -> None:
     assert pick_device("cpu") == CPU
-    assert (pick_dtype(None, CPU), pick_dtype("bfloat16", CPU)) == (torch.float32, torch.bfloat16)
     with pytest.raises(ModelOptionError, match="unknown dtype 'int8'; expected float32 or bfloat16"):
         pick_dtype("int8", CPU)
     with pytest.raises(ModelOptionError, match="unknown device 'gpu'"):
