@@ -156,18 +156,15 @@ def echo(url: str, model: str, asked: Sequence[Item], masks: Sequence[str]) -> t
 class Harness:
     """A backend of lm-evaluation-harness in a process of its own, which answers lists of items."""
 
-    def __init__(self, way: str, model: Path, dtype: str) -> None:
+    def __init__(self, way: str, options: argparse.Namespace) -> None:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("CRANE_")}
         environment = {**kept, "VLLM_PLUGINS": "", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-        command = [sys.executable, __file__, "harness", way, str(model), dtype]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            text=True,
-        )
+        command = [sys.executable, __file__, "harness", way, str(options.model), options.dtype, str(options.batch)]
+        self._log = options.out / f"{way}.log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, text=True
+            )
         self._read()
 
     def _read(self) -> Any:
@@ -175,7 +172,7 @@ class Harness:
         for line in self._process.stdout:
             if line.startswith("harness: "):
                 return json.loads(line.removeprefix("harness: "))
-        raise RuntimeError("the harness has died")
+        raise RuntimeError(f"the harness has died ({self._process.wait()}); see {self._log}")
 
     def __call__(self, url: str, model: str, asked: Sequence[Item], masks: Sequence[str]) -> Any:
         assert self._process.stdin is not None
@@ -187,14 +184,14 @@ class Harness:
         self._process.kill()
 
 
-def serve_harness(way: str, model: str, dtype: str) -> None:
+def serve_harness(way: str, model: str, dtype: str, batch: str) -> None:
     """In the process of a Harness: answer lists of items, one a line."""
     from lm_eval.api.instance import Instance
 
     if way == "hf":
         from lm_eval.models.huggingface import HFLM
 
-        backend: Any = HFLM(pretrained=model, dtype=dtype, device="cpu", batch_size=8)
+        backend: Any = HFLM(pretrained=model, dtype=dtype, device="cpu", batch_size=int(batch))
     else:
         plain = importlib.metadata.version
         # The CPU build is a distribution of another name.
@@ -225,7 +222,7 @@ def largest_difference(found: Scores, reference: Scores) -> float | None:
 def measure(options: argparse.Namespace, url: str) -> dict[str, Any]:
     """Seconds and differences by way."""
     masks = ["none", *options.mask]
-    harness = {way: Harness(way, options.model, options.dtype) for way in options.way if way in ("hf", "vllm")}
+    harness = {way: Harness(way, options) for way in options.way if way in ("hf", "vllm")}
     ways: dict[str, Callable[..., Any]] = {"score": score, "echo": echo, **harness}
     times: dict[str, list[float]] = {way: [] for way in options.way}
     differences: dict[str, list[float]] = {way: [] for way in options.way}
@@ -283,6 +280,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=90)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--batch", type=int, default=8, help="sequences at a time of the harness's backend hf")
     options, engine_flags = parser.parse_known_args()
     options.way = options.way or ["score", "echo"]
     options.out.mkdir(parents=True, exist_ok=True)

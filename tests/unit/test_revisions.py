@@ -1,5 +1,6 @@
 """A revision of a hub id: what is named is what is fingerprinted, scored and served; no engine is started."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -139,35 +140,37 @@ def test_every_command_that_takes_a_hub_id_takes_its_revision() -> None:
 # --- vLLM's own server
 
 CONFIGURE = """
-import sys
+import json, sys
 from huggingface_hub import constants
 from vllm.engine.arg_utils import EngineArgs
 from crane_serve.engine.config import mask_config
 from crane_serve.engine.plugin import install
 install()
-flags = dict(flag.split("=") for flag in sys.argv[2:])
-try:
-    constants.HF_HUB_OFFLINE = False  # else vLLM replaces the id by the directory in the cache
-    arguments = EngineArgs(model=sys.argv[1], **flags)
-    constants.HF_HUB_OFFLINE = True
-    config = arguments.create_engine_config()
-    print("usable", *sorted(mask_config(config).library().masks), "at", config.model_config.revision)
-except ValueError as error:
-    print("refused", error)
+for flags in json.loads(sys.argv[1]):
+    try:
+        constants.HF_HUB_OFFLINE = False  # else vLLM replaces the id by the directory in the cache
+        arguments = EngineArgs(**flags)
+        constants.HF_HUB_OFFLINE = True
+        config = arguments.create_engine_config()
+        print("\\nsays: usable", *sorted(mask_config(config).library().masks), "at", config.model_config.revision)
+    except ValueError as error:
+        print("\\nsays: refused", error)
 """
 
 
-def configured(cache: Path, masks: Path, *arguments: str, **environment: str) -> str:
-    """The last line of what a process says that configures an engine as vLLM's own server does."""
+def configured(cache: Path, masks: Path, *flags: dict[str, str]) -> list[str]:
+    """What a process says that configures engines as vLLM's own server does, one after another."""
     run = subprocess.run(
-        [sys.executable, "-c", CONFIGURE, *arguments],
-        env={**offline(cache), "CRANE_MASKS": str(masks), **environment},
+        [sys.executable, "-c", CONFIGURE, json.dumps(flags)],
+        env={**offline(cache), "CRANE_MASKS": str(masks)},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-    return (run.stdout.strip().splitlines() or [run.stderr])[-1]
+    said = [line.removeprefix("says: ") for line in run.stdout.splitlines() if line.startswith("says: ")]
+    assert len(said) == len(flags), run.stderr
+    return said
 
 
 @pytest.fixture
@@ -180,11 +183,17 @@ def test_vllms_own_server_fingerprints_the_revision_that_it_serves(
     checkpoints: dict[str, Path], masks: Path, tmp_path: Path
 ) -> None:
     commits = cached(tmp_path / "cache", MODEL, checkpoints)
-    of_v2 = configured(tmp_path / "cache", masks, MODEL, "revision=v2")
+    of_v2, of_main, of_directory = configured(
+        tmp_path / "cache",
+        masks,
+        {"model": MODEL, "revision": "v2"},
+        {"model": MODEL},
+        {"model": str(checkpoints["v2"]), "revision": "v3"},
+    )
     assert of_v2.startswith("usable attnlrp-")
     assert of_v2.endswith(f"at {commits['v2']}")
-    assert configured(tmp_path / "cache", masks, MODEL) == f"usable at {commits['main']}"
-    assert configured(tmp_path / "cache", masks, str(checkpoints["v2"]), "revision=v3").startswith("usable attnlrp-")
+    assert of_main == f"usable at {commits['main']}"
+    assert of_directory.startswith("usable attnlrp-")
 
 
 def test_weights_beside_the_models_own_are_found_in_a_repository_too(
@@ -193,7 +202,7 @@ def test_weights_beside_the_models_own_are_found_in_a_repository_too(
     more = copied(checkpoints["v2"], tmp_path / "more")
     save_file({UP: torch.ones(3)}, more / "adapter_model.safetensors")
     cached(tmp_path / "cache", MODEL, {"main": more})
-    said = configured(tmp_path / "cache", masks, MODEL)
+    (said,) = configured(tmp_path / "cache", masks, {"model": MODEL})
     assert said.startswith(f"refused {MODEL}: vLLM would also read adapter_model.safetensors")
 
 
