@@ -645,27 +645,28 @@ def test_masks_outlive_a_restart(place: Place, second: Server) -> None:
 
 async def test_the_death_of_the_engine_is_told_to_everybody(second: Server) -> None:
     v1 = {**ENDLESS, "model": "tiny:zh"}
+    many = {**MANY, "prompt": [PROMPT] * 100}  # of all together fewer than one key may have
     chat = {"model": "tiny", "messages": MESSAGES, "max_tokens": 1900}
     begun = [
         RequestUnderWay("/v1/completions", {**v1, "stream": True}),
         RequestUnderWay("/v1/completions", {**v1, "stream": True}),
         RequestUnderWay("/v1/chat/completions", {**chat, "ignore_eos": True, "stream": True}),
-        RequestUnderWay("/generate", {**MANY, "stream": True}),
+        RequestUnderWay("/generate", {**many, "stream": True}),
     ]
     streams = [
-        RequestUnderWay("/generate", {**MANY, "stream": True, "mask": "zh"}),
+        RequestUnderWay("/generate", {**many, "stream": True, "mask": "zh"}),
         RequestUnderWay("/v1/completions", {**v1, "stream": True}),
         RequestUnderWay("/v1/chat/completions", {**chat, "stream": True}),
         *(RequestUnderWay("/v1/messages", {**chat, "stream": True}) for _ in range(2)),
         *(RequestUnderWay("/v1/responses", {"model": "tiny", "input": PROMPT, "stream": True}) for _ in range(2)),
     ]
     plain = [
-        *(RequestUnderWay("/generate?mask=vi", MANY) for _ in range(3)),
+        *(RequestUnderWay("/generate?mask=vi", many) for _ in range(3)),
         *(RequestUnderWay("/v1/completions", v1) for _ in range(2)),
         RequestUnderWay("/v1/chat/completions", chat),
         RequestUnderWay("/v1/responses", {"model": "tiny", "input": PROMPT}),
         RequestUnderWay("/score", {"text": [f"{number} {PROMPT}" for number in range(50)]}),
-        RequestUnderWay("/generate", {**MANY, "prompt": [PROMPT] * 100}),
+        RequestUnderWay("/generate", many),
     ]
     everything = [*begun, *streams, *plain]
     assert len(everything) == 20

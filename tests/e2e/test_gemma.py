@@ -13,7 +13,7 @@ from tests.engines import Oracle, Server
 pytestmark = [pytest.mark.engine, pytest.mark.model]
 
 MEAN_DIFFERENCE = 0.02  # nats per token
-CHARACTERS = 160
+CHARACTERS = 80
 
 
 @pytest.fixture(scope="module")
