@@ -90,7 +90,7 @@ def learn(
         str | None,
         typer.Option("--from", help="Method whose ranking it starts from, or none; default: attnlrp, if it is there."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent, at most.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent, at most.")] = 16,
     effect: Annotated[float, typer.Option(help="Nats per token that the target is to lose; more is no gain.")] = 1.5,
     hold: Annotated[float, typer.Option(min=0.0, help="Weight of what the other languages lose.")] = 1.0,
     spare: Annotated[

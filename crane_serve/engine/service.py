@@ -164,9 +164,12 @@ def configure_engine(model: Path, masks: Path, default_method: str, rows: int, f
     from vllm.platforms import current_platform
 
     arguments = serving_arguments(model, flags, program="crane serve")
-    if current_platform.is_cpu() and arguments.block_size is None:
-        # A prefix is found in the cache by whole blocks. vLLM's on a CPU have 128 tokens, more than many a question.
-        arguments.block_size = _CPU_BLOCK_TOKENS
+    if current_platform.is_cpu():
+        # vLLM 0.32 cannot load what it has compiled ahead of time for a CPU, and compiles it again at every start.
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+        if arguments.block_size is None:
+            # A prefix is found in the cache by whole blocks. vLLM's on a CPU have 128 tokens, more than many a question.
+            arguments.block_size = _CPU_BLOCK_TOKENS
     _require_readable(model, arguments)
     try:
         vllm_config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()

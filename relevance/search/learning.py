@@ -33,7 +33,7 @@ class Learning:
     """
 
     neurons: int
-    steps: int = 20
+    steps: int = 16
     growth: float = 0.4
     effect: float = 1.5
     hold: float = 1.0
