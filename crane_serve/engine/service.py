@@ -168,7 +168,7 @@ def configure_engine(model: Path, masks: Path, default_method: str, rows: int, f
         # vLLM 0.32 cannot load what it has compiled ahead of time for a CPU, and compiles it again at every start.
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
         if arguments.block_size is None:
-            # A prefix is found in the cache by whole blocks. vLLM's on a CPU have 128 tokens, more than many a question.
+            # A prefix is found in the cache by whole blocks. vLLM's on a CPU have 128 tokens, more than many questions.
             arguments.block_size = _CPU_BLOCK_TOKENS
     _require_readable(model, arguments)
     try:

@@ -82,7 +82,7 @@ class Unmasked:
         if missing:
             batch = Batch.of([self._documents[language][place] for place in missing], self._words.rows.device)
             states = predicting(self._decoder, batch)
-            for place, of_document in zip(missing, states.split(batch.predicted.tolist()), strict=True):
+            for place, of_document in zip(missing, torch.split(states, batch.predicted.tolist()), strict=True):
                 self._states[language, place] = of_document
         values = self._words.log_probabilities(torch.cat([self._states[language, place] for place in places]))
         if not bool(torch.isfinite(values).all()):
