@@ -132,7 +132,7 @@ async def test_one_token_continuations_of_a_context_are_one_request_to_the_engin
 async def test_the_prompts_that_the_model_reads_can_be_had(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     answer = await score(client, context="xy", continuations=["a", "bc", "b"], return_prompts=True)
     assert answer["prompts"] == [[0, *ids(engine, "xy")], [0, *ids(engine, "xyb")]]
-    assert answer["prompts"] == [call.prompt_ids for call in engine.calls]
+    assert answer["prompts"] == [call.token_ids for call in engine.calls]
     answer = await score(client, text=["xy", ""], return_prompts=True)
     assert answer["prompts"] == [[0, *ids(engine, "x")]]
     assert "prompts" not in await score(client, text=["xy"])

@@ -162,16 +162,19 @@ def test_vllm_makes_masked_states_for_engines_with_masks_only(
     library: tuple[MaskLibrary, MaskConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.v1.worker.gpu import model_states
+    from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
-    from crane_serve.engine.plugin import _mask_model_states
+    from crane_serve.engine.plugin import _prepare_v2
     from crane_serve.engine.runner_v2 import MaskedModelState
 
     class State:
         pass
 
     monkeypatch.setattr(model_states, "resolve_model_state_cls", lambda vllm_config, model: State)
-    _mask_model_states()
-    _mask_model_states()  # a second worker of the same process
+    for name in ("__init__", "add_request", "remove_request", "compute_prompt_logprobs"):
+        monkeypatch.setattr(PromptLogprobsWorker, name, getattr(PromptLogprobsWorker, name))  # to be restored
+    _prepare_v2()
+    _prepare_v2()  # a second worker of the same process
     plain = model_states.resolve_model_state_cls(SimpleNamespace(additional_config={}), None)
     assert plain is State
     with_masks = model_states.resolve_model_state_cls(SimpleNamespace(additional_config={"crane": library[1]}), None)

@@ -66,7 +66,7 @@ def test_a_mask_that_the_engine_core_refuses_is_an_error_that_0_33_passes_on(mon
 
     monkeypatch.setattr(plugin, "require_embeddings", lambda *_: None)
     monkeypatch.setattr(plugin, "admit", refuse)
-    request = SimpleNamespace(sampling_params=None, resumable=False)
+    request = SimpleNamespace(sampling_params=None, resumable=False, prompt_token_ids=[1])
     with pytest.raises(VLLMValidationError, match="unknown mask 'fr'"):
         plugin._preprocess_add_request(lambda *_: None, SimpleNamespace(vllm_config=None), request)
 
@@ -83,6 +83,8 @@ def test_a_mask_that_the_engine_core_refuses_is_an_error_that_0_33_passes_on(mon
 def test_errors_of_a_generation_are_told_apart(raised: Exception, expected: type[Exception], message: str) -> None:
     class Engine:
         errored = False
+        model_config = SimpleNamespace(max_model_len=3)
+        vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
 
         async def generate(self, *_: Any, **__: Any) -> Any:
             raise raised
