@@ -41,8 +41,8 @@ MUTATIONS = (
     Mutation(
         "a hit in the prefix cache ends before what is scored",
         f"{ENGINE}/scoring.py",
-        "original(self, request if asked is None else _Shorter(request, asked.first))",
-        "original(self, request)",
+        "_Shorter(request, asked.first), *map",
+        "request, *map",
         "tests/unit/test_scored_rows.py",
     ),
     Mutation(

@@ -88,10 +88,20 @@ class _Shorter:
         return getattr(self._request, name)
 
 
-def get_computed_blocks(original: Callable[..., Any], self: Any, request: Any) -> Any:
-    """vLLM's method in the engine core: a hit of a scored request ends before the token that scores the first one."""
+def get_computed_blocks(original: Callable[..., Any], self: Any, request: Any, *longest: Any, **named: Any) -> Any:
+    """vLLM's method in the engine core: a hit of a scored request ends before the token that scores the first one.
+
+    longest, named: since 0.33, how many tokens a hit may have; None for all but the last.
+    """
     asked = ScoreRequest.of(request.sampling_params)
-    return original(self, request if asked is None else _Shorter(request, asked.first))
+    if asked is None:
+        return original(self, request, *longest, **named)
+
+    def shorter(length: int | None) -> int | None:
+        return None if length is None else min(length, asked.first - 1)
+
+    of_name = {name: shorter(length) for name, length in named.items()}
+    return original(self, _Shorter(request, asked.first), *map(shorter, longest), **of_name)
 
 
 class Chunk(NamedTuple):

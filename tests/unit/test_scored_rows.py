@@ -125,6 +125,21 @@ def test_a_hit_ends_before_the_token_that_scores_the_first() -> None:
     assert get_computed_blocks(lookup, None, SimpleNamespace(sampling_params=None, num_tokens=4, name="p")) == (3, "p")
 
 
+@pytest.mark.parametrize(("given", "passed"), [(10, 10), (30, 16), (None, None)])
+def test_a_hit_is_no_longer_than_the_caller_wants(given: int | None, passed: int | None) -> None:
+    """vLLM 0.33 has an argument for it."""
+    seen: list[int | None] = []
+
+    def lookup(_: Any, request: Any, max_cache_hit_length: int | None = None) -> None:
+        seen.append(max_cache_hit_length)
+
+    for extra_args in (ScoreRequest(17, (1,)).argument, None):
+        request = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra_args), num_tokens=40)
+        get_computed_blocks(lookup, None, request, given)
+        get_computed_blocks(lookup, None, request, max_cache_hit_length=given)
+    assert seen == [passed, passed, given, given]
+
+
 def test_requests_that_are_gone_are_forgotten() -> None:
     worker = Scoring()
     for key in "abc":
