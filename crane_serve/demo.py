@@ -19,7 +19,7 @@ METHODS = ("attnlrp", "lape", "random")
 DOCUMENTS = 48  # of each language to find neurons with
 LEARNED = "learned"
 LEARNED_BUDGET = 0.005
-STEPS, STEP_DOCUMENTS = 12, 4
+LEARNING = ("--steps", "10", "--documents", "3", "--max-tokens", "48")
 SERVER_START_S = 420
 
 
@@ -50,8 +50,7 @@ def run_demo(model: Path, out: Path, *, documents: int, keep: bool, report: Call
     try:
         url = f"http://127.0.0.1:{port}"
         # The server's start leaves a core free for most of its time.
-        found = ("--limit", DOCUMENTS, "--budget", LEARNED_BUDGET, "--steps", STEPS, "--documents", STEP_DOCUMENTS)
-        step("learn", model, scores, *found, "--replace")
+        step("learn", model, scores, "--limit", DOCUMENTS, "--budget", LEARNED_BUDGET, *LEARNING, "--replace")
         step("select", scores, "--method", LEARNED, "--budget", LEARNED_BUDGET, "--out", out / LEARNED)
         with bar("start of the server", "steps", f"its log is {server_log}", on_terminal=False):
             _wait_until_ready(url, server, server_log)

@@ -18,7 +18,9 @@ from crane_serve.common.models.weights import stored_tensors, weight_files
 _NAMED = 4  # tensors that a message names
 _REASON_CHARACTERS = 400
 _ZIP = b"PK\x03\x04"  # how a file begins that torch has saved since 1.6
-_OLD_CONSTANT = ".masked_bias"  # in early GPT-2 files; transformers itself ignores the other constants that it once saved
+_OLD_CONSTANT = (
+    ".masked_bias"  # in early GPT-2 files; transformers itself ignores the other constants that it once saved
+)
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 Options = Mapping[str, Any]
@@ -110,7 +112,9 @@ def _compared(checkpoint: Path, model: nn.Module) -> Mapping[str, Any]:
         _, loading_info = kind.from_pretrained(
             None,
             config=config,
-            state_dict={name: one.expand(shape) for name, shape in shapes.items()},  # views of one number, which take no memory
+            state_dict={
+                name: one.expand(shape) for name, shape in shapes.items()
+            },  # views of one number, which take no memory
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
