@@ -228,7 +228,7 @@ def _transformers(problem: str) -> Iterator[None]:
 
     verbosity.disable_progress_bar()
     before = verbosity.get_verbosity()
-    verbosity.set_verbosity_error()  # silences its table of missing and unexpected weights, which `_require_all` reports
+    verbosity.set_verbosity_error()  # silences its table of missing and unexpected weights, which we report ourselves
     try:
         yield
     except Exception as error:
@@ -247,7 +247,7 @@ def _shapes(file: Path) -> Iterable[tuple[str, Sequence[int]]]:
 
 
 def _require_all(checkpoint: Path, loading_info: Mapping[str, Any]) -> None:
-    """loading_info: as transformers gives it: missing_keys, unexpected_keys, mismatched_keys (name, stored, expected)."""
+    """loading_info: of transformers: missing_keys, unexpected_keys, mismatched_keys (name, stored, expected)."""
     missing, other = sorted(loading_info["missing_keys"]), sorted(loading_info["mismatched_keys"])
     unexpected = sorted(name for name in loading_info["unexpected_keys"] if not name.endswith(_OLD_CONSTANT))
     beside = f"; it has {_listed(unexpected)}, which the model has not" if unexpected else ""
