@@ -16,10 +16,6 @@ from crane_serve.common.bars import bar
 MODEL = "gemma-3-270m"
 BUDGET = 0.01
 METHODS = ("attnlrp", "lape", "random")
-DOCUMENTS = 48  # of each language to find neurons with
-LEARNED = "learned"
-LEARNED_BUDGET = 0.005
-LEARNING = ("--steps", "10", "--documents", "3", "--max-tokens", "48")
 SERVER_START_S = 420
 
 
@@ -40,7 +36,7 @@ def run_demo(model: Path, out: Path, *, documents: int, keep: bool, report: Call
         _step([str(argument) for argument in arguments], began, report)
 
     step("model", "fetch", MODEL, "--to", model)
-    step("relevance", model, "--split", "relevance", "--limit", DOCUMENTS, "--out", scores)
+    step("relevance", model, "--split", "relevance", "--out", scores)
     for method in METHODS:
         step("select", scores, "--method", method, "--budget", BUDGET, "--out", masks)
 
@@ -49,13 +45,8 @@ def run_demo(model: Path, out: Path, *, documents: int, keep: bool, report: Call
     server = _serve(model, masks, port, server_log, began, report)
     try:
         url = f"http://127.0.0.1:{port}"
-        # The server's start leaves a core free for most of its time.
-        step("learn", model, scores, "--limit", DOCUMENTS, "--budget", LEARNED_BUDGET, *LEARNING, "--replace")
-        step("select", scores, "--method", LEARNED, "--budget", LEARNED_BUDGET, "--out", out / LEARNED)
         with bar("start of the server", "steps", f"its log is {server_log}", on_terminal=False):
             _wait_until_ready(url, server, server_log)
-        for mask in sorted((out / LEARNED).glob("*.safetensors")):
-            _upload(url, mask, began, report)
         step("eval", "--server", url, "--split", "test", "--limit", documents, "--out", out)
     except BaseException:
         _stop(server)
@@ -95,15 +86,6 @@ def _serve(
         return subprocess.Popen(
             _crane(arguments), env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-
-
-def _upload(url: str, mask: Path, began: float, report: Callable[[str], None]) -> None:
-    """Add a mask to the running server."""
-    from clients import CraneClient
-
-    report(f"\n[{time.monotonic() - began:4.0f} s] $ curl --upload-file {mask} {url}/masks/{mask.stem}")
-    with CraneClient(url) as client:
-        client.put_mask(mask.stem, mask)
 
 
 def _dtype_flags() -> list[str]:
