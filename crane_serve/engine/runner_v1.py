@@ -58,8 +58,10 @@ class MaskedRunner:
         return self._dummy_run(*args, **kwargs)
 
     def prompt_logprobs(self, hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
-        """vLLM's prompt log-probabilities of a step, with those of the scored requests. hidden_states: [tokens, hidden
-        size]."""
+        """vLLM's prompt log-probabilities of a step, in nats, with those of the scored requests.
+
+        hidden_states: [tokens, hidden size].
+        """
         from vllm.v1.outputs import LogprobsTensors
 
         runner, scoring = self._runner, self._scoring

@@ -85,13 +85,17 @@ def compute_prompt_logprobs(
     original: Callable[..., Any],
     self: Any,
     logits_fn: Callable[[Tensor], Tensor],
-    hidden_states: Tensor,  # [tokens, hidden size]
+    hidden_states: Tensor,
     input_batch: Any,
-    all_token_ids: Tensor,  # [requests, tokens]
-    num_computed_tokens: Tensor,  # [requests]
-    prompt_lens: Any,  # [requests], of places as the two before
+    all_token_ids: Tensor,
+    num_computed_tokens: Tensor,
+    prompt_lens: Any,
 ) -> Any:
-    """vLLM's prompt log-probabilities of a step, with those of the scored requests."""
+    """vLLM's prompt log-probabilities of a step, in nats, with those of the scored requests.
+
+    logits_fn: [rows, hidden size] -> [rows, vocabulary]; hidden_states: [tokens, hidden size]; all_token_ids:
+    [requests, tokens], num_computed_tokens and prompt_lens: [requests], all three by a request's place.
+    """
     from vllm.v1.outputs import LogprobsTensors
 
     answers = original(self, logits_fn, hidden_states, input_batch, all_token_ids, num_computed_tokens, prompt_lens)

@@ -224,7 +224,7 @@ def test_the_table(fake: FakeServer, tmp_path: Path) -> None:
         task["shots"] = 1
         task.pop("shots_by", None)
     plan = Plan.parse(content, "the plan of the table")
-    evaluation = run_evaluation(plan, tmp_path / "out", server=fake.address)
+    evaluation = run_evaluation(plan, tmp_path / "out", server=fake.address, base=tmp_path)
     done = subprocess.run(
         [sys.executable, TABLE / "table.py", tmp_path / "out"],
         env={**os.environ, "COLUMNS": "120"},

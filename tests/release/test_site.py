@@ -153,4 +153,4 @@ def test_the_gpu_page_names_every_check_of_verify() -> None:
 
 
 def test_the_built_site_is_not_kept() -> None:
-    assert "site/" in (ROOT / ".gitignore").read_text().splitlines()
+    assert "/site/" in (ROOT / ".gitignore").read_text().splitlines()
