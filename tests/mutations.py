@@ -69,7 +69,7 @@ MUTATIONS = (
     Mutation(
         "a request asks for a mask by a misspelt argument: refused",
         f"{ENGINE}/admission.py",
-        "        if looks_like_ours(argument) and argument not in _ARGUMENTS:",
+        "        if looks_like_ours(argument) and argument not in (*_ARGUMENTS, SCORE_ARGUMENT):",
         "        if False:",
         "tests/engine/test_support.py",
     ),
