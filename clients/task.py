@@ -208,7 +208,7 @@ class Question:
 class Answers:
     """The questions and answers of a run.
 
-    tasks: by name; items: task -> language -> items, in the order asked; answers: all so far.
+    tasks: by name; items: task -> language -> items, in the order of their source; answers: all so far.
     """
 
     tasks: Mapping[str, Task]

@@ -115,6 +115,7 @@ def learn(
         scored_model.require_absent("learned", replace=replace)
         if start is None:
             start = _FIRST_START if _FIRST_START in scored_model.scores.by_method else _NO_START
+        starts = None if start == _NO_START else order(scored_model.scores, start)
         options = Learning(
             neurons=neurons_of_budget(budget, scored_model.scores.shape.neurons),
             steps=steps,
@@ -131,7 +132,7 @@ def learn(
             scored_model.decoder,
             texts.documents,
             options,
-            None if start == _NO_START else order(scored_model.scores, start),
+            starts,
             lambda step: progress_bar.advance(note=str(step)),
         )
     scored_model.add_scores(scores, "learned", values, replace=replace)
