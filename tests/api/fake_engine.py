@@ -25,6 +25,7 @@ from crane_serve.common.masks import (
 from crane_serve.common.models.prefix import StartTokens
 from crane_serve.common.text.tokens import token_texts
 from crane_serve.engine.service import EngineDead, SampledToken, Sampling, Scores, Step, TokenLogprob, TokenScore
+from crane_serve.service.api.concurrency import paced
 from crane_serve.service.api.openai import ROUTES
 from tests.tiny import byte_tokenizer
 
@@ -140,8 +141,7 @@ class FakeEngine:
         return StartTokens.of(self.tokenizer, () if self.configured_bos is None else [self.configured_bos])
 
     async def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        await asyncio.sleep(0)
-        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] async for text in paced(texts)]
 
     async def token_texts(self, token_ids: Sequence[int], first: int) -> list[str]:
         await asyncio.sleep(0)

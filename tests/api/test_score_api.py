@@ -1,11 +1,13 @@
 """POST /score over a fake engine: both forms, and which tokens count."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
 from crane_serve.engine.service import EngineDead, RejectedRequest
+from crane_serve.service.api.schemas import ScoreAnswer
 from tests.api.fake_engine import FakeEngine
 from tests.tiny import byte_tokenizer
 from tests.tokenizer_kinds import Kind
@@ -136,6 +138,26 @@ async def test_the_prompts_that_the_model_reads_can_be_had(client: httpx.AsyncCl
     answer = await score(client, text=["xy", ""], return_prompts=True)
     assert answer["prompts"] == [[0, *ids(engine, "x")]]
     assert "prompts" not in await score(client, text=["xy"])
+
+
+@pytest.mark.parametrize("texts", [["xy", "", "语"], [""]])
+async def test_an_answer_with_much_in_it_is_sent_in_pieces(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, texts: list[str]
+) -> None:
+    made: list[bytes] = []
+    pieces = ScoreAnswer.pieces
+
+    def noted(answer: ScoreAnswer) -> Iterator[bytes]:
+        for piece in pieces(answer):
+            made.append(piece)
+            yield piece
+
+    monkeypatch.setattr(ScoreAnswer, "pieces", noted)
+    response = await client.post("/score", json={"text": texts, "return_tokens": True, "return_prompts": True})
+    assert response.content == b"".join(made)
+    whole = ScoreAnswer.model_validate_json(response.content)
+    assert response.json() == whole.model_dump(exclude_unset=True)
+    assert sum(b'"bytes"' in piece for piece in made) == len(texts)
 
 
 async def test_several_contexts_in_one_request(client: httpx.AsyncClient, engine: FakeEngine) -> None:

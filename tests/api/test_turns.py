@@ -1,11 +1,13 @@
 """Turns: one piece of work each time that the loop goes round, and a rest after a long one."""
 
 import asyncio
+import time
+from collections.abc import Iterator
 
 import pytest
 
 from crane_serve.service.api import turns
-from crane_serve.service.api.concurrency import run_all
+from crane_serve.service.api.concurrency import paced, run_all
 from crane_serve.service.api.turns import Turns
 
 
@@ -94,3 +96,24 @@ async def test_the_first_error_ends_parts_that_have_not_begun(recwarn: pytest.Wa
     with pytest.raises(ValueError, match="part 0"):
         await run_all(part(number) for number in range(100))
     assert not recwarn.list
+
+
+async def test_others_have_their_turn_while_long_work_goes_on() -> None:
+    done, turns = False, 0
+
+    def items() -> Iterator[int]:
+        for number in range(20):
+            time.sleep(0.003)
+            yield number
+
+    async def others() -> None:
+        nonlocal turns
+        while not done:
+            turns += 1
+            await asyncio.sleep(0)
+
+    waiting = asyncio.create_task(others())
+    assert [number async for number in paced(items())] == list(range(20))
+    done = True
+    await waiting
+    assert turns >= 5

@@ -184,6 +184,7 @@ _REPEATED = b'{%b,"n0":1}' % _names(16_000)
 _UNKNOWN = b'{"prompt":"a",%b}' % _names(330_000)
 _LISTS = b'{"model":"tiny","prompt":[%b[]]}' % (b"[]," * 5_000_000)
 _IDS = b'{"model":"tiny","mask":"zh","prompt":[%b0]}' % (b"100," * 131_000)
+_REPEATED_CONTEXT = b'{"context":"%b","continuations":["b"%b]}' % (b"a" * 8000, b',"b"' * 511)
 _QUERY = b"GET /?%b HTTP/1.1\r\nhost: a\r\n\r\n" % (b"a&" * 30_000)
 _HEADERS = b"GET /masks HTTP/1.1\r\nhost: a\r\n%b\r\n" % (b"a:\r\n" * 15_000)
 _CHUNKS = _GET + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * 500_000
@@ -195,6 +196,9 @@ CASES = {
     "unknown-names": Case(1, "3.5 MB of unknown names on /generate", _PROMISED, _posted("/generate", _UNKNOWN)),
     "empty-lists": Case(1, "15 MB of [] on /v1/completions", _PROMISED, _posted("/v1/completions", _LISTS)),
     "token-ids": Case(1, "131,000 token ids on /v1/completions", _PROMISED, _posted("/v1/completions", _IDS)),
+    "repeated-context": Case(
+        1, "10 KB: one context before 512 continuations", _PROMISED, _posted("/score", _REPEATED_CONTEXT)
+    ),
     "junk-for-vllm": Case(1, "3 KB of {} on /v1/responses", f"{HEALTH_MS} ms", _junk_for_vllm),
     "sixteen-million-sequences": Case(2, '{"prompt": ["a"] * 1024, "n": 16384}', "400", _sixteen_million),
     "over-the-queue": Case(2, "4 prompts where 3 of 4 sequences run", "429", _over_the_queue),

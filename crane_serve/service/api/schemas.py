@@ -285,8 +285,19 @@ class ScoreAnswer(BaseModel):
     scores: list[ContinuationScore | Score]
     usage: ScoreUsage
     prompts: list[list[int]] | None = Field(
-        None, description="With `return_prompts`: the token ids that the model read, each sequence without its last"
+        default=None,
+        description="With `return_prompts`: the token ids that the model read, each sequence without its last",
     )
+
+    def pieces(self) -> Iterator[bytes]:
+        """The answer as JSON, in pieces of a score or a prompt each."""
+        head = self.model_dump_json(exclude={"scores", "prompts"}, exclude_unset=True)
+        yield head.removesuffix("}").encode() + b', "scores": '
+        yield from _array(score.model_dump_json(exclude_unset=True) for score in self.scores)
+        if self.prompts is not None:
+            yield b', "prompts": '
+            yield from _array(json.dumps(prompt) for prompt in self.prompts)
+        yield b"}"
 
 
 class LanguagesRequest(BaseModel):
@@ -368,7 +379,7 @@ class MaskNeurons(BaseModel):
         head = json.dumps({"name": stored.name, "digest": stored.mask.digest})
         yield head.removesuffix("}").encode() + b', "layers": '
         yield from _array(
-            LayerNeurons(layer=layer, neurons=changed, scales=scales)
+            LayerNeurons(layer=layer, neurons=changed, scales=scales).model_dump_json()
             for layer, (changed, scales) in enumerate(map(_changed, stored.mask.intermediate))
         )
         yield b', "output": '
@@ -376,18 +387,17 @@ class MaskNeurons(BaseModel):
             yield b"null"
         else:
             yield from _array(
-                LayerDimensions(layer=layer, dimensions=changed, scales=scales)
+                LayerDimensions(layer=layer, dimensions=changed, scales=scales).model_dump_json()
                 for layer, (changed, scales) in enumerate(map(_changed, stored.mask.output))
             )
         yield b"}"
 
 
-def _array(items: Iterable[BaseModel]) -> Iterator[bytes]:
-    """JSON, an item at a time."""
-    before = b"["
-    for item in items:
-        yield before + item.model_dump_json().encode()
-        before = b", "
+def _array(items: Iterable[str]) -> Iterator[bytes]:
+    """A JSON array of what is JSON already, an item at a time."""
+    yield b"["
+    for number, item in enumerate(items):
+        yield (f", {item}" if number else item).encode()
     yield b"]"
 
 

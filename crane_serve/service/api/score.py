@@ -1,13 +1,14 @@
 """POST /score: log-probabilities of given texts under a mask."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter
+from starlette.responses import Response, StreamingResponse
 
 from crane_serve.common.masks import ResolvedMask
 from crane_serve.engine.service import EngineService, TokenScore
-from crane_serve.service.api.concurrency import run_all
+from crane_serve.service.api.concurrency import paced, run_all
 from crane_serve.service.api.dependencies import Context, Engine, MaskQuery, TheGate, choose_mask, named_masks
 from crane_serve.service.api.errors import ANY_ROUTE, responses
 from crane_serve.service.api.schemas import (
@@ -30,7 +31,9 @@ router = APIRouter()
     response_model_exclude_unset=True,
     responses=responses(400, 404, 409, *ANY_ROUTE),
 )
-async def score(body: ScoreRequest, engine: Engine, gate: TheGate, context: Context, query: MaskQuery) -> ScoreAnswer:
+async def score(
+    body: ScoreRequest, engine: Engine, gate: TheGate, context: Context, query: MaskQuery
+) -> ScoreAnswer | Response:
     """Score whole texts, or continuations of one context or of several.
 
     A text is scored from its start: every token after BOS, or after EOS for a tokenizer without BOS. A continuation's
@@ -42,64 +45,75 @@ async def score(body: ScoreRequest, engine: Engine, gate: TheGate, context: Cont
     """
     context.mask = choose_mask(engine.library, named_masks(query.mask, body.mask))
     gate.admit(context, body.sequences)
-    return await Scoring(engine, body, await engine.encode(body.texts), context.mask).answer()
+    answer = await Scoring(engine, body, context.mask).answer()
+    if body.return_tokens or body.return_prompts:
+        return StreamingResponse(paced(answer.pieces()), media_type="application/json")
+    return answer
+
+
+_Prompt = tuple[tuple[int, ...], int]  # as ScoredSequence.prompt
+
+
+class _Result(NamedTuple):
+    """What the engine returned for a prompt; last: by the token that follows it."""
+
+    tokens: tuple[TokenScore, ...]
+    last: dict[int, TokenScore]
+    computed: int
+    cached: int
 
 
 class Scoring:
     """Runs the texts of one request. Sequences that differ in their last token only are one request to the engine.
 
-    encoded: the token ids of `body.texts` without special tokens. Raises BadRequest if there is nothing to score.
+    A request can have a thousand sequences of many tokens; no loop over them keeps the event loop for itself.
     """
 
-    def __init__(
-        self, engine: EngineService, body: ScoreRequest, encoded: list[list[int]], mask: ResolvedMask | None
-    ) -> None:
+    def __init__(self, engine: EngineService, body: ScoreRequest, mask: ResolvedMask | None) -> None:
         self._engine = engine
-        self._sequences = sequences_of(body, encoded, engine.start_tokens, engine.tokenizer)
-        self._are_texts = body.text is not None
+        self._body = body
         self._mask = mask
-        self._return_tokens = body.return_tokens
-        self._return_prompts = body.return_prompts
 
     async def answer(self) -> ScoreAnswer:
-        """The whole answer. Raises what EngineService.score does."""
+        """The whole answer. Raises BadRequest if there is nothing to score, and what EngineService.score does."""
+        encoded = await self._engine.encode(self._body.texts)
+        made = sequences_of(self._body, encoded, self._engine.start_tokens, self._engine.tokenizer)
+        sequences = [sequence async for sequence in paced(made)]
         asked: dict[_Prompt, dict[int, None]] = {}  # the last tokens of each, in order
-        for sequence in self._sequences:
+        async for sequence in paced(sequences):
             if sequence.tokens:
-                asked.setdefault(_prompt(sequence), {})[sequence.token_ids[-1]] = None
-        results = await run_all(
-            self._engine.score(list(prompt), tuple(last), self._mask, first=first)
-            for (prompt, first), last in asked.items()
-        )
-        by_prompt = {
-            prompt: (scores.tokens, dict(zip(last, scores.candidates, strict=True)))
-            for (prompt, last), scores in zip(asked.items(), results, strict=True)
-        }
-
-        def tokens_of(sequence: ScoredSequence) -> Sequence[TokenScore]:
-            if not sequence.tokens:
-                return ()
-            tokens, last = by_prompt[_prompt(sequence)]
-            return *tokens, last[sequence.token_ids[-1]]
-
-        return ScoreAnswer(
+                asked.setdefault(sequence.prompt, {})[sequence.token_ids[-1]] = None
+        results = await run_all(self._run(prompt, tuple(last)) for prompt, last in asked.items())
+        by_prompt = dict(zip(asked, results, strict=True))
+        answer = ScoreAnswer(
             model=self._engine.model_name,
             mask=MaskUsed.of(self._mask),
-            scores=[await self._score(sequence, tokens_of(sequence)) for sequence in self._sequences],
+            scores=[await self._score(sequence, by_prompt) async for sequence in paced(sequences)],
             usage=ScoreUsage.of_scored(
-                sum(len(sequence.token_ids) for sequence in self._sequences if sequence.tokens),
-                sum(scores.computed for scores in results),
-                sum(scores.cached for scores in results),
+                sum(len(sequence.token_ids) for sequence in sequences if sequence.tokens),
+                sum(result.computed for result in results),
+                sum(result.cached for result in results),
             ),
-            **({"prompts": [list(prompt) for prompt, _ in asked]} if self._return_prompts else {}),
         )
+        if self._body.return_prompts:
+            answer.prompts = [list(prompt) async for prompt, _ in paced(asked)]
+        return answer
 
-    async def _score(self, sequence: ScoredSequence, tokens: Sequence[TokenScore]) -> Score:
+    async def _run(self, prompt: _Prompt, last: tuple[int, ...]) -> _Result:
+        token_ids, first = prompt
+        scores = await self._engine.score(list(token_ids), last, self._mask, first=first)
+        return _Result(scores.tokens, dict(zip(last, scores.candidates, strict=True)), scores.computed, scores.cached)
+
+    async def _score(self, sequence: ScoredSequence, by_prompt: Mapping[_Prompt, _Result]) -> Score:
+        tokens: tuple[TokenScore, ...] = ()
+        if sequence.tokens:
+            result = by_prompt[sequence.prompt]
+            tokens = (*result.tokens, result.last[sequence.token_ids[-1]])
         logprobs = [token.logprob for token in tokens]
         fields: dict[str, Any] = {"logprob": sum(logprobs), "tokens": len(logprobs), "bytes": sequence.bytes}
-        if self._return_tokens:
+        if self._body.return_tokens:
             fields["token_logprobs"] = await self._tokens(sequence, logprobs)
-        if self._are_texts:
+        if self._body.text is not None:
             return Score(**fields)
         if sequence.question is not None:
             fields["question"] = sequence.question
@@ -112,12 +126,6 @@ class Scoring:
         first = len(sequence.token_ids) - len(logprobs)
         texts = await self._engine.token_texts(sequence.token_ids, first)
         tokens = zip(sequence.token_ids[first:], texts, logprobs, strict=True)
-        return [Token(token_id=token_id, token=text, logprob=logprob) for token_id, text, logprob in tokens]
-
-
-_Prompt = tuple[tuple[int, ...], int]
-
-
-def _prompt(sequence: ScoredSequence) -> _Prompt:
-    """What the engine reads for a sequence: all tokens but the last, and where its scored tokens begin."""
-    return tuple(sequence.token_ids[:-1]), sequence.first
+        return [
+            Token(token_id=token_id, token=text, logprob=logprob) async for token_id, text, logprob in paced(tokens)
+        ]

@@ -1,6 +1,6 @@
 """The token sequences that score a text or a continuation, and which of their tokens count."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,11 @@ class ScoredSequence:
         """How many tokens are scored."""
         return max(len(self.token_ids) - self.first, 0)
 
+    @property
+    def prompt(self) -> tuple[tuple[int, ...], int]:
+        """What the engine reads for it: all tokens but the last, and where the scored tokens begin."""
+        return tuple(self.token_ids[:-1]), self.first
+
 
 def prompts_of(body: GenerateRequest, encoded: Sequence[list[int]], start: StartTokens) -> list[list[int]]:
     """The prompts as the engine reads them. encoded: their token ids without special tokens. Raises BadRequest."""
@@ -32,19 +37,18 @@ def prompts_of(body: GenerateRequest, encoded: Sequence[list[int]], start: Start
 
 def sequences_of(
     body: ScoreRequest, encoded: Sequence[list[int]], start: StartTokens, tokenizer: Any
-) -> list[ScoredSequence]:
+) -> Iterator[ScoredSequence]:
     """The sequences of a request. encoded: token ids of `body.texts` without special tokens. Raises BadRequest."""
     if body.text is not None:
-        pairs = zip(body.text, encoded, strict=True)
-        return [_text(body, text, token_ids, start, tokenizer) for text, token_ids in pairs]
+        for text, token_ids in zip(body.text, encoded, strict=True):
+            yield _text(body, text, token_ids, start, tokenizer)
+        return
     remaining = iter(encoded)
-    sequences = []
     for number, question in enumerate(body.asked):
         alone = next(remaining)
         for text in question.continuations:
             sequence = _continuation(body, text, alone, next(remaining), start)
-            sequences.append(sequence if body.questions is None else replace(sequence, question=number))
-    return sequences
+            yield sequence if body.questions is None else replace(sequence, question=number)
 
 
 def _text(body: ScoreRequest, text: str, token_ids: list[int], start: StartTokens, tokenizer: Any) -> ScoredSequence:
