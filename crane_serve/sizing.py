@@ -47,8 +47,8 @@ class ModelSizes:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        from crane_serve.common.masks.fingerprint import intermediate_sizes
         from crane_serve.common.models.load import reason
+        from crane_serve.common.models.mlps import intermediate_sizes
 
         if Path(model).exists():
             require_no_revision(str(model), revision)

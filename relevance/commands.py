@@ -41,7 +41,10 @@ def relevance(
     out: Annotated[Path, typer.Option(help="File to write the scores to.")] = Path("scores.safetensors"),
     methods: Annotated[
         str | None,
-        typer.Option(help="Comma-separated methods, or 'all'; default: those that one AttnLRP pass serves."),
+        typer.Option(
+            help="Comma-separated methods, or 'all'.",
+            show_default="those that one AttnLRP pass serves; of an unknown family, plain gradients and activations",
+        ),
     ] = None,
     output_dimensions: Annotated[
         bool, typer.Option("--output-dimensions", help="Score the dimensions of the MLPs' outputs too (crane).")
@@ -77,21 +80,23 @@ def relevance(
     """
     texts = load_corpus(corpus, split, _names(languages), text_column, normalise).spread(limit)
 
+    from crane_serve.common.models.load import architecture_of, load_config
     from relevance.doubts import doubts
     from relevance.methods import find_scored
     from relevance.model import pick_device, pick_dtype
     from relevance.scores import Scores
     from relevance.scoring import Execution, score
 
-    chosen = find_scored(_names(methods))
+    for doubt in doubts(texts):
+        typer.echo(f"warning: {doubt}", err=True)
+    checkpoint = resolve_checkpoint(model, revision)
+    chosen = find_scored(_names(methods), architecture_of(load_config(checkpoint)))
     unfinished = out.with_name(f"{out.name}.progress")
     torch_device = pick_device(device)
     of_halves: list[Scores] = []
     with bar("relevance", "documents", f"{', '.join(method.name for method in chosen)} of {model}") as progress_bar:
-        for doubt in doubts(texts):
-            progress_bar.say(f"warning: {doubt}")
         scores = score(
-            resolve_checkpoint(model, revision),
+            checkpoint,
             texts,
             chosen,
             batch_tokens=batch_tokens or (512 if torch_device.type == "cpu" else 2048),

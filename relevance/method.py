@@ -10,10 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from crane_serve.common.models.families import Decoder, KnownLayer, available
 from relevance.accumulators import Statistic
 from relevance.contrast import find_contrast
 from relevance.encoding import Batch
-from relevance.rules import Rules
+from relevance.rules import PLAIN, Rules
 
 
 class MethodError(ValueError):
@@ -115,15 +116,15 @@ class Units:
 class Activations:
     """The activations of one layer on a batch of documents. All tensors but `batch` are [documents, tokens, neurons].
 
-    act: act(gate); up: raw output of the up projection (of the first linear layer where the MLP is not gated);
-    neurons: the input of down_proj.
+    neurons: the input of down_proj; act: act(gate), for methods that read it; up: raw output of the up projection (of
+    the first linear layer where the MLP is not gated), for methods that read that.
     """
 
     layer: int
     batch: Batch
-    act: Tensor
-    up: Tensor
     neurons: Tensor
+    act: Tensor | None = None
+    up: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -227,9 +228,10 @@ class Measured(ScoredMethod):
 
 
 class OfActivations(Measured):
-    """A method that listens to the forward pass."""
+    """A method that listens to the forward pass. reads: which of act and up it reads beside the neurons."""
 
     source = ScoreSource.FORWARD
+    reads: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def accumulate(self, activations: Activations) -> None:
@@ -242,6 +244,38 @@ class OfGradients(Measured):
     @abstractmethod
     def accumulate(self, gradients: Gradients) -> None:
         """Add one of the wanted sites of one layer of a batch. Memory does not grow with the number of calls."""
+
+
+def needs_family(method: type[Method]) -> str | None:
+    """What a method needs that only a family says; None if the structure of a model is enough."""
+    if isinstance(method.source, Pass) and method.source.rules != PLAIN:
+        return "the places of norms, attention and MLP, at which its rules act"
+    if issubclass(method, Measured) and method.sites - {Site.NEURONS, Site.OUTPUT}:
+        return "the projections of the MLP"
+    if issubclass(method, OfActivations) and "up" in method.reads:
+        return "the up projection of the MLP"
+    return None
+
+
+def lacking(method: type[Method], decoder: Decoder) -> str | None:
+    """What a method needs to know of a model beyond its neurons, and is not known; None if it can be measured."""
+    if all(isinstance(layer, KnownLayer) for layer in decoder.layers):
+        return None
+    reads = method.reads if issubclass(method, OfActivations) else frozenset()
+    if "act" in reads and any(layer.act_fn is None for layer in decoder.layers):
+        return "the activation function of the MLP, as a module"
+    return needs_family(method)
+
+
+def require_known(methods: Sequence[type[Method]], decoder: Decoder, architecture: str) -> None:
+    """Raise MethodError for a method that needs more of a model than is known."""
+    for method in methods:
+        needed = lacking(method, decoder)
+        if needed is not None:
+            raise MethodError(
+                f"method {method.name} needs to know {needed}, and {architecture} has no family; those that have one "
+                f"are {', '.join(available())}"
+            )
 
 
 def require_languages(methods: Sequence[type[Method]], languages: Sequence[str]) -> None:

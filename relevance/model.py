@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from crane_serve.common.models.families import require_family
+from crane_serve.common.models.families import attention_for, decoder_of
 from crane_serve.common.models.load import (
     architecture_of,
     empty_causal_lm,
@@ -16,6 +16,7 @@ from crane_serve.common.models.load import (
     require_weights,
 )
 from crane_serve.common.models.processor import cpu_multiplies_bfloat16
+from relevance.proof import prove_logits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -50,12 +51,13 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
 def load_model(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The model of a local checkpoint, in evaluation mode and without gradients of its parameters.
 
-    Raises UnsupportedModelError for an unknown architecture, and CheckpointError for a quantised checkpoint, both
-    before any weight is read, and CheckpointError when the checkpoint cannot be loaded or lacks weights.
+    Raises CheckpointError for a quantised checkpoint, before any weight is read, or when it cannot be loaded or lacks
+    weights, and UnsupportedModelError for a model whose logits are not what its parts make of them.
     """
     _, options = _config(checkpoint)
-    model = load_causal_lm(checkpoint, dtype, options=options)
-    return model.to(device).requires_grad_(False)
+    model = load_causal_lm(checkpoint, dtype, options=options).to(device).requires_grad_(False)
+    prove_logits(model, decoder_of(model))
+    return model
 
 
 def load_skeleton(checkpoint: Path) -> nn.Module:
@@ -67,8 +69,8 @@ def load_skeleton(checkpoint: Path) -> nn.Module:
 
 
 def _config(checkpoint: Path) -> tuple[Any, dict[str, str]]:
-    """The config, and options that choose an attention which computes the family's function."""
+    """The config, and options that choose an attention which computes the model's function."""
     config = load_config(checkpoint)
-    family = require_family(architecture_of(config))
     require_plain(checkpoint, config)
-    return config, {} if family.attention is None else {"attn_implementation": family.attention}
+    attention = attention_for(config, architecture_of(config))
+    return config, {} if attention is None else {"attn_implementation": attention}

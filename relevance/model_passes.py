@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crane_serve.common.models.families import Decoder, Layer, UnsupportedModelError, take_apart
+from crane_serve.common.models.errors import UnsupportedModelError
+from crane_serve.common.models.families import Decoder, KnownLayer, Layer, decoder_of
 from relevance.accumulators import FiniteCheck
 from relevance.encoding import Batch
 from relevance.method import (
@@ -53,7 +54,7 @@ class Tap(torch.autograd.Function):
 
 def units_of(decoder: Decoder, outputs: bool = False) -> Units:
     """The units of a model; outputs: include the dimensions of the MLPs' outputs."""
-    gated = any(layer.gated for layer in decoder.layers)
+    gated = any(isinstance(layer, KnownLayer) and layer.gated for layer in decoder.layers)
     return Units(decoder.sizes, decoder.embedding.get_parameter("weight").shape[1], gated, outputs)
 
 
@@ -79,12 +80,12 @@ class ModelPasses:
     The model must be in evaluation mode (dropout would make the result random); it is unchanged afterwards. With
     `checkpointing` a layer's activations are computed again in the backward pass instead of being kept.
 
-    Raises UnsupportedModelError for an unknown family.
+    Raises UnsupportedModelError for a model that is not built as most are, and for rules in one without a family.
     """
 
     def __init__(self, model: nn.Module, checkpointing: bool = False) -> None:
         self.model = model
-        self.decoder = take_apart(model)
+        self.decoder = decoder_of(model)
         self.checkpointing = checkpointing
         self.device = self.decoder.unembedding.weight.device
         self._hooks = _Hooks()
@@ -146,12 +147,12 @@ class ModelPasses:
 
 
 def last_hidden(decoder: Decoder, embeddings: Tensor) -> Tensor:
-    """Final hidden states [documents, tokens, hidden] of input embeddings of the same shape.
+    """Final hidden states [documents, tokens, hidden] of input embeddings of the same shape, times the scale of logits.
 
     There is no attention mask: padding stands on the right, where causal attention never looks.
     """
     hidden: Tensor = decoder.trunk(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-    return hidden
+    return hidden if decoder.logit_scale == 1 else hidden * decoder.logit_scale
 
 
 @contextmanager
@@ -247,6 +248,19 @@ class _Hooks:
             yield
 
     def _of_layer(self, index: int, layer: Layer) -> Mapping[nn.Module, Callable[..., Tensor | None]]:
+        def act_hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            if self._of_activations and not self._recomputing:
+                self._kept["act"] = output.detach()
+
+        def down_hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            return self._tapped(index, [(Site.OUTPUT, slice(None))], output, inputs[0])
+
+        hooks: dict[nn.Module, Callable[..., Tensor | None]] = {layer.down_proj: down_hook}
+        if layer.act_fn is not None:
+            hooks[layer.act_fn] = act_hook
+        return hooks if not isinstance(layer, KnownLayer) else self._of_projections(index, layer) | hooks
+
+    def _of_projections(self, index: int, layer: KnownLayer) -> dict[nn.Module, Callable[..., Tensor | None]]:
         projections = {layer.gate.module: [(Site.GATE, layer.gate.rows)]}
         if layer.up is not None:
             projections.setdefault(layer.up.module, []).append((Site.UP, layer.up.rows))
@@ -260,18 +274,10 @@ class _Hooks:
 
             return hook
 
-        def act_hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            if self._of_activations and not self._recomputing:
-                self._kept["act"] = output.detach()
-
-        def down_hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            return self._tapped(index, [(Site.OUTPUT, slice(None))], output, inputs[0])
-
-        hooks: dict[nn.Module, Callable[..., Tensor | None]] = {
+        return {
             module: projection_hook(sites, source.rows if module is source.module else None)
             for module, sites in projections.items()
         }
-        return hooks | {layer.act_fn: act_hook, layer.down_proj: down_hook}
 
     def _neurons_hook(self, index: int, layer: Layer) -> Callable[..., tuple[Any, ...] | None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -290,8 +296,9 @@ class _Hooks:
         assert self.batch is not None
         if self._of_activations:
             with torch.no_grad():
-                parts = (self._kept.pop("act"), self._kept.pop("up"), neurons.detach())
-                activations = Activations(index, self.batch, *(_by_document(part, self.batch) for part in parts))
+                parts = {name: _by_document(part, self.batch) for name, part in self._kept.items()}
+                self._kept.clear()
+                activations = Activations(index, self.batch, _by_document(neurons.detach(), self.batch), **parts)
                 for method in self._of_activations:
                     method.accumulate(activations)
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crane_serve.common.models.families import Layer, Norm, Projection, UnsupportedModelError, take_apart
+from crane_serve.common.models.errors import UnsupportedModelError
+from crane_serve.common.models.families import KnownLayer, Norm, Projection, take_apart
 
 _Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 
@@ -205,7 +206,7 @@ def _norm_hook(norm: Norm) -> _Hook:
     return hook
 
 
-def _activation_hook(layer: Layer, rules: Rules) -> _Hook | None:
+def _activation_hook(layer: KnownLayer, rules: Rules) -> _Hook | None:
     factor = rules.gate if layer.gated else 1.0
     if factor == 0 or not rules.activation:
         return _factor_hook(factor)
@@ -227,7 +228,7 @@ def _factor_hook(factor: float | Tensor) -> _Hook | None:
     return lambda module, inputs, output: scaled_gradient(output, factor) if output.requires_grad else None
 
 
-def _factors(layer: Layer, rules: Rules) -> dict[nn.Module, float | Tensor]:
+def _factors(layer: KnownLayer, rules: Rules) -> dict[nn.Module, float | Tensor]:
     """The factor at the output of each projection: a tensor [width] where fused projections differ in theirs."""
     parts: list[tuple[Projection, float]] = [
         (layer.query, rules.query_key),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from crane_serve.common.masks import Fingerprint
-from crane_serve.common.models.families import Decoder, take_apart
+from crane_serve.common.models.families import Decoder, decoder_of
 from crane_serve.common.models.load import load_tokenizer
 from crane_serve.common.models.resolve import resolve_checkpoint
 from crane_serve.common.text.corpus import Corpus
@@ -56,7 +56,7 @@ class ScoredModel:
         where = pick_device(device)
         kind = pick_dtype(dtype, where)
         opened = load_model(checkpoint, kind, where)
-        return cls(checkpoint, opened, take_apart(opened), loaded, kind, where)
+        return cls(checkpoint, opened, decoder_of(opened), loaded, kind, where)
 
     @property
     def languages(self) -> tuple[str, ...]:

@@ -9,11 +9,20 @@ import torch
 from torch import Tensor
 
 from crane_serve.common.masks import Fingerprint
-from crane_serve.common.models.families import UnsupportedModelError, take_apart
+from crane_serve.common.models.errors import UnsupportedModelError
+from crane_serve.common.models.families import decoder_of
 from crane_serve.common.models.load import load_tokenizer
 from crane_serve.common.text.corpus import Corpus
 from relevance.encoding import EncodedDocuments, encode
-from relevance.method import Measured, MethodError, ScoredMethod, Shape, require_documents, require_languages
+from relevance.method import (
+    Measured,
+    MethodError,
+    ScoredMethod,
+    Shape,
+    require_documents,
+    require_known,
+    require_languages,
+)
 from relevance.model import load_skeleton
 from relevance.model_passes import units_of
 from relevance.progress import Progress, ScoringPlan
@@ -69,7 +78,8 @@ def score(
         raise MethodError(f"halves are dealt out to 1 or 2 workers, not to {execution.workers}")
     require_languages(methods, corpus.languages)
     fingerprint = Fingerprint.of(checkpoint)
-    decoder = take_apart(load_skeleton(checkpoint))
+    decoder = decoder_of(load_skeleton(checkpoint))
+    require_known(methods, decoder, fingerprint.architecture)
     if decoder.sizes != fingerprint.intermediate_sizes:
         raise UnsupportedModelError(f"{checkpoint}: the sizes of the MLP layers differ from those in its config")
     max_tokens = min(max_tokens, decoder.positions or max_tokens)

@@ -12,7 +12,7 @@ import crane_serve
 from crane_serve.common.atomic import write_atomically
 from crane_serve.common.masks import Fingerprint
 from crane_serve.common.masks.transfer import read_masks, transferred
-from crane_serve.common.models.families import take_apart
+from crane_serve.common.models.families import decoder_of
 from crane_serve.common.models.load import load_tokenizer
 from crane_serve.common.models.resolve import resolve_checkpoint
 from crane_serve.common.numbers.bootstrap import Estimate, change_per_token
@@ -139,7 +139,7 @@ def compare(
     sides: list[ModelSide] = []
     changes: list[list[dict[str, Estimate]]] = []
     for name, checkpoint, fingerprint in zip(("base", "chat"), checkpoints, prints, strict=True):
-        decoder = take_apart(load_model(checkpoint, dtype, device))
+        decoder = decoder_of(load_model(checkpoint, dtype, device))
         tokenizer = load_tokenizer(checkpoint)
         limit = min(max_tokens, decoder.positions or max_tokens)
         documents = {

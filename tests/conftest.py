@@ -12,6 +12,7 @@ import pytest
 
 import tests.tiny
 from crane_serve.common.masks import MaskLibrary
+from tests.architectures import SHORT_LIST, tiny_checkpoint
 from tests.engines import Oracle, Server, add_output_mask, random_masks
 from tests.jobs import Jobs
 from tests.tiny import FAMILIES, add_token_beyond, tiny_model
@@ -89,6 +90,8 @@ class Engines:
             (checkpoints / "tiny-masks").symlink_to(self.tiny.masks)
             for family in FAMILIES:
                 random_masks(tiny_model(family, checkpoints / family), checkpoints / f"{family}-masks", share=0.4)
+            for name in SHORT_LIST:
+                random_masks(tiny_checkpoint(name, checkpoints / name), checkpoints / f"{name}-masks", share=0.4)
             self.jobs.add("families", scripts / "families.py", checkpoints, checkpoints / "answers.json", **in_process)
         for ranks, flags in RANKS.items() if "over_ranks" in wanted else ():
             out, foreign = self.directory / f"{ranks}.json", self.directory / "other-masks" / "attnlrp-zh.safetensors"

@@ -52,8 +52,8 @@ def add_output_mask(library: MaskLibrary, directory: Path) -> MaskLibrary:
 class Oracle:
     """Plain transformers in float32, with scales applied by hooks on the input of down_proj and on the MLP's output."""
 
-    def __init__(self, checkpoint: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    def __init__(self, checkpoint: Path, kind: type = AutoModelForCausalLM) -> None:
+        self.model = kind.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
     @contextmanager

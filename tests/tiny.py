@@ -1,5 +1,6 @@
 """Tiny random checkpoints, made in a second: a few layers and a byte-level tokenizer."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,6 +25,10 @@ from transformers import (
 
 BOS, EOS = "<s>", "</s>"
 BEYOND = "<beyond>"
+_PROJECTION = re.compile(
+    r"\.(mlp|ffn|feed_forward)\.(down_proj|c_proj|fc2|fc_out|dense_4h_to_h|w2)$|\.layers\.\d+\.fc2$"
+)
+_TOWER = re.compile("vision|visual|audio")
 LAYERS, HIDDEN, NEURONS = 3, 64, 160
 
 
@@ -105,7 +110,7 @@ def mlp_projections(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     found = [
         (model.get_submodule(name.rpartition(".")[0]), module)
         for name, module in model.named_modules()
-        if name.endswith((".mlp.down_proj", ".mlp.c_proj", ".fc2"))
+        if _PROJECTION.search(name) and not _TOWER.search(name)
     ]
-    assert len(found) == model.config.num_hidden_layers
+    assert len(found) == model.config.get_text_config().num_hidden_layers
     return found

@@ -28,7 +28,7 @@ class BatchMasks:
     def install(cls, model: nn.Module, vllm_config: Any) -> "BatchMasks":
         """Patch a loaded model.
 
-        Raises UnsupportedModel naming what cannot be masked, ValueError for an engine without masks.
+        Raises UnsupportedModelError naming what cannot be masked, ValueError for an engine without masks.
         """
         config = mask_config(vllm_config)
         if config is None:

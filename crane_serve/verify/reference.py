@@ -1,6 +1,5 @@
 """Plain transformers with the masks as hooks: `python -m crane_serve.verify.reference PLAN` writes a Reference."""
 
-import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -12,25 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from crane_serve.common.masks import Fingerprint, MaskLibrary, NeuronMask
-from crane_serve.common.models.families import available, layer_lists
 from crane_serve.common.models.load import load_causal_lm, load_tokenizer
+from crane_serve.common.models.mlps import language_model, require_mlps
 from crane_serve.common.models.vocabulary import require_known
 from crane_serve.verify import probes
 from crane_serve.verify.plan import Outcome, ProcessPlan, Reference, describe
 
 _FLOAT32_PARAMETERS = 1_000_000_000
 _USER_MASKS = 3  # of the user's masks
-# The projection whose inputs are a layer's neurons; not those of a vision tower.
-_PROJECTION = re.compile(
-    rf"(?:^|\.)(?:{layer_lists()})\.(\d+)\.(?:{'|'.join(sorted({re.escape(f.down) for f in available().values()}))})$"
-)
-_OTHER_TOWERS = ("vision", "visual", "audio")
 
 
 def measure_reference(plan: ProcessPlan) -> Reference:
     """Score the texts of `probes` under the plan's masks.
 
-    Raises ValueError for a model with other MLPs, CheckpointError for one that transformers cannot load whole.
+    Raises UnsupportedModelError for a model with other MLPs, CheckpointError for one that transformers cannot load
+    whole.
     """
     assert plan.masks is not None
     library = MaskLibrary.load(plan.directory, Fingerprint.of(plan.model))
@@ -40,7 +35,8 @@ def measure_reference(plan: ProcessPlan) -> Reference:
     if plan.float32 or not gpu or sum(p.numel() for p in model.parameters()) < _FLOAT32_PARAMETERS:
         model.float()
     model.to("cuda" if gpu else "cpu")
-    projections = find_projections(model, plan.fingerprint.layers)
+    mlps = require_mlps(language_model(model), plan.fingerprint.intermediate_sizes)
+    projections = [mlp.projection for mlp in mlps.values()]
     texts = tuple(tuple(tokenizer.encode(text)) for text in probes.TEXTS)
     for number, text in enumerate(texts, start=1):
         require_known(tokenizer, text, len(model.get_input_embeddings().weight), f"text {number} of the check")
@@ -57,21 +53,6 @@ def measure_reference(plan: ProcessPlan) -> Reference:
     return Reference(
         dtype=str(dtype).removeprefix("torch."), texts=texts, masks=tuple(masks), logprobs=logprobs, rounded=rounded
     )
-
-
-def find_projections(model: nn.Module, layers: int) -> list[nn.Module]:
-    """The projection behind the neurons, per layer. Raises ValueError unless there is exactly one in each."""
-    projections: dict[int, nn.Module] = {}
-    names = []
-    for name, module in model.named_modules():
-        match = _PROJECTION.search(name)
-        if match is None or any(tower in name for tower in _OTHER_TOWERS):
-            continue
-        names.append(name)
-        projections[int(match.group(1))] = module
-    if len(names) != layers or sorted(projections) != list(range(layers)):
-        raise ValueError(f"transformers' model has {len(names)} MLP projections {names[:2]}, expected {layers}")
-    return [projections[layer] for layer in range(layers)]
 
 
 @contextmanager

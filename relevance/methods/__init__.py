@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
 
-from relevance.method import Method, MethodError, Pass, ScoredMethod
+from crane_serve.common.models.families import available as families
+from relevance.method import Method, MethodError, Pass, ScoredMethod, needs_family
 from relevance.rules import ATTNLRP
 
 ALL = "all"
@@ -39,13 +40,16 @@ def find(name: str) -> type[Method]:
     return method
 
 
-def find_scored(names: Sequence[str] | None) -> list[type[ScoredMethod]]:
+def find_scored(names: Sequence[str] | None, architecture: str | None = None) -> list[type[ScoredMethod]]:
     """The methods called `names`, each once, of those that can be scored; "all" names every one of them.
 
-    None names the methods that together cost one AttnLRP pass: those that need it, a forward pass, or nothing.
+    None names the methods that together cost one AttnLRP pass: those that need it, a forward pass, or nothing. For an
+    architecture without a family it names those that need no more than its neurons and plain gradients.
     Raises MethodError for an unknown name, and for methods whose scores another command writes.
     """
     if names is None:
+        if architecture is not None and architecture not in families():
+            return [kind for kind in scored().values() if needs_family(kind) is None]
         return [kind for kind in scored().values() if not isinstance(kind.source, Pass) or kind.source.rules is ATTNLRP]
     if not names:
         raise MethodError(f"no method was named; methods are {', '.join(scored())}")

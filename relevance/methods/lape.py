@@ -22,12 +22,14 @@ class Lape(OfActivations):
     """
 
     name = "lape"
+    reads = frozenset({"act"})
 
     def __init__(self, units: Units, device: torch.device | None = None) -> None:
         super().__init__(units, device)
         self.active = RunningMean(units.layers, units.widest, self.device)  # over tokens
 
     def accumulate(self, activations: Activations) -> None:
+        assert activations.act is not None, "it reads act"
         active = (activations.act > 0).to(torch.float32)  # [documents, tokens, neurons]
         self.active.add(
             activations.layer, activations.batch.sum_of(active).sum(dim=0), observations=activations.batch.tokens

@@ -23,6 +23,7 @@ class Plnd(OfActivations):
     """
 
     name = "plnd"
+    reads = frozenset({"up"})
 
     def __init__(self, units: Units, device: torch.device | None = None) -> None:
         super().__init__(units, device)
@@ -30,6 +31,7 @@ class Plnd(OfActivations):
         self.strength = RunningMean(units.layers, units.widest, self.device)  # over documents; shares of the layer's
 
     def accumulate(self, activations: Activations) -> None:
+        assert activations.up is not None, "it reads up"
         strengths = activations.batch.sum_of(activations.up.abs())  # [documents, neurons]
         strongest = strengths.topk(max(1, round(TOP_SHARE * strengths.shape[1])), dim=1).indices
         present = torch.zeros_like(strengths).scatter_(1, strongest, 1.0)

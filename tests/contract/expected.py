@@ -150,7 +150,8 @@ READ = {
     "vllm.entrypoints.serve.engine.protocol:ModelCard": "id root parent max_model_len permission",
     "vllm.entrypoints.serve.engine.protocol:ModelList": "data",
     "vllm.logprobs:Logprob": "logprob rank decoded_token",
-    "vllm.model_executor.layers.linear:RowParallelLinear": "input_size input_size_per_partition output_size tp_rank",
+    "vllm.model_executor.layers.linear:RowParallelLinear": "input_size input_size_per_partition output_size"
+    " input_is_parallel tp_rank",
     "vllm.multimodal.inputs:MultiModalFeatureSpec": "mm_position",
     "vllm.multimodal.inputs:PlaceholderRange": "offset length",
     "vllm.outputs:CompletionOutput": "text token_ids logprobs finish_reason",

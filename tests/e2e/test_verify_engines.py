@@ -21,19 +21,19 @@ FLAGS = ("--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-m
 SABOTAGE = """
 import sys
 
-from crane_serve.engine.masked_mlp import MaskedActivation
+from crane_serve.engine.masked_mlp import MaskedProjection
 from crane_serve.verify.worker import main
 
-honest, layers = MaskedActivation.forward, {}
+honest, layers = MaskedProjection.forward, {}
 
 
 def forward(self, x):
     proved = id(self) in layers  # installation runs each layer once, in order, to see that it obeys
     layer = layers.setdefault(id(self), len(layers))
-    return self.activation(x) if proved and layer == 1 else honest(self, x)
+    return self.projection(x) if proved and layer == 1 else honest(self, x)
 
 
-MaskedActivation.forward = forward
+MaskedProjection.forward = forward
 sys.exit(main(sys.argv[1]))
 """
 

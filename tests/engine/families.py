@@ -1,6 +1,7 @@
 """Generate under masks with every model family: `python families.py CHECKPOINTS OUT`, all in one process.
 
-CHECKPOINTS holds a directory per family, with its masks in `{family}-masks`; nothing under `tiny` is masked.
+CHECKPOINTS holds a directory per family, with its masks in `{family}-masks`; nothing under `tiny` is masked. OUT is
+written after each, so that a run after a crash goes on with the next.
 """
 
 import json
@@ -20,9 +21,13 @@ def main() -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     checkpoints, out = Path(sys.argv[1]), Path(sys.argv[2])
-    answers: dict[str, list | str] = {}
+    answers: dict[str, list | str] = json.loads(out.read_text()) if out.exists() else {}
     for masks in sorted(checkpoints.glob("*-masks")):
         family = masks.name.removesuffix("-masks")
+        if family in answers:
+            continue
+        answers[family] = "the process died"
+        out.write_text(json.dumps(answers))
         os.environ["CRANE_MASKS"] = str(masks)
         try:
             llm = start(checkpoints / family, enforce_eager=True, distributed_executor_backend="uni")
@@ -33,13 +38,23 @@ def main() -> None:
                 answers[family] = [generate(llm, [prompt], [None])[0] for prompt in UNMASKED_PROMPTS]
             else:
                 generated = generate(llm, list(prompts), list(expressions), score=True)
-                answers[family] = [{"mask": mask, **answer} for (_, mask), answer in zip(pairs, generated, strict=True)]
+                backend = {"by_transformers": llm.llm_engine.model_config.using_transformers_backend()}
+                answers[family] = [
+                    {"mask": mask, **backend, **answer} for (_, mask), answer in zip(pairs, generated, strict=True)
+                ]
             llm.llm_engine.engine_core.shutdown()
             del llm
             cleanup_dist_env_and_memory()
         except Exception as error:
-            answers[family] = repr(error)
-    out.write_text(json.dumps(answers))
+            answers[family] = _said(error)
+        out.write_text(json.dumps(answers))
+
+
+def _said(error: BaseException) -> str:
+    """What an engine that does not start says, without what stands around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

@@ -6,11 +6,14 @@ from tests.tiny import HIDDEN, LAYERS, NEURONS
 
 
 class Projection(nn.Linear):
-    """What the installer reads of vLLM's RowParallelLinear, on one rank."""
+    """What the installer reads of vLLM's linear maps, on one rank."""
 
-    input_size = input_size_per_partition = NEURONS
-    output_size = HIDDEN
     tp_rank = 0
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        self.input_size = self.input_size_per_partition = inputs
+        self.output_size = outputs
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         return super().forward(x), None
@@ -19,12 +22,11 @@ class Projection(nn.Linear):
 class Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.gate = nn.Linear(HIDDEN, NEURONS, bias=False)
-        self.act_fn = nn.SiLU()
-        self.down_proj = Projection(NEURONS, HIDDEN, bias=False)
+        self.gate = Projection(HIDDEN, NEURONS)
+        self.down_proj = Projection(NEURONS, HIDDEN)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate(x)))[0]
+        return self.down_proj(nn.functional.silu(self.gate(x)[0]))[0]
 
 
 class Layer(nn.Module):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from crane_serve.common.masks import Fingerprint, MaskLibrary
+from tests.architectures import SHORT_LIST
 from tests.conftest import Engines
 from tests.engines import Oracle
 from tests.tiny import FAMILIES
@@ -23,7 +24,7 @@ def families(engines: Engines) -> tuple[Path, dict[str, list[dict] | str]]:
     return checkpoints, json.loads((checkpoints / "answers.json").read_text())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *SHORT_LIST])
 def test_masked_logprobs_equal_transformers(families: tuple[Path, dict[str, list[dict] | str]], family: str) -> None:
     checkpoints, answers = families
     generated = answers[family]

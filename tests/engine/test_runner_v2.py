@@ -81,7 +81,7 @@ class Bench:
     def _read_layer(self, layer: int) -> list[str]:
         known = {"none": torch.ones(NEURONS)}
         known |= {name: stored.mask.intermediate[layer] for name, stored in self.library.masks.items()}
-        table = self.model.layers[layer].mlp.act_fn.table
+        table = self.model.layers[layer].mlp.down_proj.table
         rows = table[self.state._crane_masks.slots]  # [maximum tokens, neurons]
         return [next(name for name, scale in known.items() if torch.equal(row, scale)) for row in rows]
 

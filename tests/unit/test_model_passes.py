@@ -10,15 +10,13 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
 from crane_serve.common.models.errors import CheckpointError
-from crane_serve.common.models.families import UnsupportedModelError, take_apart
+from crane_serve.common.models.families import take_apart
 from crane_serve.common.text.corpus import Corpus, CorpusError, Document
 from relevance.accumulators import NonFiniteError
 from relevance.commands import relevance, select
@@ -491,15 +489,6 @@ def test_commands_write_scores_and_masks(tmp_path: Path, capsys: pytest.CaptureF
         relevance(str(checkpoint), corpus=str(texts), methods="lapse")
     with pytest.raises(MethodError, match="needs at least 2, found 1: en"):
         relevance(str(checkpoint), corpus=str(texts), languages="en", device="cpu")
-
-
-def test_an_unknown_architecture_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
-    config = GPTNeoXConfig(vocab_size=258, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    for load in (lambda: load_model(tmp_path, torch.float32, CPU), lambda: load_skeleton(tmp_path)):
-        with pytest.raises(UnsupportedModelError, match="GPTNeoXForCausalLM"):
-            load()
 
 
 def test_a_skeleton_has_the_sizes_and_no_weights(checkpoints: dict[str, Path]) -> None:

@@ -4,7 +4,8 @@ from torch import nn
 from transformers import LlamaConfig, OPTConfig, OPTForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from crane_serve.common.models.families import Projection, UnsupportedModelError, available, require_family, take_apart
+from crane_serve.common.models.errors import UnsupportedModelError
+from crane_serve.common.models.families import Projection, available, require_family, take_apart
 from tests.decoders import NAMES, random_decoder
 from tests.tiny import HIDDEN, NEURONS
 

@@ -29,7 +29,7 @@ TWO = Batch(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([3, 2]))  # the l
 
 
 def activations(layer: int, tensor: Tensor, batch: Batch = TWO) -> Activations:
-    return Activations(layer, batch, tensor, tensor, tensor)
+    return Activations(layer, batch, tensor, act=tensor, up=tensor)
 
 
 def gradients(site: Site, value: Tensor, gradient: Tensor, input_sum: Tensor | None = None) -> Gradients:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from crane_serve.common.models.families import UnsupportedModelError, take_apart
+from crane_serve.common.models.errors import UnsupportedModelError
+from crane_serve.common.models.families import take_apart
 from relevance.rules import (
     ATTNLRP,
     CP_LRP,

@@ -47,7 +47,7 @@ def test_a_checkpoint_is_as_large_as_computed(family: str, tmp_path: Path) -> No
 def test_the_table_is_as_large_as_computed(checkpoint: Path, dtype: torch.dtype, outputs: bool) -> None:
     rows, model = 12, Model().to(dtype)
     _, slots = install_masks(model, (NEURONS,) * LAYERS, rows + 1, max_tokens=64, outputs=outputs)
-    tensors = [tensor for name, tensor in model.named_buffers() if name.endswith("table")]
+    tensors = [tensor for name, tensor in model.named_buffers() if name.endswith(("table", "outputs"))]
     assert len(tensors) == LAYERS * (1 + outputs)
     sizes, name = ModelSizes.of(checkpoint), str(dtype).removeprefix("torch.")
     assert sizes.hidden_size == HIDDEN

@@ -10,7 +10,6 @@ from zlib import crc32
 
 import pytest
 import typer
-from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from crane_serve.common.masks import Fingerprint, MaskFileError, MaskInfo, NeuronMask, write_mask
@@ -19,10 +18,9 @@ from crane_serve.verify import checks, command, probes, session
 from crane_serve.verify.checks import Check, Status
 from crane_serve.verify.generated import TrialMasks, write_trial_masks
 from crane_serve.verify.plan import Outcome, ProcessPlan, Reference
-from crane_serve.verify.reference import find_projections
 from crane_serve.verify.trial import Trial, measure_plain
 from crane_serve.verify.worker import work
-from tests.tiny import FAMILIES, LAYERS, mlp_projections, tiny_model
+from tests.tiny import LAYERS, tiny_model
 
 FACTS = EngineFacts("0.32.0", "cpu (fake)", "V1", "float32", False, 1, True, 16, 512)
 MASKS = TrialMasks(
@@ -511,15 +509,3 @@ def test_a_mask_of_the_user_may_not_have_a_generated_name(checkpoint: Path, tmp_
     write_trial_masks(given, fingerprint, None)
     with pytest.raises(MaskFileError, match="rename it"):
         write_trial_masks(tmp_path / "trial", fingerprint, given)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_reference_finds_the_projections_of_every_family(family: str) -> None:
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](LAYERS))
-    assert find_projections(model, LAYERS) == [projection for _, projection in mlp_projections(model)]
-
-
-def test_the_reference_refuses_a_model_without_them() -> None:
-    model = AutoModelForCausalLM.from_config(FAMILIES["llama"](2))
-    with pytest.raises(ValueError, match=r"has 2 MLP projections .* expected 3"):
-        find_projections(model, 3)

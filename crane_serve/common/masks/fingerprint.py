@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr
 from crane_serve.common.masks.canonical_config import config_digest, file_digest
 from crane_serve.common.models.errors import CheckpointError
 from crane_serve.common.models.load import architecture_of, load_config, pickled_tensors, reason
+from crane_serve.common.models.mlps import intermediate_sizes
 from crane_serve.common.models.weights import stored_tensors, weight_files
 
 _SAMPLE_BYTES = 4096
@@ -110,17 +111,6 @@ class Fingerprint(BaseModel):
 def _short(value: object) -> str:
     text = f"{value[:3]}... ({len(value)} layers)" if isinstance(value, tuple) and len(value) > 4 else str(value)
     return text[:16] + "..." if len(text) == 64 else text
-
-
-def intermediate_sizes(config: Any, layers: int) -> tuple[int, ...]:
-    """The number of MLP neurons of each layer, from a transformers config of the language model."""
-    for key in ("intermediate_size", "ffn_dim", "n_inner"):
-        size = getattr(config, key, None)
-        if isinstance(size, int):
-            return (size,) * layers
-        if isinstance(size, list | tuple):
-            return tuple(int(value) for value in size)
-    return (4 * int(config.hidden_size),) * layers  # BLOOM and GPT-2 leave it implicit
 
 
 def _raw_config(checkpoint: Path) -> dict[str, Any]:

@@ -23,19 +23,6 @@ LAYER_NORM = NormKind(epsilon="eps", centred=True)
 
 
 @dataclass(frozen=True)
-class ServedMlp:
-    """The attributes of vLLM's module by which its MLP is recognised.
-
-    activation: its outputs are the neurons of this rank; projection: from the neurons to the hidden size;
-    is_own_module: whether the module is the MLP and nothing else.
-    """
-
-    activation: str = "act_fn"
-    projection: str = "down_proj"
-    is_own_module: bool = True
-
-
-@dataclass(frozen=True)
 class Family:
     """Module paths of one architecture, the defaults being Llama's.
 
@@ -47,7 +34,6 @@ class Family:
     attention_softcap, final_softcap: config keys of the caps c in c tanh(z / c), at attention scores and at logits.
     attention: the only attention implementation of transformers that computes this family's function, where it is
     not its default. refused: config key -> the value that it must have unless it is absent or None.
-    served: the MLP in vLLM, where masks are applied.
     """
 
     architectures: tuple[str, ...]
@@ -72,4 +58,3 @@ class Family:
     final_softcap: str | None = None
     attention: str | None = None
     refused: Mapping[str, object] = field(default_factory=dict)
-    served: ServedMlp = ServedMlp()

@@ -49,6 +49,15 @@ def architecture_of(config: Any) -> str:
     return names[0]
 
 
+def _loader(config: Any) -> Any:
+    """The class of transformers that makes the model: a causal language model, or one that reads images beside text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    wrapped = architecture_of(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    return AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
+
+
 def load_tokenizer(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a local checkpoint. Raises CheckpointError when there is none."""
     from transformers import AutoTokenizer
@@ -65,12 +74,11 @@ def load_causal_lm(
     dtype: "auto" is the checkpoint's own. Tensors that the model does not have cause a warning. Raises CheckpointError,
     also naming weights that are missing or of another shape, for which transformers would use random numbers.
     """
-    from transformers import AutoModelForCausalLM
-
     _shapes_of(checkpoint)  # unlike transformers, it names a damaged file
-    method = quantisation(load_config(checkpoint, trust_remote_code=trust_remote_code))
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+    method = quantisation(config)
     with _transformers(f"{checkpoint} cannot be loaded" + (f" (it is quantised: {method})" if method else "")):
-        model, loading_info = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = _loader(config).from_pretrained(
             checkpoint,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -85,10 +93,8 @@ def load_causal_lm(
 
 def empty_causal_lm(checkpoint: Path, config: Any, options: Options | None = None) -> nn.Module:
     """The model of a config without its weights, on the device "meta". Raises CheckpointError."""
-    from transformers import AutoModelForCausalLM
-
     with _transformers(f"{checkpoint} cannot be loaded"), torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **(options or {}))
+        model: nn.Module = _loader(config).from_config(config, trust_remote_code=False, **(options or {}))
     return model.eval()
 
 

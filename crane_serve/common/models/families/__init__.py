@@ -10,15 +10,15 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from crane_serve.common.models.errors import UnsupportedModelError
 from crane_serve.common.models.family import Family, NormKind
+from crane_serve.common.models.mlps import intermediate_sizes, language_model, linear_shape, require_mlps
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
+# Of a model without a family; nothing of it is looked up by its paths.
+UNKNOWN = Family((), NormKind(epsilon=""), attention_softcap="attn_logit_softcapping", attention="eager")
 # With this setting transformers lets every position attend to the whole text, in all families.
 _CAUSAL = MappingProxyType({"is_causal": True, "use_bidirectional_attention": False})
-
-
-class UnsupportedModelError(ValueError):
-    """A model whose parts are not where a known family has them; the message names the class or module."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,28 @@ class Projection:
 
 @dataclass(frozen=True)
 class Layer:
-    """The parts of one decoder layer that relevance needs.
+    """The MLP of one decoder layer, as far as its structure shows it.
 
     down_proj: its inputs [documents, tokens, neurons] are the neurons, its outputs [documents, tokens, hidden] are
-    those of the MLP; act_fn: its outputs are act(gate), [documents, tokens, neurons]. OPT flattens its MLP: there all
-    of these are [documents * tokens, ...]. up: None in an MLP that is not gated, where `gate` is the first linear
-    layer.
+    those of the MLP; act_fn: its outputs are act(gate), [documents, tokens, neurons], None if no module is known to be
+    it. OPT flattens its MLP: there all of these are [documents * tokens, ...].
     """
 
     neurons: int
+    down_proj: nn.Module
+    act_fn: nn.Module | None
+
+
+@dataclass(frozen=True)
+class KnownLayer(Layer):
+    """The parts of one decoder layer that the rules of relevance act at.
+
+    up: None in an MLP that is not gated, where `gate` is the first linear layer.
+    """
+
+    act_fn: nn.Module
     gate: Projection
     up: Projection | None
-    act_fn: nn.Module
-    down_proj: nn.Module
     query: Projection
     key: Projection
     value: Projection
@@ -67,22 +76,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A causal language model taken apart.
+    """A causal language model, as far as activations and plain gradients need it.
 
     trunk: from `inputs_embeds` to the last hidden state; unembedding: [vocabulary, hidden] in its weight. positions:
-    how many tokens a document may have where positions are learned, else None. attention_softcap, final_softcap: c of
-    the soft cap c tanh(z / c) at attention scores and at logits, or None. The trunk computes the former itself; the
-    latter has to be applied when logits are computed from its hidden states.
+    how many tokens a document may have where positions are learned, else None. logit_scale, final_softcap: logits are
+    the product with the unembedding times the first, then, if there is one, c tanh(z / c). The trunk computes neither.
     """
 
     trunk: nn.Module
-    embedding: nn.Embedding
+    embedding: nn.Module
     unembedding: nn.Linear
     layers: tuple[Layer, ...]
-    norms: tuple[Norm, ...]
     positions: int | None
-    attention_softcap: float | None
     final_softcap: float | None
+    logit_scale: float
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -92,7 +99,19 @@ class Decoder:
     @property
     def vocabulary(self) -> int:
         """How many tokens it can read and predict."""
-        return min(self.embedding.num_embeddings, self.unembedding.out_features)
+        return min(len(self.embedding.get_parameter("weight")), self.unembedding.out_features)
+
+
+@dataclass(frozen=True)
+class KnownDecoder(Decoder):
+    """A causal language model of a family, taken apart.
+
+    attention_softcap: c of the soft cap c tanh(z / c) at attention scores, or None; the trunk computes it itself.
+    """
+
+    layers: tuple[KnownLayer, ...]
+    norms: tuple[Norm, ...]
+    attention_softcap: float | None
 
 
 @cache
@@ -106,6 +125,57 @@ def available() -> Mapping[str, Family]:
     return MappingProxyType(dict(sorted(families.items())))
 
 
+def decoder_of(model: nn.Module) -> Decoder:
+    """A causal language model of transformers: taken apart, if it is of a family, else by its structure.
+
+    Raises UnsupportedModelError if it is not built as most are: embeddings that the trunk takes, one MLP per layer, an
+    unembedding without bias. `relevance.proof` shows whether logits are what the parts make of them.
+    """
+    name = type(model).__name__
+    if name in available():
+        return take_apart(model)
+    whole: Any = model
+    config = whole.config.get_text_config()
+    _require_features(name, UNKNOWN, config)
+    trunk = language_model(model)
+    mlps = require_mlps(trunk, intermediate_sizes(config, config.num_hidden_layers))
+    embedding, unembedding = whole.get_input_embeddings(), whole.get_output_embeddings()
+    if not isinstance(embedding, nn.Module) or "weight" not in dict(embedding.named_parameters()):
+        raise UnsupportedModelError(f"{name} has no embedding of tokens that can be found")
+    if not isinstance(unembedding, nn.Linear):
+        raise UnsupportedModelError(f"{name} has {type(unembedding).__name__} as its unembedding; expected Linear")
+    if "bias" in dict(unembedding.named_parameters()):
+        raise UnsupportedModelError(f"{name}: its unembedding has a bias; expected none")
+    return Decoder(
+        trunk=trunk,
+        embedding=embedding,
+        unembedding=unembedding,
+        layers=tuple(
+            Layer(neurons=linear_shape(mlp.projection)[0], down_proj=mlp.projection, act_fn=mlp.activation)
+            for mlp in mlps.values()
+        ),
+        positions=getattr(config, "max_position_embeddings", None),
+        final_softcap=_cap(config, "final_logit_softcapping"),
+        logit_scale=_logit_scale(config),
+    )
+
+
+def _logit_scale(config: Any) -> float:
+    """Cohere multiplies logits, Granite divides them."""
+    for key, power in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):
+        if getattr(config, key, None) is not None:
+            return float(getattr(config, key)) ** power
+    return 1.0
+
+
+def attention_for(config: Any, architecture: str) -> str | None:
+    """The attention implementation of transformers that computes the model's function, where it is not its default."""
+    family = available().get(architecture, UNKNOWN)
+    if family is UNKNOWN and _cap(config.get_text_config(), UNKNOWN.attention_softcap) is None:
+        return None
+    return family.attention
+
+
 def require_family(architecture: str) -> Family:
     """The family of a model's class name. Raises UnsupportedModelError naming the known ones."""
     family = available().get(architecture)
@@ -116,12 +186,7 @@ def require_family(architecture: str) -> Family:
     return family
 
 
-def layer_lists() -> str:
-    """Names of the module lists that hold a model's decoder layers, as alternatives of a regular expression."""
-    return "|".join(sorted({family.layers.rpartition(".")[2] for family in available().values()}))
-
-
-def take_apart(model: nn.Module) -> Decoder:
+def take_apart(model: nn.Module) -> KnownDecoder:
     """Find the parts of a Hugging Face causal language model.
 
     Raises UnsupportedModelError for an unknown class, a part that is missing or of another kind, a number of layers
@@ -143,7 +208,7 @@ def take_apart(model: nn.Module) -> Decoder:
     if "bias" in dict(unembedding.named_parameters()):
         raise UnsupportedModelError(f"{architecture}: {family.unembedding} has a bias; expected none")
     positions = None if family.positions is None else _part(model, family.positions, nn.Embedding)
-    decoder = Decoder(
+    decoder = KnownDecoder(
         trunk=_part(model, family.trunk, nn.Module),
         embedding=_part(model, family.embedding, nn.Embedding),
         unembedding=unembedding,
@@ -152,6 +217,7 @@ def take_apart(model: nn.Module) -> Decoder:
         positions=None if positions is None else config.max_position_embeddings,
         attention_softcap=_cap(config, family.attention_softcap),
         final_softcap=_cap(config, family.final_softcap),
+        logit_scale=1.0,
     )
     _require_known(model, {*norms, *_known_paths(family, paths)})
     return decoder
@@ -192,7 +258,7 @@ def _known_paths(family: Family, layers: Iterable[str]) -> Iterable[str]:
             yield f"{layer}.{family.up}"
 
 
-def _layer(model: nn.Module, family: Family, path: str) -> Layer:
+def _layer(model: nn.Module, family: Family, path: str) -> KnownLayer:
     down, neurons, _ = _linear(model, f"{path}.{family.down}", family.linear)
     _linear(model, f"{path}.{family.attention_output}", family.linear)
     gated = [f"{path}.{part}" for part in (family.gate, family.up) if part is not None]
@@ -200,7 +266,7 @@ def _layer(model: nn.Module, family: Family, path: str) -> Layer:
     query, key, value = _projections(
         model, family.linear, [f"{path}.{part}" for part in (family.query, family.key, family.value)], _heads(model)
     )
-    return Layer(
+    return KnownLayer(
         neurons=neurons,
         gate=gate,
         up=up[0] if up else None,

@@ -1,6 +1,6 @@
 """GPT-2: an MLP without gate, of transposed linear maps."""
 
-from crane_serve.common.models.family import LAYER_NORM, Family, ServedMlp
+from crane_serve.common.models.family import LAYER_NORM, Family
 
 GPT2 = Family(
     ("GPT2LMHeadModel",),
@@ -21,5 +21,4 @@ GPT2 = Family(
     final_norm="transformer.ln_f",
     linear="Conv1D",
     refused={"add_cross_attention": False},
-    served=ServedMlp("act", "c_proj"),
 )

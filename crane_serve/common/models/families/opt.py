@@ -1,6 +1,6 @@
 """OPT: an MLP without gate, whose parts belong to the decoder layer."""
 
-from crane_serve.common.models.family import LAYER_NORM, Family, ServedMlp
+from crane_serve.common.models.family import LAYER_NORM, Family
 
 OPT = Family(
     ("OPTForCausalLM",),
@@ -17,5 +17,4 @@ OPT = Family(
     layers="model.decoder.layers",
     final_norm="model.decoder.final_layer_norm",
     refused={"do_layer_norm_before": True},
-    served=ServedMlp("activation_fn", "fc2", is_own_module=False),
 )

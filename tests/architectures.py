@@ -1,0 +1,172 @@
+"""Tiny random checkpoints of the architectures that vLLM serves as text, by their class names in transformers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from crane_serve.common.models.mlps import find_mlps, intermediate_sizes, language_model
+from tests.tiny import HIDDEN, LAYERS, NEURONS, byte_tokenizer
+
+# What most configs call their sizes; what a config does not have, it ignores.
+_SIZES: dict[str, Any] = {
+    "vocab_size": 258,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "hidden_size": HIDDEN,
+    "intermediate_size": NEURONS,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.15,
+}
+_TOWER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "depth": 1,
+    "num_attention_heads": 2,
+    "num_heads": 2,
+    "out_hidden_size": HIDDEN,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_WRAPPED: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "mm_tokens_per_image": 4}
+_GEMMA = {"query_pre_attn_scalar": 32, "sliding_window": 64, "initializer_range": 0.08}
+_GPT2 = {"n_embd": HIDDEN, "n_inner": NEURONS, "n_layer": LAYERS, "n_head": 2, "n_positions": 2048}
+_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "BloomForCausalLM": {"n_layer": LAYERS, "n_head": 2},
+    "Cohere2ForCausalLM": {"sliding_window": 64},
+    "DiffLlamaForCausalLM": {"num_key_value_heads": 2},
+    "DogeForCausalLM": {"is_moe": False},
+    "FalconForCausalLM": {"ffn_hidden_size": 4 * HIDDEN, "alibi": False, "multi_query": True},
+    "Gemma2ForCausalLM": _GEMMA,
+    "Gemma3ForCausalLM": _GEMMA,
+    "Gemma3nForCausalLM": {
+        **_GEMMA,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": 258,
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * LAYERS,
+    },
+    "Gemma4ForCausalLM": {
+        **_GEMMA,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 258,
+        "num_kv_shared_layers": 0,
+        "global_head_dim": 32,
+    },
+    "GPT2LMHeadModel": _GPT2,
+    "GPTBigCodeForCausalLM": _GPT2,
+    "GPTJForCausalLM": {**_GPT2, "rotary_dim": 16},
+    "MiniCPM3ForCausalLM": {
+        "num_key_value_heads": 2,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+    },
+    "NanoChatForCausalLM": {"num_key_value_heads": 2},
+    "OPTForCausalLM": {"word_embed_proj_dim": HIDDEN, "ffn_dim": NEURONS, "init_std": 0.15},
+    "VaultGemmaForCausalLM": _GEMMA,
+    "XGLMForCausalLM": {"ffn_dim": NEURONS},
+    "YoutuForCausalLM": {
+        "num_key_value_heads": 2,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+    },
+}
+
+
+_NAMES = """
+ApertusForCausalLM ArceeForCausalLM BambaForCausalLM BioGptForCausalLM BitNetForCausalLM BloomForCausalLM
+Cohere2ForCausalLM CohereForCausalLM CwmForCausalLM DiffLlamaForCausalLM DogeForCausalLM
+Ernie4_5ForCausalLM Exaone4ForCausalLM FalconForCausalLM FalconH1ForCausalLM GPT2LMHeadModel GPTBigCodeForCausalLM
+GPTJForCausalLM GPTNeoXForCausalLM Gemma2ForCausalLM Gemma3ForCausalLM Gemma3ForConditionalGeneration
+Gemma3nForCausalLM Gemma4ForCausalLM Gemma4ForConditionalGeneration GemmaForCausalLM Glm4ForCausalLM GlmForCausalLM
+GraniteForCausalLM GraniteSWAForCausalLM HeliumForCausalLM HunYuanDenseV1ForCausalLM HyperCLOVAXForCausalLM
+Jais2ForCausalLM Lfm2ForCausalLM LlamaForCausalLM MiniCPM3ForCausalLM Ministral3ForCausalLM MinistralForCausalLM
+Mistral3ForConditionalGeneration MistralForCausalLM ModernBertDecoderForCausalLM NanoChatForCausalLM
+NemotronForCausalLM OPTForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM OlmoForCausalLM OlmoHybridForCausalLM
+PersimmonForCausalLM Phi3ForCausalLM PhiForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM Qwen3_5ForCausalLM
+Qwen3_5ForConditionalGeneration SeedOssForCausalLM SmolLM3ForCausalLM StableLmForCausalLM Starcoder2ForCausalLM
+VaultGemmaForCausalLM XGLMForCausalLM YoutuForCausalLM
+"""
+ARCHITECTURES = tuple(_NAMES.split())
+# Served in every run of the engine tests, beside the families of tests.tiny; three by vLLM's Transformers backend.
+SHORT_LIST = [
+    "Cohere2ForCausalLM",
+    "GPTNeoXForCausalLM",
+    "GraniteForCausalLM",
+    "Olmo2ForCausalLM",
+    "SmolLM3ForCausalLM",
+]
+
+
+def model_type_of(architecture: str) -> str:
+    """The model type of a class of transformers. Raises KeyError."""
+    for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+        for model_type, classes in names.items():
+            if architecture in (classes if isinstance(classes, tuple) else (classes,)):
+                return model_type
+    raise KeyError(architecture)
+
+
+def model_class(architecture: str) -> Any:
+    """The class of transformers that makes and loads it."""
+    wrapped = architecture in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    return AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
+
+
+def tiny_config(architecture: str) -> PretrainedConfig:
+    """A config of a few small layers; one that reads images has a small tower for them."""
+    model_type = model_type_of(architecture)
+    whole = AutoConfig.for_model(model_type)
+    if "text_config" not in whole.sub_configs:
+        return AutoConfig.for_model(model_type, **{**_known(_SIZES, whole), **_SETTINGS.get(architecture, {})})
+    text, tower = whole.get_text_config(), whole.vision_config
+    return AutoConfig.for_model(
+        model_type,
+        text_config={**_known(_SIZES, text), "model_type": text.model_type, **_SETTINGS.get(architecture, {})},
+        vision_config={**_known(_TOWER, tower), "model_type": tower.model_type},
+        **_known(_WRAPPED, whole),
+    )
+
+
+def _known(settings: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Any]:
+    names = {*config.to_dict(), *config.attribute_map}
+    return {name: value for name, value in settings.items() if name in names}
+
+
+def tiny_checkpoint(architecture: str, directory: Path, *, seed: int = 0) -> Path:
+    """Write a random float32 checkpoint whose MLPs matter: the weights of their last projection are large."""
+    torch.manual_seed(seed)
+    config = tiny_config(architecture)
+    model = model_class(architecture).from_config(config, dtype=torch.float32)
+    sizes = intermediate_sizes_of(config)
+    with torch.no_grad():
+        for mlp in find_mlps(language_model(model), sizes).values():
+            mlp.projection.weight.mul_(3.0)
+    model.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def intermediate_sizes_of(config: PretrainedConfig) -> tuple[int, ...]:
+    """The number of neurons of each layer."""
+    text = config.get_text_config()
+    return intermediate_sizes(text, text.num_hidden_layers)
