@@ -69,6 +69,7 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "GPT2LMHeadModel": _GPT2,
     "GPTBigCodeForCausalLM": _GPT2,
     "GPTJForCausalLM": {**_GPT2, "rotary_dim": 16},
+    "Lfm2ForCausalLM": {"block_dim": HIDDEN, "conv_dim": HIDDEN},
     "MiniCPM3ForCausalLM": {
         "num_key_value_heads": 2,
         "q_lora_rank": 32,
@@ -80,7 +81,6 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "NanoChatForCausalLM": {"num_key_value_heads": 2},
     "OPTForCausalLM": {"word_embed_proj_dim": HIDDEN, "ffn_dim": NEURONS, "init_std": 0.15},
     "VaultGemmaForCausalLM": _GEMMA,
-    "XGLMForCausalLM": {"ffn_dim": NEURONS},
     "YoutuForCausalLM": {
         "num_key_value_heads": 2,
         "q_lora_rank": 32,
@@ -104,7 +104,7 @@ Mistral3ForConditionalGeneration MistralForCausalLM ModernBertDecoderForCausalLM
 NemotronForCausalLM OPTForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM OlmoForCausalLM OlmoHybridForCausalLM
 PersimmonForCausalLM Phi3ForCausalLM PhiForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM Qwen3_5ForCausalLM
 Qwen3_5ForConditionalGeneration SeedOssForCausalLM SmolLM3ForCausalLM StableLmForCausalLM Starcoder2ForCausalLM
-VaultGemmaForCausalLM XGLMForCausalLM YoutuForCausalLM
+VaultGemmaForCausalLM YoutuForCausalLM
 """
 ARCHITECTURES = tuple(_NAMES.split())
 # Served in every run of the engine tests, beside the families of tests.tiny; three by vLLM's Transformers backend.
@@ -132,13 +132,19 @@ def model_class(architecture: str) -> Any:
     return AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
 
 
+_TOWERS = {"gemma4": "gemma4_vision"}  # where the default has none
+
+
 def tiny_config(architecture: str) -> PretrainedConfig:
     """A config of a few small layers; one that reads images has a small tower for them."""
     model_type = model_type_of(architecture)
     whole = AutoConfig.for_model(model_type)
     if "text_config" not in whole.sub_configs:
         return AutoConfig.for_model(model_type, **{**_known(_SIZES, whole), **_SETTINGS.get(architecture, {})})
-    text, tower = whole.get_text_config(), whole.vision_config
+    text, tower = (
+        whole.get_text_config(),
+        AutoConfig.for_model(_TOWERS.get(model_type) or whole.vision_config.model_type),
+    )
     return AutoConfig.for_model(
         model_type,
         text_config={**_known(_SIZES, text), "model_type": text.model_type, **_SETTINGS.get(architecture, {})},

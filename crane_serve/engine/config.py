@@ -95,6 +95,11 @@ def _rows() -> int:
     return int(value)
 
 
+def masks_wanted() -> bool:
+    """Whether an engine that starts now is to have masks."""
+    return bool(os.environ.get(MASKS_VARIABLE)) and not masks_disabled()
+
+
 def add_mask_config(vllm_config: Any) -> None:
     """Put a MaskConfig into a new VllmConfig if CRANE_MASKS names a directory of masks.
 
@@ -102,9 +107,9 @@ def add_mask_config(vllm_config: Any) -> None:
     FingerprintError when the model cannot be identified, CheckpointError when vLLM would not load its weights or not
     all of them, or a config from elsewhere, ValueError for an unusable number of rows.
     """
-    directory = os.environ.get(MASKS_VARIABLE)
-    if not directory or masks_disabled():
+    if not masks_wanted():
         return
+    directory = os.environ[MASKS_VARIABLE]
     default_method, rows = os.environ.get(DEFAULT_METHOD_VARIABLE, DEFAULT_METHOD), _rows()
     model_config, masks = vllm_config.model_config, Path(directory).resolve()
     model = str(model_config.model)

@@ -19,14 +19,18 @@ Added to EngineCore and WorkerWrapperBase: the methods of `live_masks`.
 """
 
 import copyreg
-import os
 from collections.abc import Callable
 from typing import Any
 
 from crane_serve.common.masks import MaskError, MaskTableFull, ResolvedMask
 from crane_serve.engine import live_masks, vllm_routes
 from crane_serve.engine.admission import MASK_ARGUMENT, admit, looks_like_ours, requested_mask, require_row
-from crane_serve.engine.config import MASKS_VARIABLE, MaskConfig, add_mask_config, mask_config, masks_disabled
+from crane_serve.engine.config import (
+    MaskConfig,
+    add_mask_config,
+    mask_config,
+    masks_wanted,
+)
 from crane_serve.engine.prefix_cache import check_salt, generated_salt, salted, with_generated_salt
 from crane_serve.engine.scoring import check_score, get_computed_blocks
 from crane_serve.engine.support import UnsupportedEngine, caution, check_engine, check_version
@@ -54,7 +58,7 @@ def register() -> None:
     try:
         check_version(vllm.__version__)
     except UnsupportedEngine as error:
-        if os.environ.get(MASKS_VARIABLE) and not masks_disabled():
+        if masks_wanted():
             raise
         init_logger("vllm.crane").warning("crane plugin not installed: %s", error)
         _refuse_masks()
@@ -118,6 +122,9 @@ def _refuse_masked_inputs(original: Callable[..., Any], self: Any, *args: Any, *
 
 
 def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    if masks_wanted():
+        # Masks are of the language model alone: what reads images is not loaded, and a request with one is refused.
+        self.language_model_only = True
     vllm_config = original(self, *args, **kwargs)
     add_mask_config(vllm_config)
     if mask_config(vllm_config) is not None:

@@ -140,6 +140,7 @@ READ = {
     "vllm.config:VllmConfig": "model_config cache_config parallel_config scheduler_config compilation_config"
     " device_config load_config speculative_config lora_config kv_transfer_config weight_transfer_config"
     " additional_config use_v2_model_runner",
+    "vllm.engine.arg_utils:EngineArgs": "language_model_only",
     "vllm.engine.arg_utils:AsyncEngineArgs": "model tokenizer tokenizer_mode skip_tokenizer_init trust_remote_code"
     " served_model_name disable_log_stats enable_log_requests reasoning_parser_plugin",
     "vllm.entrypoints.anthropic.protocol:AnthropicMessagesRequest": "vllm_xargs",

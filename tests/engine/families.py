@@ -44,9 +44,9 @@ def main() -> None:
                 ]
             llm.llm_engine.engine_core.shutdown()
             del llm
-            cleanup_dist_env_and_memory()
         except Exception as error:
             answers[family] = _said(error)
+        cleanup_dist_env_and_memory()
         out.write_text(json.dumps(answers))
 
 

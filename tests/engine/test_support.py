@@ -260,3 +260,15 @@ def test_an_unusable_number_of_rows_is_refused(
 def test_bad_positions_are_refused(asked: dict[str, object], message: str) -> None:
     with pytest.raises(MaskError, match=message):
         requested_mask(parameters(**asked))
+
+
+@pytest.mark.parametrize(("masks", "expected"), [("masks", True), ("", False)])
+def test_what_reads_images_is_not_loaded_beside_masks(
+    monkeypatch: pytest.MonkeyPatch, masks: str, expected: bool
+) -> None:
+    monkeypatch.setenv("CRANE_MASKS", masks)
+    monkeypatch.setattr(plugin, "add_mask_config", lambda config: None)
+    arguments = SimpleNamespace(language_model_only=False)
+    config = plugin._create_engine_config(lambda self: SimpleNamespace(additional_config={}), arguments)
+    assert config.additional_config == {}
+    assert arguments.language_model_only is expected

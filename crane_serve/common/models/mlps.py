@@ -85,8 +85,10 @@ def find_mlps(decoder: nn.Module, sizes: Sequence[int]) -> dict[int, Mlp]:
     """
     mlps: dict[int, Mlp] = {}
     for path, module in decoder.named_modules():
-        # A shared expert looks like an MLP, but the experts beside it would go unmasked.
-        if "experts" in path.split(".") or "moe" in type(module).__name__.lower():
+        # A shared expert looks like an MLP, but the experts beside it would go unmasked. (Dense models may have MLPs of
+        # a class that was written for shared experts.)
+        kind = type(module).__name__.lower()
+        if "experts" in path.split(".") or ("moe" in kind and not kind.endswith("mlp")):
             raise UnsupportedModelError(
                 f"{path} ({type(module).__name__}) belongs to a mixture of experts; it cannot be masked"
             )
