@@ -147,11 +147,14 @@ class ModelPasses:
 
 
 def last_hidden(decoder: Decoder, embeddings: Tensor) -> Tensor:
-    """Final hidden states [documents, tokens, hidden] of input embeddings of the same shape, times the scale of logits.
+    """Final hidden states [documents, tokens, hidden] of input embeddings of the same shape, times the scale of logits,
+    as the unembedding reads them.
 
     There is no attention mask: padding stands on the right, where causal attention never looks.
     """
     hidden: Tensor = decoder.trunk(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    if decoder.unembedding.in_features > hidden.shape[-1]:
+        hidden = nn.functional.pad(hidden, (0, 1), value=1.0)
     return hidden if decoder.logit_scale == 1 else hidden * decoder.logit_scale
 
 

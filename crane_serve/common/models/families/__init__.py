@@ -8,6 +8,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from crane_serve.common.models.errors import UnsupportedModelError
@@ -78,9 +79,10 @@ class KnownLayer(Layer):
 class Decoder:
     """A causal language model, as far as activations and plain gradients need it.
 
-    trunk: from `inputs_embeds` to the last hidden state; unembedding: [vocabulary, hidden] in its weight. positions:
-    how many tokens a document may have where positions are learned, else None. logit_scale, final_softcap: logits are
-    the product with the unembedding times the first, then, if there is one, c tanh(z / c). The trunk computes neither.
+    trunk: from `inputs_embeds` to the last hidden state; unembedding: [vocabulary, hidden] in its weight, or
+    [vocabulary, hidden + 1] of a model whose unembedding has a bias, which is the last column. positions: how many
+    tokens a document may have where positions are learned, else None. logit_scale, final_softcap: logits are the
+    product with the unembedding times the first, then, if there is one, c tanh(z / c). The trunk computes neither.
     """
 
     trunk: nn.Module
@@ -144,12 +146,10 @@ def decoder_of(model: nn.Module) -> Decoder:
         raise UnsupportedModelError(f"{name} has no embedding of tokens that can be found")
     if not isinstance(unembedding, nn.Linear):
         raise UnsupportedModelError(f"{name} has {type(unembedding).__name__} as its unembedding; expected Linear")
-    if "bias" in dict(unembedding.named_parameters()):
-        raise UnsupportedModelError(f"{name}: its unembedding has a bias; expected none")
     return Decoder(
         trunk=trunk,
         embedding=embedding,
-        unembedding=unembedding,
+        unembedding=_with_bias_as_weights(unembedding),
         layers=tuple(
             Layer(neurons=linear_shape(mlp.projection)[0], down_proj=mlp.projection, act_fn=mlp.activation)
             for mlp in mlps.values()
@@ -158,6 +158,17 @@ def decoder_of(model: nn.Module) -> Decoder:
         final_softcap=_cap(config, "final_logit_softcapping"),
         logit_scale=_logit_scale(config),
     )
+
+
+def _with_bias_as_weights(unembedding: nn.Linear) -> nn.Linear:
+    """The unembedding without a bias; one that had one reads a 1 behind the hidden state."""
+    parameters = dict(unembedding.named_parameters())
+    if "bias" not in parameters:
+        return unembedding
+    weight = torch.cat([parameters["weight"].detach(), parameters["bias"].detach().unsqueeze(1)], dim=1)
+    whole = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    whole.weight = nn.Parameter(weight, requires_grad=False)
+    return whole
 
 
 def _logit_scale(config: Any) -> float:
