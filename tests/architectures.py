@@ -109,7 +109,7 @@ VaultGemmaForCausalLM YoutuForCausalLM
 ARCHITECTURES = tuple(_NAMES.split())
 # Served in every run of the engine tests, beside the families of tests.tiny; three by vLLM's Transformers backend.
 SHORT_LIST = [
-    "Cohere2ForCausalLM",
+    "FalconForCausalLM",
     "GPTNeoXForCausalLM",
     "GraniteForCausalLM",
     "Olmo2ForCausalLM",

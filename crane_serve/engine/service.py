@@ -189,6 +189,15 @@ def _require_readable(model: Path, arguments: Any) -> None:
         load_tokenizer(model, trust_remote_code=arguments.trust_remote_code)
 
 
+def rank_of(context: Sequence[int], ranks: int, block_tokens: int) -> int | None:
+    """The data-parallel rank whose prefix cache a context belongs in, so that all its continuations find it there.
+
+    context: token ids; block_tokens: of a block of the KV cache. None for less than a block, of which nothing is kept,
+    such as the start token of a whole text: vLLM spreads these.
+    """
+    return None if len(context) < block_tokens else zlib.crc32(repr(list(context)).encode()) % ranks
+
+
 class EngineService:
     """One vLLM engine with masks.
 
@@ -452,8 +461,8 @@ class EngineService:
         """Log-probabilities of the tokens of a prompt from `first` on, each given those before it, and of each of
         `candidates` as the token after the prompt.
 
-        Only what comes before may be read from the prefix cache. data_parallel_rank: the engine to run it; None for one
-        that depends on the tokens before `first`, which are then in one engine's cache. Raises RejectedRequest and as
+        Only what comes before may be read from the prefix cache. data_parallel_rank: the engine to run it; None for
+        `rank_of` the tokens before `first`, which are then in one engine's cache. Raises RejectedRequest and as
         `generate` does.
         """
         length = len(prompt_ids) + bool(candidates)
@@ -463,7 +472,8 @@ class EngineService:
         parameters: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
         parameters |= {"skip_reading_prefix_cache": False, "extra_args": asked.argument}
         if data_parallel_rank is None and self.data_parallel_ranks > 1:
-            data_parallel_rank = zlib.crc32(repr(prompt_ids[:first]).encode()) % self.data_parallel_ranks
+            block_tokens = self._engine.vllm_config.cache_config.block_size
+            data_parallel_rank = rank_of(prompt_ids[:first], self.data_parallel_ranks, block_tokens)
         results = [result async for result in self._run(prompt_ids, parameters, mask, data_parallel_rank)]
         per_token = next((result.prompt_logprobs for result in reversed(results) if result.prompt_logprobs), None)
         if per_token is None:

@@ -9,8 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+from offline import KV_BLOCKS, generate, start
 from offline import PROMPTS as UNMASKED_PROMPTS
-from offline import generate, start
 
 LONG = "A prompt that is longer than one chunk of the prefill, in steps. " * 2
 PROMPTS = ["The harbour froze.", "港口结冰了。", LONG]
@@ -30,7 +30,8 @@ def main() -> None:
         out.write_text(json.dumps(answers))
         os.environ["CRANE_MASKS"] = str(masks)
         try:
-            llm = start(checkpoints / family, enforce_eager=True, distributed_executor_backend="uni")
+            settings = {"distributed_executor_backend": "uni", "num_gpu_blocks_override": 2 * KV_BLOCKS}
+            llm = start(checkpoints / family, enforce_eager=True, **settings)
             pairs = [(prompt, mask) for prompt in PROMPTS for mask in MASKS]
             prompts, expressions = zip(*pairs, strict=True)
             if family == "tiny":
@@ -44,9 +45,11 @@ def main() -> None:
                 ]
             llm.llm_engine.engine_core.shutdown()
             del llm
-        except Exception as error:
+            cleanup_dist_env_and_memory()
+        except Exception as error:  # what it has left behind would be in the way of the next
             answers[family] = _said(error)
-        cleanup_dist_env_and_memory()
+            out.write_text(json.dumps(answers))
+            os.execv(sys.executable, [sys.executable, *sys.argv])
         out.write_text(json.dumps(answers))
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from crane_serve.engine import scoring
 from crane_serve.engine.scoring import Chunk, ScoreRequest, Scoring, get_computed_blocks, token_scores
+from crane_serve.engine.service import rank_of
 
 HIDDEN, VOCABULARY = 4, 11
 HEAD = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(0))
@@ -148,3 +149,11 @@ def test_requests_that_are_gone_are_forgotten() -> None:
     worker.remove("never there")
     worker.keep({"c", "d"})
     assert [key in worker for key in "abcd"] == [False, False, True, False]
+
+
+def test_continuations_of_a_context_go_to_one_rank_and_whole_texts_anywhere() -> None:
+    contexts = [[0, *range(number, number + 40)] for number in range(50)]
+    ranks = [rank_of(context, 2, 32) for context in contexts]
+    assert ranks == [rank_of(tuple(context), 2, 32) for context in contexts]
+    assert set(ranks) == {0, 1}
+    assert rank_of([0], 2, 32) is None
