@@ -80,17 +80,23 @@ def relevance(
     """
     texts = load_corpus(corpus, split, _names(languages), text_column, normalise).spread(limit)
 
+    from crane_serve.common.models.families import available, decoder_of
     from crane_serve.common.models.load import architecture_of, load_config
     from relevance.doubts import doubts
+    from relevance.method import lacking
     from relevance.methods import find_scored
-    from relevance.model import pick_device, pick_dtype
+    from relevance.model import load_skeleton, pick_device, pick_dtype
     from relevance.scores import Scores
     from relevance.scoring import Execution, score
 
     for doubt in doubts(texts):
         typer.echo(f"warning: {doubt}", err=True)
     checkpoint = resolve_checkpoint(model, revision)
-    chosen = find_scored(_names(methods), architecture_of(load_config(checkpoint)))
+    architecture = architecture_of(load_config(checkpoint))
+    chosen = find_scored(_names(methods), architecture)
+    if methods is None and architecture not in available():
+        decoder = decoder_of(load_skeleton(checkpoint))
+        chosen = [method for method in chosen if lacking(method, decoder) is None]
     unfinished = out.with_name(f"{out.name}.progress")
     torch_device = pick_device(device)
     of_halves: list[Scores] = []

@@ -273,8 +273,8 @@ def require_known(methods: Sequence[type[Method]], decoder: Decoder, architectur
         needed = lacking(method, decoder)
         if needed is not None:
             raise MethodError(
-                f"method {method.name} needs to know {needed}, and {architecture} has no family; those that have one "
-                f"are {', '.join(available())}"
+                f"method {method.name} needs to know {needed}. Of {architecture} only the structure is known; all is "
+                f"known of {', '.join(available())}"
             )
 
 

@@ -167,6 +167,9 @@ def tiny_checkpoint(architecture: str, directory: Path, *, seed: int = 0) -> Pat
     with torch.no_grad():
         for mlp in find_mlps(language_model(model), sizes).values():
             mlp.projection.weight.mul_(3.0)
+        for parameter in model.parameters():  # what is 0 at first hides what it does
+            if not parameter.any():
+                parameter.normal_(std=0.1)
     model.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from crane_serve.common.models.errors import UnsupportedModelError
-from crane_serve.common.models.mlps import Mlp, language_model, layer_of, require_mlps
+from crane_serve.common.models.mlps import Mlp, language_model, layer_of, linear_shape, require_mlps
 from crane_serve.engine.table import MaskTable, new_table
+
+_PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class MaskedProjection(nn.Module):
@@ -41,10 +43,13 @@ class MaskedProjection(nn.Module):
 
 
 def _scaled(x: Tensor, table: Tensor, slots: Tensor) -> Tensor:
-    """x: [tokens, width], or [1, tokens, width] in vLLM's Transformers backend; scaled by each token's row."""
-    flat = x if x.dim() == 2 else x.flatten(0, -2)
-    scaled = flat * table[slots[: flat.shape[0]]]
-    return scaled if x.dim() == 2 else scaled.view(x.shape)
+    """x: [tokens, width], or [1, tokens, width] in vLLM's Transformers backend; scaled by each token's row.
+
+    Raises UnsupportedModelError for more dimensions of tokens, in which their order would be a guess.
+    """
+    if x.shape[:-2].numel() != 1:
+        raise UnsupportedModelError(f"an MLP's neurons come as {list(x.shape)}; expected [tokens, neurons]")
+    return x * table[slots[: x.shape[-2]]]
 
 
 def install_masks(
@@ -59,22 +64,27 @@ def install_masks(
     """
     decoder = language_model(model)
     mlps = require_mlps(decoder, intermediate_sizes, _layers_of_other_ranks(decoder))
-    reference = next(decoder.parameters())
+    # Quantised weights have other dtypes than the activations.
+    reference = next(parameter for parameter in decoder.parameters() if parameter.dtype in _PLAIN_DTYPES)
     slots = torch.zeros(max_tokens, dtype=torch.int64, device=reference.device)
     tables: dict[int, Tensor] = {}
     offsets: dict[int, int] = {}
     output_tables: dict[int, Tensor] = {}
     shape = (1, 3) if _is_of_transformers(model) else (3,)
     for layer, mlp in mlps.items():
-        projection = mlp.projection
+        projection, (_, hidden_size) = mlp.projection, linear_shape(mlp.projection)
+        if outputs and getattr(projection, "skip_bias_add", False) and projection.bias is not None:
+            raise UnsupportedModelError(
+                f"{mlp.name}: the bias of its last projection is added elsewhere; masks of MLP outputs would miss it"
+            )
         neurons, offsets[layer] = _own_neurons(projection)
         tables[layer] = new_table(rows, neurons, like=reference)
         if outputs:
-            output_tables[layer] = new_table(rows, int(projection.output_size), like=reference)
+            output_tables[layer] = new_table(rows, hidden_size, like=reference)
         masked = MaskedProjection(projection, tables[layer], slots, output_tables.get(layer))
         setattr(mlp.parent, mlp.attribute, masked)
         if mlp.is_own_module:
-            _prove(mlp, masked, shape, int(projection.output_size))
+            _prove(mlp, masked, shape, hidden_size)
     return MaskTable(tables, offsets, output_tables), slots
 
 
@@ -85,8 +95,8 @@ def _is_of_transformers(model: nn.Module) -> bool:
 
 def _own_neurons(projection: Any) -> tuple[int, int]:
     """How many neurons this rank's projection reads, and which is the first of them."""
-    if not hasattr(projection, "input_size_per_partition") or not getattr(projection, "input_is_parallel", True):
-        return int(projection.input_size), 0
+    if not getattr(projection, "input_is_parallel", False):
+        return linear_shape(projection)[0], 0
     neurons = int(projection.input_size_per_partition)
     return neurons, int(projection.tp_rank) * neurons
 

@@ -152,7 +152,7 @@ READ = {
     "vllm.entrypoints.serve.engine.protocol:ModelList": "data",
     "vllm.logprobs:Logprob": "logprob rank decoded_token",
     "vllm.model_executor.layers.linear:RowParallelLinear": "input_size input_size_per_partition output_size"
-    " input_is_parallel tp_rank",
+    " input_is_parallel tp_rank skip_bias_add bias",
     "vllm.multimodal.inputs:MultiModalFeatureSpec": "mm_position",
     "vllm.multimodal.inputs:PlaceholderRange": "offset length",
     "vllm.outputs:CompletionOutput": "text token_ids logprobs finish_reason",

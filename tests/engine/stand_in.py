@@ -9,6 +9,7 @@ class Projection(nn.Linear):
     """What the installer reads of vLLM's linear maps, on one rank."""
 
     tp_rank = 0
+    input_is_parallel = True
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)

@@ -176,3 +176,27 @@ def test_what_reads_images_is_left_alone() -> None:
     install(model)
     masked = [name for name, module in model.named_modules() if isinstance(module, MaskedProjection)]
     assert masked == [f"language_model.layers.{layer}.mlp.down_proj" for layer in range(LAYERS)]
+
+
+def test_more_dimensions_of_tokens_are_refused() -> None:
+    masked = MaskedProjection(nn.Linear(6, 4), torch.rand(2, 6), torch.zeros(8, dtype=torch.int64))
+    with pytest.raises(UnsupportedModelError, match=r"come as \[2, 3, 6\]"):
+        masked(torch.randn(2, 3, 6))
+
+
+def test_a_bias_that_is_added_elsewhere_is_refused_where_outputs_are_masked() -> None:
+    model = Model()
+    projection = model.layers[2].mlp.down_proj
+    projection.skip_bias_add, projection.bias = True, nn.Parameter(torch.ones(HIDDEN))
+    with pytest.raises(UnsupportedModelError, match=r"layers\.2\.mlp: the bias"):
+        install(model, outputs=True)
+
+
+def test_scales_have_the_dtype_of_activations_not_of_quantised_weights() -> None:
+    model = Model()
+    first = next(iter(model.layers)).mlp
+    first.qweight = nn.Parameter(torch.zeros(2, dtype=torch.int32), requires_grad=False)
+    first._parameters = {"qweight": first._parameters["qweight"], **first._parameters}
+    model.layers[0].register_parameter("before", nn.Parameter(torch.zeros(1, dtype=torch.int32), requires_grad=False))
+    install(model)
+    assert {masked.table.dtype for masked in model.modules() if isinstance(masked, MaskedProjection)} == {torch.float32}

@@ -1,15 +1,17 @@
 """Relevance of models without a family: activations and plain gradients, where the structure shows the neurons."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import MambaConfig, MambaForCausalLM, XLMConfig, XLMWithLMHeadModel
 
 from crane_serve.common.models.errors import UnsupportedModelError
 from crane_serve.common.models.families import available, decoder_of
+from crane_serve.common.models.mlps import intermediate_sizes
 from crane_serve.common.text.corpus import Corpus, Document
 from relevance.encoding import Batch
 from relevance.method import Measured, MethodError, lacking
@@ -136,7 +138,9 @@ def test_what_a_method_needs_is_named(tmp_path: Path) -> None:
         ("crane", "the places of norms"),
         ("plnd", "the up projection of the MLP"),
     ):
-        with pytest.raises(MethodError, match=rf"method {name} needs to know {needed}.*Olmo2ForCausalLM.*{known}"):
+        with pytest.raises(
+            MethodError, match=rf"method {name} needs to know {needed}.* Of Olmo2ForCausalLM only .*{known}"
+        ):
             score(checkpoint, corpus, find_scored([name]), **options)
     names = ["average-precision", "gradient", "lape", "magnitude", "random"]
     scores = score(checkpoint, corpus, find_scored(names), **options)
@@ -162,6 +166,25 @@ def test_logits_that_are_something_else_are_refused(monkeypatch: pytest.MonkeyPa
 def test_families_are_proved_too(tmp_path: Path) -> None:
     for architecture in available():
         load_model(tiny_checkpoint(architecture, tmp_path / architecture), torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: XLMWithLMHeadModel(XLMConfig(n_words=99, emb_dim=16, n_layers=1, n_heads=2)), "later tokens|MLP"),
+        (lambda: MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1)), "found MLPs in"),
+    ],
+)
+def test_what_is_no_causal_decoder_with_mlps_is_refused(model: Callable[[], nn.Module], message: str) -> None:
+    made = model().eval()
+    with pytest.raises(UnsupportedModelError, match=message):
+        prove_logits(made, decoder_of(made))
+
+
+def test_layers_that_are_twice_as_wide(tmp_path: Path) -> None:
+    config: Any = tiny_config("Gemma4ForCausalLM")
+    config.num_kv_shared_layers, config.use_double_wide_mlp = 1, True
+    assert intermediate_sizes(config, LAYERS) == (NEURONS,) * (LAYERS - 1) + (2 * NEURONS,)
 
 
 def test_the_activation_function_may_be_unknown() -> None:

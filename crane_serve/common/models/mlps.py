@@ -12,7 +12,7 @@ from crane_serve.common.models.errors import UnsupportedModelError
 # Decoder layers are numbered: "model.layers.3.mlp.down_proj", "transformer.blocks.3.ffn.down_proj".
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation", "gelu_impl")
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_NO_MLP = re.compile(r"attn|attention|mamba|mixer|ssm", re.IGNORECASE)  # attention, and state-space models
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ def intermediate_sizes(config: Any, layers: int) -> tuple[int, ...]:
     for key in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"):
         size = getattr(config, key, None)
         if isinstance(size, int):
-            return (_adjusted(config, size),) * layers
+            # Gemma 4 can make the MLPs of its last layers twice as wide.
+            wide = getattr(config, "num_kv_shared_layers", 0) if getattr(config, "use_double_wide_mlp", False) else 0
+            return (_adjusted(config, size),) * (layers - wide) + (2 * size,) * wide
         if isinstance(size, list | tuple):
             return tuple(int(value) for value in size)
     return (int(getattr(config, "expansion_ratio", 4) * config.hidden_size),) * layers  # BLOOM and GPT-2 do not say
@@ -120,10 +122,10 @@ def require_mlps(decoder: nn.Module, sizes: Sequence[int], elsewhere: Sequence[i
 
 
 def _linears(decoder: nn.Module) -> Iterator[tuple[str, int, nn.Module]]:
-    """Path, layer and module of the linear maps inside decoder layers and outside of attention."""
+    """Path, layer and module of the linear maps inside decoder layers, outside of what mixes tokens."""
     for path, module in decoder.named_modules():
         layer = layer_of(path)
-        if layer is not None and any(linear_shape(module)) and not _ATTENTION.search(path):
+        if layer is not None and any(linear_shape(module)) and not _NO_MLP.search(path):
             yield path, layer, module
 
 

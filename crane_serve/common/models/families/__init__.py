@@ -81,8 +81,9 @@ class Decoder:
 
     trunk: from `inputs_embeds` to the last hidden state; unembedding: [vocabulary, hidden] in its weight, or
     [vocabulary, hidden + 1] of a model whose unembedding has a bias, which is the last column. positions: how many
-    tokens a document may have where positions are learned, else None. logit_scale, final_softcap: logits are the
-    product with the unembedding times the first, then, if there is one, c tanh(z / c). The trunk computes neither.
+    tokens a document may have, None for a family whose positions are not learned. logit_scale, final_softcap: logits
+    are the product with the unembedding times the first, then, if there is one, c tanh(z / c). The trunk computes
+    neither.
     """
 
     trunk: nn.Module
@@ -130,8 +131,8 @@ def available() -> Mapping[str, Family]:
 def decoder_of(model: nn.Module) -> Decoder:
     """A causal language model of transformers: taken apart, if it is of a family, else by its structure.
 
-    Raises UnsupportedModelError if it is not built as most are: embeddings that the trunk takes, one MLP per layer, an
-    unembedding without bias. `relevance.proof` shows whether logits are what the parts make of them.
+    Raises UnsupportedModelError if it is not built as most are: one MLP per layer, a linear unembedding.
+    `relevance.proof` shows whether logits are what the parts make of them.
     """
     name = type(model).__name__
     if name in available():
@@ -237,6 +238,8 @@ def take_apart(model: nn.Module) -> KnownDecoder:
 def _require_features(architecture: str, family: Family, config: Any) -> None:
     for key, expected in {**_CAUSAL, **family.refused}.items():
         value = getattr(config, key, None)
+        if value == "vision":  # of images only
+            continue
         if value is not None and value != expected:
             raise UnsupportedModelError(f"{architecture} with {key}={value!r} is not supported; expected {expected!r}")
     attention = config._attn_implementation
