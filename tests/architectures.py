@@ -43,6 +43,14 @@ _TOWER: dict[str, Any] = {
 _WRAPPED: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "mm_tokens_per_image": 4}
 _GEMMA = {"query_pre_attn_scalar": 32, "sliding_window": 64, "initializer_range": 0.08}
 _GPT2 = {"n_embd": HIDDEN, "n_inner": NEURONS, "n_layer": LAYERS, "n_head": 2, "n_positions": 2048}
+_LATENT = {
+    "num_key_value_heads": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}  # attention over compressed keys and values
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "BloomForCausalLM": {"n_layer": LAYERS, "n_head": 2},
     "Cohere2ForCausalLM": {"sliding_window": 64},
@@ -70,25 +78,11 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "GPTBigCodeForCausalLM": _GPT2,
     "GPTJForCausalLM": {**_GPT2, "rotary_dim": 16},
     "Lfm2ForCausalLM": {"block_dim": HIDDEN, "conv_dim": HIDDEN},
-    "MiniCPM3ForCausalLM": {
-        "num_key_value_heads": 2,
-        "q_lora_rank": 32,
-        "kv_lora_rank": 32,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
-    },
+    "MiniCPM3ForCausalLM": _LATENT,
     "NanoChatForCausalLM": {"num_key_value_heads": 2},
     "OPTForCausalLM": {"word_embed_proj_dim": HIDDEN, "ffn_dim": NEURONS, "init_std": 0.15},
     "VaultGemmaForCausalLM": _GEMMA,
-    "YoutuForCausalLM": {
-        "num_key_value_heads": 2,
-        "q_lora_rank": 32,
-        "kv_lora_rank": 32,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
-    },
+    "YoutuForCausalLM": _LATENT,
 }
 
 
