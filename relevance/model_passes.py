@@ -251,8 +251,8 @@ class _Hooks:
                 for module, hook in self._of_layer(index, layer).items():
                     stack.callback(module.register_forward_hook(hook).remove)
                 for place, group in enumerate(layer.groups):
-                    hook = self._neurons_hook(index, place, len(layer.groups))
-                    stack.callback(group.down_proj.register_forward_pre_hook(hook).remove)
+                    before = self._neurons_hook(index, place, len(layer.groups))
+                    stack.callback(group.down_proj.register_forward_pre_hook(before).remove)
             yield
 
     def _of_layer(self, index: int, layer: Layer) -> Mapping[nn.Module, Callable[..., Tensor | None]]:
@@ -340,7 +340,9 @@ class _Hooks:
             self.gradients.see(index, gradient)
             parts = {"value": _by_document(value, batch), "gradient": _by_document(gradient, batch)}
             whole = _joined(self._delivered, index, parts, place, of)
-            for site, rows in wanted if whole is not None else ():
+            if whole is None:
+                return
+            for site, rows in wanted:
                 value, gradient = whole["value"][..., rows], whole["gradient"][..., rows]
                 gradients = Gradients(index, site, batch, value, gradient, input_sum)
                 for method in self._of_gradients[site]:

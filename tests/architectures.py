@@ -69,11 +69,20 @@ _EXPERTS: dict[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
 }
+# vLLM's kernels for it know few widths.
+_WIDE_LATENT = {
+    **_LATENT,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+    "head_dim": 64,
+}
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "BloomForCausalLM": {"n_layer": LAYERS, "n_head": 2},
     "Cohere2ForCausalLM": {"sliding_window": 64},
-    "DeepseekV2ForCausalLM": {**_LATENT, "topk_method": "greedy"},
-    "DeepseekV3ForCausalLM": _LATENT,
+    "DeepseekV2ForCausalLM": {**_WIDE_LATENT, "topk_method": "greedy"},
+    "DeepseekV3ForCausalLM": {**_WIDE_LATENT, "topk_method": "noaux_tc"},
     "DiffLlamaForCausalLM": {"num_key_value_heads": 2},
     "DogeForCausalLM": {"is_moe": False},
     "FalconForCausalLM": {"ffn_hidden_size": 4 * HIDDEN, "alibi": False, "multi_query": True},
@@ -94,11 +103,13 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "num_kv_shared_layers": 0,
         "global_head_dim": 32,
     },
+    "Glm4MoeForCausalLM": {"head_dim": 32},
     "GPT2LMHeadModel": _GPT2,
     "GPTBigCodeForCausalLM": _GPT2,
     "GPTJForCausalLM": {**_GPT2, "rotary_dim": 16},
     "Lfm2ForCausalLM": {"block_dim": HIDDEN, "conv_dim": HIDDEN},
     "MiniCPM3ForCausalLM": _LATENT,
+    "MiniMaxM2ForCausalLM": {"rotary_dim": 16, "scoring_func": "sigmoid"},
     "NanoChatForCausalLM": {"num_key_value_heads": 2},
     "OPTForCausalLM": {"word_embed_proj_dim": HIDDEN, "ffn_dim": NEURONS, "init_std": 0.15},
     "VaultGemmaForCausalLM": _GEMMA,
@@ -127,13 +138,17 @@ DeepseekV3ForCausalLM FlexOlmoForCausalLM MiniMaxM2ForCausalLM Ernie4_5_MoeForCa
 """
 OF_EXPERTS = tuple(_OF_EXPERTS.split())
 ARCHITECTURES = (*_NAMES.split(), *OF_EXPERTS)
-# Served in every run of the engine tests, beside the families of tests.tiny; three by vLLM's Transformers backend.
+# Served in every run of the engine tests, beside the families of tests.tiny; three by vLLM's Transformers backend,
+# three with experts.
 SHORT_LIST = [
     "FalconForCausalLM",
     "GPTNeoXForCausalLM",
     "GraniteForCausalLM",
     "Olmo2ForCausalLM",
     "SmolLM3ForCausalLM",
+    "GptOssForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
 ]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.v2 import INTERPRETED
 
-TIMEOUT_S = 3600 if INTERPRETED else 400  # of one job
+TIMEOUT_S = 3600 if INTERPRETED else 1200  # of one job; some start fifteen engines, beside other tests
 
 
 class Jobs:

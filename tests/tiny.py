@@ -27,6 +27,7 @@ BOS, EOS = "<s>", "</s>"
 BEYOND = "<beyond>"
 _PROJECTION = re.compile(
     r"\.(mlp|ffn|feed_forward)\.(down_proj|c_proj|fc2|fc_out|dense_4h_to_h|w2)$|\.layers\.\d+\.fc2$"
+    r"|\.shared_experts?\.down_proj$|\.shared_mlp\.output_linear$"
 )
 _TOWER = re.compile("vision|visual|audio")
 LAYERS, HIDDEN, NEURONS = 3, 64, 160

@@ -48,7 +48,7 @@ def mask_experts(
         _require_simple(path, routed, experts)
         kernel = routed.quant_method.moe_kernel.fused_experts
         of = _own_neurons(routed, experts)  # [experts, neurons], of this rank
-        table = new_table(rows, *of.shape, like=routed.w2_weight)
+        table = new_table(rows, *of.shape, like=routed.get_parameter("w2_weight"))
         if hasattr(kernel, _KEPT):
             _mask_on_cpu(kernel, table, slots)
         else:
@@ -73,14 +73,12 @@ def _runners(decoder: nn.Module) -> dict[int, tuple[str, Any]]:
 
 def _require_simple(path: str, routed: Any, experts: Experts) -> None:
     """Raise UnsupportedModelError, unless the experts' neurons can be scaled, and token i of a batch is in row i."""
-    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-
     config = routed.moe_config
     parallel = config.moe_parallel_config
     kernel = getattr(getattr(routed.quant_method, "moe_kernel", None), "fused_experts", None)
     problems = {
         f"are computed by {type(kernel or routed.quant_method).__name__}; expected vLLM's Triton experts "
-        "(--moe-backend triton) or, on a CPU, its own": not (hasattr(kernel, _KEPT) or type(kernel) is TritonExperts),
+        "(--moe-backend triton) or, on a CPU, its own": not (hasattr(kernel, _KEPT) or _is_triton(kernel)),
         "are quantised; expected plain weights": getattr(kernel, "quant_dtype", None) is not None,
         "are balanced at run time (--enable-eplb)": parallel.enable_eplb or config.num_experts != experts.count,
         "are shared by data-parallel ranks or sequence-parallel ones; start without data parallelism": parallel.dp_size
@@ -95,16 +93,24 @@ def _require_simple(path: str, routed: Any, experts: Experts) -> None:
             raise UnsupportedModelError(f"{path}: its experts {problem}")
 
 
+def _is_triton(kernel: Any) -> bool:
+    """Whether experts are computed by Triton's kernels for plain weights; derived classes do other things."""
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+
+    return type(kernel) is TritonExperts
+
+
 def _own_neurons(routed: Any, experts: Experts) -> Tensor:
     """[experts, neurons] of this rank: their indices among the neurons of all experts of the layer."""
     config = routed.moe_config
     width, rank = config.intermediate_size_per_partition, config.moe_parallel_config.tp_rank
-    own = torch.arange(experts.count)
+    own: Tensor = torch.arange(experts.count)
     if routed.expert_map is not None:
         places = routed.expert_map.to("cpu")  # [experts], the place of each on this rank, -1 for none
         own = (places >= 0).nonzero().flatten()
         own = own[places[own].argsort()]
-    return own.unsqueeze(1) * experts.size + torch.arange(width) + rank * width
+    neurons: Tensor = own.unsqueeze(1) * experts.size + torch.arange(width) + rank * width
+    return neurons
 
 
 def _mask_between_kernels(kernel: Any, table: Tensor, slots: Tensor) -> None:
@@ -173,7 +179,7 @@ def masked_experts(
         return
     places = (ids if expert_map is None else expert_map[ids])[tokens].long()  # [masked, top k]
     total = torch.zeros(len(tokens), output.shape[1], dtype=torch.float32)
-    for place in places.unique().tolist():
+    for place in sorted(set(places.flatten().tolist())):
         if place < 0:
             continue
         index, choice = (places == place).nonzero(as_tuple=True)
@@ -239,7 +245,7 @@ def _prove(path: str, routed: Any, table: Tensor, slots: Tensor) -> None:
         return outputs.clone()  # [4, hidden]
 
     try:
-        for group in torch.as_tensor(list(own), device=table.device).split(top_k):
+        for group in torch.split(torch.as_tensor(list(own), device=table.device), top_k):
             live, same, _, _ = answers(group)
             table[spare].fill_(0.0)
             _, _, dead, dead_too = answers(group)

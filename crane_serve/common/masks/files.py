@@ -18,7 +18,6 @@ from crane_serve.common.atomic import write_atomically
 from crane_serve.common.masks.fingerprint import Fingerprint
 from crane_serve.common.masks.mask import NeuronMask
 
-FORMAT_VERSIONS = (1, 2)  # the second is of models with experts
 SUFFIX = ".safetensors"
 METADATA_KEY, SCORES_KEY = "crane", "crane-scores"  # of mask files and of scores files
 NAME = r"[a-z0-9_-]+"
@@ -90,7 +89,7 @@ def encode_mask(name: str, mask: NeuronMask, info: MaskInfo) -> bytes:
     if mask.intermediate_sizes != info.fingerprint.intermediate_sizes:
         raise MaskFileError(f"mask {name!r}: its intermediate sizes differ from those of the model it was made for")
     _check_output(f"mask {name!r}", mask, info.fingerprint)
-    version = FORMAT_VERSIONS[info.fingerprint.experts is not None]
+    version = _version(info.fingerprint)
     metadata = _Metadata(**dict(info), format_version=version, digest=mask.digest, neurons=mask.neuron_sets())
     tensors = _taken_apart(mask.intermediate, info.fingerprint)
     if mask.output is not None:
@@ -133,10 +132,10 @@ def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
             what = " but scores, of which `crane select` makes masks" if SCORES_KEY in keys else ""
             raise MaskFileError(f"{source}: no {METADATA_KEY!r} metadata; this is not a mask file{what}")
         metadata = _Metadata.model_validate_json(raw)
-        if metadata.format_version not in FORMAT_VERSIONS:
+        version = _version(metadata.fingerprint)
+        if metadata.format_version != version:
             raise MaskFileError(
-                f"{source}: format version {metadata.format_version}, this program reads "
-                f"{' and '.join(map(str, FORMAT_VERSIONS))}"
+                f"{source}: format version {metadata.format_version}, this program reads {version} for such a model"
             )
         wanted = ["intermediate"] if metadata.fingerprint.experts is None else ["intermediate", "experts"]
         if not set(wanted) <= set(tensors) <= {*wanted, "output"}:
@@ -166,6 +165,11 @@ def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
         raise MaskFileError(f"{source}: the neuron sets in the metadata differ from those in the tensor")
     info = MaskInfo(**{field: getattr(metadata, field) for field in MaskInfo.model_fields})
     return StoredMask(name, mask, info)
+
+
+def _version(fingerprint: Fingerprint) -> int:
+    """1, as from the beginning, or 2 for models with experts, of which earlier programs know nothing."""
+    return 1 if fingerprint.experts is None else 2
 
 
 def _taken_apart(scales: Tensor, fingerprint: Fingerprint) -> dict[str, Tensor]:

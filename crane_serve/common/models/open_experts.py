@@ -86,8 +86,12 @@ def _spread(index: tuple[Tensor, ...], values: list[Tensor], shape: tuple[int, i
 
 def _chosen(ids: Tensor, count: int) -> list[tuple[int, Tensor, Tensor]]:
     """Each expert that some token has, with these tokens and at which of their choices it stands."""
-    found = ((expert, *(ids == expert).nonzero(as_tuple=True)) for expert in range(count))
-    return [(expert, tokens, choices) for expert, tokens, choices in found if len(tokens)]
+    found = []
+    for expert in range(count):
+        tokens, choices = (ids == expert).nonzero(as_tuple=True)
+        if len(tokens):
+            found.append((expert, tokens, choices))
+    return found
 
 
 def _linear(experts: Any, name: str, expert: int, inputs: Tensor) -> Tensor:

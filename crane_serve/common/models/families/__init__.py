@@ -86,6 +86,11 @@ class KnownLayer(Layer):
     value: Projection
 
     @property
+    def down_proj(self) -> nn.Module:
+        """From the neurons to the hidden size."""
+        return self.groups[0].down_proj
+
+    @property
     def gated(self) -> bool:
         """Whether the neurons are act(gate) * up; else they are act(gate)."""
         return self.up is not None
