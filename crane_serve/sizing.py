@@ -23,8 +23,9 @@ class SizeError(ValueError):
 class ModelSizes:
     """The numbers that sizes are computed from.
 
-    neurons: MLP neurons of each layer. full_layers: attention layers that keep the keys and values of every token;
-    window_layers: those that keep the last `window` tokens' (None without such layers). dtype: the checkpoint's.
+    neurons: MLP neurons of each layer, those of experts included. full_layers: attention layers that keep the keys and
+    values of every token; window_layers: those that keep the last `window` tokens' (None without such layers). dtype:
+    the checkpoint's.
     """
 
     parameters: int
@@ -47,8 +48,8 @@ class ModelSizes:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        from crane_serve.common.models.experts import neurons_of
         from crane_serve.common.models.load import reason
-        from crane_serve.common.models.mlps import intermediate_sizes
 
         if Path(model).exists():
             require_no_revision(str(model), revision)
@@ -59,6 +60,7 @@ class ModelSizes:
                 parameters = sum(tensor.numel() for tensor in AutoModelForCausalLM.from_config(config).parameters())
             layers, hidden_size = int(config.num_hidden_layers), int(config.hidden_size)
             heads = int(config.num_attention_heads)
+            neurons, _ = neurons_of(Path(model), whole)
         except Exception as error:  # what transformers raises for a bad config has no common base
             raise SizeError(f"{model}: no config of a causal language model: {reason(error)}") from error
         window = getattr(config, "sliding_window", None)
@@ -67,7 +69,7 @@ class ModelSizes:
         return cls(
             parameters=parameters,
             hidden_size=hidden_size,
-            neurons=intermediate_sizes(config, layers),
+            neurons=neurons,
             kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
             head_size=int(getattr(config, "head_dim", None) or hidden_size // heads),
             full_layers=layers - windowed,

@@ -48,11 +48,12 @@ def scaled(decoder: Decoder, neurons: Tensor, outputs: Tensor | None = None) -> 
     """
     with ExitStack() as stack:
         for index, layer in enumerate(decoder.layers):
-            factors = neurons[..., index, : layer.neurons]  # [neurons] or [documents, neurons]
-            if factors.requires_grad or bool((factors != 1).any()):
-                stack.callback(layer.down_proj.register_forward_pre_hook(_input_hook(factors)).remove)
-            if outputs is not None and bool((outputs[index] != 1).any()):
-                stack.callback(layer.down_proj.register_forward_hook(_output_hook(outputs[index])).remove)
+            for group in layer.groups:
+                factors = neurons[..., index, group.columns]  # [neurons] or [documents, neurons]
+                if factors.requires_grad or bool((factors != 1).any()):
+                    stack.callback(group.down_proj.register_forward_pre_hook(_input_hook(factors)).remove)
+                if outputs is not None and bool((outputs[index] != 1).any()):
+                    stack.callback(group.down_proj.register_forward_hook(_output_hook(outputs[index])).remove)
         yield
 
 
@@ -95,13 +96,13 @@ def hidden_states(decoder: Decoder, batch: Batch) -> Tensor:
 
 
 def _input_hook(factors: Tensor) -> Any:
-    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         values: Tensor = inputs[0]  # [documents, tokens, neurons], the first two of them flattened in some families
         own = factors.to(values.dtype)
         if own.dim() == 1:
-            return (values * own,)
+            return (values * own, *inputs[1:])
         by_document = values.reshape(len(own), -1, own.shape[1])
-        return ((by_document * own.unsqueeze(1)).reshape(values.shape),)
+        return ((by_document * own.unsqueeze(1)).reshape(values.shape), *inputs[1:])
 
     return hook
 

@@ -262,7 +262,7 @@ def lacking(method: type[Method], decoder: Decoder) -> str | None:
     if all(isinstance(layer, KnownLayer) for layer in decoder.layers):
         return None
     reads = method.reads if issubclass(method, OfActivations) else frozenset()
-    if "act" in reads and any(layer.act_fn is None for layer in decoder.layers):
+    if "act" in reads and any(group.act_fn is None for layer in decoder.layers for group in layer.groups):
         return "the activation function of the MLP, as a module"
     return needs_family(method)
 

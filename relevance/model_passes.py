@@ -192,7 +192,7 @@ def _blocks(decoder: Decoder) -> list[nn.Module]:
     for modules in decoder.trunk.modules():
         if isinstance(modules, nn.ModuleList) and len(modules) == len(decoder.layers):
             pairs = zip(modules, decoder.layers, strict=True)
-            if all(any(part is layer.down_proj for part in block.modules()) for block, layer in pairs):
+            if all(any(part is layer.groups[0].down_proj for part in block.modules()) for block, layer in pairs):
                 return list(modules)
     raise UnsupportedModelError(f"{type(decoder.trunk).__name__} has no list of its decoder layers")
 
@@ -214,6 +214,9 @@ class _Hooks:
         self._of_gradients: dict[Site, list[OfGradients]] = {}
         self._recomputing = False
         self._kept: dict[str, Tensor] = {}
+        # Of layers with several groups of neurons, by layer and place, until all of them are there.
+        self._told: dict[int, dict[int, dict[str, Tensor]]] = {}
+        self._delivered: dict[int, dict[int, dict[str, Tensor]]] = {}
 
     @contextmanager
     def listening(self, batch: Batch, methods: Sequence[Measured], device: torch.device) -> Iterator[None]:
@@ -247,7 +250,9 @@ class _Hooks:
             for index, layer in enumerate(decoder.layers):
                 for module, hook in self._of_layer(index, layer).items():
                     stack.callback(module.register_forward_hook(hook).remove)
-                stack.callback(layer.down_proj.register_forward_pre_hook(self._neurons_hook(index, layer)).remove)
+                for place, group in enumerate(layer.groups):
+                    before = self._neurons_hook(index, place, len(layer.groups))
+                    stack.callback(group.down_proj.register_forward_pre_hook(before).remove)
             yield
 
     def _of_layer(self, index: int, layer: Layer) -> Mapping[nn.Module, Callable[..., Tensor | None]]:
@@ -258,9 +263,12 @@ class _Hooks:
         def down_hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
             return self._tapped(index, [(Site.OUTPUT, slice(None))], output, inputs[0])
 
-        hooks: dict[nn.Module, Callable[..., Tensor | None]] = {layer.down_proj: down_hook}
-        if layer.act_fn is not None:
-            hooks[layer.act_fn] = act_hook
+        hooks: dict[nn.Module, Callable[..., Tensor | None]] = {}
+        for group in layer.groups:
+            if group.act_fn is not None:
+                hooks[group.act_fn] = act_hook
+        if len(layer.groups) == 1:
+            hooks[layer.groups[0].down_proj] = down_hook
         return hooks if not isinstance(layer, KnownLayer) else self._of_projections(index, layer) | hooks
 
     def _of_projections(self, index: int, layer: KnownLayer) -> dict[nn.Module, Callable[..., Tensor | None]]:
@@ -282,31 +290,41 @@ class _Hooks:
             for module, sites in projections.items()
         }
 
-    def _neurons_hook(self, index: int, layer: Layer) -> Callable[..., tuple[Any, ...] | None]:
+    def _neurons_hook(self, index: int, place: int, of: int) -> Callable[..., tuple[Any, ...] | None]:
+        """place, of: which group of neurons of the layer it is, of how many."""
+
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if self.batch is None:
                 return None
             value: Tensor = inputs[0]
             if not self._recomputing:
                 self.activations.see(index, value)
-                self._tell(index, value)
-            tapped = self._tapped(index, [(Site.NEURONS, slice(None))], value, None)
+                self._tell(index, value, place, of)
+            tapped = self._tapped(index, [(Site.NEURONS, slice(None))], value, None, place, of)
             return None if tapped is None else (tapped, *inputs[1:])
 
         return hook
 
-    def _tell(self, index: int, neurons: Tensor) -> None:
+    def _tell(self, index: int, neurons: Tensor, place: int, of: int) -> None:
         assert self.batch is not None
         if self._of_activations:
             with torch.no_grad():
                 parts = {name: _by_document(part, self.batch) for name, part in self._kept.items()}
                 self._kept.clear()
-                activations = Activations(index, self.batch, _by_document(neurons.detach(), self.batch), **parts)
-                for method in self._of_activations:
-                    method.accumulate(activations)
+                parts["neurons"] = _by_document(neurons.detach(), self.batch)
+                whole = _joined(self._told, index, parts, place, of)
+                if whole is not None:
+                    for method in self._of_activations:
+                        method.accumulate(Activations(index, self.batch, **whole))
 
     def _tapped(
-        self, index: int, sites: list[tuple[Site, slice]], value: Tensor, inputs: Tensor | None
+        self,
+        index: int,
+        sites: list[tuple[Site, slice]],
+        value: Tensor,
+        inputs: Tensor | None,
+        place: int = 0,
+        of: int = 1,
     ) -> Tensor | None:
         """`value` behind a Tap if a method listens at one of its `sites`, which are slices of its last dimension."""
         batch = self.batch
@@ -320,9 +338,13 @@ class _Hooks:
 
         def deliver(value: Tensor, input_sum: Tensor | None, gradient: Tensor) -> None:
             self.gradients.see(index, gradient)
-            value, gradient = _by_document(value, batch), _by_document(gradient, batch)
+            parts = {"value": _by_document(value, batch), "gradient": _by_document(gradient, batch)}
+            whole = _joined(self._delivered, index, parts, place, of)
+            if whole is None:
+                return
             for site, rows in wanted:
-                gradients = Gradients(index, site, batch, value[..., rows], gradient[..., rows], input_sum)
+                value, gradient = whole["value"][..., rows], whole["gradient"][..., rows]
+                gradients = Gradients(index, site, batch, value, gradient, input_sum)
                 for method in self._of_gradients[site]:
                     method.accumulate(gradients)
 
@@ -330,6 +352,21 @@ class _Hooks:
             self.lowest.append(value)
         tapped: Tensor = Tap.apply(value, input_sum, deliver)  # type: ignore[no-untyped-call]
         return tapped
+
+
+def _joined(
+    waiting: dict[int, dict[int, dict[str, Tensor]]], layer: int, parts: dict[str, Tensor], place: int, of: int
+) -> dict[str, Tensor] | None:
+    """The tensors of all groups of a layer side by side, in the order of the groups; None until all are there."""
+    if of == 1:
+        return parts
+    groups = waiting.setdefault(layer, {})
+    groups[place] = parts
+    if len(groups) < of:
+        return None
+    in_order = [groups[number] for number in range(of)]
+    del waiting[layer]
+    return {name: torch.cat([group[name] for group in in_order], dim=-1) for name in parts}
 
 
 def _by_document(tensor: Tensor, batch: Batch) -> Tensor:

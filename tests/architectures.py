@@ -11,9 +11,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from crane_serve.common.models.mlps import find_mlps, intermediate_sizes, language_model
+from crane_serve.common.models.experts import expert_modules
+from crane_serve.common.models.mlps import find_mlps, intermediate_sizes, language_model, widths
 from tests.tiny import HIDDEN, LAYERS, NEURONS, byte_tokenizer
 
+EXPERT_NEURONS = 32  # of each expert
 # What most configs call their sizes; what a config does not have, it ignores.
 _SIZES: dict[str, Any] = {
     "vocab_size": 258,
@@ -51,9 +53,36 @@ _LATENT = {
     "qk_rope_head_dim": 16,
     "v_head_dim": 32,
 }  # attention over compressed keys and values
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "moe_intermediate_size": EXPERT_NEURONS,
+    "shared_expert_intermediate_size": NEURONS,
+    "shared_intermediate_size": NEURONS,
+    "n_shared_experts": 1,
+    "moe_num_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+# vLLM's kernels for it know few widths.
+_WIDE_LATENT = {
+    **_LATENT,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+    "head_dim": 64,
+}
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "BloomForCausalLM": {"n_layer": LAYERS, "n_head": 2},
     "Cohere2ForCausalLM": {"sliding_window": 64},
+    "DeepseekV2ForCausalLM": {**_WIDE_LATENT, "topk_method": "greedy"},
+    "DeepseekV3ForCausalLM": {**_WIDE_LATENT, "topk_method": "noaux_tc"},
     "DiffLlamaForCausalLM": {"num_key_value_heads": 2},
     "DogeForCausalLM": {"is_moe": False},
     "FalconForCausalLM": {"ffn_hidden_size": 4 * HIDDEN, "alibi": False, "multi_query": True},
@@ -74,11 +103,13 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "num_kv_shared_layers": 0,
         "global_head_dim": 32,
     },
+    "Glm4MoeForCausalLM": {"head_dim": 32},
     "GPT2LMHeadModel": _GPT2,
     "GPTBigCodeForCausalLM": _GPT2,
     "GPTJForCausalLM": {**_GPT2, "rotary_dim": 16},
     "Lfm2ForCausalLM": {"block_dim": HIDDEN, "conv_dim": HIDDEN},
     "MiniCPM3ForCausalLM": _LATENT,
+    "MiniMaxM2ForCausalLM": {"rotary_dim": 16, "scoring_func": "sigmoid"},
     "NanoChatForCausalLM": {"num_key_value_heads": 2},
     "OPTForCausalLM": {"word_embed_proj_dim": HIDDEN, "ffn_dim": NEURONS, "init_std": 0.15},
     "VaultGemmaForCausalLM": _GEMMA,
@@ -100,14 +131,24 @@ PersimmonForCausalLM Phi3ForCausalLM PhiForCausalLM Qwen2ForCausalLM Qwen3ForCau
 Qwen3_5ForConditionalGeneration SeedOssForCausalLM SmolLM3ForCausalLM StableLmForCausalLM Starcoder2ForCausalLM
 VaultGemmaForCausalLM YoutuForCausalLM
 """
-ARCHITECTURES = tuple(_NAMES.split())
-# Served in every run of the engine tests, beside the families of tests.tiny; three by vLLM's Transformers backend.
+_OF_EXPERTS = """
+GptOssForCausalLM GraniteMoeForCausalLM GraniteMoeSharedForCausalLM MixtralForCausalLM OlmoeForCausalLM
+PhimoeForCausalLM Qwen2MoeForCausalLM Qwen3MoeForCausalLM Glm4MoeForCausalLM DeepseekV2ForCausalLM
+DeepseekV3ForCausalLM FlexOlmoForCausalLM MiniMaxM2ForCausalLM Ernie4_5_MoeForCausalLM
+"""
+OF_EXPERTS = tuple(_OF_EXPERTS.split())
+ARCHITECTURES = (*_NAMES.split(), *OF_EXPERTS)
+# Served in every run of the engine tests, beside the families of tests.tiny; three by vLLM's Transformers backend,
+# three with experts.
 SHORT_LIST = [
     "FalconForCausalLM",
     "GPTNeoXForCausalLM",
     "GraniteForCausalLM",
     "Olmo2ForCausalLM",
     "SmolLM3ForCausalLM",
+    "GptOssForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
 ]
 
 
@@ -134,7 +175,8 @@ def tiny_config(architecture: str) -> PretrainedConfig:
     model_type = model_type_of(architecture)
     whole = AutoConfig.for_model(model_type)
     if "text_config" not in whole.sub_configs:
-        return AutoConfig.for_model(model_type, **{**_known(_SIZES, whole), **_SETTINGS.get(architecture, {})})
+        sizes = _SIZES | (_EXPERTS if architecture in OF_EXPERTS else {})
+        return AutoConfig.for_model(model_type, **{**_known(sizes, whole), **_SETTINGS.get(architecture, {})})
     text, tower = (
         whole.get_text_config(),
         AutoConfig.for_model(_TOWERS.get(model_type) or whole.vision_config.model_type),
@@ -157,10 +199,14 @@ def tiny_checkpoint(architecture: str, directory: Path, *, seed: int = 0) -> Pat
     torch.manual_seed(seed)
     config = tiny_config(architecture)
     model = model_class(architecture).from_config(config, dtype=torch.float32)
-    sizes = intermediate_sizes_of(config)
+    decoder = language_model(model)
+    experts = expert_modules(decoder).values()
+    sizes = widths(decoder, HIDDEN, LAYERS) if experts else intermediate_sizes_of(config)
     with torch.no_grad():
-        for mlp in find_mlps(language_model(model), sizes).values():
+        for mlp in find_mlps(decoder, sizes, beside_experts=bool(experts)).values():
             mlp.projection.weight.mul_(3.0)
+        for module in experts:
+            module.down_proj.mul_(3.0)
         for parameter in model.parameters():  # what is 0 at first hides what it does
             if not parameter.any():
                 parameter.normal_(std=0.1)

@@ -6,8 +6,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crane_serve.common.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, write_mask
+from tests.experts import dense_by_layer, experts_by_layer, experts_scaled
 from tests.tiny import mlp_projections
 from tests.v2 import INTERPRETED
 
@@ -67,6 +69,11 @@ class Oracle:
             scales[masked] = scale
             return scales
 
+        experts = experts_by_layer(self.model)
+        if mask is not None and experts:
+            with self._masked_experts(mask, experts, per_token):
+                yield
+            return
         hooks = []
         for index, (mlp, projection) in enumerate(mlp_projections(self.model) if mask is not None else ()):
             scale = mask.intermediate[index]
@@ -85,6 +92,23 @@ class Oracle:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    @contextmanager
+    def _masked_experts(self, mask: NeuronMask, experts: Mapping[int, torch.nn.Module], per_token: Callable):
+        dense = dense_by_layer(self.model)
+        with ExitStack() as stack:
+            for layer, scales in enumerate(mask.intermediate):
+                width = dense[layer].in_features if layer in dense else 0
+                if layer in dense:
+
+                    def hook(_, args, own=scales[:width]):
+                        return args[0] * per_token(own, args[0].shape[-2]).view_as(args[0])
+
+                    stack.callback(dense[layer].register_forward_pre_hook(hook).remove)
+                if layer in experts:
+                    own = scales[width : mask.intermediate_sizes[layer]]
+                    stack.enter_context(experts_scaled(experts[layer], partial(per_token, own)))
+            yield
 
     @torch.no_grad()
     def logprobs(

@@ -27,6 +27,7 @@ BOS, EOS = "<s>", "</s>"
 BEYOND = "<beyond>"
 _PROJECTION = re.compile(
     r"\.(mlp|ffn|feed_forward)\.(down_proj|c_proj|fc2|fc_out|dense_4h_to_h|w2)$|\.layers\.\d+\.fc2$"
+    r"|\.shared_experts?\.down_proj$|\.shared_mlp\.output_linear$"
 )
 _TOWER = re.compile("vision|visual|audio")
 LAYERS, HIDDEN, NEURONS = 3, 64, 160
@@ -102,15 +103,20 @@ def add_token_beyond(checkpoint: Path) -> None:
     tokenizer.save_pretrained(checkpoint)
 
 
+def mlp_projection_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """By path: the projections of a transformers model whose inputs are the neurons of a dense MLP."""
+    return {
+        name: module for name, module in model.named_modules() if _PROJECTION.search(name) and not _TOWER.search(name)
+    }
+
+
 def mlp_projections(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """Per decoder layer of a transformers model: the MLP, and its projection whose inputs are the neurons.
 
     In OPT the decoder layer itself holds the parts of the MLP.
     """
     found = [
-        (model.get_submodule(name.rpartition(".")[0]), module)
-        for name, module in model.named_modules()
-        if _PROJECTION.search(name) and not _TOWER.search(name)
+        (model.get_submodule(name.rpartition(".")[0]), module) for name, module in mlp_projection_modules(model).items()
     ]
     assert len(found) == model.config.get_text_config().num_hidden_layers
     return found

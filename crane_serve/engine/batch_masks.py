@@ -37,8 +37,10 @@ class BatchMasks:
         # Batches are padded up to the largest captured graph, which may exceed the scheduler's limit.
         captured = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
         max_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, *captured, 3)
-        sizes = library.fingerprint.intermediate_sizes
-        table, slots = install_masks(model, sizes, config.rows + 1, max_tokens, outputs=config.outputs)
+        of = library.fingerprint
+        table, slots = install_masks(
+            model, of.intermediate_sizes, config.rows + 1, max_tokens, outputs=config.outputs, experts=of.experts
+        )
         return cls(library, table, slots)
 
     def fill(self, requests: Sequence[MaskRequest | None], tokens: Ints, computed: Ints, prompts: Ints) -> None:

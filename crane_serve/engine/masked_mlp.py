@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from crane_serve.common.models.errors import UnsupportedModelError
+from crane_serve.common.models.experts import Experts
 from crane_serve.common.models.mlps import Mlp, language_model, layer_of, linear_shape, require_mlps
-from crane_serve.engine.table import MaskTable, new_table
+from crane_serve.engine.masked_experts import mask_experts
+from crane_serve.engine.table import MaskTable, Part, new_table
 
 _PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -53,22 +55,29 @@ def _scaled(x: Tensor, table: Tensor, slots: Tensor) -> Tensor:
 
 
 def install_masks(
-    model: nn.Module, intermediate_sizes: tuple[int, ...], rows: int, max_tokens: int, *, outputs: bool
+    model: nn.Module,
+    intermediate_sizes: tuple[int, ...],
+    rows: int,
+    max_tokens: int,
+    *,
+    outputs: bool,
+    experts: Experts | None = None,
 ) -> tuple[MaskTable, Tensor]:
     """Patch every decoder layer's MLP of a loaded model; return the mask table and the slots [max_tokens].
 
     MLPs are recognised by their structure: see `find_mlps`. Raises UnsupportedModelError unless there is exactly one
     per layer, of the size that `intermediate_sizes` says, and each is shown to obey its mask. Layers keep their global
     index; those of other pipeline ranks are left out. `outputs`: whether masks may also scale the MLP's output
-    dimensions.
+    dimensions. experts: those among the neurons, see `crane_serve.engine.masked_experts`.
     """
     decoder = language_model(model)
-    mlps = require_mlps(decoder, intermediate_sizes, _layers_of_other_ranks(decoder))
+    dense = intermediate_sizes if experts is None else experts.dense(intermediate_sizes)
+    elsewhere = _layers_of_other_ranks(decoder)
+    mlps = require_mlps(decoder, dense, elsewhere, beside_experts=experts is not None)
     # Quantised weights have other dtypes than the activations.
     reference = next(parameter for parameter in decoder.parameters() if parameter.dtype in _PLAIN_DTYPES)
     slots = torch.zeros(max_tokens, dtype=torch.int64, device=reference.device)
-    tables: dict[int, Tensor] = {}
-    offsets: dict[int, int] = {}
+    parts: dict[int, list[Part]] = {}
     output_tables: dict[int, Tensor] = {}
     shape = (1, 3) if _is_of_transformers(model) else (3,)
     for layer, mlp in mlps.items():
@@ -77,15 +86,21 @@ def install_masks(
             raise UnsupportedModelError(
                 f"{mlp.name}: the bias of its last projection is added elsewhere; masks of MLP outputs would miss it"
             )
-        neurons, offsets[layer] = _own_neurons(projection)
-        tables[layer] = new_table(rows, neurons, like=reference)
+        neurons, start = _own_neurons(projection)
+        table = new_table(rows, neurons, like=reference)
+        parts[layer] = [Part(table, start, start + neurons)]
         if outputs:
             output_tables[layer] = new_table(rows, hidden_size, like=reference)
-        masked = MaskedProjection(projection, tables[layer], slots, output_tables.get(layer))
+        masked = MaskedProjection(projection, table, slots, output_tables.get(layer))
         setattr(mlp.parent, mlp.attribute, masked)
         if mlp.is_own_module:
             _prove(mlp, masked, shape, hidden_size)
-    return MaskTable(tables, offsets, output_tables), slots
+    if experts is not None:
+        if outputs:
+            raise UnsupportedModelError("masks of MLP outputs are not served for a mixture of experts")
+        for layer, part in mask_experts(decoder, experts, dense, rows, slots, elsewhere).items():
+            parts.setdefault(layer, []).append(part)
+    return MaskTable(parts, output_tables), slots
 
 
 def _is_of_transformers(model: nn.Module) -> bool:

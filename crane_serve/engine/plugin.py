@@ -14,7 +14,9 @@ What is wrapped, each once per process:
 - KVCacheManager.get_computed_blocks (engine core): how far a scored request may read from the prefix cache;
 - EngineCore.add_request (engine core): refuses a mask without a free row, and forgets content that no request needs;
 - WorkerWrapperBase.init_device (worker): gives the model runner its masks, through MaskedRunner (V1)
-  or MaskedModelState (V2), and has it score prompts: see `scoring`.
+  or MaskedModelState (V2), and has it score prompts: see `scoring`;
+- CPUUnquantizedExperts.process_weights_after_loading (worker, on a CPU): keeps the weights of experts: see
+  `masked_experts`.
 Added to EngineCore and WorkerWrapperBase: the methods of `live_masks`.
 """
 
@@ -31,6 +33,7 @@ from crane_serve.engine.config import (
     mask_config,
     masks_wanted,
 )
+from crane_serve.engine.masked_experts import keep_weights
 from crane_serve.engine.prefix_cache import check_salt, generated_salt, salted, with_generated_salt
 from crane_serve.engine.scoring import check_score, get_computed_blocks
 from crane_serve.engine.support import UnsupportedEngine, caution, check_engine, check_version
@@ -222,6 +225,7 @@ def _block_keys(
 def _init_device(original: Callable[..., Any], self: Any) -> Any:
     result = original(self)
     if mask_config(self.vllm_config) is not None:
+        _keep_experts()
         if self.vllm_config.use_v2_model_runner:
             _prepare_v2()
         else:
@@ -229,6 +233,16 @@ def _init_device(original: Callable[..., Any], self: Any) -> Any:
 
             MaskedRunner(self.worker.model_runner)
     return result
+
+
+def _keep_experts() -> None:
+    """Have experts on a CPU keep the weights that masks need; they are loaded after this."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+        wrap(CPUUnquantizedExperts, "process_weights_after_loading", keep_weights)
 
 
 def _prepare_v2() -> None:

@@ -1,7 +1,8 @@
 """MaskTable: the masks in use, as rows of a tensor per layer."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,25 +12,43 @@ from crane_serve.common.masks import Composition
 UNMASKED_ROW = 0
 
 
+@dataclass(frozen=True)
+class Part:
+    """The neurons of a layer that one patched module of this rank reads.
+
+    table: [rows, *shape], changed in place only; start, stop: what they are among; of: [*shape], their indices from
+    `start` on, None for all of them in order.
+    """
+
+    table: Tensor
+    start: int
+    stop: int
+    of: Tensor | None = None
+
+    def fill(self, row: int, mask: Composition, layer: int) -> None:
+        """Write the mask's scales."""
+        scales = mask.intermediate(layer, self.start, self.stop)  # [stop - start]
+        if self.of is not None:
+            scales = scales[self.of]
+        self.table[row].copy_(scales.to(self.table.device, self.table.dtype))
+
+
 class MaskTable:
     """Rows of scales that the patched MLPs read. Row 0 is all ones and belongs to unmasked requests.
 
-    tables: per owned layer (global index) a tensor [rows, neurons on this rank], changed in place only.
-    offsets: per owned layer the first neuron of this rank's tensor-parallel shard.
+    parts: per owned layer (global index) what its modules on this rank read.
     outputs: per owned layer a tensor [rows, hidden] for the MLP's output, if that can be scaled.
     """
 
-    def __init__(
-        self, tables: Mapping[int, Tensor], offsets: Mapping[int, int], outputs: Mapping[int, Tensor] | None = None
-    ) -> None:
-        if not tables:
+    def __init__(self, parts: Mapping[int, Sequence[Part]], outputs: Mapping[int, Tensor] | None = None) -> None:
+        if not parts:
             raise ValueError("a mask table needs at least one layer")
-        self._tables = dict(tables)
-        self._offsets = dict(offsets)
+        self._parts = {layer: tuple(of_layer) for layer, of_layer in parts.items()}
         self._outputs = dict(outputs or {})
-        self._capacity = next(iter(self._tables.values())).shape[0]
+        tables = [part.table for of_layer in self._parts.values() for part in of_layer]
+        self._capacity = tables[0].shape[0]
         self._rows: OrderedDict[str, int] = OrderedDict()  # digest -> row, least recently used first
-        for table in (*self._tables.values(), *self._outputs.values()):
+        for table in (*tables, *self._outputs.values()):
             table.fill_(1.0)
 
     def assign(self, masks: list[Composition]) -> list[int]:
@@ -55,10 +74,9 @@ class MaskTable:
         return self._rows.pop(digest)
 
     def _fill(self, row: int, mask: Composition) -> int:
-        for layer, table in self._tables.items():
-            start, width = self._offsets[layer], table.shape[1]
-            scales = mask.intermediate(layer, start, start + width)  # [neurons on this rank]
-            table[row].copy_(scales.to(table.device, table.dtype))
+        for layer, parts in self._parts.items():
+            for part in parts:
+                part.fill(row, mask, layer)
         if mask.scales_outputs and not self._outputs:
             raise RuntimeError("a mask scales MLP output dimensions, the model was patched without them")
         for layer, table in self._outputs.items():
@@ -70,6 +88,6 @@ class MaskTable:
         return row
 
 
-def new_table(rows: int, neurons: int, like: Tensor) -> Tensor:
-    """Ones of shape [rows, neurons] with the dtype and device of `like`."""
-    return torch.ones(rows, neurons, dtype=like.dtype, device=like.device)
+def new_table(rows: int, *shape: int, like: Tensor) -> Tensor:
+    """Ones of shape [rows, *shape] with the dtype and device of `like`."""
+    return torch.ones(rows, *shape, dtype=like.dtype, device=like.device)

@@ -8,6 +8,11 @@ _CLI = "vllm.entrypoints.common.cli_args|vllm.entrypoints.launchers.cli_args"
 _CHAT = "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest"
 _COMPLETION = "vllm.entrypoints.openai.completion.protocol:CompletionRequest"
 _RESPONSES = "vllm.entrypoints.openai.responses.protocol:ResponsesRequest"
+_MOE = "vllm.model_executor.layers.fused_moe"
+_EXPERTS = (
+    "output=, hidden_states=, w1=, w2=, topk_weights=, topk_ids=, activation=, global_num_experts=, expert_map=,"
+    " a1q_scale=, a2_scale=, workspace13=, workspace2=, expert_tokens_meta=, apply_router_weight_on_input="
+)
 _V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 _V2_SCORES = "vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker"
@@ -18,6 +23,7 @@ WRAPPED = {
     "fresh_blocks.get_kv_cache_configs": ["vllm.v1.engine.core:get_kv_cache_configs"],
     "limits._check_length": ["vllm.v1.engine.input_processor:InputProcessor._validate_prompt_len"],
     "limits._max_tokens": ["vllm.entrypoints.serve.utils.api_utils:get_max_tokens"],
+    "masked_experts.keep_weights": [f"{_MOE}.experts.cpu_moe:CPUUnquantizedExperts.process_weights_after_loading"],
     "metering.meter.generate": ["vllm.v1.engine.async_llm:AsyncLLM.generate"],
     "plugin._add_request": ["vllm.v1.engine.core:EngineCore.add_request"],
     "plugin._block_keys": [
@@ -99,7 +105,13 @@ CALLED = {
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader._prepare_weights": (
         "model_name_or_path, subfolder, revision, fall_back_to_pt, allow_patterns_overrides"
     ),
+    f"{_MOE}.unquantized_fused_moe_method:UnquantizedFusedMoEMethod.forward_native": (
+        "layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input"
+    ),
+    f"{_MOE}.experts.triton_moe:TritonExperts.apply": _EXPERTS,
+    f"{_MOE}.experts.cpu_moe:CPUUnquantizedExperts.apply": _EXPERTS,
     "vllm.platforms.interface:Platform.get_device_name": "",
+    "vllm.platforms.interface:Platform.is_cuda_alike": "",
     "vllm.reasoning:ReasoningParserManager.import_reasoning_parser": "plugin_path",
     "vllm.tool_parsers:ToolParserManager.import_tool_parser": "plugin_path",
     "vllm.v1.engine.async_llm:AsyncLLM.from_vllm_config": "vllm_config, disable_log_stats=, enable_log_requests=",
@@ -133,13 +145,14 @@ READ = {
     "vllm.config:CompilationMode": "NONE",
     "vllm.config:DeviceConfig": "device_type",
     "vllm.config:LoadConfig": "load_format",
+    "vllm.config.kernel:KernelConfig": "moe_backend",
     "vllm.config:ModelConfig": "model dtype max_model_len runner_type hf_config hf_text_config get_vocab_size"
     " try_get_generation_config hf_config_path tokenizer_revision",
     "vllm.config:ParallelConfig": "use_ubatching prefill_context_parallel_size tensor_parallel_size data_parallel_size",
     "vllm.config:SchedulerConfig": "max_num_seqs max_num_batched_tokens",
     "vllm.config:VllmConfig": "model_config cache_config parallel_config scheduler_config compilation_config"
     " device_config load_config speculative_config lora_config kv_transfer_config weight_transfer_config"
-    " additional_config use_v2_model_runner",
+    " additional_config use_v2_model_runner kernel_config",
     "vllm.engine.arg_utils:EngineArgs": "language_model_only",
     "vllm.engine.arg_utils:AsyncEngineArgs": "model tokenizer tokenizer_mode skip_tokenizer_init trust_remote_code"
     " served_model_name disable_log_stats enable_log_requests reasoning_parser_plugin",
@@ -151,6 +164,16 @@ READ = {
     "vllm.entrypoints.serve.engine.protocol:ModelCard": "id root parent max_model_len permission",
     "vllm.entrypoints.serve.engine.protocol:ModelList": "data",
     "vllm.logprobs:Logprob": "logprob rank decoded_token",
+    f"{_MOE}.activation:MoEActivation": "SILU GELU GELU_TANH SWIGLUOAI",
+    f"{_MOE}.config:FusedMoEConfig": "num_experts experts_per_token intermediate_size intermediate_size_per_partition"
+    " activation moe_parallel_config",
+    f"{_MOE}.config:FusedMoEParallelConfig": "tp_size tp_rank dp_size enable_eplb is_sequence_parallel",
+    f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase": "moe_kernel",
+    f"{_MOE}.modular_kernel:FusedMoEKernel": "fused_experts",
+    f"{_MOE}.modular_kernel:FusedMoEExpertsModular": "apply activation quant_dtype",
+    f"{_MOE}.routed_experts:RoutedExperts": "moe_config quant_method expert_map hidden_size activation",
+    f"{_MOE}.runner.moe_runner:MoERunner": "routed_experts",
+    f"{_MOE}.unquantized_fused_moe_method:UnquantizedFusedMoEMethod": "forward_native",
     "vllm.model_executor.layers.linear:RowParallelLinear": "input_size input_size_per_partition output_size"
     " input_is_parallel tp_rank skip_bias_add bias",
     "vllm.multimodal.inputs:MultiModalFeatureSpec": "mm_position",

@@ -33,7 +33,14 @@ TRANSFORMERS = {"get_vocab", "convert_ids_to_tokens", "bos_token_id"}
 HTTP = {"cls", "middleware_stack", "user_middleware", "body_field", "validate"}
 MODELS = {"field_info", "model_dump", "model_fields", "__struct_fields__"}  # pydantic, msgspec
 MODELS |= {"_type_adapter", "core_schema", "validator"}
-OF_OTHERS = {*TRANSFORMERS, *HTTP, *MODELS, "_load_model", "crane_mask_request"}  # the last two are ours
+OF_OTHERS = {
+    "register_fake",
+    *TRANSFORMERS,
+    *HTTP,
+    *MODELS,
+    "_load_model",
+    "crane_mask_request",
+}  # the last two are ours
 VERSION = wheel.installed_version() or "none"
 
 

@@ -194,6 +194,6 @@ def test_the_activation_function_may_be_unknown() -> None:
         del layer.mlp.act_fn
         layer.mlp.forward = lambda x, mlp=layer.mlp, act=act: mlp.down_proj(act(mlp.gate_proj(x)) * mlp.up_proj(x))
     decoder = decoder_of(model)
-    assert [layer.act_fn for layer in decoder.layers] == [None] * LAYERS
+    assert [layer.groups[0].act_fn for layer in decoder.layers] == [None] * LAYERS
     assert lacking(Lape, decoder) == "the activation function of the MLP, as a module"
     assert lacking(Magnitude, decoder) is None

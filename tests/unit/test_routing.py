@@ -9,7 +9,7 @@ from torch import Tensor
 
 from crane_serve.common.masks import Composition, Member, NeuronMask, Positions
 from crane_serve.engine.routing import fill_slots, row_per_token
-from crane_serve.engine.table import UNMASKED_ROW, MaskTable, new_table
+from crane_serve.engine.table import UNMASKED_ROW, MaskTable, Part, new_table
 
 LAYERS, NEURONS = 3, 8
 
@@ -28,7 +28,7 @@ def tables(rows: int, *, neurons: int = NEURONS, layers: tuple[int, ...] = (0, 1
 
 def table_of(rows: int) -> tuple[MaskTable, dict[int, Tensor]]:
     held = tables(rows)
-    return MaskTable(held, dict.fromkeys(held, 0)), held
+    return MaskTable({layer: [Part(table, 0, NEURONS)] for layer, table in held.items()}), held
 
 
 def assert_holds(held: dict[int, Tensor], row: int, mask: Composition) -> None:
@@ -60,7 +60,7 @@ def test_equal_content_shares_a_row() -> None:
 
 def test_only_the_owned_layers_and_shards_are_filled() -> None:
     held = tables(2, neurons=4, layers=(1, 2))
-    table = MaskTable(held, {1: 0, 2: 4})
+    table = MaskTable({1: [Part(held[1], 0, 4)], 2: [Part(held[2], 4, 8)]})
     wanted = mask(5)
     (row,) = table.assign([wanted])
     assert torch.equal(held[1][row], wanted.intermediate(1, 0, 4))
@@ -71,7 +71,7 @@ def test_rows_take_the_dtype_of_the_model() -> None:
     tensor = new_table(3, NEURONS, like=torch.zeros(1, dtype=torch.bfloat16))
     assert tensor.dtype == torch.bfloat16
     assert tensor.shape == (3, NEURONS)
-    table = MaskTable({0: tensor}, {0: 0})
+    table = MaskTable({0: [Part(tensor, 0, NEURONS)]})
     (row,) = table.assign([mask(3)])
     assert torch.equal(tensor[row], mask(3).intermediate(0).bfloat16())
 
@@ -120,7 +120,7 @@ def test_refuses_more_masks_than_rows() -> None:
 
 def test_refuses_a_table_without_layers() -> None:
     with pytest.raises(ValueError, match="at least one layer"):
-        MaskTable({}, {})
+        MaskTable({})
 
 
 ALL, PROMPT, GENERATED = Positions.ALL, Positions.PROMPT, Positions.GENERATED

@@ -2,20 +2,22 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
 import crane_serve
 from crane_serve.common.atomic import write_atomically
 from crane_serve.common.masks.fingerprint import Fingerprint
 from crane_serve.common.masks.mask import NeuronMask
 
-FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
 METADATA_KEY, SCORES_KEY = "crane", "crane-scores"  # of mask files and of scores files
 NAME = r"[a-z0-9_-]+"
@@ -52,7 +54,7 @@ class _Metadata(MaskInfo):
 
     format_version: int
     digest: str
-    neurons: list[list[int]]  # per layer, indices whose scale is not 1
+    neurons: list[list[int]]  # per layer, indices whose scale is not 1, those of experts behind the others
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,9 @@ def encode_mask(name: str, mask: NeuronMask, info: MaskInfo) -> bytes:
     if mask.intermediate_sizes != info.fingerprint.intermediate_sizes:
         raise MaskFileError(f"mask {name!r}: its intermediate sizes differ from those of the model it was made for")
     _check_output(f"mask {name!r}", mask, info.fingerprint)
-    metadata = _Metadata(**dict(info), format_version=FORMAT_VERSION, digest=mask.digest, neurons=mask.neuron_sets())
-    tensors = {"intermediate": mask.intermediate}
+    version = _version(info.fingerprint)
+    metadata = _Metadata(**dict(info), format_version=version, digest=mask.digest, neurons=mask.neuron_sets())
+    tensors = _taken_apart(mask.intermediate, info.fingerprint)
     if mask.output is not None:
         tensors["output"] = mask.output
     return save(tensors, metadata={METADATA_KEY: metadata.model_dump_json()})
@@ -129,16 +132,18 @@ def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
             what = " but scores, of which `crane select` makes masks" if SCORES_KEY in keys else ""
             raise MaskFileError(f"{source}: no {METADATA_KEY!r} metadata; this is not a mask file{what}")
         metadata = _Metadata.model_validate_json(raw)
-        if metadata.format_version != FORMAT_VERSION:
+        version = _version(metadata.fingerprint)
+        if metadata.format_version != version:
             raise MaskFileError(
-                f"{source}: format version {metadata.format_version}, this program reads {FORMAT_VERSION}"
+                f"{source}: format version {metadata.format_version}, this program reads {version} for such a model"
             )
-        names = set(tensors)
-        if "intermediate" not in names or names - {"intermediate", "output"}:
-            excerpts = [name[:_SHOWN] for name in sorted(names)[:3]]
-            raise MaskFileError(f"{source}: tensors {excerpts}, expected 'intermediate' and maybe 'output'")
+        wanted = ["intermediate"] if metadata.fingerprint.experts is None else ["intermediate", "experts"]
+        if not set(wanted) <= set(tensors) <= {*wanted, "output"}:
+            excerpts = [name[:_SHOWN] for name in sorted(tensors)[:3]]
+            listed = " and ".join(map(repr, wanted))
+            raise MaskFileError(f"{source}: tensors {excerpts}, expected {listed} and maybe 'output'")
         mask = NeuronMask(
-            intermediate=tensors["intermediate"],
+            intermediate=_joined(tensors, metadata.fingerprint),
             intermediate_sizes=metadata.fingerprint.intermediate_sizes,
             output=tensors.get("output"),
         )
@@ -160,6 +165,54 @@ def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
         raise MaskFileError(f"{source}: the neuron sets in the metadata differ from those in the tensor")
     info = MaskInfo(**{field: getattr(metadata, field) for field in MaskInfo.model_fields})
     return StoredMask(name, mask, info)
+
+
+def _version(fingerprint: Fingerprint) -> int:
+    """1, as from the beginning, or 2 for models with experts, of which earlier programs know nothing."""
+    return 1 if fingerprint.experts is None else 2
+
+
+def _taken_apart(scales: Tensor, fingerprint: Fingerprint) -> dict[str, Tensor]:
+    """The tensors of a file. scales: [layers, widest]."""
+    experts = fingerprint.experts
+    if experts is None:
+        return {"intermediate": scales}
+    dense = fingerprint.dense_sizes
+    intermediate = torch.ones(len(dense), max(dense))  # [layers, widest without experts]
+    of_experts = torch.ones(len(dense), experts.count, experts.size)  # [layers, experts, neurons]
+    for layer, size in enumerate(dense):
+        intermediate[layer, :size] = scales[layer, :size]
+        if layer in experts.layers:
+            of_experts[layer] = scales[layer, size : size + experts.neurons].view(experts.count, experts.size)
+    return {"intermediate": intermediate, "experts": of_experts}
+
+
+def _joined(tensors: Mapping[str, Tensor], fingerprint: Fingerprint) -> Tensor:
+    """The scales [layers, widest] of a file's tensors. Raises ValueError for other shapes, and for scales of what no
+    layer has."""
+    experts = fingerprint.experts
+    if experts is None:
+        return tensors["intermediate"]
+    dense = fingerprint.dense_sizes
+    intermediate, of_experts = tensors["intermediate"], tensors["experts"]
+    expected = {"intermediate": [len(dense), max(dense)], "experts": [len(dense), experts.count, experts.size]}
+    for name, shape in expected.items():
+        if list(tensors[name].shape) != shape or not tensors[name].is_floating_point():
+            has = f"shape {list(tensors[name].shape)} and dtype {tensors[name].dtype}"
+            raise ValueError(f"{name!r} has {has}, expected {shape} and floating point")
+    if min(dense) < 0 or not set(experts.layers) <= set(range(len(dense))):
+        raise ValueError("the model's experts do not fit its layers")
+    scales = torch.ones(len(dense), max(fingerprint.intermediate_sizes))
+    for layer, size in enumerate(dense):
+        scales[layer, :size] = intermediate[layer, :size]
+        beyond = [intermediate[layer, size:]]
+        if layer in experts.layers:
+            scales[layer, size : size + experts.neurons] = of_experts[layer].flatten()
+        else:
+            beyond.append(of_experts[layer])
+        if any(bool((rest != 1).any()) for rest in beyond):
+            raise ValueError(f"layer {layer} has scales of neurons that the model does not have")
+    return scales
 
 
 def _check_output(source: str, mask: NeuronMask, fingerprint: Fingerprint) -> None:

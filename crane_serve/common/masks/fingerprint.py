@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic import BaseModel, ConfigDict, PrivateAttr, SerializerFunctionWrapHandler, model_serializer
 
 from crane_serve.common.masks.canonical_config import config_digest, file_digest
 from crane_serve.common.models.errors import CheckpointError
+from crane_serve.common.models.experts import Experts, neurons_of
 from crane_serve.common.models.load import architecture_of, load_config, pickled_tensors, reason
-from crane_serve.common.models.mlps import intermediate_sizes
 from crane_serve.common.models.weights import stored_tensors, weight_files
 
 _SAMPLE_BYTES = 4096
@@ -28,6 +28,9 @@ class Fingerprint(BaseModel):
     tensor's name, dtype and shape and a 4 KiB sample from its middle, so that a fine-tuned checkpoint of the same shape
     has another digest, and not all weights need to be read. Whether they are in safetensors or .bin files does not
     matter. Files that transformers does not load do not count.
+
+    intermediate_sizes: the number of neurons of each layer, those of experts included; experts: which of them those
+    are, None for a model without.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +41,7 @@ class Fingerprint(BaseModel):
     intermediate_sizes: tuple[int, ...]
     config_digest: str
     weights_digest: str
+    experts: Experts | None = None
 
     # field -> its value in version 0.1.0 for the same checkpoint, so that masks of 0.1.0 stay valid.
     _earlier: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -52,7 +56,7 @@ class Fingerprint(BaseModel):
             whole = load_config(checkpoint)
             config = whole.get_text_config()
             layers, hidden_size = _positive(config, "num_hidden_layers"), _positive(config, "hidden_size")
-            sizes, architecture = intermediate_sizes(config, layers), architecture_of(whole)
+            (sizes, experts), architecture = neurons_of(checkpoint, whole), architecture_of(whole)
         except Exception as error:  # what a config class raises for a bad value has no common base
             raise FingerprintError(f"{checkpoint} is not a Hugging Face checkpoint: {reason(error)}") from error
         try:
@@ -67,6 +71,7 @@ class Fingerprint(BaseModel):
             intermediate_sizes=sizes,
             config_digest=config_digest(whole),
             weights_digest=weights,
+            experts=experts,
         )
         earlier = {
             "architecture": str((raw.get("architectures") or [raw.get("model_type", "unknown")])[0]),
@@ -76,6 +81,17 @@ class Fingerprint(BaseModel):
         fingerprint._earlier.update(earlier)
         fingerprint._by_sizes = _digests_by_sizes(checkpoint, files)
         return fingerprint
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As earlier versions wrote it, for a model without experts."""
+        content: dict[str, Any] = plain(self)
+        return {key: value for key, value in content.items() if value is not None}
+
+    @property
+    def dense_sizes(self) -> tuple[int, ...]:
+        """The number of neurons of each layer outside of experts."""
+        return self.intermediate_sizes if self.experts is None else self.experts.dense(self.intermediate_sizes)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Fingerprint) and self.model_dump() == other.model_dump()

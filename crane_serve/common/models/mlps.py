@@ -78,15 +78,31 @@ def _adjusted(config: Any, size: int) -> int:
     return -(-int(config.block_ffn_dim_multiplier * size) // multiple) * multiple
 
 
-def find_mlps(decoder: nn.Module, sizes: Sequence[int]) -> dict[int, Mlp]:
+def widths(decoder: nn.Module, hidden: int, layers: int) -> tuple[int, ...]:
+    """The number of neurons of each layer's MLP, 0 for a layer without one, by structure alone.
+
+    Raises UnsupportedModelError for two MLPs in a layer.
+    """
+    found = [0] * layers
+    for path, index, module in _linears(decoder):
+        neurons, out = linear_shape(module)
+        if index < layers and out == hidden and _has_neurons(decoder.get_submodule(path.rpartition(".")[0]), module):
+            if found[index]:
+                raise UnsupportedModelError(f"layer {index} has two MLPs, one of them with {path}; expected one")
+            found[index] = neurons
+    return tuple(found)
+
+
+def find_mlps(decoder: nn.Module, sizes: Sequence[int], *, beside_experts: bool = False) -> dict[int, Mlp]:
     """The MLPs by layer, in order; layers without one are left out.
 
     decoder: what `language_model` returns; sizes: number of neurons of each layer. An MLP is known by two linear maps
     of one module: from its neurons to the hidden size, and from the hidden size to the neurons (or, in one, to gate and
-    up). Raises UnsupportedModelError for a mixture of experts, and for two MLPs in a layer.
+    up). beside_experts: whether the caller takes care of experts. Raises UnsupportedModelError for a mixture of experts
+    otherwise, and for two MLPs in a layer.
     """
     mlps: dict[int, Mlp] = {}
-    for path, module in decoder.named_modules():
+    for path, module in () if beside_experts else decoder.named_modules():
         # A shared expert looks like an MLP, but the experts beside it would go unmasked. (Dense models may have MLPs of
         # a class that was written for shared experts.)
         kind = type(module).__name__.lower()
@@ -105,10 +121,15 @@ def find_mlps(decoder: nn.Module, sizes: Sequence[int]) -> dict[int, Mlp]:
     return dict(sorted(mlps.items()))
 
 
-def require_mlps(decoder: nn.Module, sizes: Sequence[int], elsewhere: Sequence[int] = ()) -> dict[int, Mlp]:
-    """`find_mlps`, with exactly one in every layer but those that are elsewhere. Raises UnsupportedModelError."""
-    mlps, owned = find_mlps(decoder, sizes), [layer for layer in range(len(sizes)) if layer not in elsewhere]
-    if sorted(mlps) == owned and owned:
+def require_mlps(
+    decoder: nn.Module, sizes: Sequence[int], elsewhere: Sequence[int] = (), *, beside_experts: bool = False
+) -> dict[int, Mlp]:
+    """`find_mlps`, with exactly one in every layer but those that are elsewhere; beside experts, also but those of
+    size 0. Raises UnsupportedModelError."""
+    mlps = find_mlps(decoder, sizes, beside_experts=beside_experts)
+    none = [layer for layer, size in enumerate(sizes) if not size] if beside_experts else []
+    owned = [layer for layer in range(len(sizes)) if layer not in elsewhere and layer not in none]
+    if sorted(mlps) == owned and (owned or none):
         return mlps
     lacking = next((layer for layer in owned if layer not in mlps), 0)
     found = [

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from crane_serve.common.models.errors import UnsupportedModelError
+from crane_serve.common.models.experts import expert_modules
 from crane_serve.common.models.family import Family, NormKind
-from crane_serve.common.models.mlps import intermediate_sizes, language_model, linear_shape, require_mlps
+from crane_serve.common.models.mlps import intermediate_sizes, language_model, require_mlps, widths
+from crane_serve.common.models.open_experts import open_experts
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
 # Of a model without a family; nothing of it is looked up by its paths.
@@ -42,22 +44,36 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """The MLP of one decoder layer, as far as its structure shows it.
+class Group:
+    """Neurons of a layer that one module reads: those of its dense MLP, or those of all its experts.
 
-    down_proj: its inputs [documents, tokens, neurons] are the neurons, its outputs [documents, tokens, hidden] are
-    those of the MLP; act_fn: its outputs are act(gate), [documents, tokens, neurons], None if no module is known to be
-    it. OPT flattens its MLP: there all of these are [documents * tokens, ...].
+    columns: which of the layer's neurons; down_proj: its inputs [documents, tokens, neurons] are the neurons, its
+    outputs [documents, tokens, hidden] are what they add; act_fn: its outputs are act(gate), [documents, tokens,
+    neurons], None if no module is known to be it. OPT flattens its MLP, as mixtures of experts do: there all of these
+    are [documents * tokens, ...].
     """
 
-    neurons: int
+    columns: slice
     down_proj: nn.Module
     act_fn: nn.Module | None
 
 
 @dataclass(frozen=True)
+class Layer:
+    """The neurons of one decoder layer, as far as its structure shows it; groups: in the order of their columns."""
+
+    groups: tuple[Group, ...]
+
+    @property
+    def neurons(self) -> int:
+        """How many there are."""
+        count: int = self.groups[-1].columns.stop
+        return count
+
+
+@dataclass(frozen=True)
 class KnownLayer(Layer):
-    """The parts of one decoder layer that the rules of relevance act at.
+    """The parts of one decoder layer that the rules of relevance act at. It has one group of neurons.
 
     up: None in an MLP that is not gated, where `gate` is the first linear layer.
     """
@@ -68,6 +84,11 @@ class KnownLayer(Layer):
     query: Projection
     key: Projection
     value: Projection
+
+    @property
+    def down_proj(self) -> nn.Module:
+        """From the neurons to the hidden size."""
+        return self.groups[0].down_proj
 
     @property
     def gated(self) -> bool:
@@ -141,7 +162,6 @@ def decoder_of(model: nn.Module) -> Decoder:
     config = whole.config.get_text_config()
     _require_features(name, UNKNOWN, config)
     trunk = language_model(model)
-    mlps = require_mlps(trunk, intermediate_sizes(config, config.num_hidden_layers))
     embedding, unembedding = whole.get_input_embeddings(), whole.get_output_embeddings()
     if not isinstance(embedding, nn.Module) or "weight" not in dict(embedding.named_parameters()):
         raise UnsupportedModelError(f"{name} has no embedding of tokens that can be found")
@@ -151,14 +171,29 @@ def decoder_of(model: nn.Module) -> Decoder:
         trunk=trunk,
         embedding=embedding,
         unembedding=_with_bias_as_weights(unembedding),
-        layers=tuple(
-            Layer(neurons=linear_shape(mlp.projection)[0], down_proj=mlp.projection, act_fn=mlp.activation)
-            for mlp in mlps.values()
-        ),
+        layers=_layers_by_structure(trunk, config),
         positions=getattr(config, "max_position_embeddings", None),
         final_softcap=_cap(config, "final_logit_softcapping"),
         logit_scale=_logit_scale(config),
     )
+
+
+def _layers_by_structure(trunk: nn.Module, config: Any) -> tuple[Layer, ...]:
+    count = int(config.num_hidden_layers)
+    experts = expert_modules(trunk)
+    sizes = widths(trunk, int(config.hidden_size), count) if experts else intermediate_sizes(config, count)
+    mlps = require_mlps(trunk, sizes, beside_experts=bool(experts))
+    groups: list[list[Group]] = [[] for _ in range(count)]
+    for index, mlp in mlps.items():
+        groups[index].append(Group(slice(0, sizes[index]), mlp.projection, mlp.activation))
+    for index, module in experts.items():
+        opened = open_experts(module)
+        columns = slice(sizes[index], sizes[index] + opened.neurons)
+        groups[index].append(Group(columns, opened.down_proj, opened.act_fn))
+    without = [index for index, of_layer in enumerate(groups) if not of_layer]
+    if without:
+        raise UnsupportedModelError(f"layers {without} have no MLP")
+    return tuple(Layer(tuple(of_layer)) for of_layer in groups)
 
 
 def _with_bias_as_weights(unembedding: nn.Linear) -> nn.Linear:
@@ -280,12 +315,12 @@ def _layer(model: nn.Module, family: Family, path: str) -> KnownLayer:
     query, key, value = _projections(
         model, family.linear, [f"{path}.{part}" for part in (family.query, family.key, family.value)], _heads(model)
     )
+    act_fn = _part(model, f"{path}.{family.act_fn}", nn.Module)
     return KnownLayer(
-        neurons=neurons,
+        groups=(Group(slice(0, neurons), down, act_fn),),
+        act_fn=act_fn,
         gate=gate,
         up=up[0] if up else None,
-        act_fn=_part(model, f"{path}.{family.act_fn}", nn.Module),
-        down_proj=down,
         query=query,
         key=key,
         value=value,

@@ -1,0 +1,265 @@
+"""Masks inside the experts of a mixture: the scale of (token's mask, expert, neuron) between their two products.
+
+vLLM computes all experts of a layer at once. Its Triton experts leave the neurons between two kernels, where they can
+be scaled. Its CPU experts are one kernel, so tokens with a mask are computed again here, in plain torch, from weights
+that are kept beside the kernel's own; tokens without a mask have what the kernel made of them, to the bit.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from crane_serve.common.models.errors import UnsupportedModelError
+from crane_serve.common.models.experts import Experts
+from crane_serve.common.models.mlps import layer_of
+from crane_serve.engine.table import Part, new_table
+
+_KEPT = "_crane_weights"  # of experts on a CPU, before their kernel packs them
+_PROOF_TOKENS = 4
+_AGREEMENT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative, kernel against plain torch
+
+
+def keep_weights(original: Callable[..., Any], self: Any, layer: Any) -> Any:
+    """Wraps `process_weights_after_loading` of vLLM's CPU experts, which packs their weights."""
+    names = ("w13_weight", "w2_weight", "w13_bias", "w2_bias")
+    setattr(self, _KEPT, [None if (held := getattr(layer, name, None)) is None else held.data for name in names])
+    return original(self, layer)
+
+
+def mask_experts(
+    decoder: nn.Module, experts: Experts, dense: Sequence[int], rows: int, slots: Tensor, elsewhere: Sequence[int]
+) -> dict[int, Part]:
+    """Patch every layer's experts; return what they read of a mask, by layer.
+
+    dense: the number of neurons of each layer before those of its experts; elsewhere: layers of other ranks. Raises
+    UnsupportedModelError for experts that cannot be masked, and unless each layer that should have some has and obeys
+    its mask.
+    """
+    runners = _runners(decoder)
+    owned = sorted(set(experts.layers) - set(elsewhere))
+    if sorted(runners) != owned:
+        raise UnsupportedModelError(f"found experts in layers {sorted(runners)}, expected them in {owned}")
+    parts = {}
+    for layer, (path, runner) in runners.items():
+        routed = runner.routed_experts
+        _require_simple(path, routed, experts)
+        kernel = routed.quant_method.moe_kernel.fused_experts
+        of = _own_neurons(routed, experts)  # [experts, neurons], of this rank
+        table = new_table(rows, *of.shape, like=routed.get_parameter("w2_weight"))
+        if hasattr(kernel, _KEPT):
+            _mask_on_cpu(kernel, table, slots)
+        else:
+            _mask_between_kernels(kernel, table, slots)
+        parts[layer] = Part(table, dense[layer], dense[layer] + experts.neurons, of.to("cpu"))
+        _prove(path, routed, table, slots)
+    return parts
+
+
+def _runners(decoder: nn.Module) -> dict[int, tuple[str, Any]]:
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
+
+    found: dict[int, tuple[str, Any]] = {}
+    for path, module in decoder.named_modules():
+        layer = layer_of(path)
+        if isinstance(module, MoERunnerInterface) and layer is not None:
+            if layer in found:
+                raise UnsupportedModelError(f"layer {layer} has experts in {found[layer][0]} and {path}; expected one")
+            found[layer] = (path, module)
+    return found
+
+
+def _require_simple(path: str, routed: Any, experts: Experts) -> None:
+    """Raise UnsupportedModelError, unless the experts' neurons can be scaled, and token i of a batch is in row i."""
+    config = routed.moe_config
+    parallel = config.moe_parallel_config
+    kernel = getattr(getattr(routed.quant_method, "moe_kernel", None), "fused_experts", None)
+    problems = {
+        f"are computed by {type(kernel or routed.quant_method).__name__}; expected vLLM's Triton experts "
+        "(--moe-backend triton) or, on a CPU, its own": not (hasattr(kernel, _KEPT) or _is_triton(kernel)),
+        "are quantised; expected plain weights": getattr(kernel, "quant_dtype", None) is not None,
+        "are balanced at run time (--enable-eplb)": parallel.enable_eplb or config.num_experts != experts.count,
+        "are shared by data-parallel ranks or sequence-parallel ones; start without data parallelism": parallel.dp_size
+        > 1
+        or parallel.is_sequence_parallel,
+        f"have {config.intermediate_size} neurons each; expected {experts.size}": config.intermediate_size
+        != experts.size,
+        "are padded": config.intermediate_size_per_partition != experts.size // parallel.tp_size,
+    }
+    for problem, given in problems.items():
+        if given:
+            raise UnsupportedModelError(f"{path}: its experts {problem}")
+
+
+def _is_triton(kernel: Any) -> bool:
+    """Whether experts are computed by Triton's kernels for plain weights; derived classes do other things."""
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+
+    return type(kernel) is TritonExperts
+
+
+def _own_neurons(routed: Any, experts: Experts) -> Tensor:
+    """[experts, neurons] of this rank: their indices among the neurons of all experts of the layer."""
+    config = routed.moe_config
+    width, rank = config.intermediate_size_per_partition, config.moe_parallel_config.tp_rank
+    own: Tensor = torch.arange(experts.count)
+    if routed.expert_map is not None:
+        places = routed.expert_map.to("cpu")  # [experts], the place of each on this rank, -1 for none
+        own = (places >= 0).nonzero().flatten()
+        own = own[places[own].argsort()]
+    neurons: Tensor = own.unsqueeze(1) * experts.size + torch.arange(width) + rank * width
+    return neurons
+
+
+def _mask_between_kernels(kernel: Any, table: Tensor, slots: Tensor) -> None:
+    """Scale what the activation function of Triton's experts returns. table: [rows, experts, neurons]."""
+    apply, activation = kernel.apply, kernel.activation
+    places: list[Tensor] = []
+
+    def masked_apply(*args: Any, **kwargs: Any) -> Any:
+        ids, expert_map = kwargs["topk_ids"], kwargs["expert_map"]  # [tokens, top k]; [experts]
+        # What is routed to another rank is not computed on this one; its place does not matter.
+        places[:] = [(ids if expert_map is None else expert_map[ids].clamp(min=0)).long()]
+        return apply(*args, **kwargs)
+
+    def masked_activation(kind: Any, output: Tensor, inputs: Tensor, *args: Any, **kwargs: Any) -> None:
+        activation(kind, output, inputs, *args, **kwargs)
+        (chosen,) = places
+        scales = table[slots[: len(chosen)].unsqueeze(1), chosen]  # [tokens, top k, neurons]
+        output.view(scales.shape).mul_(scales)
+
+    kernel.apply, kernel.activation = masked_apply, masked_activation
+
+
+def _mask_on_cpu(kernel: Any, table: Tensor, slots: Tensor) -> None:
+    """Compute the experts of masked tokens again. table: [rows, experts, neurons]."""
+    apply = kernel.apply
+    weights = getattr(kernel, _KEPT)
+
+    def masked_apply(*args: Any, **kwargs: Any) -> Any:
+        answer = apply(*args, **kwargs)
+        named = ("output", "hidden_states", "topk_weights", "topk_ids", "expert_map")
+        output, hidden, routing, ids, expert_map = (kwargs[name] for name in named)
+        weighted = kwargs["apply_router_weight_on_input"]
+        torch.ops.crane.masked_experts(
+            output, hidden, routing, ids, expert_map, *weights, table, slots, kwargs["activation"].value, weighted
+        )
+        return answer
+
+    kernel.apply = masked_apply
+
+
+@torch.library.custom_op("crane::masked_experts", mutates_args=("output",))
+def masked_experts(
+    output: Tensor,
+    hidden: Tensor,
+    routing: Tensor,
+    ids: Tensor,
+    expert_map: Tensor | None,
+    w13: Tensor,
+    w2: Tensor,
+    w13_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    table: Tensor,
+    slots: Tensor,
+    activation: str,
+    weighted: bool,
+) -> None:
+    """Replace the output of tokens with a mask by that of their experts, neurons scaled.
+
+    output, hidden: [tokens, hidden]; routing, ids: [tokens, top k], weights and experts; expert_map: [experts], their
+    places on this rank; w13: [experts, gate and up, hidden]; w2: [experts, hidden, neurons]; table: [rows, experts,
+    neurons]; slots: the row of each token; weighted: whether `hidden` has been multiplied by the weights.
+    """
+    rows = slots[: len(ids)]
+    tokens = rows.nonzero().flatten()
+    if not len(tokens):
+        return
+    places = (ids if expert_map is None else expert_map[ids])[tokens].long()  # [masked, top k]
+    total = torch.zeros(len(tokens), output.shape[1], dtype=torch.float32)
+    for place in sorted(set(places.flatten().tolist())):
+        if place < 0:
+            continue
+        index, choice = (places == place).nonzero(as_tuple=True)
+        bias, second = (None if of is None else of[place] for of in (w13_bias, w2_bias))
+        gate_up = functional.linear(hidden[tokens[index]], w13[place], bias)
+        neurons = _ACTIVATIONS[activation](gate_up) * table[rows[tokens[index]], place]
+        answer = functional.linear(neurons, w2[place], second).float()
+        if not weighted:
+            answer = answer * routing[tokens[index], choice].unsqueeze(1)
+        total.index_add_(0, index, answer)
+    output[tokens] = total.to(output.dtype)
+
+
+@masked_experts.register_fake
+def _(*_: Any) -> None:
+    return
+
+
+def _gated(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def neurons(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return function(gate) * up
+
+    return neurons
+
+
+def _swiglu_of_gpt_oss(gate_up: Tensor) -> Tensor:
+    """Gate and up stand in turns; both are clipped."""
+    gate, up = gate_up[..., ::2].clamp(max=7.0), gate_up[..., 1::2].clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": _gated(functional.silu),
+    "gelu": _gated(functional.gelu),
+    "gelu_tanh": _gated(lambda gate: functional.gelu(gate, approximate="tanh")),
+    "swigluoai": _swiglu_of_gpt_oss,
+}
+
+
+@torch.inference_mode()
+def _prove(path: str, routed: Any, table: Tensor, slots: Tensor) -> None:
+    """Run all experts unmasked, under a mask of ones, and switched off. Only switched off, their output must not depend
+    on the input; a mask of ones must change nothing that matters."""
+    config = routed.moe_config
+    top_k = config.experts_per_token
+    generator = torch.Generator().manual_seed(0)
+    token, other = torch.randn(2, routed.hidden_size, generator=generator).to(table.device, table.dtype)
+    own = range(config.num_experts) if routed.expert_map is None else (routed.expert_map >= 0).nonzero().flatten()
+    spare = table.shape[0] - 1
+    slots[:_PROOF_TOKENS] = torch.tensor([0, spare, spare, spare], device=slots.device)
+
+    def answers(group: Tensor) -> Tensor:
+        ids = torch.cat([group, group[:1].expand(top_k - len(group))]).to(torch.int32)  # [top k]
+        outputs: Tensor = routed.quant_method.forward_native(
+            routed,
+            torch.stack([token, token, token, other]),
+            torch.full((_PROOF_TOKENS, top_k), 1 / top_k, device=table.device),
+            ids.expand(_PROOF_TOKENS, top_k).contiguous(),
+            None,
+            None,
+        )
+        return outputs.clone()  # [4, hidden]
+
+    try:
+        for group in torch.split(torch.as_tensor(list(own), device=table.device), top_k):
+            live, same, _, _ = answers(group)
+            table[spare].fill_(0.0)
+            _, _, dead, dead_too = answers(group)
+            table[spare].fill_(1.0)
+            if not torch.equal(dead, dead_too) or torch.equal(live, dead):
+                raise UnsupportedModelError(
+                    f"{path}: switching off all neurons of its experts does not switch them off; it cannot be masked"
+                )
+            apart = float((live - same).abs().max() / live.abs().max())
+            if apart > _AGREEMENT.get(table.dtype, 1e-2):
+                raise UnsupportedModelError(
+                    f"{path}: its experts ({config.activation.value}) give something else under a mask of ones "
+                    f"(relative {apart:.2g}); it cannot be masked"
+                )
+    finally:
+        table[spare].fill_(1.0)
+        slots[:_PROOF_TOKENS].fill_(0)
