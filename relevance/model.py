@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from crane_serve.common.models.families import attention_for, decoder_of
+from crane_serve.common.models.families import KnownDecoder, attention_for, decoder_of
 from crane_serve.common.models.load import (
     architecture_of,
     empty_causal_lm,
@@ -16,7 +16,7 @@ from crane_serve.common.models.load import (
     require_weights,
 )
 from crane_serve.common.models.processor import cpu_multiplies_bfloat16
-from relevance.proof import prove_logits
+from relevance.proof import prove_conservation, prove_logits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -52,11 +52,15 @@ def load_model(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> nn
     """The model of a local checkpoint, in evaluation mode and without gradients of its parameters.
 
     Raises CheckpointError for a quantised checkpoint, before any weight is read, or when it cannot be loaded or lacks
-    weights, and UnsupportedModelError for a model whose logits are not what its parts make of them.
+    weights, and UnsupportedModelError for a model whose logits are not what its parts make of them, or in which the
+    rules of relevance lose something.
     """
     _, options = _config(checkpoint)
     model = load_causal_lm(checkpoint, dtype, options=options).to(device).requires_grad_(False)
-    prove_logits(model, decoder_of(model))
+    decoder = decoder_of(model)
+    prove_logits(model, decoder)
+    if isinstance(decoder, KnownDecoder):
+        prove_conservation(model, decoder)
     return model
 
 

@@ -200,8 +200,7 @@ def _norm_hook(norm: Norm) -> _Hook:
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
         if not inputs[0].requires_grad:
             return None
-        scale = _wide(module.get_parameter("weight").detach()) + norm.offset
-        return norm_rule(inputs[0], output, scale, norm.epsilon, norm.centred)
+        return norm_rule(inputs[0], output, norm.scale, norm.epsilon, norm.centred)
 
     return hook
 

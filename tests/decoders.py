@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from crane_serve.common.models.families import require_family, take_apart
+from tests.architectures import tiny_config
 from tests.tiny import FAMILIES
 
 NAMES = tuple(FAMILIES)
@@ -15,9 +16,10 @@ def random_decoder(
 ) -> nn.Module:
     """A model of the family, its config's entries overwritten by `changes`, in evaluation mode.
 
+    family: one of `tests.tiny`, or the class name of a model, whose tiny config has more than two layers.
     attention: the implementation of transformers; None for the one that relevance is computed with.
     """
-    config = FAMILIES[family](2)
+    config = FAMILIES[family](2) if family in FAMILIES else tiny_config(family)
     for key, value in changes.items():
         setattr(config, key, value)
     return randomised(config, attention, dtype)
@@ -41,8 +43,7 @@ def exact(model: nn.Module) -> nn.Module:
     model = model.double()
     for norm in take_apart(model).norms:
         if not norm.centred:
-            scale = norm.module.get_parameter("weight") + norm.offset
-            norm.module.forward = _rms_norm(scale, norm.epsilon)
+            norm.module.forward = _rms_norm(norm.scale, norm.epsilon)
     return model
 
 

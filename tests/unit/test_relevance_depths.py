@@ -30,26 +30,24 @@ from tests.tiny import LAYERS, NEURONS, mlp_projections
 CPU = torch.device("cpu")
 WITHOUT_FAMILY = (
     "ApertusForCausalLM",
-    "CohereForCausalLM",
-    "Exaone4ForCausalLM",
+    "BitNetForCausalLM",
+    "BloomForCausalLM",
     "FalconForCausalLM",
-    "Glm4ForCausalLM",
+    "Gemma4ForCausalLM",
+    "GPTBigCodeForCausalLM",
     "GPTNeoXForCausalLM",
-    "GraniteForCausalLM",
-    "HeliumForCausalLM",
-    "Olmo2ForCausalLM",
-    "PhiForCausalLM",
-    "SmolLM3ForCausalLM",
-    "StableLmForCausalLM",
-    "Starcoder2ForCausalLM",
-    "VaultGemmaForCausalLM",
+    "HyperCLOVAXForCausalLM",
+    "MiniCPM3ForCausalLM",
     "Gemma3ForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
 )
+WITH_SCALES = ("CohereForCausalLM", "GraniteForCausalLM", "PhiForCausalLM", "VaultGemmaForCausalLM")
 # Config settings that only a model which heeds them computes right.
 _TELLING: dict[str, dict[str, Any]] = {
     "CohereForCausalLM": {"logit_scale": 0.25},
+    "Gemma4ForCausalLM": {"final_logit_softcapping": 5.0},
     "GraniteForCausalLM": {"logits_scaling": 4.0},
+    "HyperCLOVAXForCausalLM": {"logits_scaling": 4.0},
     "VaultGemmaForCausalLM": {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0},
 }
 _ROWS = ([0, 7, 9, 30, 31, 32], [0, 99, 4])
@@ -68,7 +66,7 @@ def model_of(architecture: str, **settings: Any) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-@pytest.fixture(params=WITHOUT_FAMILY)
+@pytest.fixture(params=(*WITHOUT_FAMILY, *WITH_SCALES))
 def model(request: pytest.FixtureRequest) -> nn.Module:
     return model_of(request.param)
 
@@ -119,7 +117,7 @@ def test_gradients_and_magnitudes_are_those_of_the_model(model: nn.Module) -> No
     assert all(float(of_layer.abs().max()) > 1e-4 for of_layer in relevance)
 
 
-@pytest.mark.parametrize("architecture", ["Olmo2ForCausalLM", "GraniteForCausalLM", "PhiForCausalLM"])
+@pytest.mark.parametrize("architecture", ["BitNetForCausalLM", "GraniteForCausalLM", "PhiForCausalLM"])
 def test_masks_are_learned(architecture: str) -> None:
     decoder = decoder_of(model_of(architecture))
     documents = {"en": [list(_ROWS[0])], "zh": [list(_ROWS[1])]}
@@ -129,7 +127,7 @@ def test_masks_are_learned(architecture: str) -> None:
 
 
 def test_what_a_method_needs_is_named(tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint("Olmo2ForCausalLM", tmp_path / "model")
+    checkpoint = tiny_checkpoint("HyperCLOVAXForCausalLM", tmp_path / "model")
     corpus = Corpus({"en": (Document("a", "abc"),), "zh": (Document("a", "汉字"),)})
     options: dict[str, Any] = {"batch_tokens": 64, "max_tokens": 64, "dtype": torch.float32, "device": CPU}
     known = ", ".join(available())
@@ -139,7 +137,7 @@ def test_what_a_method_needs_is_named(tmp_path: Path) -> None:
         ("plnd", "the up projection of the MLP"),
     ):
         with pytest.raises(
-            MethodError, match=rf"method {name} needs to know {needed}.* Of Olmo2ForCausalLM only .*{known}"
+            MethodError, match=rf"method {name} needs to know {needed}.* Of HyperCLOVAXForCausalLM only .*{known}"
         ):
             score(checkpoint, corpus, find_scored([name]), **options)
     names = ["average-precision", "gradient", "lape", "magnitude", "random"]
@@ -148,7 +146,7 @@ def test_what_a_method_needs_is_named(tmp_path: Path) -> None:
 
 
 def test_without_names_the_methods_are_those_that_need_no_family() -> None:
-    names = [kind.name for kind in find_scored(None, "Olmo2ForCausalLM")]
+    names = [kind.name for kind in find_scored(None, "HyperCLOVAXForCausalLM")]
     assert names == ["average-precision", "gradient", "lape", "magnitude", "random"]
     assert find_scored(None, "LlamaForCausalLM") == find_scored(None)
 
@@ -188,7 +186,7 @@ def test_layers_that_are_twice_as_wide(tmp_path: Path) -> None:
 
 
 def test_the_activation_function_may_be_unknown() -> None:
-    model: Any = model_of("Olmo2ForCausalLM")
+    model: Any = model_of("HyperCLOVAXForCausalLM")
     for layer in model.model.layers:
         act = layer.mlp.act_fn
         del layer.mlp.act_fn

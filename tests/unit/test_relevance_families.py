@@ -1,3 +1,6 @@
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -6,22 +9,42 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from crane_serve.common.models.errors import UnsupportedModelError
 from crane_serve.common.models.families import Projection, available, require_family, take_apart
+from relevance import proof
+from relevance.model import load_model
+from relevance.model_passes import last_hidden
+from relevance.proof import prove_conservation
+from relevance.rules import CP_LRP
 from tests.decoders import NAMES, random_decoder
-from tests.tiny import HIDDEN, NEURONS
+from tests.tiny import HIDDEN, NEURONS, tiny_model
 
-GATED = [name for name in NAMES if name not in ("opt", "gpt2")]
+# Those of `tests.tiny`, which every other test of relevance has too, and all others by the class names of their models.
+ALL = (*NAMES, *sorted(set(available()) - {type(random_decoder(name)).__name__ for name in NAMES}))
+UNGROUPED = {"opt", "gpt2", "BioGptForCausalLM", "GPTJForCausalLM"}  # as many heads for keys and values as for queries
+NOT_GATED = {
+    "opt",
+    "gpt2",
+    "ArceeForCausalLM",
+    "BioGptForCausalLM",
+    "GPTJForCausalLM",
+    "Jais2ForCausalLM",
+    "NemotronForCausalLM",
+    "PhiForCausalLM",
+    "Starcoder2ForCausalLM",
+}
+LINEAR_BELOW_AND_ABOVE_0 = {"opt"}  # ReLU: f(z) / z is f'(z)
 
 
-def test_every_family_is_tested() -> None:
-    assert {type(random_decoder(name)).__name__ for name in NAMES} == set(available())
+def test_rules_are_known_for_many_architectures() -> None:
+    assert len(available()) >= 25
+    assert set(ALL) >= NOT_GATED | UNGROUPED
 
 
 def test_unknown_architectures_are_named() -> None:
-    with pytest.raises(UnsupportedModelError, match="BertForMaskedLM; it knows GPT2LMHeadModel, Gemma2ForCausalLM"):
+    with pytest.raises(UnsupportedModelError, match="BertForMaskedLM; it knows ArceeForCausalLM, BioGptForCausalLM"):
         require_family("BertForMaskedLM")
 
 
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", ALL)
 def test_parts_are_what_their_names_say(family: str) -> None:
     """What the parts compute together is what the model computes."""
     model = random_decoder(family)
@@ -39,24 +62,53 @@ def test_parts_are_what_their_names_say(family: str) -> None:
     watch("down", layer.down_proj)
     watch("gate", layer.gate.module)
     token_ids = torch.randint(258, (2, 7))
-    hidden = decoder.trunk(inputs_embeds=decoder.embedding(token_ids), use_cache=False).last_hidden_state
+    hidden = last_hidden(decoder, decoder.embedding(token_ids))
     logits = hidden @ decoder.unembedding.weight.T
     if decoder.final_softcap is not None:
         logits = decoder.final_softcap * torch.tanh(logits / decoder.final_softcap)
 
     torch.testing.assert_close(logits, model(token_ids).logits)
-    assert layer.gated == (layer.up is not None) == (family in GATED)
-    assert decoder.sizes == (NEURONS, NEURONS)
+    assert layer.gated == (layer.up is not None) == (family not in NOT_GATED)
+    assert decoder.sizes == (NEURONS,) * model.config.num_hidden_layers
     assert (seen["act"].shape[-1], seen["down in"].shape[-1], seen["down"].shape[-1]) == (NEURONS, NEURONS, HIDDEN)
     torch.testing.assert_close(seen["act in"], output_of(layer.gate))
     neurons = seen["act"] if layer.up is None else seen["act"] * output_of(layer.up)
     torch.testing.assert_close(seen["down in"], neurons)
 
 
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", ALL)
+def test_rules_lose_nothing_and_a_rule_that_is_left_out_is_noticed(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_decoder(family, dtype=torch.float64).requires_grad_(False)
+    decoder = take_apart(model)
+    prove_conservation(model, decoder)
+    left_out = [replace(CP_LRP, norms=False)]
+    if decoder.layers[0].gated:
+        left_out.append(replace(CP_LRP, gate=1.0))
+    elif family not in LINEAR_BELOW_AND_ABOVE_0:
+        left_out.append(replace(CP_LRP, activation=False))
+    for rules in left_out:
+        monkeypatch.setattr(proof, "CP_LRP", rules)
+        with pytest.raises(UnsupportedModelError, match=r"lose or gain [0-9.]+% of the logits"):
+            prove_conservation(model, decoder)
+
+
+def test_a_part_that_is_not_linear_is_noticed_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of a known kind at a known place that does more than its kind."""
+    checkpoint = tiny_model("llama", tmp_path / "llama")
+    model = load_model(checkpoint, torch.float32, torch.device("cpu"))
+    plain = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: plain(self, x) * x.std(-1, keepdim=True))
+    assert torch.isfinite(model(torch.arange(9)[None]).logits).all()
+    with pytest.raises(UnsupportedModelError, match="something in it is not linear and has no rule"):
+        load_model(checkpoint, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", ALL)
 def test_queries_keys_and_values_have_their_own_rows(family: str) -> None:
     layer = take_apart(random_decoder(family)).layers[0]
-    grouped = family in GATED
+    grouped = family not in UNGROUPED
     widths = [p.rows.stop - p.rows.start for p in (layer.query, layer.key, layer.value)]
     assert widths == ([64, 32, 32] if grouped else [64, 64, 64])
     fused = layer.query.module is layer.key.module
@@ -146,11 +198,13 @@ def test_an_unlisted_module_is_named() -> None:
         take_apart(model)
 
 
-def test_an_unembedding_with_a_bias_is_refused() -> None:
+def test_a_bias_of_the_unembedding_is_its_last_column() -> None:
     model = random_decoder("llama")
     model.lm_head = nn.Linear(64, 258)
-    with pytest.raises(UnsupportedModelError, match="lm_head has a bias"):
-        take_apart(model)
+    token_ids = torch.arange(9)[None]
+    decoder = take_apart(model)
+    logits = last_hidden(decoder, decoder.embedding(token_ids)) @ decoder.unembedding.weight.T
+    torch.testing.assert_close(logits, model(token_ids).logits)
 
 
 def test_neurons_are_counted_per_layer() -> None:

@@ -10,12 +10,15 @@ class NormKind:
     """The normalisation of an architecture: y = (offset + weight) * x' / sqrt(mean(x'^2) + epsilon), perhaps plus a
     bias.
 
-    epsilon: the attribute that holds it; centred: x' is x minus its mean (LayerNorm), else x (RMSNorm).
+    epsilon: the attribute that holds it, or the number itself where none does; centred: x' is x minus its mean
+    (LayerNorm), else x (RMSNorm). weightless: the norms that have no weight, which counts as 1, by the end of their
+    paths; "*" for all.
     """
 
-    epsilon: str
+    epsilon: str | float
     offset: float = 0.0
     centred: bool = False
+    weightless: tuple[str, ...] = ()
 
 
 RMS_NORM = NormKind(epsilon="variance_epsilon")

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from crane_serve.common.models.errors import UnsupportedModelError
 from crane_serve.common.models.experts import expert_modules
@@ -19,19 +19,30 @@ from crane_serve.common.models.open_experts import open_experts
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
 # Of a model without a family; nothing of it is looked up by its paths.
-UNKNOWN = Family((), NormKind(epsilon=""), attention_softcap="attn_logit_softcapping", attention="eager")
+UNKNOWN = Family((), NormKind(epsilon=0.0), attention_softcap="attn_logit_softcapping", attention="eager")
 # With this setting transformers lets every position attend to the whole text, in all families.
 _CAUSAL = MappingProxyType({"is_causal": True, "use_bidirectional_attention": False})
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation: y = (offset + weight) * x' / sqrt(mean(x'^2) + epsilon), as NormKind has it."""
+    """A normalisation: y = scale * x' / sqrt(mean(x'^2) + epsilon), perhaps plus a bias, as NormKind has it.
+
+    scale is offset + weight, or 1 without a weight.
+    """
 
     module: nn.Module
     epsilon: float
     offset: float
     centred: bool
+
+    @property
+    def scale(self) -> Tensor:
+        """[width], [heads, width] for a norm of each head, or [] without a weight; in float32 at least."""
+        weight = dict(self.module.named_parameters(recurse=False)).get("weight")
+        if weight is None:
+            return torch.ones(())
+        return weight.detach().to(torch.promote_types(weight.dtype, torch.float32)) + self.offset
 
 
 @dataclass(frozen=True)
@@ -208,8 +219,9 @@ def _with_bias_as_weights(unembedding: nn.Linear) -> nn.Linear:
 
 
 def _logit_scale(config: Any) -> float:
-    """Cohere multiplies logits, Granite divides them."""
-    for key, power in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):
+    """Cohere multiplies logits, Granite divides them, and HyperCLOVA X multiplies by what Granite divides by."""
+    scaling = 1 if config.model_type == "hyperclovax" else -1
+    for key, power in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", scaling)):
         if getattr(config, key, None) is not None:
             return float(getattr(config, key)) ** power
     return 1.0
@@ -251,9 +263,7 @@ def take_apart(model: nn.Module) -> KnownDecoder:
         )
     paths = [f"{family.layers}.{index}" for index in range(len(layers))]
     norms = [f"{path}.{norm}" for path in paths for norm in family.layer_norms] + [family.final_norm]
-    unembedding = _part(model, family.unembedding, nn.Linear)
-    if "bias" in dict(unembedding.named_parameters()):
-        raise UnsupportedModelError(f"{architecture}: {family.unembedding} has a bias; expected none")
+    unembedding = _with_bias_as_weights(_part(model, family.unembedding, nn.Linear))
     positions = None if family.positions is None else _part(model, family.positions, nn.Embedding)
     decoder = KnownDecoder(
         trunk=_part(model, family.trunk, nn.Module),
@@ -264,7 +274,7 @@ def take_apart(model: nn.Module) -> KnownDecoder:
         positions=None if positions is None else config.max_position_embeddings,
         attention_softcap=_cap(config, family.attention_softcap),
         final_softcap=_cap(config, family.final_softcap),
-        logit_scale=1.0,
+        logit_scale=_logit_scale(config),
     )
     _require_known(model, {*norms, *_known_paths(family, paths)})
     return decoder
@@ -363,9 +373,12 @@ def _linear(model: nn.Module, path: str, kind: str) -> tuple[nn.Module, int, int
 
 def _norm(model: nn.Module, kind: NormKind, path: str) -> Norm:
     module = _part(model, path, nn.Module)
-    epsilon = getattr(module, kind.epsilon, None)
-    if not isinstance(epsilon, float) or not isinstance(getattr(module, "weight", None), nn.Parameter):
-        raise UnsupportedModelError(f"{path} is {type(module).__name__}; expected weight and {kind.epsilon}")
+    epsilon = kind.epsilon if isinstance(kind.epsilon, float) else getattr(module, kind.epsilon, None)
+    weight = getattr(module, "weight", None)
+    without = any(name == "*" or path.endswith(f".{name}") for name in kind.weightless)
+    if not isinstance(epsilon, float) or isinstance(weight, nn.Parameter) == without:
+        expected = "no weight" if without else "weight"
+        raise UnsupportedModelError(f"{path} is {type(module).__name__}; expected {expected} and {kind.epsilon}")
     return Norm(module, epsilon, kind.offset, kind.centred)
 
 

@@ -1,4 +1,6 @@
-"""Gemma 2 and Gemma 3: norms before and after each part, and soft caps."""
+"""Gemma; Gemma 2 and 3, with norms before and after each part, and soft caps; VaultGemma, with norms before alone."""
+
+from dataclasses import replace
 
 from crane_serve.common.models.family import Family, NormKind
 
@@ -9,6 +11,8 @@ _NORMS = (
     "pre_feedforward_layernorm",
     "post_feedforward_layernorm",
 )
+
+GEMMA = Family(("GemmaForCausalLM",), norm=_NORM)
 
 GEMMA2 = Family(
     ("Gemma2ForCausalLM",),
@@ -25,4 +29,8 @@ GEMMA3 = Family(
     layer_norms=(*_NORMS, "self_attn.q_norm", "self_attn.k_norm"),
     final_softcap="final_logit_softcapping",
     refused={"attn_logit_softcapping": None},
+)
+
+VAULTGEMMA = replace(
+    GEMMA2, architectures=("VaultGemmaForCausalLM",), layer_norms=("input_layernorm", "pre_feedforward_layernorm")
 )

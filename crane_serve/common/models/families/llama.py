@@ -1,5 +1,34 @@
-"""Llama, and those that have its parts: Mistral and Qwen2."""
+"""Llama, and those that have its parts. Scales of embeddings, residuals, attention and logits are linear; rules do not
+change them."""
 
 from crane_serve.common.models.family import RMS_NORM, Family
 
-LLAMA = Family(("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"), norm=RMS_NORM)
+LLAMA = Family(
+    (
+        "CwmForCausalLM",
+        "Ernie4_5ForCausalLM",
+        "GraniteForCausalLM",
+        "HeliumForCausalLM",
+        "LlamaForCausalLM",
+        "Ministral3ForCausalLM",
+        "MinistralForCausalLM",
+        "MistralForCausalLM",
+        "Qwen2ForCausalLM",
+        "SeedOssForCausalLM",
+        "SmolLM3ForCausalLM",
+    ),
+    norm=RMS_NORM,
+)
+
+ARCEE = Family(("ArceeForCausalLM",), norm=RMS_NORM, gate="mlp.up_proj", up=None)
+
+HUNYUAN = Family(
+    ("HunYuanDenseV1ForCausalLM",),
+    norm=RMS_NORM,
+    layer_norms=(
+        "input_layernorm",
+        "post_attention_layernorm",
+        "self_attn.query_layernorm",
+        "self_attn.key_layernorm",
+    ),
+)

@@ -1,4 +1,6 @@
-"""OPT: an MLP without gate, whose parts belong to the decoder layer."""
+"""OPT and BioGPT: an MLP without gate, whose parts belong to the decoder layer."""
+
+from dataclasses import replace
 
 from crane_serve.common.models.family import LAYER_NORM, Family
 
@@ -17,4 +19,16 @@ OPT = Family(
     layers="model.decoder.layers",
     final_norm="model.decoder.final_layer_norm",
     refused={"do_layer_norm_before": True},
+)
+
+BIOGPT = replace(
+    OPT,
+    architectures=("BioGptForCausalLM",),
+    trunk="biogpt",
+    embedding="biogpt.embed_tokens",
+    positions="biogpt.embed_positions",
+    layers="biogpt.layers",
+    final_norm="biogpt.layer_norm",
+    unembedding="output_projection",
+    refused={},
 )
