@@ -3,12 +3,15 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from crane_serve.common.defaults import DEFAULT_ROWS
 from crane_serve.common.models.resolve import Revision, require_no_revision
+
+if TYPE_CHECKING:
+    from crane_serve.common.models.experts import Experts
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 _FILE_SCALE_BYTES = 4  # mask files, and masks in memory, are float32
@@ -23,14 +26,15 @@ class SizeError(ValueError):
 class ModelSizes:
     """The numbers that sizes are computed from.
 
-    neurons: MLP neurons of each layer, those of experts included. full_layers: attention layers that keep the keys and
-    values of every token; window_layers: those that keep the last `window` tokens' (None without such layers). dtype:
-    the checkpoint's.
+    neurons: MLP neurons of each layer, those of experts included; experts: which those are. full_layers: attention
+    layers that keep the keys and values of every token; window_layers: those that keep the last `window` tokens' (None
+    without such layers). dtype: the checkpoint's.
     """
 
     parameters: int
     hidden_size: int
     neurons: tuple[int, ...]
+    experts: "Experts | None"
     kv_heads: int
     head_size: int
     full_layers: int
@@ -60,7 +64,7 @@ class ModelSizes:
                 parameters = sum(tensor.numel() for tensor in AutoModelForCausalLM.from_config(config).parameters())
             layers, hidden_size = int(config.num_hidden_layers), int(config.hidden_size)
             heads = int(config.num_attention_heads)
-            neurons, _ = neurons_of(Path(model), whole)
+            neurons, experts = neurons_of(Path(model), whole)
         except Exception as error:  # what transformers raises for a bad config has no common base
             raise SizeError(f"{model}: no config of a causal language model: {reason(error)}") from error
         window = getattr(config, "sliding_window", None)
@@ -70,6 +74,7 @@ class ModelSizes:
             parameters=parameters,
             hidden_size=hidden_size,
             neurons=neurons,
+            experts=experts,
             kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
             head_size=int(getattr(config, "head_dim", None) or hidden_size // heads),
             full_layers=layers - windowed,
@@ -83,8 +88,12 @@ class ModelSizes:
         return self.parameters * DTYPE_BYTES[dtype]
 
     def mask_file_bytes(self) -> int:
-        """Of the scales in a mask file, [layers, widest] in float32; its header adds a few bytes per neuron named."""
-        return len(self.neurons) * max(self.neurons) * _FILE_SCALE_BYTES
+        """Of the scales in a mask file, [layers, widest] in float32; its header adds a few bytes per neuron named. Of
+        experts [layers, experts, neurons], and [layers, widest] of what is beside them."""
+        dense, of_experts = self.neurons, 0
+        if self.experts is not None:
+            dense, of_experts = self.experts.dense(self.neurons), self.experts.neurons
+        return len(self.neurons) * (max(dense) + of_experts) * _FILE_SCALE_BYTES
 
     def row_bytes(self, dtype: str, ranks: int = 1, *, outputs: bool = False) -> int:
         """Of one row of the mask table on one of `ranks` tensor-parallel ranks.
@@ -190,10 +199,11 @@ def size(
     for name in (dtype, kv_cache_dtype or dtype):
         if name not in DTYPE_BYTES:
             raise SizeError(f"dtype {name!r}: expected one of {', '.join(DTYPE_BYTES)}")
-    if any(neurons % tensor_parallel_size for neurons in sizes.neurons):
-        raise SizeError(
-            f"{tensor_parallel_size} ranks: expected a divisor of the {sizes.neurons[0]} neurons of a layer"
-        )
+    shared = list(sizes.neurons if sizes.experts is None else (*sizes.experts.dense(sizes.neurons), sizes.experts.size))
+    undivided = [neurons for neurons in shared if neurons % tensor_parallel_size]
+    if undivided:
+        what = "a layer" if sizes.experts is None else "a layer or an expert"
+        raise SizeError(f"{tensor_parallel_size} ranks: expected a divisor of the {undivided[0]} neurons of {what}")
     estimate = size_of(
         sizes,
         rows=rows,

@@ -366,7 +366,8 @@ def _joined(
         return None
     in_order = [groups[number] for number in range(of)]
     del waiting[layer]
-    return {name: torch.cat([group[name] for group in in_order], dim=-1) for name in parts}
+    names = set.intersection(*map(set, in_order))  # the activation function of some groups may not be known
+    return {name: torch.cat([group[name] for group in in_order], dim=-1) for name in names}
 
 
 def _by_document(tensor: Tensor, batch: Batch) -> Tensor:

@@ -106,10 +106,11 @@ def prove_conservation(model: nn.Module, decoder: KnownDecoder) -> None:
             hidden.register_hook(  # type: ignore[no-untyped-call]
                 lambda gradient: added.append((gradient * hidden)[..., -1].double().sum().detach())
             )
-        logits = hidden @ decoder.unembedding.weight.T
+        weight = decoder.unembedding.weight
+        likeliest = (hidden.detach() @ weight.T).argmax(dim=-1)  # [1, tokens]
+        logits = (hidden * weight[likeliest]).sum(dim=-1)  # [1, tokens]
         if decoder.final_softcap is not None:
             logits = soft_cap(logits, decoder.final_softcap, CP_LRP)
-        logits = logits.amax(dim=-1)  # [1, tokens], of the likeliest tokens
         gradients = torch.autograd.grad(logits.sum(), inputs)
     pairs = zip(gradients, inputs, strict=True)
     kept = torch.stack([(gradient.double() * of.double()).sum() for gradient, of in pairs] + added).sum()

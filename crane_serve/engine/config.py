@@ -124,6 +124,8 @@ def add_mask_config(vllm_config: Any) -> None:
     require_same_weights(vllm_config, checkpoint)
     if library.fingerprint.experts is not None:
         _choose_experts(vllm_config.kernel_config)
+        if flag(OUTPUTS_VARIABLE):
+            raise ValueError(f"{OUTPUTS_VARIABLE}: masks of MLP outputs are not known for models with experts")
     outputs = flag(OUTPUTS_VARIABLE) or any(stored.mask.output is not None for stored in library.masks.values())
     config = MaskConfig(rows, outputs, model, masks, default_method, library.manifest, commit)
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config}
@@ -131,10 +133,12 @@ def add_mask_config(vllm_config: Any) -> None:
 
 def _choose_experts(kernel_config: Any) -> None:
     """On a GPU, masks need vLLM's Triton experts; whoever has asked for others is refused when the model is loaded."""
+    from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
     if current_platform.is_cuda_alike() and kernel_config.moe_backend == "auto":
         kernel_config.moe_backend = "triton"
+        init_logger("vllm.crane").info("experts are computed by --moe-backend triton, which masks can reach")
 
 
 def mask_config(vllm_config: Any) -> MaskConfig | None:

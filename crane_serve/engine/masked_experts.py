@@ -18,7 +18,6 @@ from crane_serve.common.models.mlps import layer_of
 from crane_serve.engine.table import Part, new_table
 
 _KEPT = "_crane_weights"  # of experts on a CPU, before their kernel packs them
-_PROOF_TOKENS = 4
 _AGREEMENT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative, kernel against plain torch
 
 
@@ -30,11 +29,11 @@ def keep_weights(original: Callable[..., Any], self: Any, layer: Any) -> Any:
 
 
 def mask_experts(
-    decoder: nn.Module, experts: Experts, dense: Sequence[int], rows: int, slots: Tensor, elsewhere: Sequence[int]
+    decoder: nn.Module, experts: Experts, sizes: Sequence[int], rows: int, slots: Tensor, elsewhere: Sequence[int]
 ) -> dict[int, Part]:
     """Patch every layer's experts; return what they read of a mask, by layer.
 
-    dense: the number of neurons of each layer before those of its experts; elsewhere: layers of other ranks. Raises
+    sizes: the number of neurons of each layer, those of its experts included; elsewhere: layers of other ranks. Raises
     UnsupportedModelError for experts that cannot be masked, and unless each layer that should have some has and obeys
     its mask.
     """
@@ -48,12 +47,14 @@ def mask_experts(
         _require_simple(path, routed, experts)
         kernel = routed.quant_method.moe_kernel.fused_experts
         of = _own_neurons(routed, experts)  # [experts, neurons], of this rank
-        table = new_table(rows, *of.shape, like=routed.get_parameter("w2_weight"))
+        like = torch.empty(0, dtype=routed.moe_config.in_dtype, device=slots.device)
+        table = new_table(rows, *of.shape, like=like)
         if hasattr(kernel, _KEPT):
             _mask_on_cpu(kernel, table, slots)
         else:
             _mask_between_kernels(kernel, table, slots)
-        parts[layer] = Part(table, dense[layer], dense[layer] + experts.neurons, of.to("cpu"))
+        columns = experts.columns(layer, sizes)
+        parts[layer] = Part(table, columns.start, columns.stop, of)
         _prove(path, routed, table, slots)
     return parts
 
@@ -77,9 +78,9 @@ def _require_simple(path: str, routed: Any, experts: Experts) -> None:
     parallel = config.moe_parallel_config
     kernel = getattr(getattr(routed.quant_method, "moe_kernel", None), "fused_experts", None)
     problems = {
+        "are quantised; expected plain weights": not _is_plain(routed.quant_method),
         f"are computed by {type(kernel or routed.quant_method).__name__}; expected vLLM's Triton experts "
         "(--moe-backend triton) or, on a CPU, its own": not (hasattr(kernel, _KEPT) or _is_triton(kernel)),
-        "are quantised; expected plain weights": getattr(kernel, "quant_dtype", None) is not None,
         "are balanced at run time (--enable-eplb)": parallel.enable_eplb or config.num_experts != experts.count,
         "are shared by data-parallel ranks or sequence-parallel ones; start without data parallelism": parallel.dp_size
         > 1
@@ -91,6 +92,13 @@ def _require_simple(path: str, routed: Any, experts: Experts) -> None:
     for problem, given in problems.items():
         if given:
             raise UnsupportedModelError(f"{path}: its experts {problem}")
+
+
+def _is_plain(method: Any) -> bool:
+    """Whether the experts of a layer have plain weights."""
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    return isinstance(method, UnquantizedFusedMoEMethod)
 
 
 def _is_triton(kernel: Any) -> bool:
@@ -122,7 +130,10 @@ def _mask_between_kernels(kernel: Any, table: Tensor, slots: Tensor) -> None:
         ids, expert_map = kwargs["topk_ids"], kwargs["expert_map"]  # [tokens, top k]; [experts]
         # What is routed to another rank is not computed on this one; its place does not matter.
         places[:] = [(ids if expert_map is None else expert_map[ids].clamp(min=0)).long()]
-        return apply(*args, **kwargs)
+        try:
+            return apply(*args, **kwargs)
+        finally:
+            places.clear()
 
     def masked_activation(kind: Any, output: Tensor, inputs: Tensor, *args: Any, **kwargs: Any) -> None:
         activation(kind, output, inputs, *args, **kwargs)
@@ -222,37 +233,50 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 @torch.inference_mode()
 def _prove(path: str, routed: Any, table: Tensor, slots: Tensor) -> None:
-    """Run all experts unmasked, under a mask of ones, and switched off. Only switched off, their output must not depend
-    on the input; a mask of ones must change nothing that matters."""
-    config = routed.moe_config
-    top_k = config.experts_per_token
-    generator = torch.Generator().manual_seed(0)
-    token, other = torch.randn(2, routed.hidden_size, generator=generator).to(table.device, table.dtype)
-    own = range(config.num_experts) if routed.expert_map is None else (routed.expert_map >= 0).nonzero().flatten()
-    spare = table.shape[0] - 1
-    slots[:_PROOF_TOKENS] = torch.tensor([0, spare, spare, spare], device=slots.device)
+    """Run each expert on two tokens: unmasked, under a mask of ones, switched off, and while some others are.
 
-    def answers(group: Tensor) -> Tensor:
-        ids = torch.cat([group, group[:1].expand(top_k - len(group))]).to(torch.int32)  # [top k]
+    Switched off, its output must not depend on the input; a mask of ones must change nothing that matters; and whether
+    it is off must depend on its own row of the mask alone: experts are told apart by the bits of their numbers.
+    """
+    config = routed.moe_config
+    generator = torch.Generator().manual_seed(0)
+    both = torch.randn(2, routed.hidden_size, generator=generator).to(table.device, table.dtype)
+    own = range(config.num_experts) if routed.expert_map is None else (routed.expert_map >= 0).nonzero().flatten()
+    numbers = torch.as_tensor(list(own), device=table.device)  # [experts], in the order of the model
+    places = numbers if routed.expert_map is None else routed.expert_map[numbers].long()
+    spare = table.shape[0] - 1
+
+    def answers(group: Tensor, row: int) -> tuple[Tensor, Tensor]:
+        """[experts, hidden] of either token."""
+        ids = group.repeat(2).unsqueeze(1).expand(-1, config.experts_per_token).to(torch.int32)  # [2 experts, top k]
+        slots[: len(ids)] = row
         outputs: Tensor = routed.quant_method.forward_native(
             routed,
-            torch.stack([token, token, token, other]),
-            torch.full((_PROOF_TOKENS, top_k), 1 / top_k, device=table.device),
-            ids.expand(_PROOF_TOKENS, top_k).contiguous(),
+            both.repeat_interleave(len(group), dim=0),
+            torch.full(ids.shape, 1 / config.experts_per_token, device=table.device),
+            ids.contiguous(),
             None,
             None,
         )
-        return outputs.clone()  # [4, hidden]
+        one, other = outputs.clone().chunk(2)
+        return one, other
 
     try:
-        for group in torch.split(torch.as_tensor(list(own), device=table.device), top_k):
-            live, same, _, _ = answers(group)
+        for group in torch.split(numbers, max(1, len(slots) // 2)):
+            live, _ = answers(group, 0)
+            same, _ = answers(group, spare)
             table[spare].fill_(0.0)
-            _, _, dead, dead_too = answers(group)
+            dead, dead_too = answers(group, spare)
+            obeys = torch.equal(dead, dead_too) and bool((live != dead).any(dim=1).all())
+            for bit in range(config.num_experts.bit_length()):
+                on = (numbers >> bit) % 2
+                table[spare, places] = on.to(table.dtype)[:, None].expand(-1, table.shape[2])
+                expected = torch.where(((group >> bit) % 2).bool()[:, None], same, dead)
+                obeys = obeys and torch.equal(answers(group, spare)[0], expected)
             table[spare].fill_(1.0)
-            if not torch.equal(dead, dead_too) or torch.equal(live, dead):
+            if not obeys:
                 raise UnsupportedModelError(
-                    f"{path}: switching off all neurons of its experts does not switch them off; it cannot be masked"
+                    f"{path}: switching off all neurons of an expert does not switch off this one; it cannot be masked"
                 )
             apart = float((live - same).abs().max() / live.abs().max())
             if apart > _AGREEMENT.get(table.dtype, 1e-2):
@@ -262,4 +286,4 @@ def _prove(path: str, routed: Any, table: Tensor, slots: Tensor) -> None:
                 )
     finally:
         table[spare].fill_(1.0)
-        slots[:_PROOF_TOKENS].fill_(0)
+        slots.fill_(0)

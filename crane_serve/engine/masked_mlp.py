@@ -98,7 +98,7 @@ def install_masks(
     if experts is not None:
         if outputs:
             raise UnsupportedModelError("masks of MLP outputs are not served for a mixture of experts")
-        for layer, part in mask_experts(decoder, experts, dense, rows, slots, elsewhere).items():
+        for layer, part in mask_experts(decoder, experts, intermediate_sizes, rows, slots, elsewhere).items():
             parts.setdefault(layer, []).append(part)
     return MaskTable(parts, output_tables), slots
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from crane_serve.common.masks import Fingerprint, MaskLibrary, NeuronMask
+from crane_serve.common.models.errors import UnsupportedModelError
 from crane_serve.common.models.experts import expert_modules
 from crane_serve.common.models.load import load_causal_lm, load_tokenizer
 from crane_serve.common.models.mlps import language_model, require_mlps
@@ -72,7 +73,9 @@ def _parts(model: nn.Module, fingerprint: Fingerprint) -> list[_Part]:
     parts = [_Part(layer, slice(0, dense[layer]), mlp.projection, False) for layer, mlp in mlps.items()]
     if experts is not None:
         for layer, module in expert_modules(decoder).items():
-            parts.append(_Part(layer, slice(dense[layer], dense[layer] + experts.neurons), module, True))
+            if not hasattr(module, "is_transposed"):
+                raise UnsupportedModelError(f"{type(module).__name__} does not say how its weights are laid out")
+            parts.append(_Part(layer, experts.columns(layer, fingerprint.intermediate_sizes), module, True))
     return parts
 
 
@@ -99,7 +102,7 @@ def _experts_masked(experts: Any, scale: Tensor) -> Iterator[None]:
     """While the experts compute, the weights that read their neurons are scaled. scale: [experts * neurons]."""
     whole = experts.down_proj.data  # [experts, hidden, neurons], the last two exchanged in some models
     by_expert = scale.view(len(whole), -1).to(whole)  # [experts, neurons]
-    factors = by_expert.unsqueeze(2 if getattr(experts, "is_transposed", False) else 1)
+    factors = by_expert.unsqueeze(2 if experts.is_transposed else 1)
 
     def before(*_: Any) -> None:
         experts.down_proj.data = whole * factors

@@ -76,7 +76,7 @@ def _run(
     plain, reference = scratch / "plain.jsonl", scratch / "reference.jsonl"
     plan = ProcessPlan(
         model=checkpoint,
-        flags=(*_default_flags(checkpoint, options.flags), *options.flags),
+        flags=(*_default_flags(checkpoint, options.flags, fingerprint), *options.flags),
         fingerprint=fingerprint,
         outcome=scratch / "masked.jsonl",
         throughput=options.throughput,
@@ -169,11 +169,19 @@ def _reference_flags(flags: tuple[str, ...]) -> _ReferenceFlags:
     return _ReferenceFlags(known.dtype in ("float32", "float"), known.trust_remote_code)
 
 
-def _default_flags(checkpoint: Path, flags: tuple[str, ...]) -> tuple[str, ...]:
-    """Flags for small batches, which start quickly and are cut into chunks. Flags that the user gives are not
-    overridden."""
+def _default_flags(checkpoint: Path, flags: tuple[str, ...], fingerprint: Fingerprint) -> tuple[str, ...]:
+    """Flags for small batches, which start quickly and are cut into chunks, and for experts on a GPU those that an
+    engine with masks has. Flags that the user gives are not overridden."""
+    import torch
+
     config = load_config(checkpoint).get_text_config()
     longest = min(_MAX_MODEL_TOKENS, int(getattr(config, "max_position_embeddings", None) or _MAX_MODEL_TOKENS))
-    defaults = {"--max-model-len": longest, "--max-num-seqs": 32, "--max-num-batched-tokens": 512}
+    defaults: dict[str, object] = {
+        "--max-model-len": longest,
+        "--max-num-seqs": 32,
+        "--max-num-batched-tokens": 512,
+    }
+    if fingerprint.experts is not None and torch.cuda.is_available():
+        defaults["--moe-backend"] = "triton"
     names = {flag.partition("=")[0].replace("_", "-") for flag in flags}
     return tuple(part for name, value in defaults.items() if name not in names for part in (name, str(value)))

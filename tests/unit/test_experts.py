@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
-from crane_serve.common.masks import Fingerprint, MaskFileError, MaskInfo, NeuronMask, decode_mask
+from crane_serve.common.masks import Fingerprint, MaskFileError, MaskInfo, NeuronMask, StoredMask, decode_mask
 from crane_serve.common.masks.files import encode_mask
+from crane_serve.common.masks.transfer import TransferError, transferred
 from crane_serve.common.models.errors import UnsupportedModelError
 from crane_serve.common.models.experts import Experts, expert_modules, experts_of
 from crane_serve.common.models.families import decoder_of
+from crane_serve.common.models.open_experts import open_experts
 from crane_serve.sizing import ModelSizes
 from relevance.causal import losses, masked
 from relevance.encoding import Batch
@@ -129,17 +131,15 @@ def test_other_tensors_are_refused(tmp_path: Path) -> None:
 def test_a_model_whose_experts_do_not_fit_its_layers_is_refused(mixtral: Path) -> None:
     fingerprint = Fingerprint.of(mixtral)
     _, content = encoded(fingerprint)
-    for layers in ((0, 1, 7), (0,)):
-        other = Experts(count=4, size=NEURONS, layers=layers).model_dump_json()
+    for layers in ((0, 1, 7), (0,), (1, 0, 2), (0, 0, 1)):
+        other = Experts.model_construct(count=4, size=NEURONS, layers=layers).model_dump_json()
         text = header(content)["crane"].replace(fingerprint.experts.model_dump_json(), other)
         assert other in text
-        with pytest.raises(MaskFileError, match=r"has shape|do not fit its layers|does not have"):
+        with pytest.raises(MaskFileError, match=r"has shape|do not fit its layers|does not have|in ascending order"):
             decode_mask("zh", save(load(content), metadata={"crane": text}), source="the file")
 
 
 def test_experts_of_different_shapes_are_refused() -> None:
-    from torch import nn
-
     class Held(nn.Module):
         def __init__(self, neurons: int) -> None:
             super().__init__()
@@ -252,3 +252,55 @@ def test_lape_needs_to_know_the_activation_function(tmp_path: Path) -> None:
 def test_opening_twice_is_opening_once(mixtral: Path) -> None:
     model = load_model(mixtral, torch.float32, CPU)
     assert decoder_of(model).layers == decoder_of(model).layers
+
+
+def test_a_file_with_other_metadata_is_refused_before_it_is_read_closely(mixtral: Path) -> None:
+    fingerprint = Fingerprint.of(mixtral)
+    _, content = encoded(fingerprint)
+    sizes = str(list(fingerprint.intermediate_sizes)).replace(" ", "")
+    many = header(content)["crane"].replace(sizes, str([0] * 50_000).replace(" ", ""))
+    assert many != header(content)["crane"]
+    with pytest.raises(MaskFileError, match="not one intermediate size for each layer"):
+        decode_mask("zh", save(load(content), metadata={"crane": many}), source="the file")
+
+
+def test_outputs_are_not_known_for_experts(mixtral: Path) -> None:
+    fingerprint = Fingerprint.of(mixtral)
+    mask = random_mask(fingerprint)
+    mask = NeuronMask(mask.intermediate, mask.intermediate_sizes, torch.ones(LAYERS, HIDDEN))
+    with pytest.raises(MaskFileError, match="'output' is not known for models with experts"):
+        encode_mask("zh", mask, MaskInfo(language="zh", method="test", fingerprint=fingerprint))
+
+
+def test_masks_do_not_move_to_other_experts_of_the_same_number_of_neurons(mixtral: Path) -> None:
+    fingerprint = Fingerprint.of(mixtral)
+    other = fingerprint.model_copy(update={"experts": Experts(count=2, size=2 * NEURONS, layers=(0, 1, 2))})
+    stored = StoredMask("zh", random_mask(fingerprint), MaskInfo(language="zh", method="test", fingerprint=fingerprint))
+    with pytest.raises(TransferError, match="experts"):
+        transferred(stored, other)
+
+
+def test_experts_that_do_more_than_their_parts_are_not_opened(mixtral: Path) -> None:
+    model = load_model(mixtral, torch.float32, CPU)
+    (first, *_) = expert_modules(model).values()
+    fresh = type(first)(model.config)
+    for name, parameter in first.named_parameters(recurse=False):
+        setattr(fresh, name, parameter)
+    open_experts(fresh)
+    other = type("More", (type(first),), {"forward": lambda self, *inputs: 2 * type(first).forward(self, *inputs)})
+    more = other(model.config)
+    for name, parameter in first.named_parameters(recurse=False):
+        setattr(more, name, parameter)
+    with pytest.raises(UnsupportedModelError, match="does more than its parts show"):
+        open_experts(more)
+
+
+def test_experts_of_mixers_are_refused() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down_proj = nn.Parameter(torch.zeros(4, HIDDEN, 8))
+
+    decoder = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mixer": Mixer()})])})
+    with pytest.raises(UnsupportedModelError, match="in a place that mixes tokens"):
+        expert_modules(decoder)

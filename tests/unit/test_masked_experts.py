@@ -101,8 +101,6 @@ def test_activation_functions() -> None:
 class Kernel:
     """Experts in two kernels with the activation function between them, as vLLM's Triton experts."""
 
-    quant_dtype = None
-
     def activation(self, kind: Any, output: Tensor, inputs: Tensor) -> None:
         output.copy_(functional.silu(inputs[:, :SIZE]) * inputs[:, SIZE:])
 
@@ -141,6 +139,7 @@ class Routed(nn.Module):
             intermediate_size=SIZE,
             intermediate_size_per_partition=width,
             activation=SILU,
+            in_dtype=torch.float32,
             moe_parallel_config=parallel,
         )
         self.w13_weight, self.w2_weight = nn.Parameter(case["w13"]), nn.Parameter(case["w2"])
@@ -150,7 +149,7 @@ class Routed(nn.Module):
             self.expert_map = torch.full((COUNT,), -1)
             self.expert_map[own] = torch.arange(len(own))
         self.quant_method = SimpleNamespace(
-            moe_kernel=SimpleNamespace(fused_experts=kernel), forward_native=self.forward_native
+            plain=True, moe_kernel=SimpleNamespace(fused_experts=kernel), forward_native=self.forward_native
         )
 
     def forward_native(self, _: Any, x: Tensor, weights: Tensor, ids: Tensor, *__: None) -> Tensor:
@@ -171,7 +170,8 @@ class Routed(nn.Module):
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_is_triton", lambda kernel: type(kernel) is Kernel)
+    monkeypatch.setattr(engine, "_is_triton", lambda kernel: type(kernel) in (Kernel, Crossed))
+    monkeypatch.setattr(engine, "_is_plain", lambda method: method.plain)
 
 
 def runners(monkeypatch: pytest.MonkeyPatch, *routed: Routed) -> nn.Module:
@@ -205,7 +205,7 @@ def test_experts_are_masked_by_layer(monkeypatch: pytest.MonkeyPatch, make: Any,
     routed = [make(case, own) for case in cases]
     slots = torch.zeros(9, dtype=torch.int64)
     before = [ran(of, case) for of, case in zip(routed, cases, strict=True)]
-    parts = mask_experts(runners(monkeypatch, *routed), EXPERTS, (0, 5), ROWS, slots, elsewhere=[])
+    parts = mask_experts(runners(monkeypatch, *routed), EXPERTS, (24, 29), ROWS, slots, elsewhere=[])
     assert [(part.start, part.stop) for part in parts.values()] == [(0, 24), (5, 29)]
     assert not slots.any(), "the proof leaves nothing behind"
     for (layer, part), of, case, plain in zip(parts.items(), routed, cases, before, strict=True):
@@ -240,7 +240,7 @@ def test_a_shard_of_each_expert_reads_its_own_neurons(monkeypatch: pytest.Monkey
             lambda of: setattr(of.quant_method.moe_kernel, "fused_experts", Other()),
         ),
         ("computed by SimpleNamespace", lambda of: setattr(of.quant_method, "moe_kernel", None)),
-        ("are quantised", lambda of: setattr(of.quant_method.moe_kernel.fused_experts, "quant_dtype", torch.int8)),
+        ("are quantised; expected plain weights", lambda of: setattr(of.quant_method, "plain", False)),
         ("balanced at run time", lambda of: setattr(of.moe_config.moe_parallel_config, "enable_eplb", True)),
         ("shared by data-parallel ranks", lambda of: setattr(of.moe_config.moe_parallel_config, "dp_size", 2)),
         ("sequence-parallel", lambda of: setattr(of.moe_config.moe_parallel_config, "is_sequence_parallel", True)),
@@ -254,7 +254,7 @@ def test_experts_that_cannot_be_masked_are_refused(monkeypatch: pytest.MonkeyPat
     slots = torch.zeros(9, dtype=torch.int64)
     experts = EXPERTS.model_copy(update={"layers": (0,)})
     with pytest.raises(UnsupportedModelError, match=problem):
-        mask_experts(runners(monkeypatch, routed), experts, (0,), ROWS, slots, elsewhere=[])
+        mask_experts(runners(monkeypatch, routed), experts, (24,), ROWS, slots, elsewhere=[])
 
 
 class Other(Kernel):
@@ -265,8 +265,8 @@ def test_layers_without_the_experts_that_they_should_have_are_refused(monkeypatc
     slots = torch.zeros(9, dtype=torch.int64)
     decoder = runners(monkeypatch, Routed(Kernel(), given()))
     with pytest.raises(UnsupportedModelError, match=r"found experts in layers \[0\], expected them in \[0, 1\]"):
-        mask_experts(decoder, EXPERTS, (0, 0), ROWS, slots, elsewhere=[])
-    assert list(mask_experts(decoder, EXPERTS, (0, 0), ROWS, slots, elsewhere=[1])) == [0]
+        mask_experts(decoder, EXPERTS, (24, 24), ROWS, slots, elsewhere=[])
+    assert list(mask_experts(decoder, EXPERTS, (24, 24), ROWS, slots, elsewhere=[1])) == [0]
 
 
 class Deaf(Kernel):
@@ -282,8 +282,8 @@ def test_experts_that_do_not_obey_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(engine, "_is_triton", lambda kernel: True)
     slots = torch.zeros(9, dtype=torch.int64)
     experts = EXPERTS.model_copy(update={"layers": (0,)})
-    with pytest.raises(UnsupportedModelError, match="does not switch them off"):
-        mask_experts(runners(monkeypatch, Routed(Deaf(), given())), experts, (0,), ROWS, slots, elsewhere=[])
+    with pytest.raises(UnsupportedModelError, match="does not switch off this one"):
+        mask_experts(runners(monkeypatch, Routed(Deaf(), given())), experts, (24,), ROWS, slots, elsewhere=[])
 
 
 def test_an_activation_function_that_differs_from_the_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,4 +292,28 @@ def test_an_activation_function_that_differs_from_the_kernels_is_refused(monkeyp
     slots = torch.zeros(9, dtype=torch.int64)
     experts = EXPERTS.model_copy(update={"layers": (0,)})
     with pytest.raises(UnsupportedModelError, match=r"\(silu\) give something else under a mask of ones"):
-        mask_experts(runners(monkeypatch, routed), experts, (0,), ROWS, slots, elsewhere=[])
+        mask_experts(runners(monkeypatch, routed), experts, (24,), ROWS, slots, elsewhere=[])
+
+
+class Crossed(Kernel):
+    """It computes the experts of tokens in another order than it says."""
+
+    def apply(self, *, topk_ids, **rest) -> None:
+        super().apply(topk_ids=(topk_ids + 1) % COUNT, **rest)
+
+
+def test_an_expert_that_reads_the_row_of_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = torch.zeros(9, dtype=torch.int64)
+    experts = EXPERTS.model_copy(update={"layers": (0,)})
+    with pytest.raises(UnsupportedModelError, match="does not switch off this one"):
+        mask_experts(runners(monkeypatch, Routed(Crossed(), given())), experts, (24,), ROWS, slots, elsewhere=[])
+
+
+def test_what_an_activation_is_called_for_is_known_only_inside_of_apply(monkeypatch: pytest.MonkeyPatch) -> None:
+    routed = Routed(Kernel(), given())
+    slots = torch.zeros(9, dtype=torch.int64)
+    experts = EXPERTS.model_copy(update={"layers": (0,)})
+    mask_experts(runners(monkeypatch, routed), experts, (24,), ROWS, slots, elsewhere=[])
+    kernel = routed.quant_method.moe_kernel.fused_experts
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        kernel.activation(SILU, torch.zeros(4, SIZE), torch.zeros(4, 2 * SIZE))

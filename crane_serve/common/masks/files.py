@@ -54,7 +54,8 @@ class _Metadata(MaskInfo):
 
     format_version: int
     digest: str
-    neurons: list[list[int]]  # per layer, indices whose scale is not 1, those of experts behind the others
+    # Per layer, indices whose scale is not 1; left out of version 2, whose models have millions of neurons.
+    neurons: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def encode_mask(name: str, mask: NeuronMask, info: MaskInfo) -> bytes:
         raise MaskFileError(f"mask {name!r}: its intermediate sizes differ from those of the model it was made for")
     _check_output(f"mask {name!r}", mask, info.fingerprint)
     version = _version(info.fingerprint)
-    metadata = _Metadata(**dict(info), format_version=version, digest=mask.digest, neurons=mask.neuron_sets())
+    neurons = mask.neuron_sets() if version == 1 else None
+    metadata = _Metadata(**dict(info), format_version=version, digest=mask.digest, neurons=neurons)
     tensors = _taken_apart(mask.intermediate, info.fingerprint)
     if mask.output is not None:
         tensors["output"] = mask.output
@@ -132,16 +134,19 @@ def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
             what = " but scores, of which `crane select` makes masks" if SCORES_KEY in keys else ""
             raise MaskFileError(f"{source}: no {METADATA_KEY!r} metadata; this is not a mask file{what}")
         metadata = _Metadata.model_validate_json(raw)
+        if len(metadata.fingerprint.intermediate_sizes) != metadata.fingerprint.layers:
+            raise MaskFileError(f"{source}: the fingerprint has not one intermediate size for each layer")
         version = _version(metadata.fingerprint)
         if metadata.format_version != version:
             raise MaskFileError(
                 f"{source}: format version {metadata.format_version}, this program reads {version} for such a model"
             )
         wanted = ["intermediate"] if metadata.fingerprint.experts is None else ["intermediate", "experts"]
-        if not set(wanted) <= set(tensors) <= {*wanted, "output"}:
+        if not set(wanted) <= set(tensors) <= {*wanted, *(["output"] if version == 1 else [])}:
             excerpts = [name[:_SHOWN] for name in sorted(tensors)[:3]]
             listed = " and ".join(map(repr, wanted))
-            raise MaskFileError(f"{source}: tensors {excerpts}, expected {listed} and maybe 'output'")
+            maybe = " and maybe 'output'" if version == 1 else ""
+            raise MaskFileError(f"{source}: tensors {excerpts}, expected {listed}{maybe}")
         mask = NeuronMask(
             intermediate=_joined(tensors, metadata.fingerprint),
             intermediate_sizes=metadata.fingerprint.intermediate_sizes,
@@ -161,7 +166,7 @@ def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
         raise MaskFileError(
             f"{source}: content digest is {mask.digest[:16]}..., metadata says {metadata.digest[:16]}..."
         )
-    if mask.neuron_sets() != metadata.neurons:
+    if metadata.format_version == 1 and mask.neuron_sets() != metadata.neurons:
         raise MaskFileError(f"{source}: the neuron sets in the metadata differ from those in the tensor")
     info = MaskInfo(**{field: getattr(metadata, field) for field in MaskInfo.model_fields})
     return StoredMask(name, mask, info)
@@ -182,8 +187,9 @@ def _taken_apart(scales: Tensor, fingerprint: Fingerprint) -> dict[str, Tensor]:
     of_experts = torch.ones(len(dense), experts.count, experts.size)  # [layers, experts, neurons]
     for layer, size in enumerate(dense):
         intermediate[layer, :size] = scales[layer, :size]
-        if layer in experts.layers:
-            of_experts[layer] = scales[layer, size : size + experts.neurons].view(experts.count, experts.size)
+        columns = experts.columns(layer, fingerprint.intermediate_sizes)
+        if columns.start < columns.stop:
+            of_experts[layer] = scales[layer, columns].view(experts.count, experts.size)
     return {"intermediate": intermediate, "experts": of_experts}
 
 
@@ -200,14 +206,14 @@ def _joined(tensors: Mapping[str, Tensor], fingerprint: Fingerprint) -> Tensor:
         if list(tensors[name].shape) != shape or not tensors[name].is_floating_point():
             has = f"shape {list(tensors[name].shape)} and dtype {tensors[name].dtype}"
             raise ValueError(f"{name!r} has {has}, expected {shape} and floating point")
-    if min(dense) < 0 or not set(experts.layers) <= set(range(len(dense))):
+    if min(dense) < 0 or any(layer >= len(dense) for layer in experts.layers):
         raise ValueError("the model's experts do not fit its layers")
     scales = torch.ones(len(dense), max(fingerprint.intermediate_sizes))
     for layer, size in enumerate(dense):
         scales[layer, :size] = intermediate[layer, :size]
-        beyond = [intermediate[layer, size:]]
-        if layer in experts.layers:
-            scales[layer, size : size + experts.neurons] = of_experts[layer].flatten()
+        beyond, columns = [intermediate[layer, size:]], experts.columns(layer, fingerprint.intermediate_sizes)
+        if columns.start < columns.stop:
+            scales[layer, columns] = of_experts[layer].flatten()
         else:
             beyond.append(of_experts[layer])
         if any(bool((rest != 1).any()) for rest in beyond):
@@ -216,6 +222,8 @@ def _joined(tensors: Mapping[str, Tensor], fingerprint: Fingerprint) -> Tensor:
 
 
 def _check_output(source: str, mask: NeuronMask, fingerprint: Fingerprint) -> None:
+    if mask.output is not None and fingerprint.experts is not None:
+        raise MaskFileError(f"{source}: 'output' is not known for models with experts")
     if mask.output is not None and mask.output.shape[1] != fingerprint.hidden_size:
         raise MaskFileError(
             f"{source}: 'output' has {mask.output.shape[1]} columns, expected {fingerprint.hidden_size}"

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, PrivateAttr, SerializerFunctionWrapHandler, model_serializer
 
 from crane_serve.common.masks.canonical_config import config_digest, file_digest
-from crane_serve.common.models.errors import CheckpointError
+from crane_serve.common.models.errors import CheckpointError, UnsupportedModelError
 from crane_serve.common.models.experts import Experts, neurons_of
 from crane_serve.common.models.load import architecture_of, load_config, pickled_tensors, reason
 from crane_serve.common.models.weights import stored_tensors, weight_files
@@ -57,6 +57,8 @@ class Fingerprint(BaseModel):
             config = whole.get_text_config()
             layers, hidden_size = _positive(config, "num_hidden_layers"), _positive(config, "hidden_size")
             (sizes, experts), architecture = neurons_of(checkpoint, whole), architecture_of(whole)
+        except UnsupportedModelError as error:
+            raise FingerprintError(f"{checkpoint}: {error}") from error
         except Exception as error:  # what a config class raises for a bad value has no common base
             raise FingerprintError(f"{checkpoint} is not a Hugging Face checkpoint: {reason(error)}") from error
         try:

@@ -14,7 +14,7 @@ from crane_serve.common.masks.files import (
 )
 from crane_serve.common.masks.fingerprint import Fingerprint
 
-_SHAPE = ("architecture", "layers", "hidden_size", "intermediate_sizes")
+_SHAPE = ("architecture", "layers", "hidden_size", "intermediate_sizes", "experts")
 
 
 class TransferError(ValueError):

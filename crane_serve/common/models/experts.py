@@ -1,15 +1,17 @@
 """Mixtures of experts: how many experts which layers have, and how their neurons are counted."""
 
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, field_validator
 from torch import nn
 
 from crane_serve.common.models.errors import UnsupportedModelError
 from crane_serve.common.models.load import empty_causal_lm
-from crane_serve.common.models.mlps import intermediate_sizes, language_model, layer_of, widths
+from crane_serve.common.models.mlps import NO_MLP, intermediate_sizes, language_model, layer_of, widths
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -25,7 +27,18 @@ class Experts(BaseModel):
 
     count: PositiveInt
     size: PositiveInt
-    layers: tuple[int, ...]
+    layers: tuple[NonNegativeInt, ...]
+
+    @field_validator("layers")
+    @classmethod
+    def _in_order(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if any(first >= second for first, second in pairwise(layers)):
+            raise ValueError("expected each layer once, in ascending order")
+        return layers
+
+    @cached_property
+    def _places(self) -> frozenset[int]:
+        return frozenset(self.layers)
 
     @property
     def neurons(self) -> int:
@@ -34,7 +47,11 @@ class Experts(BaseModel):
 
     def dense(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Number of neurons of each layer outside of its experts. sizes: with them."""
-        return tuple(size - self.neurons * (layer in self.layers) for layer, size in enumerate(sizes))
+        return tuple(size - self.neurons * (layer in self._places) for layer, size in enumerate(sizes))
+
+    def columns(self, layer: int, sizes: Sequence[int]) -> slice:
+        """Which of a layer's neurons are in its experts, expert after expert; none in a layer without."""
+        return slice(sizes[layer] - self.neurons * (layer in self._places), sizes[layer])
 
 
 def neurons_of(checkpoint: Path, config: Any) -> tuple[tuple[int, ...], Experts | None]:
@@ -50,16 +67,22 @@ def neurons_of(checkpoint: Path, config: Any) -> tuple[tuple[int, ...], Experts 
         return intermediate_sizes(text, layers), None
     decoder = language_model(empty_causal_lm(checkpoint, config))
     hidden = int(text.hidden_size)
-    dense, experts = widths(decoder, hidden, layers), experts_of(decoder, hidden)
+    experts = experts_of(decoder, hidden)
     if experts is None:
         return intermediate_sizes(text, layers), None
-    return tuple(size + experts.neurons * (layer in experts.layers) for layer, size in enumerate(dense)), experts
+    sizes = list(widths(decoder, hidden, layers))
+    for layer in experts.layers:
+        sizes[layer] += experts.neurons
+    if 0 in sizes:
+        raise UnsupportedModelError(f"layer {sizes.index(0)} has neither experts nor an MLP; expected one in each")
+    return tuple(sizes), experts
 
 
 def experts_of(decoder: nn.Module, hidden: int) -> Experts | None:
     """The experts of a decoder of transformers; None if it has none.
 
-    Raises UnsupportedModelError for layers whose experts differ in number or size.
+    Raises UnsupportedModelError for layers whose experts differ in number or size, and for experts inside of what mixes
+    tokens.
     """
     shapes = {layer: _shape(module, hidden) for layer, module in expert_modules(decoder).items()}
     if not shapes:
@@ -83,6 +106,8 @@ def expert_modules(decoder: nn.Module) -> dict[int, nn.Module]:
             continue
         if layer in found:
             raise UnsupportedModelError(f"layer {layer} has experts in two places, one of them {path}")
+        if NO_MLP.search(path):
+            raise UnsupportedModelError(f"{path}: experts in a place that mixes tokens are not known")
         found[layer] = module
     return found
 

@@ -12,7 +12,7 @@ from crane_serve.common.models.errors import UnsupportedModelError
 # Decoder layers are numbered: "model.layers.3.mlp.down_proj", "transformer.blocks.3.ffn.down_proj".
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation", "gelu_impl")
-_NO_MLP = re.compile(r"attn|attention|mamba|mixer|ssm", re.IGNORECASE)  # attention, and state-space models
+NO_MLP = re.compile(r"attn|attention|mamba|mixer|ssm", re.IGNORECASE)  # attention, and state-space models
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _linears(decoder: nn.Module) -> Iterator[tuple[str, int, nn.Module]]:
     """Path, layer and module of the linear maps inside decoder layers, outside of what mixes tokens."""
     for path, module in decoder.named_modules():
         layer = layer_of(path)
-        if layer is not None and any(linear_shape(module)) and not _NO_MLP.search(path):
+        if layer is not None and any(linear_shape(module)) and not NO_MLP.search(path):
             yield path, layer, module
 
 

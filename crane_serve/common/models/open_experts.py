@@ -1,5 +1,6 @@
 """Experts of transformers with their neurons in the open: in one tensor, for hooks that read or change them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch.nn import functional
 from crane_serve.common.models.errors import UnsupportedModelError
 
 _OPENED = "crane_opened"
+_TOKENS = 8
+_CLOSE = 5e-2  # in dtypes of 16 bits; other experts differ by more
 _NEEDED = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
 
 
@@ -22,6 +25,11 @@ class OpenExperts(nn.Module):
         self.down_proj = _DownProjection(experts)
         self.act_fn = nn.Identity() if _is_default(experts) else None
 
+    @property
+    def is_heard(self) -> bool:
+        """Whether somebody listens to act(gate)."""
+        return self.act_fn is not None and bool(self.act_fn._forward_hooks)
+
 
 class _DownProjection(nn.Module):
     """From the neurons of all experts to their weighted sum."""
@@ -30,16 +38,35 @@ class _DownProjection(nn.Module):
         super().__init__()
         self._experts = [experts]  # in a list, so that it is not a part of its own part
 
-    def forward(self, neurons: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """neurons: [tokens, experts * neurons]; ids, weights: [tokens, top k] -> [tokens, hidden]."""
+    def forward(self, neurons: Tensor, routes: "_Routes", weights: Tensor) -> Tensor:
+        """neurons: [tokens, experts * neurons]; weights: [tokens, top k] -> [tokens, hidden]."""
         (experts,) = self._experts
-        by_expert = neurons.view(len(neurons), experts.num_experts, -1)
-        output = torch.zeros(len(neurons), _hidden(experts), dtype=neurons.dtype, device=neurons.device)
-        for expert, tokens, choices in _chosen(ids, experts.num_experts):
-            answers = _linear(experts, "down_proj", expert, by_expert[tokens, expert])
-            answers = answers * weights[tokens, choices].unsqueeze(1)
-            output = output.index_add(0, tokens, answers.to(output.dtype))
-        return output
+        # Taken in one step, since each has a gradient of the size of all neurons.
+        taken = neurons.view(len(neurons), experts.num_experts, -1)[routes.tokens, routes.experts]
+        answers = torch.cat(
+            [
+                _linear(experts, "down_proj", expert, of_expert)
+                for expert, of_expert in zip(routes.chosen, torch.split(taken, routes.counts), strict=True)
+            ]
+        )
+        answers = answers * weights[routes.tokens, routes.choices].unsqueeze(1)
+        output = answers.new_zeros(len(neurons), answers.shape[1])
+        return output.index_add(0, routes.tokens, answers)
+
+
+class _Routes:
+    """Which tokens have which experts, sorted by expert: tokens, experts, choices (which of the top k), each [pairs].
+
+    chosen, counts: the experts that some token has, and how many tokens those are.
+    """
+
+    def __init__(self, ids: Tensor) -> None:
+        """ids: [tokens, top k]."""
+        self.experts, order = ids.flatten().sort(stable=True)
+        self.tokens, self.choices = order // ids.shape[1], order % ids.shape[1]
+        chosen, counts = torch.unique_consecutive(self.experts, return_counts=True)
+        self.chosen: list[int] = chosen.tolist()
+        self.counts: list[int] = counts.tolist()
 
 
 def open_experts(experts: Any) -> OpenExperts:
@@ -59,39 +86,49 @@ def open_experts(experts: Any) -> OpenExperts:
 
     def forward(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """hidden: [tokens, hidden]; ids, weights: [tokens, top k] -> [tokens, hidden]."""
-        shape = (len(hidden), experts.num_experts, opened.neurons // experts.num_experts)
-        places, neurons, acts = [], [], []
-        for expert, tokens, _ in _chosen(ids, experts.num_experts):
-            gate_up = _linear(experts, "gate_up_proj", expert, hidden[tokens])
-            places.append(torch.stack([tokens, torch.full_like(tokens, expert)]))
+        routes = _Routes(ids)
+        neurons, acts = [], []
+        for expert, of_expert in zip(routes.chosen, torch.split(hidden[routes.tokens], routes.counts), strict=True):
+            gate_up = _linear(experts, "gate_up_proj", expert, of_expert)
             neurons.append(experts._apply_gate(gate_up))
-            if opened.act_fn is not None:
+            if opened.is_heard:
                 acts.append(experts.act_fn(gate_up.detach().chunk(2, dim=-1)[0]))
-        index = tuple(torch.cat(places, dim=1))
-        if opened.act_fn is not None:
-            opened.act_fn(_spread(index, acts, shape))
-        answer: Tensor = opened.down_proj(_spread(index, neurons, shape), ids, weights.detach())
+
+        def spread(values: list[Tensor]) -> Tensor:
+            """[tokens, experts * neurons]: at the places of the routes, 0 elsewhere."""
+            together = torch.cat(values)
+            whole = together.new_zeros(len(hidden), experts.num_experts, together.shape[1])
+            return whole.index_put((routes.tokens, routes.experts), together).flatten(1)
+
+        if opened.act_fn is not None and acts:
+            opened.act_fn(spread(acts))
+        answer: Tensor = opened.down_proj(spread(neurons), routes, weights.detach())
         return answer.to(hidden.dtype)
 
+    _require_same(experts, forward)
     setattr(experts, _OPENED, opened)
     experts.forward = forward
     return opened
 
 
-def _spread(index: tuple[Tensor, ...], values: list[Tensor], shape: tuple[int, int, int]) -> Tensor:
-    """[tokens, experts * neurons]: values at (token, expert), 0 elsewhere."""
-    together = torch.cat(values)
-    return together.new_zeros(shape).index_put(index, together).flatten(1)
-
-
-def _chosen(ids: Tensor, count: int) -> list[tuple[int, Tensor, Tensor]]:
-    """Each expert that some token has, with these tokens and at which of their choices it stands."""
-    found = []
-    for expert in range(count):
-        tokens, choices = (ids == expert).nonzero(as_tuple=True)
-        if len(tokens):
-            found.append((expert, tokens, choices))
-    return found
+@torch.no_grad()
+def _require_same(experts: Any, forward: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Raise UnsupportedModelError if `forward` does not compute what the module does, on a few random tokens."""
+    weight = experts.down_proj
+    if weight.is_meta:
+        return
+    generator = torch.Generator().manual_seed(0)
+    count = experts.num_experts
+    top_k = min(2, count)
+    hidden = torch.randn(_TOKENS, _hidden(experts), generator=generator).to(weight.device, weight.dtype)
+    ids = torch.rand(_TOKENS, count, generator=generator).topk(top_k).indices.to(weight.device)
+    shares = torch.rand(_TOKENS, top_k, generator=generator).to(weight.device, weight.dtype)
+    own, other = experts(hidden, ids, shares).float(), forward(hidden, ids, shares).float()
+    largest = float(own.abs().max())
+    if bool(own.isfinite().all()) and not torch.allclose(own, other, rtol=_CLOSE, atol=_CLOSE * largest):
+        raise UnsupportedModelError(
+            f"{type(experts).__name__} does more than its parts show; its experts cannot be opened"
+        )
 
 
 def _linear(experts: Any, name: str, expert: int, inputs: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ def _layers_by_structure(trunk: nn.Module, config: Any) -> tuple[Layer, ...]:
         groups[index].append(Group(slice(0, sizes[index]), mlp.projection, mlp.activation))
     for index, module in experts.items():
         opened = open_experts(module)
-        columns = slice(sizes[index], sizes[index] + opened.neurons)
+        columns = slice(sizes[index], sizes[index] + opened.neurons)  # as Experts.columns
         groups[index].append(Group(columns, opened.down_proj, opened.act_fn))
     without = [index for index, of_layer in enumerate(groups) if not of_layer]
     if without:
