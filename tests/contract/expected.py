@@ -256,6 +256,10 @@ SAYS = {
 """What must stand in the source of a function or module, in this order."""
 
 BODIES = {
+    f"{_MOE}.experts.cpu_moe:CPUUnquantizedExperts.apply": "one kernel; router weights on its input or on its output",
+    f"{_MOE}.experts.cpu_moe:CPUUnquantizedExperts.process_weights_after_loading": "packs into new tensors",
+    f"{_MOE}.experts.triton_moe:TritonExperts.apply": "activation is called once between two products, for all tokens",
+    f"{_MOE}.modular_kernel:FusedMoEKernelModularImpl._fused_experts": "all tokens at once, in the order of the batch",
     f"{_CHAT}.to_beam_search_params": "beam search drops the mask, so it is refused here",
     f"{_CHAT}.to_sampling_params": "vllm_xargs become extra_args",
     f"{_COMPLETION}.to_beam_search_params": "beam search drops the mask, so it is refused here",

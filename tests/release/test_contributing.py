@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Exaone4Config
+from transformers import AutoModelForCausalLM, HyperCLOVAXConfig
 
 from crane_serve.common.masks import read_mask
 from tests.tiny import HIDDEN, NEURONS, byte_tokenizer
@@ -36,13 +36,13 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exaone4(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("exaone4")
+def hyperclovax(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("hyperclovax")
     sizes = {"vocab_size": 258, "hidden_size": HIDDEN, "intermediate_size": NEURONS, "num_hidden_layers": LAYERS}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "use_post_norm": True}
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(Exaone4Config(**sizes, **heads, **ids)).save_pretrained(directory)
+    AutoModelForCausalLM.from_config(HyperCLOVAXConfig(**sizes, **heads, **ids)).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
 
@@ -60,7 +60,7 @@ def _run(tree: Path, *arguments: object) -> str:
     return done.stdout
 
 
-def test_a_method_and_a_family_are_one_file_each(tree: Path, exaone4: Path, tmp_path: Path) -> None:
+def test_a_method_and_a_family_are_one_file_each(tree: Path, hyperclovax: Path, tmp_path: Path) -> None:
     """The new method ranks the neurons of the new family's model, and so does one that goes backwards through it."""
     scores, masks = tmp_path / "scores.safetensors", tmp_path / "masks"
     crane = ("-m", "crane_serve")
@@ -68,7 +68,7 @@ def test_a_method_and_a_family_are_one_file_each(tree: Path, exaone4: Path, tmp_
         tree,
         *crane,
         "relevance",
-        exaone4,
+        hyperclovax,
         "--limit",
         2,
         "--max-tokens",
@@ -81,7 +81,7 @@ def test_a_method_and_a_family_are_one_file_each(tree: Path, exaone4: Path, tmp_
     for method in ("rms", "attnlrp"):
         _run(tree, *crane, "select", scores, "--method", method, "--budget", 0.05, "--out", masks)
         stored = read_mask(masks / f"{method}-vi.safetensors")
-        assert stored.info.fingerprint.architecture == "Exaone4ForCausalLM"
+        assert stored.info.fingerprint.architecture == "HyperCLOVAXForCausalLM"
         assert stored.mask.neurons == round(0.05 * LAYERS * NEURONS)
 
 

@@ -134,7 +134,8 @@ def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
             what = " but scores, of which `crane select` makes masks" if SCORES_KEY in keys else ""
             raise MaskFileError(f"{source}: no {METADATA_KEY!r} metadata; this is not a mask file{what}")
         metadata = _Metadata.model_validate_json(raw)
-        if len(metadata.fingerprint.intermediate_sizes) != metadata.fingerprint.layers:
+        of = metadata.fingerprint
+        if of.experts is not None and len(of.intermediate_sizes) != of.layers:
             raise MaskFileError(f"{source}: the fingerprint has not one intermediate size for each layer")
         version = _version(metadata.fingerprint)
         if metadata.format_version != version:
