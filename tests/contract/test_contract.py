@@ -25,6 +25,7 @@ from tests.contract.check import BODIES, Report, check
 from tests.contract.source import Source
 
 PYTHON = (
+    int,
     *(str, bytes, dict, list, set, tuple, Counter, OrderedDict, Path, re.Match, re.Pattern, BaseException, type),
     *(argparse.ArgumentParser, asyncio.AbstractEventLoop, asyncio.Task, ThreadPoolExecutor, ExitStack, ContextVar),
     *(Message, torch.Tensor, torch.nn.Module, FastAPI, FieldInfo),
