@@ -165,8 +165,8 @@ READ = {
     "vllm.entrypoints.serve.engine.protocol:ModelList": "data",
     "vllm.logprobs:Logprob": "logprob rank decoded_token",
     f"{_MOE}.activation:MoEActivation": "SILU GELU GELU_TANH SWIGLUOAI",
-    f"{_MOE}.config:FusedMoEConfig": "num_experts experts_per_token intermediate_size intermediate_size_per_partition in_dtype"
-    " activation moe_parallel_config",
+    f"{_MOE}.config:FusedMoEConfig": "num_experts experts_per_token intermediate_size in_dtype"
+    " intermediate_size_per_partition activation moe_parallel_config",
     f"{_MOE}.config:FusedMoEParallelConfig": "tp_size tp_rank dp_size enable_eplb is_sequence_parallel",
     f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase": "moe_kernel",
     f"{_MOE}.modular_kernel:FusedMoEKernel": "fused_experts",
