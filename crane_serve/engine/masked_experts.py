@@ -33,9 +33,9 @@ def mask_experts(
 ) -> dict[int, Part]:
     """Patch every layer's experts; return what they read of a mask, by layer.
 
-    sizes: the number of neurons of each layer, those of its experts included; elsewhere: layers of other ranks. Raises
-    UnsupportedModelError for experts that cannot be masked, and unless each layer that should have some has and obeys
-    its mask.
+    sizes: the number of neurons of each layer, those of its experts included; slots: [maximum tokens], the table row of
+    each token; elsewhere: layers of other ranks. Raises UnsupportedModelError for experts that cannot be masked, and
+    unless each layer that should have some has and obeys its mask.
     """
     runners = _runners(decoder)
     owned = sorted(set(experts.layers) - set(elsewhere))
