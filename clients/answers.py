@@ -12,12 +12,14 @@ class Answer(BaseModel):
 class MaskReference(Answer):
     """The mask an answer was made under: canonical name, content digest, number of neurons switched or scaled.
 
-    positions: the tokens that were masked: all, prompt or generated.
+    experts_off: how many experts routers may not choose; positions: the tokens that were masked: all, prompt or
+    generated.
     """
 
     name: str
     digest: str
     neurons: int
+    experts_off: int = 0
     positions: str = "all"
 
 
@@ -99,7 +101,7 @@ class Scores(Answer):
 class MaskSummary(Answer):
     """A mask the server holds; further fields of /masks/{name} are in `model_extra`.
 
-    budget: fraction of all neurons the mask was allowed to take.
+    budget: fraction of all neurons the mask was allowed to take; experts_off: how many experts routers may not choose.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -107,6 +109,7 @@ class MaskSummary(Answer):
     name: str
     digest: str
     neurons: int
+    experts_off: int = 0
     language: str | None = None
     method: str | None = None
     budget: float | None = None
@@ -128,13 +131,22 @@ class LayerDimensions(Answer):
     scales: tuple[float, ...] | None = None
 
 
+class LayerExperts(Answer):
+    """Experts of one layer that its router may not choose."""
+
+    layer: int
+    experts: tuple[int, ...]
+
+
 class MaskNeurons(Answer):
-    """Answer of /masks/{name}/neurons: all that a mask scales. output: None if it does not change the MLPs' output."""
+    """Answer of /masks/{name}/neurons: all that a mask scales. output: None if it does not change the MLPs' output;
+    router: None if routers may choose all experts."""
 
     name: str
     digest: str
     layers: tuple[LayerNeurons, ...]
     output: tuple[LayerDimensions, ...] | None = None
+    router: tuple[LayerExperts, ...] | None = None
 
 
 class InvalidMask(Answer):

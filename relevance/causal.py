@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from crane_serve.common.masks import NeuronMask
 from crane_serve.common.models.families import Decoder
+from crane_serve.common.models.routers import find_routers, kept_from
 from relevance.accumulators import NonFiniteError
 from relevance.encoding import Batch, batches
 from relevance.model_passes import last_hidden
@@ -59,13 +60,20 @@ def scaled(decoder: Decoder, neurons: Tensor, outputs: Tensor | None = None) -> 
 
 @contextmanager
 def masked(decoder: Decoder, mask: NeuronMask | None) -> Iterator[None]:
-    """Run the model under `mask` while the context lasts; None for the unmasked model."""
+    """Run the model under `mask` while the context lasts; None for the unmasked model.
+
+    Raises UnsupportedModelError for a mask of routers that the model does not have.
+    """
     if mask is None:
         yield
         return
     device = decoder.unembedding.weight.device
     outputs = None if mask.output is None else mask.output.to(device)
-    with scaled(decoder, mask.intermediate.to(device), outputs):
+    with ExitStack() as stack:
+        stack.enter_context(scaled(decoder, mask.intermediate.to(device), outputs))
+        if mask.router is not None:
+            for layer, router in find_routers(decoder.trunk).items():
+                stack.enter_context(kept_from(router, mask.router[layer].to(device)))
         yield
 
 

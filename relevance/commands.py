@@ -136,13 +136,18 @@ def select(
     scores: Annotated[Path, typer.Argument(help="File written by `crane relevance`.")],
     method: Annotated[str, typer.Option(help="Method whose scores rank the neurons.")],
     rule: Annotated[
-        Literal["budget", "z", "published"],
-        typer.Option(help="Take the first so many, those that stand out by z, or what the method's own rule takes."),
+        Literal["budget", "z", "published", "experts"],
+        typer.Option(
+            help="Take the first so many, those that stand out by z, or what the method's own rule takes; or whole "
+            "experts, which routers then do not choose."
+        ),
     ] = "budget",
     budget: Annotated[
         float | None, typer.Option(help="Fraction of all neurons to switch off, 0 to 1.", show_default="0.01")
     ] = None,
-    count: Annotated[int | None, typer.Option(help="Number of neurons to switch off, instead of a budget.")] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Number of neurons to switch off, instead of a budget; or of experts.")
+    ] = None,
     z: Annotated[
         float | None, typer.Option(help="Standard deviations above the mean for the rule z.", show_default="1")
     ] = None,
@@ -189,6 +194,7 @@ def select(
         len(thresholds) > 1
         or (thresholds and (rule == "z") != ("z" in thresholds))
         or (thresholds and rule == "published")
+        or ("budget" in thresholds and rule == "experts")
     ):
         raise SelectionError(f"--{', --'.join(thresholds)} and the rule {rule} do not go together")
     if match is not None and quotas is not None:
@@ -211,7 +217,8 @@ def select(
     selection = select_neurons(loaded, options)
     for path, mask in zip(selection.write(out, loaded, name), selection.masks.values(), strict=True):
         dimensions = "" if mask.output is None else f", {int((mask.output != 1).sum())} output dimensions"
-        typer.echo(f"{path}: {mask.neurons} neurons of {loaded.shape.neurons}{dimensions}")
+        what = f"{mask.neurons} neurons of {loaded.shape.neurons}{dimensions}"
+        typer.echo(f"{path}: {what if mask.router is None else f'{mask.experts_off} experts'}")
 
 
 def import_corpus(

@@ -149,7 +149,8 @@ class Method(ABC):
 
     source: the pass that it needs, or the other source of its scores; languages_needed: the least number that makes
     sense; contrast: which of CONTRASTS turns its scores into a ranking per language unless another is asked for;
-    matched_to: the method whose number of neurons in each layer a selection takes over unless told otherwise.
+    matched_to: the method whose number of neurons in each layer a selection takes over unless told otherwise;
+    of_experts: whether it says something of mixtures of experts only.
     """
 
     name: ClassVar[str]
@@ -158,6 +159,7 @@ class Method(ABC):
     documents_needed: ClassVar[int] = 1
     contrast: ClassVar[str] = "none"
     matched_to: ClassVar[str | None] = None
+    of_experts: ClassVar[bool] = False
 
     @classmethod
     def ranking(cls, scores: Tensor, shape: Shape, seed: int, contrast: str | None = None) -> Tensor:
@@ -259,6 +261,8 @@ def needs_family(method: type[Method]) -> str | None:
 
 def lacking(method: type[Method], decoder: Decoder) -> str | None:
     """What a method needs to know of a model beyond its neurons, and is not known; None if it can be measured."""
+    if method.of_experts and all(len(layer.groups) == 1 for layer in decoder.layers):
+        return "which neurons are in experts, of which it found none"
     if all(isinstance(layer, KnownLayer) for layer in decoder.layers):
         return None
     reads = method.reads if issubclass(method, OfActivations) else frozenset()

@@ -263,7 +263,8 @@ def _identity_rule_at_attention_softcaps(model: nn.Module) -> Iterator[None]:
 
     AttentionInterface.register(_CAPPED_ATTENTION, _capped_attention)
     AttentionMaskInterface.register(_CAPPED_ATTENTION, eager_mask)
-    config: Any = model.config
+    whole: Any = model
+    config = whole.config.get_text_config()
     before = config._attn_implementation
     config._attn_implementation = _CAPPED_ATTENTION
     try:

@@ -82,7 +82,8 @@ def select(scores: Scores, options: SelectionOptions) -> Selection:
     Rules. `budget`: the first neurons in `order`, as many as the budget allows. `z`: those whose contrasted score
     exceeds the mean over all neurons of the language by more than z standard deviations. `published`: those that the
     method's own rule selects. The same rule applies to output dimensions; z is then computed over neurons and output
-    dimensions together.
+    dimensions together. `experts`: the experts whose neurons rank highest on average, which routers then do not choose; one is left
+    in each layer.
 
     Quotas. `global`: the ranking ignores layers. `uniform`: the same number from each layer, as far as possible, and
     the remainder from the best ranked. `like:METHOD`: from each layer as many as METHOD takes under the same rule,
@@ -93,8 +94,10 @@ def select(scores: Scores, options: SelectionOptions) -> Selection:
 
     Raises MethodError for an unknown method and for one without a published rule, ContrastError, ScoresError for
     missing scores, and SelectionError for scores that are not finite, an impossible budget, too few neurons in a layer
-    or for a language, or a rule that selects no neuron.
+    or for a language, too few experts, or a rule that selects no neuron.
     """
+    if options.rule is Rule.EXPERTS:
+        return Selection(_of_experts(scores, options), options)
     neurons, dimensions = _chosen(scores, options)
     masks = {}
     for index, language in enumerate(scores.info.languages):
@@ -213,6 +216,27 @@ def _of_budget(options: SelectionOptions, neurons: _Units) -> Tensor:
         layers, indices = places[:count].unbind(dim=1)
         chosen[index, layers, indices] = True
     return chosen
+
+
+def _of_experts(scores: Scores, options: SelectionOptions) -> dict[str, NeuronMask]:
+    """Masks of routers."""
+    experts, sizes, units = scores.info.fingerprint.experts, scores.shape.sizes, _Units.of(scores, options)
+    if experts is None:
+        raise SelectionError(f"the model ({scores.info.fingerprint.architecture}) has no experts")
+    room = len(experts.layers) * (experts.count - 1)
+    if options.threshold["count"] > room:
+        raise SelectionError(f"count is {options.count}; all layers but one expert in each have {room}")
+    masks = {}
+    for language, ranking in zip(scores.info.languages, units.ranking, strict=True):
+        of_layers = [ranking[layer, experts.columns(layer, sizes)].view(experts.count, -1) for layer in experts.layers]
+        means = torch.stack([neurons.mean(dim=1) for neurons in of_layers])  # [layers with experts, experts]
+        # The last of each layer stays.
+        eligible = torch.ones_like(means, dtype=torch.bool).scatter_(1, means.argmin(dim=1, keepdim=True), False)
+        router = torch.ones(len(sizes), experts.count)
+        for place, expert in best_first(means, eligible)[: options.count].tolist():
+            router[experts.layers[place], expert] = 0
+        masks[language] = NeuronMask(torch.ones(len(sizes), max(sizes)), sizes, router=router)
+    return masks
 
 
 def _outstanding(options: SelectionOptions, neurons: _Units, dimensions: _Units | None) -> tuple[Tensor, Tensor | None]:

@@ -15,11 +15,12 @@ class SelectionError(ValueError):
 
 class Rule(StrEnum):
     """How many neurons of the ranking are selected: a fixed number, those above a threshold, or as in the method's
-    paper."""
+    paper. Or a fixed number of experts, which routers may not choose any more."""
 
     BUDGET = "budget"
     Z = "z"
     PUBLISHED = "published"
+    EXPERTS = "experts"
 
 
 class Overlap(StrEnum):
@@ -33,7 +34,8 @@ class Overlap(StrEnum):
 class SelectionOptions:
     """Which neurons a mask takes. See `select` for the definitions.
 
-    budget: fraction of all neurons, 0 < budget <= 1, under Rule.BUDGET; count: a number of neurons instead;
+    budget: fraction of all neurons, 0 < budget <= 1, under Rule.BUDGET; count: a number of neurons instead, or of
+    experts under Rule.EXPERTS;
     z: threshold under Rule.Z; contrast: a key of CONTRASTS, None for the method's own;
     quotas: "global", "uniform" or "like:METHOD", None for "like:" the method that a control is matched to, else global;
     seed: of methods that draw; output_dimensions: take dimensions of the MLPs' outputs as well.
@@ -65,7 +67,10 @@ class SelectionOptions:
         if not math.isfinite(self.z):
             raise SelectionError(f"z is {self.z}; expected a finite number of standard deviations")
         if self.count is not None and self.count < 1:
-            raise SelectionError(f"count is {self.count}; expected at least 1 neuron")
+            raise SelectionError(f"count is {self.count}; expected at least 1")
+        whole = self.effective_quotas == GLOBAL and self.overlap is Overlap.SHARED and not self.output_dimensions
+        if self.rule is Rule.EXPERTS and (self.count is None or not whole):
+            raise SelectionError("the rule experts needs a count, and knows neither quotas, overlap nor outputs")
 
     @property
     def effective_quotas(self) -> str:
@@ -106,6 +111,7 @@ class SelectionOptions:
             Rule.BUDGET: f"budget {self.budget if self.count is None else self.count}",
             Rule.Z: f"z > {self.z:g}",
             Rule.PUBLISHED: "published",
+            Rule.EXPERTS: f"{self.count} experts",
         }[self.rule]
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from crane_serve.common.models.families import require_family, take_apart
-from tests.architectures import tiny_config
+from tests.architectures import model_class, tiny_config
 from tests.tiny import FAMILIES
 
 NAMES = tuple(FAMILIES)
@@ -22,13 +22,19 @@ def random_decoder(
     config = FAMILIES[family](2) if family in FAMILIES else tiny_config(family)
     for key, value in changes.items():
         setattr(config, key, value)
-    return randomised(config, attention, dtype)
+    kind = AutoModelForCausalLM if family in FAMILIES else model_class(family)
+    return randomised(config, attention, dtype, kind)
 
 
-def randomised(config: PretrainedConfig, attention: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+def randomised(
+    config: PretrainedConfig,
+    attention: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    kind: type = AutoModelForCausalLM,
+) -> nn.Module:
     """The model of a config, with noise on every parameter: biases and norms begin as zeros and ones."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = kind.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

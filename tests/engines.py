@@ -17,6 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crane_serve.common.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, write_mask
+from crane_serve.common.models.mlps import language_model
+from crane_serve.common.models.routers import find_routers, kept_from
 from tests.experts import dense_by_layer, experts_by_layer, experts_scaled
 from tests.tiny import mlp_projections
 from tests.v2 import INTERPRETED
@@ -28,12 +30,18 @@ START_TIMEOUT_S = 1200 if INTERPRETED else 420
 
 
 def random_masks(checkpoint: Path, directory: Path, *, share: float) -> MaskLibrary:
-    """Write masks attnlrp-en, -zh and -vi that switch off a random `share` of each layer's neurons."""
+    """Write masks attnlrp-en, -zh and -vi that switch off a random `share` of each layer's neurons; in a mixture of
+    experts the last also one expert in each layer."""
     fingerprint = Fingerprint.of(checkpoint)
     for seed, language in enumerate(("en", "zh", "vi")):
         draw = random.Random(seed)
         neurons = [draw.sample(range(size), round(share * size)) for size in fingerprint.intermediate_sizes]
         mask = NeuronMask.switching_off(neurons, fingerprint.intermediate_sizes)
+        if language == "vi" and fingerprint.experts is not None:
+            router = torch.ones(fingerprint.layers, fingerprint.experts.count)
+            for layer in fingerprint.experts.layers:
+                router[layer, draw.randrange(fingerprint.experts.count)] = 0
+            mask = NeuronMask(mask.intermediate, mask.intermediate_sizes, router=router)
         info = MaskInfo(language=language, method="attnlrp", fingerprint=fingerprint)
         write_mask(directory, f"attnlrp-{language}", mask, info)
     return MaskLibrary.load(directory, fingerprint, "attnlrp")
@@ -71,7 +79,7 @@ class Oracle:
 
         experts = experts_by_layer(self.model)
         if mask is not None and experts:
-            with self._masked_experts(mask, experts, per_token):
+            with self._masked_experts(mask, experts, per_token, masked):
                 yield
             return
         hooks = []
@@ -94,8 +102,10 @@ class Oracle:
                 hook.remove()
 
     @contextmanager
-    def _masked_experts(self, mask: NeuronMask, experts: Mapping[int, torch.nn.Module], per_token: Callable):
-        dense = dense_by_layer(self.model)
+    def _masked_experts(
+        self, mask: NeuronMask, experts: Mapping[int, torch.nn.Module], per_token: Callable, masked: slice
+    ):
+        dense, routers = dense_by_layer(self.model), find_routers(language_model(self.model))
         with ExitStack() as stack:
             for layer, scales in enumerate(mask.intermediate):
                 width = dense[layer].in_features if layer in dense else 0
@@ -108,6 +118,9 @@ class Oracle:
                 if layer in experts:
                     own = scales[width : mask.intermediate_sizes[layer]]
                     stack.enter_context(experts_scaled(experts[layer], partial(per_token, own)))
+                if mask.router is not None and layer in experts:
+                    assert masked == slice(None), "routers of some tokens only are not tested"
+                    stack.enter_context(kept_from(routers[layer], mask.router[layer]))
             yield
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """Mixtures of experts of transformers, computed token by token: an oracle for what masks do inside experts."""
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,22 @@ def expert_neurons(module: nn.Module, hold: Callable[[Tensor], None]) -> Callabl
         return neurons
 
     return _by_token(module, change)
+
+
+def without_experts(model: nn.Module, left: list[int]) -> nn.Module:
+    """A model whose layers have only the experts `left`, with the weights of `model`."""
+    config = copy.deepcopy(model.config)
+    count = next(iter(experts_by_layer(model).values())).num_experts
+    for name in ("num_experts", "num_local_experts"):
+        if getattr(config, name, None) == count:
+            setattr(config, name, len(left))
+    smaller = type(model)(config).eval()
+    weights = {}
+    for name, own in smaller.state_dict().items():
+        whole = model.state_dict()[name]
+        weights[name] = whole if own.shape == whole.shape else whole[left]
+    smaller.load_state_dict(weights)
+    return smaller
 
 
 def _by_token(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -1,7 +1,8 @@
 """Which architectures vLLM serves under masks as transformers computes them: `python -m tests.served [NAME ...]`.
 
 Makes a tiny random checkpoint of each, generates and scores under random masks with vLLM, and compares the
-log-probabilities with transformers, the same neurons scaled. Prints a table; --json keeps the figures.
+log-probabilities with transformers, the same neurons scaled. Prints a table; --json keeps the figures. --way says how
+vLLM runs: eager (V1), compiled (V1), v2 (eager, through Triton's interpreter); several give a column each.
 """
 
 import argparse
@@ -10,8 +11,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from crane_serve.common.models.families import available
 from relevance.model import load_model
 from tests.architectures import ARCHITECTURES, model_class, tiny_checkpoint
 from tests.engines import Oracle, random_masks
+from tests.v2 import environment as interpreted
 
 EXACT_NATS = 1e-4
 MATTERS_NATS = 1e-2
@@ -31,6 +33,7 @@ _ENVIRONMENT = {
     "VLLM_USE_AOT_COMPILE": "0",
 }
 _FAMILIES = Path(__file__).parent / "engine" / "families.py"
+WAYS = ("eager", "compiled", "v2")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Row:
     """An architecture in the table. Differences from transformers are means per token, the worst of all answers.
 
     unmasked, masked: nats, None if there are no answers; effect: what the weakest mask changes; problem: why there are
-    none, or why they are not exact; relevance: how deep it goes, or why it does not.
+    none, or why they are not exact. All of them are of the first way; others: of each further one masked, or problem.
+    relevance: how deep it goes, or why it does not.
     """
 
     architecture: str
@@ -47,6 +51,7 @@ class Row:
     masked: float | None = None
     effect: float | None = None
     problem: str | None = None
+    others: Mapping[str, float | str] = field(default_factory=dict)
     relevance: str = ""
 
     @property
@@ -55,7 +60,9 @@ class Row:
         return self.problem is None and self.masked is not None and self.masked < EXACT_NATS
 
 
-def rows(architectures: Sequence[str], directory: Path, say: Callable[[str], None]) -> list[Row]:
+def rows(
+    architectures: Sequence[str], directory: Path, say: Callable[[str], None], ways: Sequence[str] = WAYS[:1]
+) -> list[Row]:
     """Make, serve and compare."""
     made: dict[str, str | None] = {}
     for architecture in architectures:
@@ -68,26 +75,38 @@ def rows(architectures: Sequence[str], directory: Path, say: Callable[[str], Non
             made[architecture] = f"no checkpoint: {type(error).__name__}: {error}"
     served = [architecture for architecture, problem in made.items() if problem is None]
     say(f"made {len(served)} checkpoints")
-    answers, out = {}, directory / "answers.json"
-    while set(served) - answers.keys():
-        with (directory / "vllm.log").open("ab") as log:
-            command = [sys.executable, str(_FAMILIES), str(directory), str(out)]
-            subprocess.run(command, stdout=log, stderr=log, env={**os.environ, **_ENVIRONMENT}, check=False)
-        if not out.exists():
-            raise RuntimeError((directory / "vllm.log").read_text()[-4000:])
-        answers = json.loads(out.read_text())
-    say("served")
+    by_way = {}
+    for way in ways:
+        by_way[way] = _answers(served, directory, way)
+        say(f"served {way}")
     found = []
     for architecture, problem in made.items():
         if problem is not None:
             found.append(Row(architecture, problem=problem))
             continue
-        answer = answers[architecture]
-        row = (
-            Row(architecture, problem=answer) if isinstance(answer, str) else _compared(architecture, directory, answer)
-        )
-        found.append(replace(row, relevance=_relevance(architecture, directory / architecture)))
+        first, *others = (_row(architecture, directory, answers[architecture]) for answers in by_way.values())
+        of_others = {way: other.problem or other.masked for way, other in zip(ways[1:], others, strict=True)}
+        found.append(replace(first, others=of_others, relevance=_relevance(architecture, directory / architecture)))
     return found
+
+
+def _answers(served: Sequence[str], directory: Path, way: str) -> dict[str, list[dict] | str]:
+    """What vLLM answers, or why it does not, by architecture."""
+    answers: dict[str, list[dict] | str] = {}
+    out, log = directory / f"answers-{way}.json", directory / f"vllm-{way}.log"
+    added = {**_ENVIRONMENT, **(interpreted() if way == "v2" else {})}
+    command = [sys.executable, str(_FAMILIES), str(directory), str(out), *([way] if way == "compiled" else [])]
+    while set(served) - answers.keys():
+        with log.open("ab") as output:
+            subprocess.run(command, stdout=output, stderr=output, env={**os.environ, **added}, check=False)
+        if not out.exists():
+            raise RuntimeError(log.read_text()[-4000:])
+        answers = json.loads(out.read_text())
+    return answers
+
+
+def _row(architecture: str, directory: Path, answer: list[dict] | str) -> Row:
+    return Row(architecture, problem=answer) if isinstance(answer, str) else _compared(architecture, directory, answer)
 
 
 def _relevance(architecture: str, checkpoint: Path) -> str:
@@ -131,20 +150,23 @@ def _mean_apart(some: Sequence[float], others: Sequence[float]) -> float:
 
 def table(found: Sequence[Row]) -> str:
     """The rows in Markdown."""
-    lines = [
-        "| architecture | vLLM's code | exact | unmasked | masked | relevance | why not |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    ways = [way for row in found[:1] for way in row.others]
+    head = ["architecture", "vLLM's code", "exact", "unmasked", "masked", *ways, "relevance", "why not"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in sorted(found, key=lambda row: (not row.exact, row.architecture)):
         figures = ["" if value is None else f"{value:.1e}" for value in (row.unmasked, row.masked)]
+        of_ways = {way: row.others.get(way, "") for way in ways}
         code = "Transformers backend" if row.by_transformers else "its own" if row.masked is not None else ""
         depth, _, reason = row.relevance.partition(": ")
         problems = [_line(row.problem), f"relevance: {_line(reason)}" if reason else ""]
+        if row.exact:
+            problems += [f"{way}: {_line(of)}" for way, of in of_ways.items() if isinstance(of, str) and of]
         cells = (
             row.architecture,
             code,
             "yes" if row.exact else "no",
             *figures,
+            *("no" if isinstance(of, str) else f"{of:.1e}" for of in of_ways.values()),
             depth,
             "; ".join(filter(None, problems)),
         )
@@ -160,13 +182,19 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architectures", nargs="*", metavar="NAME", help="all that are known, if none is named")
+    parser.add_argument("--way", choices=WAYS, action="append", help="how vLLM runs; default: eager")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--keep", type=Path, help="directory for checkpoints and the log of vLLM; else a temporary one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         directory = options.keep or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
-        found = rows(options.architectures or ARCHITECTURES, directory, lambda line: print(line, file=sys.stderr))
+        found = rows(
+            options.architectures or ARCHITECTURES,
+            directory,
+            lambda line: print(line, file=sys.stderr),
+            options.way or WAYS[:1],
+        )
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in found], indent=1))
     print(table(found))

@@ -3,6 +3,8 @@
 vLLM computes all experts of a layer at once. Its Triton experts leave the neurons between two kernels, where they can
 be scaled. Its CPU experts are one kernel, so tokens with a mask are computed again here, in plain torch, from weights
 that are kept beside the kernel's own; tokens without a mask have what the kernel made of them, to the bit.
+
+Experts that a mask keeps from being chosen have their logit set to minus infinity before the router sees it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +32,9 @@ def keep_weights(original: Callable[..., Any], self: Any, layer: Any) -> Any:
 
 def mask_experts(
     decoder: nn.Module, experts: Experts, sizes: Sequence[int], rows: int, slots: Tensor, elsewhere: Sequence[int]
-) -> dict[int, Part]:
-    """Patch every layer's experts; return what they read of a mask, by layer.
+) -> tuple[dict[int, Part], dict[int, Tensor]]:
+    """Patch every layer's experts and router; return what they read of a mask, by layer: parts, and of routers tables
+    [rows, experts].
 
     sizes: the number of neurons of each layer, those of its experts included; slots: [maximum tokens], the table row of
     each token; elsewhere: layers of other ranks. Raises UnsupportedModelError for experts that cannot be masked, and
@@ -41,7 +44,7 @@ def mask_experts(
     owned = sorted(set(experts.layers) - set(elsewhere))
     if sorted(runners) != owned:
         raise UnsupportedModelError(f"found experts in layers {sorted(runners)}, expected them in {owned}")
-    parts = {}
+    parts, routers = {}, {}
     for layer, (path, runner) in runners.items():
         routed = runner.routed_experts
         _require_simple(path, routed, experts)
@@ -56,7 +59,9 @@ def mask_experts(
         columns = experts.columns(layer, sizes)
         parts[layer] = Part(table, columns.start, columns.stop, of)
         _prove(path, routed, table, slots)
-    return parts
+        routers[layer] = new_table(rows, experts.count, like=like)
+        _mask_router(path, runner, routers[layer], slots)
+    return parts, routers
 
 
 def _runners(decoder: nn.Module) -> dict[int, tuple[str, Any]]:
@@ -119,6 +124,50 @@ def _own_neurons(routed: Any, experts: Experts) -> Tensor:
         own = own[places[own].argsort()]
     neurons: Tensor = own.unsqueeze(1) * experts.size + torch.arange(width) + rank * width
     return neurons
+
+
+def _mask_router(path: str, runner: Any, table: Tensor, slots: Tensor) -> None:
+    """Set the logits of experts that may not be chosen to minus infinity. table: [rows, experts].
+
+    Raises UnsupportedModelError unless the router obeys: it gives no weight to them, and all of it to the others.
+    """
+    router, routed = runner.router, runner.routed_experts
+    if "select_experts" in vars(router) or routed.quant_method.is_monolithic:
+        raise UnsupportedModelError(f"{path}: its router is shared or inside of a kernel; it cannot be masked")
+    select = router.select_experts
+
+    def masked_select(*args: Any, router_logits: Tensor, **kwargs: Any) -> Any:
+        off = table[slots[: len(router_logits)]] == 0  # [tokens, experts]
+        return select(*args, router_logits=router_logits.masked_fill(off, -torch.inf), **kwargs)
+
+    router.select_experts = masked_select
+    _prove_router(path, runner, table, slots)
+
+
+@torch.inference_mode()
+def _prove_router(path: str, runner: Any, table: Tensor, slots: Tensor) -> None:
+    """Route tokens with every expert off but those whose numbers have a bit set, or not set."""
+    config, spare = runner.routed_experts.moe_config, table.shape[0] - 1
+    count, tokens = config.num_experts, min(16, len(slots))
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, runner.routed_experts.hidden_size, generator=generator).to(table.device, table.dtype)
+    logits = torch.randn(tokens, count, generator=generator).to(table.device, table.dtype)
+    numbers = torch.arange(count, device=table.device)
+    slots[:tokens] = spare
+    try:
+        for bit in range((count - 1).bit_length()):
+            for value in (0, 1):
+                table[spare] = ((numbers >> bit) % 2 == value).to(table.dtype)
+                weights, ids = runner.router.select_experts(hidden_states=hidden, router_logits=logits)
+                is_off = table[spare][ids.long()] == 0  # [tokens, top k]
+                if bool(weights[is_off].any()) or not bool(torch.isfinite(weights).all() & weights.any(dim=1).all()):
+                    raise UnsupportedModelError(
+                        f"{path}: its router ({type(runner.router).__name__}) chooses experts whose logit is minus "
+                        "infinity; it cannot be masked"
+                    )
+    finally:
+        table[spare].fill_(1.0)
+        slots.fill_(0)
 
 
 def _mask_between_kernels(kernel: Any, table: Tensor, slots: Tensor) -> None:

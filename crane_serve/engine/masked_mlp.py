@@ -79,6 +79,7 @@ def install_masks(
     slots = torch.zeros(max_tokens, dtype=torch.int64, device=reference.device)
     parts: dict[int, list[Part]] = {}
     output_tables: dict[int, Tensor] = {}
+    routers: dict[int, Tensor] = {}
     shape = (1, 3) if _is_of_transformers(model) else (3,)
     for layer, mlp in mlps.items():
         projection, (_, hidden_size) = mlp.projection, linear_shape(mlp.projection)
@@ -98,9 +99,10 @@ def install_masks(
     if experts is not None:
         if outputs:
             raise UnsupportedModelError("masks of MLP outputs are not served for a mixture of experts")
-        for layer, part in mask_experts(decoder, experts, intermediate_sizes, rows, slots, elsewhere).items():
+        of_experts, routers = mask_experts(decoder, experts, intermediate_sizes, rows, slots, elsewhere)
+        for layer, part in of_experts.items():
             parts.setdefault(layer, []).append(part)
-    return MaskTable(parts, output_tables), slots
+    return MaskTable(parts, output_tables, routers), slots
 
 
 def _is_of_transformers(model: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from crane_serve.engine.config import mask_config
 from crane_serve.engine.vocabulary import unknown_token, vocabulary_size
 
 _ROWS, _ROWS_ON_CPU = 1024, 128  # of logits at a time
+_SUMMED_ON_CPU = 16  # rows whose exponentials are summed at a time, in a processor's cache
 _BEST, _OTHER = 1, 2  # ranks
 
 
@@ -203,6 +204,19 @@ def token_scores(
         here = (places >= start) & (places < start + size)
         at, wanted = places[here] - start, tokens[here]
         logits = logits_of(hidden[block])  # [rows, vocabulary]
-        logprobs.append(logits.log_softmax(-1, dtype=torch.float32)[at, wanted])
-        ranks.append(torch.where(logits.argmax(-1)[at] == wanted, _BEST, _OTHER))
+        highest, best = logits.max(-1)  # [rows], the first of several
+        logprobs.append(logits[at, wanted].float() - _log_sum_exp(logits, highest.float())[at])
+        ranks.append(torch.where(best[at] == wanted, _BEST, _OTHER))
     return torch.cat(logprobs), torch.cat(ranks)
+
+
+def _log_sum_exp(logits: Tensor, highest: Tensor) -> Tensor:
+    """float32 [rows]. logits: [rows, vocabulary]; highest: float32 [rows]. One buffer is used again and again: on a
+    CPU new memory costs more than the exponentials."""
+    size = _SUMMED_ON_CPU if logits.device.type == "cpu" else len(logits)
+    buffer = torch.empty(min(size, len(logits)), logits.shape[1], device=logits.device)
+    sums = torch.empty_like(highest)
+    for some, most, total in zip(*(torch.split(of, size) for of in (logits, highest, sums)), strict=True):
+        exponentials = buffer[: len(some)].copy_(some).sub_(most.unsqueeze(1)).exp_()
+        torch.sum(exponentials, dim=1, out=total)
+    return highest + sums.log()

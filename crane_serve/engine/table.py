@@ -38,17 +38,24 @@ class MaskTable:
 
     parts: per owned layer (global index) what its modules on this rank read.
     outputs: per owned layer a tensor [rows, hidden] for the MLP's output, if that can be scaled.
+    routers: per owned layer with experts a tensor [rows, experts], 0 for those that its router may not choose.
     """
 
-    def __init__(self, parts: Mapping[int, Sequence[Part]], outputs: Mapping[int, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        parts: Mapping[int, Sequence[Part]],
+        outputs: Mapping[int, Tensor] | None = None,
+        routers: Mapping[int, Tensor] | None = None,
+    ) -> None:
         if not parts:
             raise ValueError("a mask table needs at least one layer")
         self._parts = {layer: tuple(of_layer) for layer, of_layer in parts.items()}
         self._outputs = dict(outputs or {})
+        self._routers = dict(routers or {})
         tables = [part.table for of_layer in self._parts.values() for part in of_layer]
         self._capacity = tables[0].shape[0]
         self._rows: OrderedDict[str, int] = OrderedDict()  # digest -> row, least recently used first
-        for table in (*tables, *self._outputs.values()):
+        for table in (*tables, *self._outputs.values(), *self._routers.values()):
             table.fill_(1.0)
 
     def assign(self, masks: list[Composition]) -> list[int]:
@@ -79,12 +86,13 @@ class MaskTable:
                 part.fill(row, mask, layer)
         if mask.scales_outputs and not self._outputs:
             raise RuntimeError("a mask scales MLP output dimensions, the model was patched without them")
-        for layer, table in self._outputs.items():
-            output = mask.output(layer)  # [hidden]
-            if output is None:
-                table[row].fill_(1.0)
-            else:
-                table[row].copy_(output.to(table.device, table.dtype))
+        for tables, of_mask in ((self._outputs, mask.output), (self._routers, mask.router)):
+            for layer, table in tables.items():
+                scales = of_mask(layer)  # [hidden] or [experts]
+                if scales is None:
+                    table[row].fill_(1.0)
+                else:
+                    table[row].copy_(scales.to(table.device, table.dtype))
         return row
 
 

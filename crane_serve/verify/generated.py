@@ -68,4 +68,5 @@ def write_trial_masks(directory: Path, fingerprint: Fingerprint, masks: Path | N
 
 
 def _scales(mask: NeuronMask) -> bool:
-    return mask.neurons > 0 or (mask.output is not None and bool((mask.output != 1).any()))
+    others = mask.output is not None and bool((mask.output != 1).any())
+    return mask.neurons > 0 or mask.experts_off > 0 or others

@@ -16,6 +16,7 @@ from crane_serve.common.models.errors import UnsupportedModelError
 from crane_serve.common.models.experts import expert_modules
 from crane_serve.common.models.load import load_causal_lm, load_tokenizer
 from crane_serve.common.models.mlps import language_model, require_mlps
+from crane_serve.common.models.routers import find_routers, kept_from
 from crane_serve.common.models.vocabulary import require_known
 from crane_serve.verify import probes
 from crane_serve.verify.plan import Outcome, ProcessPlan, Reference, describe
@@ -59,23 +60,28 @@ def measure_reference(plan: ProcessPlan) -> Reference:
 
 @dataclass(frozen=True)
 class _Part:
-    """Neurons of a layer: those that a projection reads, or, if it holds experts, all of theirs. columns: which."""
+    """Neurons of a layer: those that a projection reads, or, if it holds experts, all of theirs. columns: which.
+
+    router: of the experts.
+    """
 
     layer: int
     columns: slice
     module: Any
-    is_experts: bool
+    router: nn.Module | None = None
 
 
 def _parts(model: nn.Module, fingerprint: Fingerprint) -> list[_Part]:
     decoder, dense, experts = language_model(model), fingerprint.dense_sizes, fingerprint.experts
     mlps = require_mlps(decoder, dense, beside_experts=experts is not None)
-    parts = [_Part(layer, slice(0, dense[layer]), mlp.projection, False) for layer, mlp in mlps.items()]
+    parts = [_Part(layer, slice(0, dense[layer]), mlp.projection) for layer, mlp in mlps.items()]
     if experts is not None:
+        routers = find_routers(decoder)
         for layer, module in expert_modules(decoder).items():
             if not hasattr(module, "is_transposed"):
                 raise UnsupportedModelError(f"{type(module).__name__} does not say how its weights are laid out")
-            parts.append(_Part(layer, experts.columns(layer, fingerprint.intermediate_sizes), module, True))
+            columns = experts.columns(layer, fingerprint.intermediate_sizes)
+            parts.append(_Part(layer, columns, module, routers[layer]))
     return parts
 
 
@@ -85,8 +91,10 @@ def _masked(parts: list[_Part], mask: NeuronMask | None) -> Iterator[None]:
         for part in parts if mask is not None else ():
             assert mask is not None
             scale = mask.intermediate[part.layer, part.columns]  # [neurons]
-            if part.is_experts:
+            if part.router is not None:
                 stack.enter_context(_experts_masked(part.module, scale))
+                if mask.router is not None:
+                    stack.enter_context(kept_from(part.router, mask.router[part.layer]))
                 continue
             hook = part.module.register_forward_pre_hook(lambda _, args, s=scale: (args[0] * s.to(args[0]),))
             stack.callback(hook.remove)

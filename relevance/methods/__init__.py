@@ -41,7 +41,8 @@ def find(name: str) -> type[Method]:
 
 
 def find_scored(names: Sequence[str] | None, architecture: str | None = None) -> list[type[ScoredMethod]]:
-    """The methods called `names`, each once, of those that can be scored; "all" names every one of them.
+    """The methods called `names`, each once, of those that can be scored; "all" names every one of them but those of
+    experts, which few models have.
 
     None names the methods that together cost one AttnLRP pass: those that need it, a forward pass, or nothing. For an
     architecture without a family it names those that need no more than its neurons and plain gradients.
@@ -50,11 +51,14 @@ def find_scored(names: Sequence[str] | None, architecture: str | None = None) ->
     if names is None:
         if architecture is not None and architecture not in families():
             return [kind for kind in scored().values() if needs_family(kind) is None]
-        return [kind for kind in scored().values() if not isinstance(kind.source, Pass) or kind.source.rules is ATTNLRP]
+        of_attnlrp = [
+            kind for kind in scored().values() if not isinstance(kind.source, Pass) or kind.source.rules is ATTNLRP
+        ]
+        return [kind for kind in of_attnlrp if not kind.of_experts]
     if not names:
         raise MethodError(f"no method was named; methods are {', '.join(scored())}")
     if ALL in names:
-        return list(scored().values())
+        return [kind for kind in scored().values() if not kind.of_experts]
     for name in names:
         if name not in scored():
             find(name)

@@ -1,4 +1,4 @@
-"""Generate under masks with every model family: `python families.py CHECKPOINTS OUT`, all in one process.
+"""Generate under masks with every model family: `python families.py CHECKPOINTS OUT [compiled]`, all in one process.
 
 CHECKPOINTS holds a directory per family, with its masks in `{family}-masks`; nothing under `tiny` is masked. OUT is
 written after each, so that a run after a crash goes on with the next.
@@ -31,7 +31,7 @@ def main() -> None:
         os.environ["CRANE_MASKS"] = str(masks)
         try:
             settings = {"distributed_executor_backend": "uni", "num_gpu_blocks_override": 2 * KV_BLOCKS}
-            llm = start(checkpoints / family, enforce_eager=True, **settings)
+            llm = start(checkpoints / family, enforce_eager="compiled" not in sys.argv[3:], **settings)
             pairs = [(prompt, mask) for prompt in PROMPTS for mask in MASKS]
             prompts, expressions = zip(*pairs, strict=True)
             if family == "tiny":

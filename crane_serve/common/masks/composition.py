@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crane_serve.common.masks.mask import MAX_SCALE, NeuronMask
+from crane_serve.common.masks.mask import MAX_SCALE, NeuronMask, require_expert_left
 
 _DIGEST_DOMAIN = b"crane-composition-v1"
 
@@ -36,6 +36,11 @@ class Member:
         """The largest absolute value of its scales, but at least 1."""
         return max(1.0, *(abs(scale + self.factor * (1 - scale)) for scale in self.mask.extremes))
 
+    @property
+    def router(self) -> Tensor | None:
+        """float32 [layers, experts]: 0 for those that routers may not choose; None if they may choose all."""
+        return None if self.factor == 1 else self.mask.router
+
     def moved(self, scales: Tensor) -> Tensor:
         """`scales` of its mask, moved; of any shape."""
         # Exactly f for 0 and 1 for 1. Not one operation, which would round otherwise at the end of a shard.
@@ -49,8 +54,9 @@ class Composition:
     members: sorted by their wire form, at least one. The identity is made of theirs, so nothing has to be multiplied to
     know it; one mask as it is keeps its own.
 
-    Raises ValueError for no members, for masks of different sizes, and if the members' largest scales multiply to more
-    than MAX_SCALE. No scale can be larger than that product; it may be smaller, if the largest are of other neurons.
+    Raises ValueError for no members, for masks of different sizes, if the members' largest scales multiply to more
+    than MAX_SCALE, for a factor other than 0 and 1 of a mask that routers obey, and if the members leave some router no
+    expert. No scale can be larger than that product; it may be smaller, if the largest are of other neurons.
     """
 
     members: tuple[Member, ...]
@@ -65,6 +71,11 @@ class Composition:
         bound = math.prod(member.largest for member in self.members)
         if bound > MAX_SCALE:
             raise ValueError(f"scales that may multiply to {bound:.3g}, expected at most {MAX_SCALE:g}")
+        if any(one.mask.router is not None and one.factor not in (0, 1) for one in self.members):
+            raise ValueError("a router may choose an expert or not; expected 0 or 1 behind '@' of a mask of experts")
+        routers = [router for one in self.members if (router := one.router) is not None]
+        if len(routers) > 1:
+            require_expert_left(reduce(torch.mul, routers))
 
     @cached_property
     def wire(self) -> str:
@@ -100,9 +111,28 @@ class Composition:
         scales = [one.moved(one.mask.output[layer]) for one in self.members if one.mask.output is not None]
         return reduce(torch.mul, scales) if scales else None
 
+    @property
+    def reroutes(self) -> bool:
+        """Whether some member has experts that routers may not choose."""
+        return any(member.router is not None for member in self.members)
+
+    @cached_property
+    def experts_off(self) -> int:
+        """Number of experts, over all layers, that routers may not choose."""
+        routers = [router for one in self.members if (router := one.router) is not None]
+        return int((reduce(torch.mul, routers) == 0).sum()) if routers else 0
+
+    def router(self, layer: int) -> Tensor | None:
+        """float32 [experts]: 0 for those that the layer's router may not choose, else 1; None for all ones."""
+        routers = [router[layer] for one in self.members if (router := one.router) is not None]
+        return reduce(torch.mul, routers) if routers else None
+
     def whole(self) -> NeuronMask:
         """The composition as a mask of its own, which can be written to a file."""
         sizes = self.members[0].mask.intermediate_sizes
-        outputs = [scales for layer in range(len(sizes)) if (scales := self.output(layer)) is not None]
-        intermediate = torch.stack([self.intermediate(layer) for layer in range(len(sizes))])  # [layers, widest]
-        return NeuronMask(intermediate, sizes, torch.stack(outputs) if outputs else None)
+        layers = range(len(sizes))
+        outputs = [scales for layer in layers if (scales := self.output(layer)) is not None]
+        routers = [router for layer in layers if (router := self.router(layer)) is not None]
+        intermediate = torch.stack([self.intermediate(layer) for layer in layers])  # [layers, widest]
+        of_others = (torch.stack(rows) if rows else None for rows in (outputs, routers))
+        return NeuronMask(intermediate, sizes, *of_others)

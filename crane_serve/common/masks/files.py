@@ -89,13 +89,15 @@ def encode_mask(name: str, mask: NeuronMask, info: MaskInfo) -> bytes:
     check_name(name)
     if mask.intermediate_sizes != info.fingerprint.intermediate_sizes:
         raise MaskFileError(f"mask {name!r}: its intermediate sizes differ from those of the model it was made for")
-    _check_output(f"mask {name!r}", mask, info.fingerprint)
+    _check_others(f"mask {name!r}", mask, info.fingerprint)
     version = _version(info.fingerprint)
     neurons = mask.neuron_sets() if version == 1 else None
     metadata = _Metadata(**dict(info), format_version=version, digest=mask.digest, neurons=neurons)
     tensors = _taken_apart(mask.intermediate, info.fingerprint)
     if mask.output is not None:
         tensors["output"] = mask.output
+    if mask.router is not None:
+        tensors["router"] = mask.router
     return save(tensors, metadata={METADATA_KEY: metadata.model_dump_json()})
 
 
@@ -143,15 +145,16 @@ def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
                 f"{source}: format version {metadata.format_version}, this program reads {version} for such a model"
             )
         wanted = ["intermediate"] if metadata.fingerprint.experts is None else ["intermediate", "experts"]
-        if not set(wanted) <= set(tensors) <= {*wanted, *(["output"] if version == 1 else [])}:
+        maybe = "output" if version == 1 else "router"
+        if not set(wanted) <= set(tensors) <= {*wanted, maybe}:
             excerpts = [name[:_SHOWN] for name in sorted(tensors)[:3]]
             listed = " and ".join(map(repr, wanted))
-            maybe = " and maybe 'output'" if version == 1 else ""
-            raise MaskFileError(f"{source}: tensors {excerpts}, expected {listed}{maybe}")
+            raise MaskFileError(f"{source}: tensors {excerpts}, expected {listed} and maybe {maybe!r}")
         mask = NeuronMask(
             intermediate=_joined(tensors, metadata.fingerprint),
             intermediate_sizes=metadata.fingerprint.intermediate_sizes,
             output=tensors.get("output"),
+            router=tensors.get("router"),
         )
     except MaskFileError:
         raise
@@ -162,7 +165,7 @@ def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
         raise MaskFileError(f"{source}: {field}: {problem['msg']}") from error
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # RuntimeError, KeyError: unknown formats
         raise MaskFileError(f"{source}: not a readable mask file: {str(error)[: 2 * _SHOWN]}") from error
-    _check_output(source, mask, metadata.fingerprint)
+    _check_others(source, mask, metadata.fingerprint)
     if mask.digest != metadata.digest:
         raise MaskFileError(
             f"{source}: content digest is {mask.digest[:16]}..., metadata says {metadata.digest[:16]}..."
@@ -222,10 +225,21 @@ def _joined(tensors: Mapping[str, Tensor], fingerprint: Fingerprint) -> Tensor:
     return scales
 
 
-def _check_output(source: str, mask: NeuronMask, fingerprint: Fingerprint) -> None:
-    if mask.output is not None and fingerprint.experts is not None:
+def _check_others(source: str, mask: NeuronMask, fingerprint: Fingerprint) -> None:
+    """Raise MaskFileError for scales of something that the model does not have."""
+    experts = fingerprint.experts
+    if mask.output is not None and experts is not None:
         raise MaskFileError(f"{source}: 'output' is not known for models with experts")
     if mask.output is not None and mask.output.shape[1] != fingerprint.hidden_size:
         raise MaskFileError(
             f"{source}: 'output' has {mask.output.shape[1]} columns, expected {fingerprint.hidden_size}"
         )
+    if mask.router is None:
+        return
+    if experts is None:
+        raise MaskFileError(f"{source}: 'router' is not known for models without experts")
+    if mask.router.shape[1] != experts.count:
+        raise MaskFileError(f"{source}: 'router' has {mask.router.shape[1]} columns, expected {experts.count}")
+    for layer in set(range(mask.layers)) - set(experts.layers):
+        if bool((mask.router[layer] != 1).any()):
+            raise MaskFileError(f"{source}: 'router' switches off experts of layer {layer}, which has none")

@@ -25,13 +25,17 @@ class NeuronMask:
         columns beyond a layer's own intermediate size are padding and must be 1.
     intermediate_sizes: the number of neurons of each layer.
     output: float32 [layers, hidden], the scale of each dimension of the MLP's output, or None for all ones.
+    router: float32 [layers, experts], 0 for experts that routers may not choose (their logits become minus infinity),
+        1 for the others and in layers without experts; None for all ones.
 
-    Raises ValueError for scales that are not finite or larger than MAX_SCALE, wrong shapes, or padding other than 1.
+    Raises ValueError for scales that are not finite or larger than MAX_SCALE, wrong shapes, padding other than 1, and
+    a layer without an expert left.
     """
 
     intermediate: Tensor  # [layers, widest]
     intermediate_sizes: tuple[int, ...]
     output: Tensor | None = field(default=None)  # [layers, hidden]
+    router: Tensor | None = field(default=None)  # [layers, experts]
 
     def __post_init__(self) -> None:
         sizes = self.intermediate_sizes
@@ -43,10 +47,16 @@ class NeuronMask:
         for layer, size in enumerate(sizes):
             if not bool((self.intermediate[layer, size:] == 1).all()):
                 raise ValueError(f"'intermediate' scales padding of layer {layer} beyond its {size} neurons")
-        if self.output is not None:
-            if self.output.ndim != 2 or self.output.shape[0] != len(sizes):
-                raise ValueError(f"'output' has shape {list(self.output.shape)}, expected [{len(sizes)}, hidden size]")
-            object.__setattr__(self, "output", self._checked("output", self.output))
+        for name, columns in (("output", "hidden size"), ("router", "experts")):
+            scales = getattr(self, name)
+            if scales is not None:
+                if scales.ndim != 2 or scales.shape[0] != len(sizes):
+                    raise ValueError(f"{name!r} has shape {list(scales.shape)}, expected [{len(sizes)}, {columns}]")
+                object.__setattr__(self, name, self._checked(name, scales))
+        if self.router is not None:
+            if not bool(((self.router == 0) | (self.router == 1)).all()):
+                raise ValueError("'router' holds something else than 0 and 1")
+            require_expert_left(self.router)
 
     @staticmethod
     def _checked(name: str, scales: Tensor) -> Tensor:
@@ -85,6 +95,9 @@ class NeuronMask:
         if self.output is not None:
             content.update(f"output{tuple(self.output.shape)}".encode())
             content.update(self.output.numpy().astype("<f4").tobytes())
+        if self.router is not None:
+            content.update(f"router{tuple(self.router.shape)}".encode())
+            content.update(self.router.numpy().astype("<f4").tobytes())
         return content.hexdigest()
 
     @cached_property
@@ -97,6 +110,11 @@ class NeuronMask:
     def changed(self) -> NDArray[np.uint8]:
         """Which scales of `intermediate` are not 1, a bit for each: [layers * widest / 8, rounded up]."""
         return np.packbits((self.intermediate != 1).numpy())
+
+    @cached_property
+    def experts_off(self) -> int:
+        """Number of experts, over all layers, that routers may not choose."""
+        return 0 if self.router is None else int((self.router == 0).sum())
 
     @property
     def layers(self) -> int:
@@ -115,3 +133,10 @@ class NeuronMask:
     def neurons_per_layer(self) -> list[int]:
         """Per layer, how many neurons have a scale that is not 1."""
         return [int(count) for count in (self.intermediate != 1).sum(dim=1)]
+
+
+def require_expert_left(router: Tensor) -> None:
+    """Raise ValueError if a layer's router may choose none. router: [layers, experts]."""
+    without = (router == 0).all(dim=1).nonzero().flatten().tolist()
+    if without:
+        raise ValueError(f"no expert of layer {without[0]} is left to its router, expected at least one")

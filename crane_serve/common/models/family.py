@@ -2,7 +2,7 @@
 model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Family:
     attention_softcap, final_softcap: config keys of the caps c in c tanh(z / c), at attention scores and at logits.
     attention: the only attention implementation of transformers that computes this family's function, where it is
     not its default. refused: config key -> the value that it must have unless it is absent or None.
+    beside: modules that read something else than text; nothing in them is looked at.
     """
 
     architectures: tuple[str, ...]
@@ -61,3 +62,12 @@ class Family:
     final_softcap: str | None = None
     attention: str | None = None
     refused: Mapping[str, object] = field(default_factory=dict)
+    beside: tuple[str, ...] = ()
+
+    def inside(self, *architectures: str, path: str = "model.language_model", beside: tuple[str, ...]) -> "Family":
+        """The same decoder, at `path` of models that read more than text."""
+        moved = {name: f"{path}{getattr(self, name).removeprefix('model')}" for name in _INSIDE}
+        return replace(self, architectures=architectures, beside=beside, **moved)
+
+
+_INSIDE = ("trunk", "embedding", "layers", "final_norm")

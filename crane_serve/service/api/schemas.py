@@ -157,12 +157,21 @@ class ScoreRequest(_Request):
         ]
 
 
+_ExpertsOff = Annotated[
+    int,
+    Field(
+        description="How many experts routers may not choose; left out for none", exclude_if=lambda count: count == 0
+    ),
+]
+
+
 class MaskUsed(BaseModel):
     """The mask that an answer was computed under."""
 
     name: str
     digest: str
     neurons: int = Field(description="How many neurons it scales")
+    experts_off: _ExpertsOff = 0
     positions: Positions = Field(description="The tokens that were masked")
 
     @classmethod
@@ -174,6 +183,7 @@ class MaskUsed(BaseModel):
             name=resolved.name,
             digest=resolved.mask.digest,
             neurons=resolved.mask.neurons,
+            experts_off=resolved.mask.experts_off,
             positions=resolved.positions,
         )
 
@@ -320,6 +330,7 @@ class MaskSummary(BaseModel):
     name: str
     digest: str
     neurons: int
+    experts_off: _ExpertsOff = 0
     language: str
     method: str
     budget: float | None
@@ -327,7 +338,13 @@ class MaskSummary(BaseModel):
     @classmethod
     def of(cls, stored: StoredMask) -> Self:
         """The summary of a stored mask."""
-        return cls(name=stored.name, digest=stored.mask.digest, neurons=stored.mask.neurons, **cls._provenance(stored))
+        return cls(
+            name=stored.name,
+            digest=stored.mask.digest,
+            neurons=stored.mask.neurons,
+            experts_off=stored.mask.experts_off,
+            **cls._provenance(stored),
+        )
 
     @staticmethod
     def _provenance(stored: StoredMask) -> dict[str, Any]:
@@ -365,6 +382,13 @@ class LayerDimensions(BaseModel):
     scales: list[float] | None = Field(description="Of each dimension; null if all are 0")
 
 
+class LayerExperts(BaseModel):
+    """The experts of one layer that its router may not choose."""
+
+    layer: int
+    experts: list[int]
+
+
 class MaskNeurons(BaseModel):
     """What is in a mask, layer by layer."""
 
@@ -372,6 +396,9 @@ class MaskNeurons(BaseModel):
     digest: str
     layers: list[LayerNeurons]
     output: list[LayerDimensions] | None = Field(description="Null if the mask leaves the MLPs' output alone")
+    router: list[LayerExperts] | None = Field(
+        None, description="Left out if routers may choose all experts", exclude_if=lambda of_layers: of_layers is None
+    )
 
     @classmethod
     def pieces(cls, stored: StoredMask) -> Iterator[bytes]:
@@ -389,6 +416,12 @@ class MaskNeurons(BaseModel):
             yield from _array(
                 LayerDimensions(layer=layer, dimensions=changed, scales=scales).model_dump_json()
                 for layer, (changed, scales) in enumerate(map(_changed, stored.mask.output))
+            )
+        if stored.mask.router is not None:
+            yield b', "router": '
+            yield from _array(
+                LayerExperts(layer=layer, experts=off).model_dump_json()
+                for layer, (off, _) in enumerate(map(_changed, stored.mask.router))
             )
         yield b"}"
 

@@ -254,7 +254,8 @@ def take_apart(model: nn.Module) -> KnownDecoder:
     """
     architecture = type(model).__name__
     family = require_family(architecture)
-    config: Any = model.config
+    whole: Any = model
+    config = whole.config.get_text_config()
     _require_features(architecture, family, config)
     layers = _part(model, family.layers, nn.ModuleList)
     if len(layers) != config.num_hidden_layers:
@@ -269,14 +270,14 @@ def take_apart(model: nn.Module) -> KnownDecoder:
         trunk=_part(model, family.trunk, nn.Module),
         embedding=_part(model, family.embedding, nn.Embedding),
         unembedding=unembedding,
-        layers=tuple(_layer(model, family, path) for path in paths),
+        layers=tuple(_layer(model, family, path, _heads(config)) for path in paths),
         norms=tuple(_norm(model, family.norm, path) for path in norms),
         positions=None if positions is None else config.max_position_embeddings,
         attention_softcap=_cap(config, family.attention_softcap),
         final_softcap=_cap(config, family.final_softcap),
         logit_scale=_logit_scale(config),
     )
-    _require_known(model, {*norms, *_known_paths(family, paths)})
+    _require_known(model, family, {*norms, *_known_paths(family, paths)})
     return decoder
 
 
@@ -295,9 +296,11 @@ def _require_features(architecture: str, family: Family, config: Any) -> None:
         )
 
 
-def _require_known(model: nn.Module, known: set[str]) -> None:
+def _require_known(model: nn.Module, family: Family, known: set[str]) -> None:
     """Refuse a module that computes something and is not in the family's list, since the rules would not cover it."""
     for path, module in model.named_modules():
+        if any(f"{path}.".startswith(f"{beside}.") for beside in family.beside):
+            continue
         inert = isinstance(module, (nn.Dropout, nn.Identity)) or type(module).__name__.endswith("RotaryEmbedding")
         leaf = next(module.children(), None) is None
         if leaf and not inert and path not in known:
@@ -317,13 +320,14 @@ def _known_paths(family: Family, layers: Iterable[str]) -> Iterable[str]:
             yield f"{layer}.{family.up}"
 
 
-def _layer(model: nn.Module, family: Family, path: str) -> KnownLayer:
+def _layer(model: nn.Module, family: Family, path: str, heads: tuple[int, int, int]) -> KnownLayer:
+    """heads: total widths of the queries, the keys and the values."""
     down, neurons, _ = _linear(model, f"{path}.{family.down}", family.linear)
     _linear(model, f"{path}.{family.attention_output}", family.linear)
     gated = [f"{path}.{part}" for part in (family.gate, family.up) if part is not None]
     gate, *up = _projections(model, family.linear, gated, [neurons] * len(gated))
     query, key, value = _projections(
-        model, family.linear, [f"{path}.{part}" for part in (family.query, family.key, family.value)], _heads(model)
+        model, family.linear, [f"{path}.{part}" for part in (family.query, family.key, family.value)], heads
     )
     act_fn = _part(model, f"{path}.{family.act_fn}", nn.Module)
     return KnownLayer(
@@ -337,9 +341,8 @@ def _layer(model: nn.Module, family: Family, path: str) -> KnownLayer:
     )
 
 
-def _heads(model: nn.Module) -> tuple[int, int, int]:
+def _heads(config: Any) -> tuple[int, int, int]:
     """Total widths of the queries, the keys and the values."""
-    config: Any = model.config
     heads: int = config.num_attention_heads
     head_width: int = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_value_heads: int = getattr(config, "num_key_value_heads", None) or heads

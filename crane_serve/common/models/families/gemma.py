@@ -31,6 +31,10 @@ GEMMA3 = Family(
     refused={"attn_logit_softcapping": None},
 )
 
+GEMMA3_WITH_IMAGES = GEMMA3.inside(
+    "Gemma3ForConditionalGeneration", beside=("model.vision_tower", "model.multi_modal_projector")
+)
+
 VAULTGEMMA = replace(
     GEMMA2, architectures=("VaultGemmaForCausalLM",), layer_norms=("input_layernorm", "pre_feedforward_layernorm")
 )

@@ -20,6 +20,10 @@ LLAMA = Family(
     norm=RMS_NORM,
 )
 
+MISTRAL3 = LLAMA.inside(
+    "Mistral3ForConditionalGeneration", beside=("model.vision_tower", "model.multi_modal_projector")
+)
+
 ARCEE = Family(("ArceeForCausalLM",), norm=RMS_NORM, gate="mlp.up_proj", up=None)
 
 HUNYUAN = Family(
