@@ -1,8 +1,8 @@
 """How fast questions are scored: POST /score, the harness's way over HTTP, and the harness's own backends.
 
-    python benchmarks/scoring_speed.py MODEL MASKS --out DIR [--shape choice] [--way score] [--mask NAME ...] [options]
+    python benchmarks/scoring_speed.py MODEL MASKS --out DIR [--shape choice=90 ...] [--way score ...] [--mask NAME ...]
 
-Shapes, of the project's parallel corpus, each in en, zh and vi:
+Shapes, of the project's parallel corpus, each in en, zh and vi, with the number of items, or 90:
 - choice: five-shot questions with four choices, answered by one letter;
 - sentences: the same with two choices, whose words are scored;
 - cloze: one text with 100 words that could come next;
@@ -15,7 +15,8 @@ Ways:
 - hf, vllm: lm-evaluation-harness's backends, in a process of their own, without masks.
 Every item is asked under none and each mask. All repetitions have other items, so that nothing is cached from the one
 before. Ways take turns. Further options are vLLM's flags, for the server. Writes DIR/scoring-SHAPE.json and prints a
-table: seconds, items per second, the largest difference from `echo` in nats, and for score what was computed.
+table: seconds, items per second, the largest difference from `before` or `echo` in nats, and for score what was
+computed.
 """
 
 import argparse
@@ -221,40 +222,38 @@ def largest_difference(found: Scores, reference: Scores) -> float | None:
     return max((abs(one - other) for pair in pairs for one, other in pair), default=None)
 
 
-def measure(options: argparse.Namespace, urls: dict[str, str]) -> dict[str, Any]:
+def measure(
+    options: argparse.Namespace, urls: dict[str, str], harness: dict[str, Harness], shape: str, count: int
+) -> dict[str, Any]:
     """Seconds and differences by way. urls: of the server that a way asks, `score`'s unless it has its own."""
     masks = ["none", *options.mask]
-    harness = {way: Harness(way, options) for way in options.way if way in ("hf", "vllm")}
     ways: dict[str, Callable[..., Any]] = {"score": score, "before": score, "echo": echo, **harness}
     times: dict[str, list[float]] = {way: [] for way in options.way}
     differences: dict[str, list[float]] = {way: [] for way in options.way}
     usages = []
-    try:
-        for repetition in range(options.repetitions):
-            asked = items(options.shape, options.items, repetition)
-            found = {}
-            order = list(options.way)
-            random.Random(repetition).shuffle(order)
-            for way in order:
-                began = time.perf_counter()
-                found[way], usage = ways[way](urls.get(way, urls["score"]), options.model.name, asked, masks)
-                times[way].append(time.perf_counter() - began)
-                if way == "score":
-                    usages.append(usage)
-                print(f"{repetition}: {way} {times[way][-1]:.1f} s {usage or ''}", file=sys.stderr, flush=True)
-            for way in order:
-                difference = largest_difference(found[way], found.get("echo", {}))
-                if difference is not None:
-                    differences[way].append(difference)
-    finally:
-        for process in harness.values():
-            process.stop()
-    asked_under = {way: options.items * (1 if way in harness else len(masks)) for way in options.way}
+    for repetition in range(options.repetitions):
+        asked = items(shape, count, repetition)
+        found = {}
+        order = list(options.way)
+        random.Random(repetition).shuffle(order)
+        for way in order:
+            began = time.perf_counter()
+            found[way], usage = ways[way](urls.get(way, urls["score"]), options.model.name, asked, masks)
+            times[way].append(time.perf_counter() - began)
+            if way == "score":
+                usages.append(usage)
+            print(f"{shape} {repetition}: {way} {times[way][-1]:.1f} s {usage or ''}", file=sys.stderr, flush=True)
+        reference = found.get("before", found.get("echo", {}))
+        for way in order:
+            difference = largest_difference(found[way], reference)
+            if difference is not None:
+                differences[way].append(difference)
+    asked_under = {way: count * (1 if way in harness else len(masks)) for way in options.way}
     return {
         "machine": machine(),
-        "shape": options.shape,
+        "shape": shape,
         "masks": masks,
-        "items": options.items,
+        "items": count,
         "dtype": options.dtype,
         "usage": usages,
         "ways": {
@@ -276,16 +275,20 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("masks", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shape", choices=SHAPES, default="choice")
+    parser.add_argument("--shape", action="append", help=f"{', '.join(SHAPES)}, perhaps with =ITEMS; default: choice")
     parser.add_argument("--way", choices=WAYS, action="append")
     parser.add_argument("--before", type=Path, help="another checkout, for the way `before`")
     parser.add_argument("--mask", action="append", default=[])
-    parser.add_argument("--items", type=int, default=90)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batch", type=int, default=8, help="sequences at a time of the harness's backend hf")
     options, engine_flags = parser.parse_known_args()
     options.way = options.way or ["score", "echo"]
+    shapes = [
+        (name, int(count or 90)) for name, _, count in (one.partition("=") for one in options.shape or ["choice"])
+    ]
+    if not {name for name, _ in shapes} <= set(SHAPES):
+        parser.error(f"unknown shape; expected {', '.join(SHAPES)}")
     if ("before" in options.way) != (options.before is not None):
         parser.error("--way before and --before DIR go together")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -301,15 +304,26 @@ def main() -> None:
             server = Server(f"crane ({way})", command, of_checkout, options.out / f"server-{way}.log", "/ready")
             running.callback(server.stop)
             urls[way] = server.wait().address
-        result = measure(options, urls)
-    write_atomically(options.out / f"scoring-{options.shape}.json", json.dumps(result, indent=1).encode())
+        harness = {}
+        for way in options.way:
+            if way in ("hf", "vllm"):
+                harness[way] = Harness(way, options)
+                running.callback(harness[way].stop)
+        for shape, count in shapes:
+            result = measure(options, urls, harness, shape, count)
+            write_atomically(options.out / f"scoring-{shape}.json", json.dumps(result, indent=1).encode())
+            print(f"{shape}\n{report(result)}\n", flush=True)
+
+
+def report(result: dict[str, Any]) -> str:
+    """A table."""
     rows = []
     for way, of_way in result["ways"].items():
         seconds, speed = of_way["seconds"], of_way["items_per_second"]
         difference = of_way["largest_difference_nats"]
         times = f"{seconds['median']:.1f} ({seconds['min']:.1f}, {seconds['max']:.1f})"
         rows.append([way, times, f"{speed['median']:.2f}", "" if difference is None else f"{difference:.2g}"])
-    print(table(["way", "s", "items/s", "from echo, nats"], rows))
+    return table(["way", "s", "items/s", "from before or echo, nats"], rows)
 
 
 if __name__ == "__main__":

@@ -261,7 +261,7 @@ def needs_family(method: type[Method]) -> str | None:
 
 def lacking(method: type[Method], decoder: Decoder) -> str | None:
     """What a method needs to know of a model beyond its neurons, and is not known; None if it can be measured."""
-    if method.of_experts and all(len(layer.groups) == 1 for layer in decoder.layers):
+    if method.of_experts and not any(group.of_experts for layer in decoder.layers for group in layer.groups):
         return "which neurons are in experts, of which it found none"
     if all(isinstance(layer, KnownLayer) for layer in decoder.layers):
         return None

@@ -82,8 +82,8 @@ def select(scores: Scores, options: SelectionOptions) -> Selection:
     Rules. `budget`: the first neurons in `order`, as many as the budget allows. `z`: those whose contrasted score
     exceeds the mean over all neurons of the language by more than z standard deviations. `published`: those that the
     method's own rule selects. The same rule applies to output dimensions; z is then computed over neurons and output
-    dimensions together. `experts`: the experts whose neurons rank highest on average, which routers then do not choose; one is left
-    in each layer.
+    dimensions together. `experts`: the experts whose neurons rank highest on average, which routers then leave out; one
+    is left in each layer.
 
     Quotas. `global`: the ranking ignores layers. `uniform`: the same number from each layer, as far as possible, and
     the remainder from the best ranked. `like:METHOD`: from each layer as many as METHOD takes under the same rule,

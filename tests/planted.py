@@ -16,14 +16,15 @@ from transformers import PreTrainedModel
 
 from crane_serve.common.models.experts import Experts, expert_modules
 from crane_serve.common.models.mlps import language_model
+from crane_serve.common.models.open_experts import open_experts
 from tests.architectures import model_class, tiny_config
 from tests.tiny import byte_tokenizer
 
 LETTERS = {"aa": "abcdefghijkl", "bb": "nopqrstuvwxy"}
 DIGITS = "0123456789"
-_SHARE = 8  # one neuron in so many of each expert, for each language
+_SHARE = 16  # one neuron in so many of each expert, for each language
 _FIXED = 0.9  # how often the follower is the usual one
-_STEPS, _DOCUMENTS, _TOKENS, _RATE = 300, 16, 48, 1e-2
+_STEPS, _DOCUMENTS, _TOKENS, _RATE, _SILENCE = 200, 16, 48, 1e-2, 10.0
 
 
 def text(language: str, draw: random.Random, length: int) -> str:
@@ -43,11 +44,11 @@ def _follower(symbols: str, symbol: str) -> str:
     return order[(order.index(symbol) + 1) % len(order)]
 
 
-def write_corpus(directory: Path, documents: int = 40, characters: int = 60) -> Path:
+def write_corpus(directory: Path, documents: int = 40, characters: int = 60, seed: str = "corpus") -> Path:
     """One file of texts for each language, a text a line."""
     directory.mkdir(parents=True)
     for language in LETTERS:
-        draw = random.Random(f"corpus {language}")
+        draw = random.Random(f"{seed} {language}")
         lines = [text(language, draw, characters) for _ in range(documents)]
         (directory / f"{language}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return directory
@@ -82,9 +83,16 @@ def _owners(size: int) -> Tensor:
 
 
 def train(model: PreTrainedModel) -> None:
-    """Teach it both languages. Its other parameters stay as they are."""
+    """Teach it both languages. Its other parameters stay as they are.
+
+    Where a token is of one group's symbols, the neurons of the other groups are taught to be silent.
+    """
     tokenizer = byte_tokenizer()
+    of_symbols = torch.full((model.config.vocab_size,), -1)  # by token id, the group
+    for group, symbols in enumerate((*LETTERS.values(), DIGITS)):
+        of_symbols[tokenizer(symbols)["input_ids"][1:]] = group
     trained, owners = [], []
+    neurons: list[Tensor] = []  # of a pass, [tokens, neurons] of the experts of each layer
     model.requires_grad_(False)
     for module in expert_modules(language_model(model)).values():
         of = _owners(module.down_proj.shape[2])
@@ -92,25 +100,27 @@ def train(model: PreTrainedModel) -> None:
         for parameter, owner in ((module.down_proj, of), (module.gate_up_proj, of.repeat(2).unsqueeze(1))):
             trained.append(parameter.requires_grad_())
             owners.append(owner)
+        open_experts(module).down_proj.register_forward_pre_hook(lambda _, inputs: neurons.append(inputs[0]))
+    of_neurons = of.repeat(len(module.down_proj))  # [neurons]
     optimiser = torch.optim.Adam(trained, lr=_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, _STEPS)
     draw = random.Random(0)
-    is_digit = torch.zeros(model.config.vocab_size, dtype=torch.bool)
-    is_digit[tokenizer(DIGITS)["input_ids"][1:]] = True
     for _ in range(_STEPS):
-        gradients = [torch.zeros_like(parameter) for parameter in trained]
-        for place, language in enumerate(LETTERS):
-            texts = [text(language, draw, _TOKENS) for _ in range(_DOCUMENTS)]
-            ids = torch.tensor(tokenizer(texts)["input_ids"])  # [documents, tokens]
-            logits = model(input_ids=ids).logits[:, :-1]  # [documents, tokens - 1, vocabulary]
-            nats = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-            digits = is_digit[ids[:, 1:]]
-            for owner, of_owner in ((place, nats[~digits]), (len(LETTERS), nats[digits])):
-                found = torch.autograd.grad(of_owner.mean(), trained, retain_graph=True)
-                for total, gradient, of in zip(gradients, found, owners, strict=True):
-                    total += gradient * (of == owner)
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad = gradient
+        neurons.clear()
+        texts = [text(language, draw, _TOKENS) for _ in range(_DOCUMENTS) for language in LETTERS]
+        ids = torch.tensor(tokenizer(texts)["input_ids"])  # [documents, tokens]
+        logits = model(input_ids=ids).logits[:, :-1]  # [documents, tokens - 1, vocabulary]
+        nats = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        groups = of_symbols[ids]  # [documents, tokens]
+        foreign = of_neurons != groups.flatten().unsqueeze(1)  # [tokens, neurons]
+        silence = _SILENCE * sum((of_layer.abs() * foreign).mean() for of_layer in neurons)
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        silence.backward(retain_graph=True)
+        for group in range(len(LETTERS) + 1):
+            found = torch.autograd.grad(nats[groups[:, :-1] == group].mean(), trained, retain_graph=True)
+            for parameter, gradient, of in zip(trained, found, owners, strict=True):
+                parameter.grad += gradient * (of == group)
         optimiser.step()
         schedule.step()
     model.requires_grad_(True)

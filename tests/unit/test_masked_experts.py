@@ -149,7 +149,10 @@ class Routed(nn.Module):
             self.expert_map = torch.full((COUNT,), -1)
             self.expert_map[own] = torch.arange(len(own))
         self.quant_method = SimpleNamespace(
-            plain=True, moe_kernel=SimpleNamespace(fused_experts=kernel), forward_native=self.forward_native
+            plain=True,
+            is_monolithic=False,
+            moe_kernel=SimpleNamespace(fused_experts=kernel),
+            forward_native=self.forward_native,
         )
 
     def forward_native(self, _: Any, x: Tensor, weights: Tensor, ids: Tensor, *__: None) -> Tensor:
@@ -168,15 +171,24 @@ class Routed(nn.Module):
         return output
 
 
+class Router:
+    """Of vLLM: the choice among a layer's experts."""
+
+    def select_experts(self, *, hidden_states: Tensor, router_logits: Tensor) -> tuple[Tensor, Tensor]:
+        values, ids = router_logits.topk(TOP_K)
+        return values.softmax(-1), ids.int()
+
+
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_is_triton", lambda kernel: type(kernel) is Kernel)
     monkeypatch.setattr(engine, "_is_plain", lambda method: method.plain)
 
 
-def runners(monkeypatch: pytest.MonkeyPatch, *routed: Routed) -> nn.Module:
+def runners(monkeypatch: pytest.MonkeyPatch, *routed: Routed, router: Any = Router) -> nn.Module:
     found = {
-        layer: (f"layers.{layer}.mlp.experts", SimpleNamespace(routed_experts=of)) for layer, of in enumerate(routed)
+        layer: (f"layers.{layer}.mlp.experts", SimpleNamespace(routed_experts=of, router=router()))
+        for layer, of in enumerate(routed)
     }
     monkeypatch.setattr(engine, "_runners", lambda decoder: found)
     return nn.Module()
@@ -205,7 +217,7 @@ def test_experts_are_masked_by_layer(monkeypatch: pytest.MonkeyPatch, make: Any,
     routed = [make(case, own) for case in cases]
     slots = torch.zeros(9, dtype=torch.int64)
     before = [ran(of, case) for of, case in zip(routed, cases, strict=True)]
-    parts = mask_experts(runners(monkeypatch, *routed), EXPERTS, (24, 29), ROWS, slots, elsewhere=[])
+    parts, _ = mask_experts(runners(monkeypatch, *routed), EXPERTS, (24, 29), ROWS, slots, elsewhere=[])
     assert [(part.start, part.stop) for part in parts.values()] == [(0, 24), (5, 29)]
     assert not slots.any(), "the proof leaves nothing behind"
     for (layer, part), of, case, plain in zip(parts.items(), routed, cases, before, strict=True):
@@ -266,7 +278,8 @@ def test_layers_without_the_experts_that_they_should_have_are_refused(monkeypatc
     decoder = runners(monkeypatch, Routed(Kernel(), given()))
     with pytest.raises(UnsupportedModelError, match=r"found experts in layers \[0\], expected them in \[0, 1\]"):
         mask_experts(decoder, EXPERTS, (24, 24), ROWS, slots, elsewhere=[])
-    assert list(mask_experts(decoder, EXPERTS, (24, 24), ROWS, slots, elsewhere=[1])) == [0]
+    parts, routers = mask_experts(decoder, EXPERTS, (24, 24), ROWS, slots, elsewhere=[1])
+    assert list(parts) == list(routers) == [0]
 
 
 class Deaf(Kernel):
@@ -321,3 +334,48 @@ def test_what_an_activation_is_called_for_is_known_only_inside_of_apply(monkeypa
     kernel = routed.quant_method.moe_kernel.fused_experts
     with pytest.raises(ValueError, match="not enough values to unpack"):
         kernel.activation(SILU, torch.zeros(4, SIZE), torch.zeros(4, 2 * SIZE))
+
+
+def test_routers_leave_out_what_a_token_s_mask_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = torch.zeros(20, dtype=torch.int64)
+    given_routers = [Router(), Router()]
+    pending = iter(given_routers)
+    decoder = runners(monkeypatch, Routed(Kernel(), given(1)), Routed(Kernel(), given(2)), router=lambda: next(pending))
+    _, tables = mask_experts(decoder, EXPERTS, (24, 24), ROWS, slots, elsewhere=[])
+    assert [table.shape for table in tables.values()] == [(ROWS, COUNT)] * 2
+    assert all(bool((table == 1).all()) for table in tables.values())
+    logits = torch.randn(TOKENS, COUNT, generator=torch.Generator().manual_seed(3))
+    plain = Router().select_experts(hidden_states=logits, router_logits=logits)
+    tables[1][1] = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    tables[1][2] = torch.tensor([0.0, 0.0, 1.0, 0.0])
+    slots[:TOKENS] = torch.tensor([0, 1, 2, 0, 2, 1, 0])
+    for found, same in zip(
+        given_routers[0].select_experts(hidden_states=logits, router_logits=logits), plain, strict=True
+    ):
+        assert torch.equal(found, same), "of another layer"
+    weights, ids = given_routers[1].select_experts(hidden_states=logits, router_logits=logits)
+    unmasked = slots[:TOKENS] == 0
+    assert torch.equal(weights[unmasked], plain[0][unmasked])
+    assert torch.equal(ids[unmasked], plain[1][unmasked])
+    for token in (1, 5):
+        assert set(ids[token].tolist()) == {0, 2}
+        both = logits[token, ids[token].long()]
+        assert torch.allclose(weights[token], both.softmax(-1))
+    for token in (2, 4):
+        assert dict(zip(ids[token].tolist(), weights[token].tolist(), strict=True))[2] == 1
+        assert weights[token].sum() == 1
+
+
+class Stubborn(Router):
+    def select_experts(self, *, hidden_states: Tensor, router_logits: Tensor) -> tuple[Tensor, Tensor]:
+        return super().select_experts(hidden_states=hidden_states, router_logits=router_logits.clamp(min=-1))
+
+
+def test_routers_that_do_not_obey_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = torch.zeros(20, dtype=torch.int64)
+    one = Router()
+    for router, problem in ((Stubborn, r"its router \(Stubborn\) chooses experts"), (lambda: one, "router is shared")):
+        decoder = runners(monkeypatch, Routed(Kernel(), given(1)), Routed(Kernel(), given(2)), router=router)
+        with pytest.raises(UnsupportedModelError, match=problem):
+            mask_experts(decoder, EXPERTS, (24, 24), ROWS, slots, elsewhere=[])
+        assert not slots.any()

@@ -38,10 +38,15 @@ WITHOUT_FAMILY = (
     "GPTNeoXForCausalLM",
     "HyperCLOVAXForCausalLM",
     "MiniCPM3ForCausalLM",
+)
+WITH_FAMILY = (
     "Gemma3ForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
+    "CohereForCausalLM",
+    "GraniteForCausalLM",
+    "PhiForCausalLM",
+    "VaultGemmaForCausalLM",
 )
-WITH_SCALES = ("CohereForCausalLM", "GraniteForCausalLM", "PhiForCausalLM", "VaultGemmaForCausalLM")
 # Config settings that only a model which heeds them computes right.
 _TELLING: dict[str, dict[str, Any]] = {
     "CohereForCausalLM": {"logit_scale": 0.25},
@@ -66,7 +71,7 @@ def model_of(architecture: str, **settings: Any) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-@pytest.fixture(params=(*WITHOUT_FAMILY, *WITH_SCALES))
+@pytest.fixture(params=(*WITHOUT_FAMILY, *WITH_FAMILY))
 def model(request: pytest.FixtureRequest) -> nn.Module:
     return model_of(request.param)
 

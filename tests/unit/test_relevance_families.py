@@ -69,7 +69,7 @@ def test_parts_are_what_their_names_say(family: str) -> None:
 
     torch.testing.assert_close(logits, model(token_ids).logits)
     assert layer.gated == (layer.up is not None) == (family not in NOT_GATED)
-    assert decoder.sizes == (NEURONS,) * model.config.num_hidden_layers
+    assert decoder.sizes == (NEURONS,) * model.config.get_text_config().num_hidden_layers
     assert (seen["act"].shape[-1], seen["down in"].shape[-1], seen["down"].shape[-1]) == (NEURONS, NEURONS, HIDDEN)
     torch.testing.assert_close(seen["act in"], output_of(layer.gate))
     neurons = seen["act"] if layer.up is None else seen["act"] * output_of(layer.up)

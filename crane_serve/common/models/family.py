@@ -66,8 +66,12 @@ class Family:
 
     def inside(self, *architectures: str, path: str = "model.language_model", beside: tuple[str, ...]) -> "Family":
         """The same decoder, at `path` of models that read more than text."""
-        moved = {name: f"{path}{getattr(self, name).removeprefix('model')}" for name in _INSIDE}
-        return replace(self, architectures=architectures, beside=beside, **moved)
-
-
-_INSIDE = ("trunk", "embedding", "layers", "final_norm")
+        return replace(
+            self,
+            architectures=architectures,
+            trunk=path,
+            embedding=path + self.embedding.removeprefix("model"),
+            layers=path + self.layers.removeprefix("model"),
+            final_norm=path + self.final_norm.removeprefix("model"),
+            beside=beside,
+        )

@@ -61,12 +61,13 @@ class Group:
     columns: which of the layer's neurons; down_proj: its inputs [documents, tokens, neurons] are the neurons, its
     outputs [documents, tokens, hidden] are what they add; act_fn: its outputs are act(gate), [documents, tokens,
     neurons], None if no module is known to be it. OPT flattens its MLP, as mixtures of experts do: there all of these
-    are [documents * tokens, ...].
+    are [documents * tokens, ...]. of_experts: whether they are in experts.
     """
 
     columns: slice
     down_proj: nn.Module
     act_fn: nn.Module | None
+    of_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def _layers_by_structure(trunk: nn.Module, config: Any) -> tuple[Layer, ...]:
     for index, module in experts.items():
         opened = open_experts(module)
         columns = slice(sizes[index], sizes[index] + opened.neurons)  # as Experts.columns
-        groups[index].append(Group(columns, opened.down_proj, opened.act_fn))
+        groups[index].append(Group(columns, opened.down_proj, opened.act_fn, of_experts=True))
     without = [index for index, of_layer in enumerate(groups) if not of_layer]
     if without:
         raise UnsupportedModelError(f"layers {without} have no MLP")
