@@ -12,7 +12,7 @@ Ways:
 - echo: one /v1/completions request with `echo` for each continuation, as lm-evaluation-harness asks a server; what is
   computed is every token of every sequence, with its logits, as /score did before version 0.5;
 - before: as score, of the server of another checkout, --before DIR (its dependencies are those installed here);
-- hf, vllm: lm-evaluation-harness's backends, in a process of their own, without masks.
+- hf, vllm: lm-evaluation-harness's backends, in a process of their own, without masks; asked the first shape only.
 Every item is asked under none and each mask. All repetitions have other items, so that nothing is cached from the one
 before. Ways take turns. Further options are vLLM's flags, for the server. Writes DIR/scoring-SHAPE.json and prints a
 table: seconds, items per second, the largest difference from `before` or `echo` in nats, and for score what was
@@ -26,6 +26,7 @@ import importlib.metadata
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -166,7 +167,13 @@ class Harness:
         self._log = options.out / f"{way}.log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, text=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                text=True,
+                start_new_session=True,
             )
         self._read()
 
@@ -184,7 +191,8 @@ class Harness:
         return {("none", index): values for index, values in enumerate(self._read())}, {}
 
     def stop(self) -> None:
-        self._process.kill()
+        os.killpg(self._process.pid, signal.SIGKILL)  # with the engine that it has started
+        self._process.wait()
 
 
 def serve_harness(way: str, model: str, dtype: str, batch: str) -> None:
@@ -228,13 +236,14 @@ def measure(
     """Seconds and differences by way. urls: of the server that a way asks, `score`'s unless it has its own."""
     masks = ["none", *options.mask]
     ways: dict[str, Callable[..., Any]] = {"score": score, "before": score, "echo": echo, **harness}
-    times: dict[str, list[float]] = {way: [] for way in options.way}
-    differences: dict[str, list[float]] = {way: [] for way in options.way}
+    asked_ways = [way for way in options.way if way in ways]
+    times: dict[str, list[float]] = {way: [] for way in asked_ways}
+    differences: dict[str, list[float]] = {way: [] for way in asked_ways}
     usages = []
     for repetition in range(options.repetitions):
         asked = items(shape, count, repetition)
         found = {}
-        order = list(options.way)
+        order = list(asked_ways)
         random.Random(repetition).shuffle(order)
         for way in order:
             began = time.perf_counter()
@@ -248,7 +257,7 @@ def measure(
             difference = largest_difference(found[way], reference)
             if difference is not None:
                 differences[way].append(difference)
-    asked_under = {way: count * (1 if way in harness else len(masks)) for way in options.way}
+    asked_under = {way: count * (1 if way in harness else len(masks)) for way in asked_ways}
     return {
         "machine": machine(),
         "shape": shape,
@@ -262,7 +271,7 @@ def measure(
                 "items_per_second": spread([asked_under[way] / seconds for seconds in times[way]]),
                 "largest_difference_nats": max(differences[way], default=None),
             }
-            for way in options.way
+            for way in asked_ways
         },
     }
 
@@ -309,8 +318,8 @@ def main() -> None:
             if way in ("hf", "vllm"):
                 harness[way] = Harness(way, options)
                 running.callback(harness[way].stop)
-        for shape, count in shapes:
-            result = measure(options, urls, harness, shape, count)
+        for number, (shape, count) in enumerate(shapes):
+            result = measure(options, urls, {} if number else harness, shape, count)
             write_atomically(options.out / f"scoring-{shape}.json", json.dumps(result, indent=1).encode())
             print(f"{shape}\n{report(result)}\n", flush=True)
 

@@ -1,5 +1,5 @@
-"""The whole path on a small model: fetch, relevance, select, serve, evaluate. Each step is a command that a user can
-repeat."""
+"""The whole path on a small model: fetch, relevance, learn, select, serve, evaluate. Each step is a command that a user
+can repeat."""
 
 import os
 import shlex
@@ -14,8 +14,10 @@ from pathlib import Path
 from crane_serve.common.bars import bar
 
 MODEL = "gemma-3-270m"
-BUDGET = 0.01
-METHODS = ("attnlrp", "lape", "random")
+BUDGET = 0.005
+METHODS = ("learned", "attnlrp", "lape", "random")
+SCORED = 48  # documents of each language
+LEARNING = ("--steps", 12, "--documents", 4)
 SERVER_START_S = 420
 
 
@@ -36,7 +38,8 @@ def run_demo(model: Path, out: Path, *, documents: int, keep: bool, report: Call
         _step([str(argument) for argument in arguments], began, report)
 
     step("model", "fetch", MODEL, "--to", model)
-    step("relevance", model, "--split", "relevance", "--out", scores)
+    step("relevance", model, "--limit", SCORED, "--methods", "attnlrp,lape,random", "--out", scores)
+    step("learn", model, scores, "--limit", SCORED, "--budget", BUDGET, *LEARNING)
     for method in METHODS:
         step("select", scores, "--method", method, "--budget", BUDGET, "--out", masks)
 

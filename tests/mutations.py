@@ -178,6 +178,20 @@ MUTATIONS = (
         "dict(scope[\"headers\"]).get(b\"x-api-key\", b\"\").decode()",
         "tests/api/test_observation.py",
     ),
+    Mutation(
+        "an expert's neurons heed their own places of a token's mask",
+        f"{ENGINE}/masked_experts.py",
+        "* table[rows[tokens[index]], place]",
+        "* table[rows[tokens[index]], 0]",
+        "tests/unit/test_masked_experts.py",
+    ),
+    Mutation(
+        "a router does not choose what a token's mask keeps it from",
+        f"{ENGINE}/masked_experts.py",
+        "table[slots[: len(router_logits)]] == 0",
+        "table[slots[: len(router_logits)]] < 0",
+        "tests/unit/test_masked_experts.py",
+    ),
 )  # fmt: skip
 
 V2, SCHEDULES = f"{ENGINE}/runner_v2.py", "tests/engine/test_schedules.py::test_"

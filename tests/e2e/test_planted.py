@@ -31,7 +31,9 @@ FOUND = 0.8  # share of the neurons of a mask that are planted
 OWN, OTHER = 0.5, 0.05  # nats per token
 
 
-@pytest.fixture(scope="module", params=["MixtralForCausalLM", "Qwen2MoeForCausalLM"])
+@pytest.fixture(
+    scope="module", params=["MixtralForCausalLM", pytest.param("Qwen2MoeForCausalLM", marks=pytest.mark.release)]
+)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return planted_checkpoint(request.param, tmp_path_factory.mktemp("planted") / "model")
 
