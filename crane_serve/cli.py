@@ -110,7 +110,9 @@ def list_masks(directory: Annotated[Path, typer.Argument(help="Directory of mask
         budget = "" if info.budget is None else f"{info.budget:.4g}"
         language, method = escape(info.language), escape(info.method)
         method += "" if info.transferred_from is None else ", transferred"
-        table.add_row(stored.name, language, method, budget, str(stored.mask.neurons), stored.mask.digest[:12])
+        neurons = str(stored.mask.neurons)
+        neurons += f", {stored.mask.experts_off} experts" if stored.mask.experts_off else ""
+        table.add_row(stored.name, language, method, budget, neurons, stored.mask.digest[:12])
     Console().print(table)
     if broken:
         raise MaskFileError("\n".join(broken))
@@ -134,7 +136,10 @@ def show_masks(
     for file in files:
         stored = read_mask(file)
         content = {"name": stored.name, "digest": stored.mask.digest, **stored.info.model_dump(mode="json")}
-        Console(soft_wrap=True).print_json(data={**content, "neurons": stored.mask.neuron_sets()}, indent=None)
+        content["neurons"] = stored.mask.neuron_sets()
+        if stored.mask.router is not None:
+            content["experts_off"] = [(row == 0).nonzero().flatten().tolist() for row in stored.mask.router]
+        Console(soft_wrap=True).print_json(data=content, indent=None)
 
 
 @masks_app.command("transfer")
@@ -152,6 +157,22 @@ def transfer(
 
     for path in transfer_masks(masks, Fingerprint.of(resolve_checkpoint(to, revision)), out, names or ()):
         typer.echo(path)
+
+
+@masks_app.command("bake")
+@one_line_errors
+def bake_mask(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id")],
+    mask: Annotated[Path, typer.Argument(help="A mask file of that model")],
+    out: Annotated[Path, typer.Option(help="Directory for the new checkpoint; must not exist")],
+    revision: Revision = None,
+) -> None:
+    """Write a checkpoint with the mask in its weights, for programs that know nothing of masks."""
+    from crane_serve.common.masks.bake import bake
+    from crane_serve.common.masks.files import read_mask
+
+    bake(resolve_checkpoint(model, revision), read_mask(mask), out)
+    typer.echo(out)
 
 
 @masks_app.command("import-lape")

@@ -109,6 +109,7 @@ CALLED = {
         "layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input"
     ),
     f"{_MOE}.experts.triton_moe:TritonExperts.apply": _EXPERTS,
+    f"{_MOE}.router.fused_moe_router:FusedMoERouter.select_experts": "hidden_states, router_logits",
     f"{_MOE}.experts.cpu_moe:CPUUnquantizedExperts.apply": _EXPERTS,
     "vllm.platforms.interface:Platform.get_device_name": "",
     "vllm.platforms.interface:Platform.is_cuda_alike": "",
@@ -168,11 +169,11 @@ READ = {
     f"{_MOE}.config:FusedMoEConfig": "num_experts experts_per_token intermediate_size in_dtype"
     " intermediate_size_per_partition activation moe_parallel_config",
     f"{_MOE}.config:FusedMoEParallelConfig": "tp_size tp_rank dp_size enable_eplb is_sequence_parallel",
-    f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase": "moe_kernel",
+    f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase": "moe_kernel is_monolithic",
     f"{_MOE}.modular_kernel:FusedMoEKernel": "fused_experts",
     f"{_MOE}.modular_kernel:FusedMoEExpertsModular": "apply activation quant_dtype",
     f"{_MOE}.routed_experts:RoutedExperts": "moe_config quant_method expert_map hidden_size activation",
-    f"{_MOE}.runner.moe_runner:MoERunner": "routed_experts",
+    f"{_MOE}.runner.moe_runner:MoERunner": "routed_experts router",
     f"{_MOE}.unquantized_fused_moe_method:UnquantizedFusedMoEMethod": "forward_native",
     "vllm.model_executor.layers.linear:RowParallelLinear": "input_size input_size_per_partition output_size"
     " input_is_parallel tp_rank skip_bias_add bias",
@@ -252,6 +253,10 @@ SAYS = {
         "cls(vllm_config, model, encoder_cache, device)",
     ],
     "vllm.v1.worker.worker_base:WorkerWrapperBase.init_device": ["self.worker.init_device()"],
+    f"{_MOE}.runner.moe_runner:MoERunner._apply_quant_method": [
+        "self.router.select_experts(",
+        "router_logits=router_logits,",
+    ],
 }
 """What must stand in the source of a function or module, in this order."""
 

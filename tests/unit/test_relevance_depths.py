@@ -152,7 +152,7 @@ def test_what_a_method_needs_is_named(tmp_path: Path) -> None:
 
 def test_without_names_the_methods_are_those_that_need_no_family() -> None:
     names = [kind.name for kind in find_scored(None, "HyperCLOVAXForCausalLM")]
-    assert names == ["average-precision", "gradient", "lape", "magnitude", "random"]
+    assert names == ["average-precision", "gradient", "lape", "magnitude", "random", "routing"]
     assert find_scored(None, "LlamaForCausalLM") == find_scored(None)
 
 

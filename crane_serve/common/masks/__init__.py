@@ -1,5 +1,6 @@
 """Neuron masks: their content, their files, and the model that they belong to. Does not import vLLM."""
 
+from crane_serve.common.masks.applied import applied
 from crane_serve.common.masks.composition import Composition, Member
 from crane_serve.common.masks.files import (
     MaskFileError,
@@ -39,6 +40,7 @@ __all__ = [
     "ResolvedMask",
     "StoredMask",
     "UnknownMask",
+    "applied",
     "decode_mask",
     "encode_mask",
     "mask_path",
