@@ -151,7 +151,7 @@ def _prove_router(path: str, runner: Any, table: Tensor, slots: Tensor) -> None:
     count, tokens = config.num_experts, min(16, len(slots))
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, runner.routed_experts.hidden_size, generator=generator).to(table.device, table.dtype)
-    logits = torch.randn(tokens, count, generator=generator).to(table.device, table.dtype)
+    logits = torch.randn(tokens, count, generator=generator).to(table.device, config.router_logits_dtype)
     numbers = torch.arange(count, device=table.device)
     slots[:tokens] = spare
     try:

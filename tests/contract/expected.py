@@ -167,7 +167,7 @@ READ = {
     "vllm.logprobs:Logprob": "logprob rank decoded_token",
     f"{_MOE}.activation:MoEActivation": "SILU GELU GELU_TANH SWIGLUOAI",
     f"{_MOE}.config:FusedMoEConfig": "num_experts experts_per_token intermediate_size in_dtype"
-    " intermediate_size_per_partition activation moe_parallel_config",
+    " intermediate_size_per_partition activation moe_parallel_config router_logits_dtype",
     f"{_MOE}.config:FusedMoEParallelConfig": "tp_size tp_rank dp_size enable_eplb is_sequence_parallel",
     f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase": "moe_kernel is_monolithic",
     f"{_MOE}.modular_kernel:FusedMoEKernel": "fused_experts",

@@ -140,6 +140,7 @@ class Routed(nn.Module):
             intermediate_size_per_partition=width,
             activation=SILU,
             in_dtype=torch.float32,
+            router_logits_dtype=torch.float32,
             moe_parallel_config=parallel,
         )
         self.w13_weight, self.w2_weight = nn.Parameter(case["w13"]), nn.Parameter(case["w2"])
