@@ -72,9 +72,9 @@ def items(shape: str, count: int, repetition: int) -> list[Item]:
             if shape == "texts":
                 found.append(Item("", (f"{draw.random()} {draw.choice(texts)}",)))
             elif shape == "cloze":
-                words = [f" {word}" for text in texts for word in text.split()] or [" "]
-                if language == "zh":
-                    words = [character for text in texts for character in text]
+                # A character right behind another may be one token with it.
+                split = [list(text) if language == "zh" else text.split() for text in texts]
+                words = [f" {word}" for of_text in split for word in of_text if word.strip()]
                 distinct = sorted(set(words))
                 found.append(Item(f"{draw.random()} {draw.choice(texts)}", tuple(draw.sample(distinct, 100))))
             else:

@@ -116,11 +116,13 @@ class MaskSummary(Answer):
 
 
 class LayerNeurons(Answer):
-    """Neurons of one layer that a mask scales; scales: the factors, None if it switches all of them off."""
+    """Neurons of one layer that a mask changes; scales: the factors, None if it switches all of them off; offsets: what
+    is added then, None for nothing."""
 
     layer: int
     neurons: tuple[int, ...]
     scales: tuple[float, ...] | None = None
+    offsets: tuple[float, ...] | None = None
 
 
 class LayerDimensions(Answer):

@@ -95,17 +95,20 @@ class ModelSizes:
             dense, of_experts = self.experts.dense(self.neurons), self.experts.neurons
         return len(self.neurons) * (max(dense) + of_experts) * _FILE_SCALE_BYTES
 
-    def row_bytes(self, dtype: str, ranks: int = 1, *, outputs: bool = False) -> int:
+    def row_bytes(self, dtype: str, ranks: int = 1, *, outputs: bool = False, offsets: bool = False) -> int:
         """Of one row of the mask table on one of `ranks` tensor-parallel ranks.
 
-        outputs: whether some mask scales the MLPs' outputs, too; these scales are whole on every rank.
+        outputs: whether some mask scales the MLPs' outputs, too; these scales are whole on every rank. offsets: whether
+        some mask adds to neurons.
         """
-        scales = sum(size // ranks for size in self.neurons) + (len(self.neurons) * self.hidden_size if outputs else 0)
-        return scales * DTYPE_BYTES[dtype]
+        of_neurons = sum(size // ranks for size in self.neurons) * (2 if offsets else 1)
+        return (of_neurons + (len(self.neurons) * self.hidden_size if outputs else 0)) * DTYPE_BYTES[dtype]
 
-    def table_bytes(self, rows: int, dtype: str, ranks: int = 1, *, outputs: bool = False) -> int:
+    def table_bytes(
+        self, rows: int, dtype: str, ranks: int = 1, *, outputs: bool = False, offsets: bool = False
+    ) -> int:
         """Of the mask table on one rank: `rows` masks, and the row of unmasked requests."""
-        return (rows + 1) * self.row_bytes(dtype, ranks, outputs=outputs)
+        return (rows + 1) * self.row_bytes(dtype, ranks, outputs=outputs, offsets=offsets)
 
     def kv_bytes_per_token(self, dtype: str, ranks: int = 1) -> int:
         """Keys and values of one token in one layer, on one rank; a rank has a head of its own at least."""
@@ -147,12 +150,14 @@ def size_of(
     dtype: str,
     kv_dtype: str,
     outputs: bool,
+    offsets: bool = False,
 ) -> Size:
     """The memory of an engine: its weights, its mask table, and keys and values of `sequences` times `tokens` tokens.
 
     The total leaves out what vLLM needs to compute: activations, graphs, CUDA itself.
     """
-    weights, table = model.weight_bytes(dtype) // ranks, model.table_bytes(rows, dtype, ranks, outputs=outputs)
+    weights = model.weight_bytes(dtype) // ranks
+    table = model.table_bytes(rows, dtype, ranks, outputs=outputs, offsets=offsets)
     slots, of_a_sequence = batch_tokens * _SLOT_BYTES, model.kv_bytes(tokens, kv_dtype, ranks)
     return Size(
         parameters=model.parameters,
@@ -160,7 +165,7 @@ def size_of(
         weights=weights,
         mask_file=model.mask_file_bytes(),
         masks_in_memory=masks * model.mask_file_bytes(),
-        table_row=model.row_bytes(dtype, ranks, outputs=outputs),
+        table_row=model.row_bytes(dtype, ranks, outputs=outputs, offsets=offsets),
         table=table,
         slots=slots,
         kv_per_token=(model.full_layers + model.window_layers) * model.kv_bytes_per_token(kv_dtype, ranks),
@@ -191,6 +196,7 @@ def size(
     dtype: Annotated[str | None, typer.Option(help=f"One of {', '.join(DTYPE_BYTES)}; default: the model's")] = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="Likewise, of keys and values; default: as dtype")] = None,
     outputs: Annotated[bool, typer.Option("--outputs", help="Some mask scales the MLPs' outputs")] = False,
+    offsets: Annotated[bool, typer.Option("--offsets", help="Some mask adds to neurons")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes, as JSON")] = False,
 ) -> None:
     """Show what a model, its masks and its KV cache take: on each rank, before what vLLM needs to compute."""
@@ -215,6 +221,7 @@ def size(
         dtype=dtype,
         kv_dtype=kv_cache_dtype or dtype,
         outputs=outputs,
+        offsets=offsets,
     )
     if as_json:
         typer.echo(json.dumps(asdict(estimate), indent=2))

@@ -40,12 +40,14 @@ class Losses:
 
 
 @contextmanager
-def scaled(decoder: Decoder, neurons: Tensor, outputs: Tensor | None = None) -> Iterator[None]:
+def scaled(
+    decoder: Decoder, neurons: Tensor, outputs: Tensor | None = None, offsets: Tensor | None = None
+) -> Iterator[None]:
     """Multiply every MLP neuron (the inputs of down_proj), and perhaps the MLPs' outputs, while the context lasts.
 
     neurons: [layers, widest], or [documents, layers, widest] for factors of their own for each document of a batch;
-    outputs: [layers, hidden]. Gradients flow back to both. Layers whose factors are all 1 and need no gradient are not
-    changed.
+    outputs: [layers, hidden]; offsets: [layers, widest], added to the products. Gradients flow back to both. Layers
+    whose factors are all 1 and need no gradient are not changed.
     """
     with ExitStack() as stack:
         for index, layer in enumerate(decoder.layers):
@@ -53,6 +55,9 @@ def scaled(decoder: Decoder, neurons: Tensor, outputs: Tensor | None = None) -> 
                 factors = neurons[..., index, group.columns]  # [neurons] or [documents, neurons]
                 if factors.requires_grad or bool((factors != 1).any()):
                     stack.callback(group.down_proj.register_forward_pre_hook(_input_hook(factors)).remove)
+                if offsets is not None and bool(offsets[index, group.columns].any()):
+                    added = _adding_hook(offsets[index, group.columns])
+                    stack.callback(group.down_proj.register_forward_pre_hook(added).remove)
                 if outputs is not None and bool((outputs[index] != 1).any()):
                     stack.callback(group.down_proj.register_forward_hook(_output_hook(outputs[index])).remove)
         yield
@@ -68,9 +73,9 @@ def masked(decoder: Decoder, mask: NeuronMask | None) -> Iterator[None]:
         yield
         return
     device = decoder.unembedding.weight.device
-    outputs = None if mask.output is None else mask.output.to(device)
+    outputs, offsets = (None if of is None else of.to(device) for of in (mask.output, mask.offset))
     with ExitStack() as stack:
-        stack.enter_context(scaled(decoder, mask.intermediate.to(device), outputs))
+        stack.enter_context(scaled(decoder, mask.intermediate.to(device), outputs, offsets))
         if mask.router is not None:
             for layer, router in find_routers(decoder.trunk).items():
                 stack.enter_context(kept_from(router, mask.router[layer].to(device)))
@@ -111,6 +116,16 @@ def _input_hook(factors: Tensor) -> Any:
             return (values * own, *inputs[1:])
         by_document = values.reshape(len(own), -1, own.shape[1])
         return ((by_document * own.unsqueeze(1)).reshape(values.shape), *inputs[1:])
+
+    return hook
+
+
+def _adding_hook(offsets: Tensor) -> Any:
+    """offsets: [neurons]. Of experts that a token does not have, whatever is added is not read."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        values: Tensor = inputs[0]  # [..., neurons]
+        return (values + offsets.to(values.dtype), *inputs[1:])
 
     return hook
 

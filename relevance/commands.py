@@ -176,6 +176,16 @@ def select(
     output_dimensions: Annotated[
         bool, typer.Option("--output-dimensions", help="Take MLP output dimensions too (rules z and published).")
     ] = False,
+    intervention: Annotated[
+        str,
+        typer.Option(
+            help="What becomes of the neurons: zero; mean, their mean activation in all languages; mean:LANG, in one; "
+            "add:LANG-LANG2, the difference of two is added."
+        ),
+    ] = "zero",
+    strength: Annotated[
+        float, typer.Option(help="Share of the value that is replaced, or how many times the difference is added.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of methods that draw.")] = 0,
     out: Annotated[Path, typer.Option(help="Directory of masks to write to.")] = Path("masks"),
     name: Annotated[
@@ -213,6 +223,8 @@ def select(
         overlap=Overlap(overlap),
         seed=seed,
         output_dimensions=output_dimensions,
+        intervention=intervention,
+        strength=strength,
     )
     selection = select_neurons(loaded, options)
     for path, mask in zip(selection.write(out, loaded, name), selection.masks.values(), strict=True):

@@ -22,6 +22,7 @@ from relevance.method import Shape
 
 FORMAT_VERSION = 1
 _OUTPUTS = "outputs/"  # in the file, a tensor with this prefix belongs to `outputs`
+_MEANS = "typical/mean"  # in the file, the name of `means`
 
 
 class ScoresError(ValueError):
@@ -85,6 +86,8 @@ class Scores:
 
     by_method: method name -> float32 [languages, layers, widest] on the CPU, 0 in padding.
     outputs: method name -> float32 [languages, layers, hidden] on the CPU.
+    means: float32 [languages, layers, widest] on the CPU, the mean activation of each neuron; None in files of earlier
+    versions, and where nothing was measured.
 
     Raises ScoresError for a tensor of another shape or dtype, and for outputs of a method without scores.
     """
@@ -92,6 +95,7 @@ class Scores:
     by_method: Mapping[str, Tensor]
     info: ScoresInfo
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    means: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "by_method", MappingProxyType(dict(self.by_method)))
@@ -100,6 +104,8 @@ class Scores:
             raise ScoresError("scores of no method")
         for method, scores in self.by_method.items():
             _require(f"scores of {method}", scores, self.shape.tensor)
+        if self.means is not None:
+            _require("mean activations", self.means, self.shape.tensor)
         languages, layers, _ = self.shape.tensor
         for method, scores in self.outputs.items():
             if method not in self.by_method:
@@ -150,12 +156,14 @@ class Scores:
             {**self.by_method, **other.by_method},
             self.info.model_copy(update={"other_texts": {**self.info.other_texts, **joined}}),
             {**self.outputs, **other.outputs},
+            other.means if self.means is None else self.means,
         )
 
     def save(self, path: Path) -> None:
         """Write a safetensors file atomically, making its directory if that is missing."""
         tensors = {method: scores.contiguous() for method, scores in self.by_method.items()}
         tensors |= {f"{_OUTPUTS}{method}": scores.contiguous() for method, scores in self.outputs.items()}
+        tensors |= {} if self.means is None else {_MEANS: self.means.contiguous()}
         metadata = _Metadata(**dict(self.info), format_version=FORMAT_VERSION, digest=_digest(tensors))
         content = save(tensors, metadata={SCORES_KEY: metadata.model_dump_json()})
         write_atomically(path, content)
@@ -185,11 +193,12 @@ class Scores:
             raise ScoresError(f"{path}: not a readable scores file: {error}") from error
         if _digest(tensors) != metadata.digest:
             raise ScoresError(f"{path}: the scores do not have the digest that the metadata says")
+        means = tensors.pop(_MEANS, None)
         outputs = {key.removeprefix(_OUTPUTS): tensor for key, tensor in tensors.items() if key.startswith(_OUTPUTS)}
         by_method = {key: tensor for key, tensor in tensors.items() if not key.startswith(_OUTPUTS)}
         info = ScoresInfo(**{name: getattr(metadata, name) for name in ScoresInfo.model_fields})
         try:
-            return cls(by_method, info, outputs)
+            return cls(by_method, info, outputs, means)
         except ScoresError as error:
             raise ScoresError(f"{path}: {error}") from error
 

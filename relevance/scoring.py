@@ -29,6 +29,7 @@ from relevance.progress import Progress, ScoringPlan
 from relevance.repeats import text_keys
 from relevance.scores import Scores, ScoresInfo
 from relevance.shards import Job, Shard, deal, measure_shard, measure_with_ray, merged
+from relevance.typical import MeanActivation
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def score(
         fingerprint=fingerprint,
         corpus_digest=corpus.digest,
         languages=corpus.languages,
-        methods=tuple(method.name for method in methods),
+        methods=(*(method.name for method in methods), MeanActivation.name),
         output_dimensions=output_dimensions,
         max_tokens=max_tokens,
         batch_tokens=batch_tokens,
@@ -105,6 +106,8 @@ def score(
         shards=len(shards),
     )
     measured = tuple(method for method in methods if issubclass(method, Measured))
+    if measured:
+        measured = (*measured, MeanActivation)
     units = units_of(decoder, output_dimensions)
     shape = Shape(corpus.languages, decoder.sizes)
     info = ScoresInfo(
@@ -156,7 +159,7 @@ def _scores(
     shape: Shape,
     info: ScoresInfo,
 ) -> Scores:
-    finalised: dict[str, list[Tensor]] = {method.name: [] for method in methods}
+    finalised: dict[str, list[Tensor]] = {name: [] for name in (*(each.name for each in methods), MeanActivation.name)}
     for _, of_language in measured:
         for instance in of_language:
             finalised[instance.name].append(instance.finalise())
@@ -164,6 +167,7 @@ def _scores(
         {method.name: method.score(finalised[method.name], shape).float() for method in methods},
         info,
         _outputs([method for method in methods if issubclass(method, Measured)], finalised, shape),
+        MeanActivation.score(means, shape).float() if (means := finalised[MeanActivation.name]) else None,
     )
 
 

@@ -12,7 +12,16 @@ from relevance.contrast import find_contrast
 from relevance.method import Method, Shape, require_languages
 from relevance.methods import find
 from relevance.scores import Scores
-from relevance.selection_options import GLOBAL, UNIFORM, Overlap, Rule, SelectionError, SelectionOptions
+from relevance.selection_options import (
+    GLOBAL,
+    UNIFORM,
+    ZERO,
+    Intervention,
+    Overlap,
+    Rule,
+    SelectionError,
+    SelectionOptions,
+)
 
 NAME = "{method}-{language}"
 
@@ -68,12 +77,17 @@ class Selection:
                 "quotas": of.effective_quotas,
                 "overlap": str(of.overlap),
                 "output_dimensions": of.output_dimensions,
+                **({} if of.intervention == ZERO and of.strength == 1 else _what(of)),
                 "seed": of.seed,
                 "split": texts.split,
                 **({} if texts.normalised is None else {"normalised": str(texts.normalised)}),
                 "languages": list(scores.info.languages),
             },
         )
+
+
+def _what(options: SelectionOptions) -> dict[str, str | float]:
+    return {"intervention": options.intervention, "strength": options.strength}
 
 
 def select(scores: Scores, options: SelectionOptions) -> Selection:
@@ -98,6 +112,8 @@ def select(scores: Scores, options: SelectionOptions) -> Selection:
     """
     if options.rule is Rule.EXPERTS:
         return Selection(_of_experts(scores, options), options)
+    means = None if scores.info.fingerprint.experts is not None else scores.means
+    intervention = Intervention.of(options.intervention, scores.info.languages, means)
     neurons, dimensions = _chosen(scores, options)
     masks = {}
     for index, language in enumerate(scores.info.languages):
@@ -106,7 +122,7 @@ def select(scores: Scores, options: SelectionOptions) -> Selection:
         if not bool(off.any()) and (outputs_off is None or not bool(outputs_off.any())):
             raise SelectionError(f"the rule {options} of {options.method} takes no neuron for {language}")
         output = None if outputs_off is None else (~outputs_off).float()
-        masks[language] = NeuronMask((~off).float(), scores.shape.sizes, output)
+        masks[language] = intervention.mask(off, scores.shape.sizes, options.strength, output)
     return Selection(masks, options)
 
 

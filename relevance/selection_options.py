@@ -1,12 +1,19 @@
 """SelectionOptions: which neurons a mask takes."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+import torch
+from torch import Tensor
+
+from crane_serve.common.masks import NeuronMask
 from relevance.methods import find
 
 GLOBAL, UNIFORM, LIKE = "global", "uniform", "like:"
+ZERO = "zero"
+_MEAN, _ADD = "mean", "add:"
 
 
 class SelectionError(ValueError):
@@ -31,6 +38,45 @@ class Overlap(StrEnum):
 
 
 @dataclass(frozen=True)
+class Intervention:
+    """What becomes of a neuron's value a, with a strength x: (1 - x) a + x v, or a + x v. v: [layers, widest]; None for
+    0; keeps: whether a stays whole.
+
+    `zero` has v = 0; `mean` the mean over all languages of the neuron's mean activation (mean ablation), `mean:LANG`
+    that of one language; `add:LANG-LANG2` adds the difference of two languages' means.
+    """
+
+    values: Tensor | None
+    keeps: bool = False
+
+    @classmethod
+    def of(cls, text: str, languages: Sequence[str], means: Tensor | None) -> "Intervention":
+        """As written. means: [languages, layers, widest], or None. Raises SelectionError."""
+        if text == ZERO:
+            return cls(None)
+        known = f"{ZERO}, {_MEAN}, {_MEAN}:LANG or {_ADD}LANG-LANG2, of {', '.join(languages)}"
+        pairs = {f"{_ADD}{one}-{other}": (one, other) for one in languages for other in languages if one != other}
+        if text not in (_MEAN, *(f"{_MEAN}:{language}" for language in languages), *pairs):
+            raise SelectionError(f"intervention {text!r}; expected {known}")
+        if means is None:
+            raise SelectionError(
+                "these scores come without mean activations, or of a mixture of experts, for which they are not known; "
+                "`crane relevance` of this version writes them"
+            )
+        if text in pairs:
+            one, other = (means[languages.index(language)] for language in pairs[text])
+            return cls(one - other, keeps=True)
+        return cls(means.mean(dim=0) if text == _MEAN else means[languages.index(text.removeprefix(f"{_MEAN}:"))])
+
+    def mask(self, off: Tensor, sizes: tuple[int, ...], strength: float, output: Tensor | None) -> NeuronMask:
+        """Of the neurons `off`, bool [layers, widest]; output: [layers, hidden]."""
+        scale = 1.0 if self.keeps else 1.0 - strength
+        scales = torch.where(off, scale, 1.0)
+        offset = None if self.values is None else torch.where(off, strength * self.values.float(), 0.0)
+        return NeuronMask(scales, sizes, output, offset=offset)
+
+
+@dataclass(frozen=True)
 class SelectionOptions:
     """Which neurons a mask takes. See `select` for the definitions.
 
@@ -38,7 +84,8 @@ class SelectionOptions:
     experts under Rule.EXPERTS;
     z: threshold under Rule.Z; contrast: a key of CONTRASTS, None for the method's own;
     quotas: "global", "uniform" or "like:METHOD", None for "like:" the method that a control is matched to, else global;
-    seed: of methods that draw; output_dimensions: take dimensions of the MLPs' outputs as well.
+    seed: of methods that draw; output_dimensions: take dimensions of the MLPs' outputs as well. intervention, strength:
+    what becomes of the neurons, see `Intervention`.
 
     Raises SelectionError for invalid values or combinations, and MethodError for an unknown method.
     """
@@ -53,6 +100,8 @@ class SelectionOptions:
     overlap: Overlap = Overlap.SHARED
     seed: int = 0
     output_dimensions: bool = False
+    intervention: str = ZERO
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         known = self.quotas in (None, GLOBAL, UNIFORM)
@@ -68,9 +117,16 @@ class SelectionOptions:
             raise SelectionError(f"z is {self.z}; expected a finite number of standard deviations")
         if self.count is not None and self.count < 1:
             raise SelectionError(f"count is {self.count}; expected at least 1")
+        if not (math.isfinite(self.strength) and self.strength > 0):
+            raise SelectionError(f"strength is {self.strength}; expected a number above 0")
+        if self.output_dimensions and (self.intervention != ZERO or self.strength != 1):
+            raise SelectionError("output dimensions can only be switched off; expected the intervention zero")
         whole = self.effective_quotas == GLOBAL and self.overlap is Overlap.SHARED and not self.output_dimensions
+        whole = whole and self.intervention == ZERO and self.strength == 1
         if self.rule is Rule.EXPERTS and (self.count is None or not whole):
-            raise SelectionError("the rule experts needs a count, and knows neither quotas, overlap nor outputs")
+            raise SelectionError(
+                "the rule experts needs a count, and knows neither quotas, overlap, outputs nor interventions"
+            )
 
     @property
     def effective_quotas(self) -> str:

@@ -89,9 +89,11 @@ class Engines:
             (checkpoints / "tiny").symlink_to(self.tiny.checkpoint)
             (checkpoints / "tiny-masks").symlink_to(self.tiny.masks)
             for family in FAMILIES:
-                random_masks(tiny_model(family, checkpoints / family), checkpoints / f"{family}-masks", share=0.4)
+                made = tiny_model(family, checkpoints / family)
+                random_masks(made, checkpoints / f"{family}-masks", share=0.4, offsets=True)
             for name in SHORT_LIST:
-                random_masks(tiny_checkpoint(name, checkpoints / name), checkpoints / f"{name}-masks", share=0.4)
+                made = tiny_checkpoint(name, checkpoints / name)
+                random_masks(made, checkpoints / f"{name}-masks", share=0.4, offsets=True)
             self.jobs.add("families", scripts / "families.py", checkpoints, checkpoints / "answers.json", **in_process)
         for ranks, flags in RANKS.items() if "over_ranks" in wanted else ():
             out, foreign = self.directory / f"{ranks}.json", self.directory / "other-masks" / "attnlrp-zh.safetensors"

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from crane_serve.common.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, write_mask
 from crane_serve.common.models.mlps import language_model
 from crane_serve.common.models.routers import find_routers, kept_from
-from tests.experts import dense_by_layer, experts_by_layer, experts_scaled
+from tests.experts import dense_by_layer, experts_by_layer, experts_changed
 from tests.tiny import mlp_projections
 from tests.v2 import INTERPRETED
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 START_TIMEOUT_S = 1200 if INTERPRETED else 420
 
 
-def random_masks(checkpoint: Path, directory: Path, *, share: float) -> MaskLibrary:
+def random_masks(checkpoint: Path, directory: Path, *, share: float, offsets: bool = False) -> MaskLibrary:
     """Write masks attnlrp-en, -zh and -vi that switch off a random `share` of each layer's neurons; in a mixture of
-    experts the last also one expert in each layer."""
+    experts the last also one expert in each layer. offsets: -zh puts other values in the place of its neurons."""
     fingerprint = Fingerprint.of(checkpoint)
     for seed, language in enumerate(("en", "zh", "vi")):
         draw = random.Random(seed)
@@ -42,6 +42,9 @@ def random_masks(checkpoint: Path, directory: Path, *, share: float) -> MaskLibr
             for layer in fingerprint.experts.layers:
                 router[layer, draw.randrange(fingerprint.experts.count)] = 0
             mask = NeuronMask(mask.intermediate, mask.intermediate_sizes, router=router)
+        if language == "zh" and offsets:
+            values = torch.randn(mask.intermediate.shape, generator=torch.Generator().manual_seed(seed)) / 2
+            mask = NeuronMask(mask.intermediate, mask.intermediate_sizes, offset=(1 - mask.intermediate) * values)
         info = MaskInfo(language=language, method="attnlrp", fingerprint=fingerprint)
         write_mask(directory, f"attnlrp-{language}", mask, info)
     return MaskLibrary.load(directory, fingerprint, "attnlrp")
@@ -72,22 +75,30 @@ class Oracle:
         if mask is not None and not isinstance(mask, NeuronMask):
             mask = mask.whole()
 
-        def per_token(scale: torch.Tensor, tokens: int) -> torch.Tensor:
-            scales = torch.ones(tokens, len(scale))
+        def per_token(scale: torch.Tensor, tokens: int, otherwise: float = 1.0) -> torch.Tensor:
+            scales = torch.full((tokens, len(scale)), otherwise)
             scales[masked] = scale
             return scales
 
+        def changed(neurons: torch.Tensor, layer: int, columns: slice = slice(None)) -> torch.Tensor:
+            """neurons: [..., tokens, neurons]."""
+            flat, scale = neurons.flatten(0, -2), mask.intermediate[layer, columns]
+            flat = flat * per_token(scale, len(flat))
+            if mask.offset is not None:
+                flat = flat + per_token(mask.offset[layer, columns], len(flat), 0.0)
+            return flat.view_as(neurons)
+
         experts = experts_by_layer(self.model)
         if mask is not None and experts:
-            with self._masked_experts(mask, experts, per_token, masked):
+            with self._masked_experts(mask, experts, changed, masked):
                 yield
             return
         hooks = []
         for index, (mlp, projection) in enumerate(mlp_projections(self.model) if mask is not None else ()):
-            scale = mask.intermediate[index]
+            columns = slice(0, mask.intermediate_sizes[index])
             hooks.append(
                 projection.register_forward_pre_hook(
-                    lambda _, args, s=scale: (args[0] * per_token(s, args[0].shape[-2]).view_as(args[0]),)
+                    lambda _, args, layer=index, columns=columns: (changed(args[0], layer, columns),)
                 )
             )
             if mask.output is not None:
@@ -103,21 +114,21 @@ class Oracle:
 
     @contextmanager
     def _masked_experts(
-        self, mask: NeuronMask, experts: Mapping[int, torch.nn.Module], per_token: Callable, masked: slice
+        self, mask: NeuronMask, experts: Mapping[int, torch.nn.Module], changed: Callable, masked: slice
     ):
         dense, routers = dense_by_layer(self.model), find_routers(language_model(self.model))
         with ExitStack() as stack:
-            for layer, scales in enumerate(mask.intermediate):
+            for layer, size in enumerate(mask.intermediate_sizes):
                 width = dense[layer].in_features if layer in dense else 0
                 if layer in dense:
 
-                    def hook(_, args, own=scales[:width]):
-                        return args[0] * per_token(own, args[0].shape[-2]).view_as(args[0])
+                    def hook(_, args, layer=layer, width=width):
+                        return changed(args[0], layer, slice(0, width))
 
                     stack.callback(dense[layer].register_forward_pre_hook(hook).remove)
                 if layer in experts:
-                    own = scales[width : mask.intermediate_sizes[layer]]
-                    stack.enter_context(experts_scaled(experts[layer], partial(per_token, own)))
+                    change = partial(changed, layer=layer, columns=slice(width, size))
+                    stack.enter_context(experts_changed(experts[layer], change))
                 if mask.router is not None and layer in experts:
                     assert masked == slice(None), "routers of some tokens only are not tested"
                     stack.enter_context(kept_from(routers[layer], mask.router[layer]))

@@ -28,10 +28,11 @@ def dense_by_layer(model: nn.Module) -> dict[int, nn.Module]:
 
 
 @contextmanager
-def experts_scaled(module: nn.Module, scales: Callable[[int], Tensor]) -> Iterator[None]:
-    """Every expert's neurons times `scales(tokens)`, [tokens, experts * neurons]."""
+def experts_changed(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Every expert's neurons as `change` makes them of [tokens, experts * neurons]; nothing reads those of experts
+    that a token does not have."""
 
-    module.forward = _by_token(module, lambda neurons: neurons * scales(len(neurons)))
+    module.forward = _by_token(module, change)
     try:
         yield
     finally:

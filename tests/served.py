@@ -68,7 +68,10 @@ def rows(
     for architecture in architectures:
         try:
             random_masks(
-                tiny_checkpoint(architecture, directory / architecture), _masks(directory, architecture), share=0.3
+                tiny_checkpoint(architecture, directory / architecture),
+                _masks(directory, architecture),
+                share=0.3,
+                offsets=True,
             )
             made[architecture] = None
         except Exception as error:

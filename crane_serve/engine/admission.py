@@ -84,6 +84,8 @@ def admit(vllm_config: Any, sampling_params: Any, *, resumable: bool) -> Resolve
         raise MaskError(f"{what}: streaming-input sessions cannot be masked")
     if resolved.mask.scales_outputs and not config.outputs:
         raise MaskError(f"{what}: scales MLP output dimensions, which this engine was started without")
+    if resolved.mask.offsets and not config.offsets:
+        raise MaskError(f"{what}: adds to neurons, which this engine was started without")
     sampling_params.extra_args = {**others, **mask_arguments(resolved)}
     return resolved
 

@@ -39,7 +39,13 @@ class BatchMasks:
         max_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, *captured, 3)
         of = library.fingerprint
         table, slots = install_masks(
-            model, of.intermediate_sizes, config.rows + 1, max_tokens, outputs=config.outputs, experts=of.experts
+            model,
+            of.intermediate_sizes,
+            config.rows + 1,
+            max_tokens,
+            outputs=config.outputs,
+            offsets=config.offsets,
+            experts=of.experts,
         )
         return cls(library, table, slots)
 

@@ -16,6 +16,7 @@ MASKS_VARIABLE = "CRANE_MASKS"
 DEFAULT_METHOD_VARIABLE = "CRANE_DEFAULT_METHOD"
 ROWS_VARIABLE = "CRANE_MASK_ROWS"
 OUTPUTS_VARIABLE = "CRANE_MASK_OUTPUTS"
+OFFSETS_VARIABLE = "CRANE_MASK_OFFSETS"
 DISABLE_VARIABLE = "CRANE_DISABLE"
 
 
@@ -32,13 +33,14 @@ class MaskConfig(dict[str, Any]):
         self,
         rows: int,
         outputs: bool,
+        offsets: bool,
         model: str,
         masks: Path,
         default_method: str,
         manifest: str,
         commit: str | None = None,
     ) -> None:
-        super().__init__(plugin=crane_serve.__version__, rows=rows, outputs=outputs)
+        super().__init__(plugin=crane_serve.__version__, rows=rows, outputs=outputs, offsets=offsets)
         self.model = model
         self.masks = masks
         self.default_method = default_method
@@ -56,6 +58,11 @@ class MaskConfig(dict[str, Any]):
         """Whether MLP output dimensions can be scaled; the graph multiplies them only if some mask does."""
         return bool(self["outputs"])
 
+    @property
+    def offsets(self) -> bool:
+        """Whether masks can add to neurons; the graph adds only if some mask does."""
+        return bool(self["offsets"])
+
     def library(self) -> MaskLibrary:
         """This process's masks of the engine, read when first asked for.
 
@@ -72,7 +79,8 @@ class MaskConfig(dict[str, Any]):
     @property
     def fields(self) -> tuple[Any, ...]:
         """The arguments of the constructor."""
-        return (self.rows, self.outputs, self.model, self.masks, self.default_method, self.manifest, self.commit)
+        shape = (self.rows, self.outputs, self.offsets)
+        return (*shape, self.model, self.masks, self.default_method, self.manifest, self.commit)
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("only a process with the crane plugin can send its configuration on")  # see `plugin`
@@ -127,7 +135,8 @@ def add_mask_config(vllm_config: Any) -> None:
         if flag(OUTPUTS_VARIABLE):
             raise ValueError(f"{OUTPUTS_VARIABLE}: masks of MLP outputs are not known for models with experts")
     outputs = flag(OUTPUTS_VARIABLE) or any(stored.mask.output is not None for stored in library.masks.values())
-    config = MaskConfig(rows, outputs, model, masks, default_method, library.manifest, commit)
+    offsets = flag(OFFSETS_VARIABLE) or any(stored.mask.offset is not None for stored in library.masks.values())
+    config = MaskConfig(rows, outputs, offsets, model, masks, default_method, library.manifest, commit)
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config}
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from crane_serve.common.models.errors import UnsupportedModelError
 from crane_serve.common.models.experts import Experts
 from crane_serve.common.models.mlps import layer_of
-from crane_serve.engine.table import Part, new_table
+from crane_serve.engine.table import NO_OFFSET, Part, new_table
 
 _KEPT = "_crane_weights"  # of experts on a CPU, before their kernel packs them
 _AGREEMENT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative, kernel against plain torch
@@ -31,14 +31,21 @@ def keep_weights(original: Callable[..., Any], self: Any, layer: Any) -> Any:
 
 
 def mask_experts(
-    decoder: nn.Module, experts: Experts, sizes: Sequence[int], rows: int, slots: Tensor, elsewhere: Sequence[int]
+    decoder: nn.Module,
+    experts: Experts,
+    sizes: Sequence[int],
+    rows: int,
+    slots: Tensor,
+    elsewhere: Sequence[int],
+    offsets: bool = False,
 ) -> tuple[dict[int, Part], dict[int, Tensor]]:
     """Patch every layer's experts and router; return what they read of a mask, by layer: parts, and of routers tables
     [rows, experts].
 
     sizes: the number of neurons of each layer, those of its experts included; slots: [maximum tokens], the table row of
-    each token; elsewhere: layers of other ranks. Raises UnsupportedModelError for experts that cannot be masked, and
-    unless each layer that should have some has and obeys its mask.
+    each token; elsewhere: layers of other ranks; offsets: whether masks may add to neurons. Raises
+    UnsupportedModelError for experts that cannot be masked, and unless each layer that should have some has and obeys
+    its mask.
     """
     runners = _runners(decoder)
     owned = sorted(set(experts.layers) - set(elsewhere))
@@ -52,13 +59,16 @@ def mask_experts(
         of = _own_neurons(routed, experts)  # [experts, neurons], of this rank
         like = torch.empty(0, dtype=routed.moe_config.in_dtype, device=slots.device)
         table = new_table(rows, *of.shape, like=like)
+        added = new_table(rows, *of.shape, like=like, value=NO_OFFSET) if offsets else None
         if hasattr(kernel, _KEPT):
-            _mask_on_cpu(kernel, table, slots)
+            _mask_on_cpu(kernel, table, added, slots)
         else:
-            _mask_between_kernels(kernel, table, slots)
+            _mask_between_kernels(kernel, table, added, slots)
         columns = experts.columns(layer, sizes)
-        parts[layer] = Part(table, columns.start, columns.stop, of)
+        parts[layer] = Part(table, columns.start, columns.stop, of, added)
         _prove(path, routed, table, slots)
+        if added is not None:
+            _prove_offsets(path, routed, table, added, slots)
         routers[layer] = new_table(rows, experts.count, like=like)
         _mask_router(path, runner, routers[layer], slots)
     return parts, routers
@@ -170,8 +180,9 @@ def _prove_router(path: str, runner: Any, table: Tensor, slots: Tensor) -> None:
         slots.fill_(0)
 
 
-def _mask_between_kernels(kernel: Any, table: Tensor, slots: Tensor) -> None:
-    """Scale what the activation function of Triton's experts returns. table: [rows, experts, neurons]."""
+def _mask_between_kernels(kernel: Any, table: Tensor, offsets: Tensor | None, slots: Tensor) -> None:
+    """Scale what the activation function of Triton's experts returns, and add to it. table, offsets: [rows, experts,
+    neurons]."""
     apply, activation = kernel.apply, kernel.activation
     places: list[Tensor] = []
 
@@ -187,14 +198,17 @@ def _mask_between_kernels(kernel: Any, table: Tensor, slots: Tensor) -> None:
     def masked_activation(kind: Any, output: Tensor, inputs: Tensor, *args: Any, **kwargs: Any) -> None:
         activation(kind, output, inputs, *args, **kwargs)
         (chosen,) = places
-        scales = table[slots[: len(chosen)].unsqueeze(1), chosen]  # [tokens, top k, neurons]
-        output.view(scales.shape).mul_(scales)
+        rows = slots[: len(chosen)].unsqueeze(1)
+        scales = table[rows, chosen]  # [tokens, top k, neurons]
+        neurons = output.view(scales.shape).mul_(scales)
+        if offsets is not None:
+            neurons.add_(offsets[rows, chosen])
 
     kernel.apply, kernel.activation = masked_apply, masked_activation
 
 
-def _mask_on_cpu(kernel: Any, table: Tensor, slots: Tensor) -> None:
-    """Compute the experts of masked tokens again. table: [rows, experts, neurons]."""
+def _mask_on_cpu(kernel: Any, table: Tensor, offsets: Tensor | None, slots: Tensor) -> None:
+    """Compute the experts of masked tokens again. table, offsets: [rows, experts, neurons]."""
     apply = kernel.apply
     weights = getattr(kernel, _KEPT)
 
@@ -204,7 +218,17 @@ def _mask_on_cpu(kernel: Any, table: Tensor, slots: Tensor) -> None:
         output, hidden, routing, ids, expert_map = (kwargs[name] for name in named)
         weighted = kwargs["apply_router_weight_on_input"]
         torch.ops.crane.masked_experts(
-            output, hidden, routing, ids, expert_map, *weights, table, slots, kwargs["activation"].value, weighted
+            output,
+            hidden,
+            routing,
+            ids,
+            expert_map,
+            *weights,
+            table,
+            offsets,
+            slots,
+            kwargs["activation"].value,
+            weighted,
         )
         return answer
 
@@ -223,15 +247,16 @@ def masked_experts(
     w13_bias: Tensor | None,
     w2_bias: Tensor | None,
     table: Tensor,
+    offsets: Tensor | None,
     slots: Tensor,
     activation: str,
     weighted: bool,
 ) -> None:
-    """Replace the output of tokens with a mask by that of their experts, neurons scaled.
+    """Replace the output of tokens with a mask by that of their experts, neurons scaled and offsets added.
 
     output, hidden: [tokens, hidden]; routing, ids: [tokens, top k], weights and experts; expert_map: [experts], their
-    places on this rank; w13: [experts, gate and up, hidden]; w2: [experts, hidden, neurons]; table: [rows, experts,
-    neurons]; slots: the row of each token; weighted: whether `hidden` has been multiplied by the weights.
+    places on this rank; w13: [experts, gate and up, hidden]; w2: [experts, hidden, neurons]; table, offsets: [rows,
+    experts, neurons]; slots: the row of each token; weighted: whether `hidden` has been multiplied by the weights.
     """
     rows = slots[: len(ids)]
     tokens = rows.nonzero().flatten()
@@ -246,6 +271,8 @@ def masked_experts(
         bias, second = (None if of is None else of[place] for of in (w13_bias, w2_bias))
         gate_up = functional.linear(hidden[tokens[index]], w13[place], bias)
         neurons = _ACTIVATIONS[activation](gate_up) * table[rows[tokens[index]], place]
+        if offsets is not None:
+            neurons = neurons + offsets[rows[tokens[index]], place]
         answer = functional.linear(neurons, w2[place], second).float()
         if not weighted:
             answer = answer * routing[tokens[index], choice].unsqueeze(1)
@@ -278,6 +305,36 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": _gated(lambda gate: functional.gelu(gate, approximate="tanh")),
     "swigluoai": _swiglu_of_gpt_oss,
 }
+
+
+@torch.inference_mode()
+def _prove_offsets(path: str, routed: Any, table: Tensor, offsets: Tensor, slots: Tensor) -> None:
+    """Switch off all experts but for what is added to the neurons of one: tokens of others must not notice."""
+    config, spare = routed.moe_config, table.shape[0] - 1
+    own = range(config.num_experts) if routed.expert_map is None else (routed.expert_map >= 0).nonzero().flatten()
+    numbers = torch.as_tensor(list(own), device=table.device)[: len(slots)]
+    hidden = torch.randn(len(numbers), routed.hidden_size, generator=torch.Generator().manual_seed(1))
+    ids = numbers.unsqueeze(1).expand(-1, config.experts_per_token).to(torch.int32).contiguous()
+    shares = torch.full(ids.shape, 1 / config.experts_per_token, device=table.device)
+    inputs = hidden.to(table.device, table.dtype)
+    slots[: len(ids)] = spare
+    table[spare].fill_(0.0)
+
+    def answers() -> Tensor:
+        output: Tensor = routed.quant_method.forward_native(routed, inputs, shares, ids, None, None)
+        return output.clone()  # [tokens, hidden]
+
+    try:
+        dead = answers()
+        place = numbers[-1] if routed.expert_map is None else routed.expert_map[numbers[-1]].long()
+        offsets[spare, place].fill_(1.0)
+        changed = (answers() != dead).any(dim=1)  # [tokens]
+        if changed.tolist() != [False] * (len(numbers) - 1) + [True]:
+            raise UnsupportedModelError(f"{path}: what a mask adds to an expert's neurons does not reach it alone")
+    finally:
+        table[spare].fill_(1.0)
+        offsets[spare].fill_(NO_OFFSET)
+        slots.fill_(0)
 
 
 @torch.inference_mode()

@@ -9,14 +9,14 @@ from crane_serve.common.models.errors import UnsupportedModelError
 from crane_serve.common.models.experts import Experts
 from crane_serve.common.models.mlps import Mlp, language_model, layer_of, linear_shape, require_mlps
 from crane_serve.engine.masked_experts import mask_experts
-from crane_serve.engine.table import MaskTable, Part, new_table
+from crane_serve.engine.table import NO_OFFSET, MaskTable, Part, new_table
 
 _PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class MaskedProjection(nn.Module):
     """The MLP's projection from its neurons to the hidden size, with the scale of each token's mask before it, and
-    after it if there is a table for that.
+    after it if there is a table for that; and its offsets before it, if there is one for them.
 
     The tables and `slots` are buffers, so the compiled graph takes them as inputs and later changes to them are seen.
     """
@@ -24,18 +24,30 @@ class MaskedProjection(nn.Module):
     table: Tensor  # [rows, neurons on this rank]
     slots: Tensor  # [maximum tokens], the row of each token
     outputs: Tensor | None  # [rows, hidden]
+    offsets: Tensor | None  # [rows, neurons on this rank]
 
-    def __init__(self, projection: nn.Module, table: Tensor, slots: Tensor, outputs: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        projection: nn.Module,
+        table: Tensor,
+        slots: Tensor,
+        outputs: Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.projection = projection
         self.register_buffer("table", table, persistent=False)
         self.register_buffer("slots", slots, persistent=False)
         self.register_buffer("outputs", outputs, persistent=False)
+        self.register_buffer("offsets", offsets, persistent=False)
 
     def forward(self, x: Tensor) -> Any:
         """x: [..., tokens, neurons on this rank] -> what the projection returns: [..., tokens, hidden], complete on
         every tensor-parallel rank, in vLLM's own models with the bias that is added later, if any."""
-        answer = self.projection(_scaled(x, self.table, self.slots))
+        x = _scaled(x, self.table, self.slots)
+        if self.offsets is not None:
+            x = x + self.offsets[self.slots[: x.shape[-2]]]
+        answer = self.projection(x)
         if self.outputs is None:
             return answer
         if isinstance(answer, Tensor):
@@ -61,6 +73,7 @@ def install_masks(
     max_tokens: int,
     *,
     outputs: bool,
+    offsets: bool = False,
     experts: Experts | None = None,
 ) -> tuple[MaskTable, Tensor]:
     """Patch every decoder layer's MLP of a loaded model; return the mask table and the slots [max_tokens].
@@ -68,7 +81,8 @@ def install_masks(
     MLPs are recognised by their structure: see `find_mlps`. Raises UnsupportedModelError unless there is exactly one
     per layer, of the size that `intermediate_sizes` says, and each is shown to obey its mask. Layers keep their global
     index; those of other pipeline ranks are left out. `outputs`: whether masks may also scale the MLP's output
-    dimensions. experts: those among the neurons, see `crane_serve.engine.masked_experts`.
+    dimensions; `offsets`: whether they may also add to neurons. experts: those among the neurons, see
+    `crane_serve.engine.masked_experts`.
     """
     decoder = language_model(model)
     dense = intermediate_sizes if experts is None else experts.dense(intermediate_sizes)
@@ -89,17 +103,18 @@ def install_masks(
             )
         neurons, start = _own_neurons(projection)
         table = new_table(rows, neurons, like=reference)
-        parts[layer] = [Part(table, start, start + neurons)]
+        added = new_table(rows, neurons, like=reference, value=NO_OFFSET) if offsets else None
+        parts[layer] = [Part(table, start, start + neurons, offsets=added)]
         if outputs:
             output_tables[layer] = new_table(rows, hidden_size, like=reference)
-        masked = MaskedProjection(projection, table, slots, output_tables.get(layer))
+        masked = MaskedProjection(projection, table, slots, output_tables.get(layer), added)
         setattr(mlp.parent, mlp.attribute, masked)
         if mlp.is_own_module:
             _prove(mlp, masked, shape, hidden_size)
     if experts is not None:
         if outputs:
             raise UnsupportedModelError("masks of MLP outputs are not served for a mixture of experts")
-        of_experts, routers = mask_experts(decoder, experts, intermediate_sizes, rows, slots, elsewhere)
+        of_experts, routers = mask_experts(decoder, experts, intermediate_sizes, rows, slots, elsewhere, offsets)
         for layer, part in of_experts.items():
             parts.setdefault(layer, []).append(part)
     return MaskTable(parts, output_tables, routers), slots
@@ -128,15 +143,19 @@ def _layers_of_other_ranks(decoder: nn.Module) -> list[int]:
 @torch.inference_mode()
 def _prove(mlp: Mlp, masked: MaskedProjection, shape: tuple[int, ...], hidden_size: int) -> None:
     """Run the MLP unmasked and with all neurons off. Unmasked, its output must depend on the input; switched off, it
-    must not. shape: of three tokens, as the model will have them."""
-    table, slots = masked.table, masked.slots
+    must not, but on offsets. shape: of three tokens, as the model will have them."""
+    table, slots, offsets = masked.table, masked.slots, masked.offsets
     generator = torch.Generator().manual_seed(0)
     token, other = torch.randn(2, hidden_size, generator=generator).to(table.device, table.dtype)
     off = table.shape[0] - 1
     table[off].fill_(0.0)
     slots[:3] = torch.tensor([0, off, off], device=slots.device)
+    tokens = torch.stack([token, token, other]).view(*shape, hidden_size)
     try:
-        answer = mlp.parent(torch.stack([token, token, other]).view(*shape, hidden_size))
+        answer = mlp.parent(tokens)
+        if offsets is not None:
+            offsets[off].fill_(1.0)
+            shifted = _output_of(mlp.parent(tokens)).view(3, -1)
     except Exception as error:  # whatever a module raises that needs more than hidden states
         raise UnsupportedModelError(
             f"{mlp.name} does not run on hidden states alone; it cannot be masked ({error})"
@@ -144,9 +163,18 @@ def _prove(mlp: Mlp, masked: MaskedProjection, shape: tuple[int, ...], hidden_si
     finally:
         table[off].fill_(1.0)
         slots[:3].fill_(0)
-    output: Tensor = answer if isinstance(answer, Tensor) else answer[0]
-    live, dead, dead_too = output.view(3, -1)
+        if offsets is not None:
+            offsets[off].fill_(NO_OFFSET)
+    live, dead, dead_too = _output_of(answer).view(3, -1)
+    if offsets is not None and (not torch.equal(shifted[0], live) or torch.equal(shifted[1], dead)):
+        raise UnsupportedModelError(f"{mlp.name}: what a mask adds to its neurons does not reach its output alone")
     if not torch.equal(dead, dead_too) or torch.equal(live, dead):
         raise UnsupportedModelError(
             f"{mlp.name}: switching off all its neurons does not switch it off; it cannot be masked"
         )
+
+
+def _output_of(answer: Any) -> Tensor:
+    """Of an MLP of vLLM, which may return a bias beside it."""
+    output: Tensor = answer if isinstance(answer, Tensor) else answer[0]
+    return output

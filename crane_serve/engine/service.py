@@ -7,10 +7,9 @@ import os
 import time
 import uuid
 import zlib
-from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, aclosing, contextmanager, suppress
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,12 @@ from crane_serve.common.models.errors import CheckpointError
 from crane_serve.common.models.load import load_tokenizer, reason
 from crane_serve.common.models.prefix import StartTokens
 from crane_serve.common.text.tokens import token_texts
-from crane_serve.engine.admission import mask_arguments, require_row
+from crane_serve.engine.admission import mask_arguments
 from crane_serve.engine.config import (
     DEFAULT_METHOD_VARIABLE,
     DISABLE_VARIABLE,
     MASKS_VARIABLE,
+    OFFSETS_VARIABLE,
     ROWS_VARIABLE,
     MaskConfig,
     mask_config,
@@ -47,6 +47,7 @@ from crane_serve.engine.flags import serving_arguments
 from crane_serve.engine.live_masks import CHANGE_METHOD, FORGET_METHOD
 from crane_serve.engine.metering import meter
 from crane_serve.engine.openai_app import RequestFields, build_openai_app
+from crane_serve.engine.rows import Rows
 from crane_serve.engine.scoring import ScoreRequest
 from crane_serve.engine.self_check import check_masks
 
@@ -219,7 +220,8 @@ class EngineService:
         self.start_tokens = StartTokens.of(self.tokenizer, configured_bos(engine.model_config))
         self.on_tokens: Callable[[str | None, int, int], object] | None = None  # mask name, prompt, completion tokens
         meter(engine, self.library, lambda *tokens: self.on_tokens and self.on_tokens(*tokens))
-        self._running: Counter[str] = Counter()  # by digest of their mask: requests between submission and end
+        enough = config.rows >= engine.vllm_config.scheduler_config.max_num_seqs
+        self._rows = Rows(None if enough else config.rows)
         self._changing = asyncio.Lock()
         self._forgetting: asyncio.Task[None] | None = None
         # A copy of its own, used by one thread: tokenizers must not be shared between threads.
@@ -301,7 +303,7 @@ class EngineService:
     @property
     def mask_rows_used(self) -> int:
         """How many different masks requests are using now."""
-        return len(self._running)
+        return len(self._rows.running)
 
     def metrics(self) -> bytes:
         """vLLM's own metrics in the Prometheus text format."""
@@ -346,6 +348,11 @@ class EngineService:
         if stored.mask.output is not None and not self._config.outputs:
             raise MaskFileError(
                 f"mask {stored.name!r} scales MLP output dimensions, which this engine was started without"
+            )
+        if stored.mask.offset is not None and not self._config.offsets:
+            raise MaskFileError(
+                f"mask {stored.name!r} adds to neurons, which this engine was started without; "
+                f"{OFFSETS_VARIABLE}=1 at its start, or a mask that does so, makes room for it"
             )
         content = encode_mask(stored.name, stored.mask, stored.info)
         await self._whole(self._put(stored, content, save))
@@ -507,12 +514,11 @@ class EngineService:
             run = self._engine.generate(
                 tokens_input(token_ids), sampling_params, uuid.uuid4().hex, data_parallel_rank=data_parallel_rank
             )
-            with self.row(mask):
-                async with aclosing(run) as results:
-                    async for result in results:
-                        if result.outputs and result.outputs[0].finish_reason == "error":
-                            raise RejectedRequest("the engine could not run this request")
-                        yield result
+            async with self.row(mask), aclosing(run) as results:
+                async for result in results:
+                    if result.outputs and result.outputs[0].finish_reason == "error":
+                        raise RejectedRequest("the engine could not run this request")
+                    yield result
         except MaskTableFull:
             raise
         except EngineDeadError as error:
@@ -531,21 +537,14 @@ class EngineService:
                 raise type(error.__cause__)(str(error.__cause__)) from error
             raise RejectedRequest(str(error)) from error
 
-    @contextmanager
-    def row(self, mask: ResolvedMask | None) -> Iterator[None]:
-        """Count a request among those that need a row for their mask. Raises MaskTableFull if there is none."""
+    @asynccontextmanager
+    async def row(self, mask: ResolvedMask | None) -> AsyncIterator[None]:
+        """Wait until there is a row for the mask of a request, and keep it until its end."""
         if mask is None:
             yield
             return
-        digest = mask.mask.digest
-        require_row(self._engine.vllm_config, mask, self._running)
-        self._running[digest] += 1
-        try:
+        async with self._rows.taken(mask.mask.digest):
             yield
-        finally:
-            self._running[digest] -= 1
-            if not self._running[digest]:
-                del self._running[digest]
 
 
 def configured_bos(model_config: Any) -> list[int]:

@@ -10,6 +10,8 @@ from torch import Tensor
 from crane_serve.common.masks import Composition
 
 UNMASKED_ROW = 0
+NO_OFFSET = -0.0
+"""What changes no bit of any number when it is added; 0.0 would make -0.0 another zero."""
 
 
 @dataclass(frozen=True)
@@ -17,20 +19,30 @@ class Part:
     """The neurons of a layer that one patched module of this rank reads.
 
     table: [rows, *shape], changed in place only; start, stop: what they are among; of: [*shape], their indices from
-    `start` on, None for all of them in order.
+    `start` on, None for all of them in order; offsets: [rows, *shape], None in an engine without.
     """
 
     table: Tensor
     start: int
     stop: int
     of: Tensor | None = None
+    offsets: Tensor | None = None
 
     def fill(self, row: int, mask: Composition, layer: int) -> None:
-        """Write the mask's scales."""
+        """Write the mask's scales and offsets."""
         scales = mask.intermediate(layer, self.start, self.stop)  # [stop - start]
-        if self.of is not None:
-            scales = scales[self.of]
-        self.table[row].copy_(scales.to(self.table.device, self.table.dtype))
+        self.table[row].copy_(self._own(scales).to(self.table.device, self.table.dtype))
+        if self.offsets is None:
+            return
+        offsets = mask.offset(layer, self.start, self.stop)  # [stop - start]
+        if offsets is None:
+            self.offsets[row].fill_(NO_OFFSET)
+        else:
+            own = self._own(offsets).to(self.offsets.device, self.offsets.dtype)
+            self.offsets[row].copy_(torch.where(own != 0, own, NO_OFFSET))
+
+    def _own(self, values: Tensor) -> Tensor:
+        return values if self.of is None else values[self.of]
 
 
 class MaskTable:
@@ -50,6 +62,7 @@ class MaskTable:
         if not parts:
             raise ValueError("a mask table needs at least one layer")
         self._parts = {layer: tuple(of_layer) for layer, of_layer in parts.items()}
+        self._has_offsets = all(part.offsets is not None for of_layer in parts.values() for part in of_layer)
         self._outputs = dict(outputs or {})
         self._routers = dict(routers or {})
         tables = [part.table for of_layer in self._parts.values() for part in of_layer]
@@ -81,6 +94,8 @@ class MaskTable:
         return self._rows.pop(digest)
 
     def _fill(self, row: int, mask: Composition) -> int:
+        if mask.offsets and not self._has_offsets:
+            raise RuntimeError("a mask has offsets, the model was patched without them")
         for layer, parts in self._parts.items():
             for part in parts:
                 part.fill(row, mask, layer)
@@ -96,6 +111,6 @@ class MaskTable:
         return row
 
 
-def new_table(rows: int, *shape: int, like: Tensor) -> Tensor:
-    """Ones of shape [rows, *shape] with the dtype and device of `like`."""
-    return torch.ones(rows, *shape, dtype=like.dtype, device=like.device)
+def new_table(rows: int, *shape: int, like: Tensor, value: float = 1.0) -> Tensor:
+    """Ones, or another `value`, of shape [rows, *shape] with the dtype and device of `like`."""
+    return torch.full((rows, *shape), value, dtype=like.dtype, device=like.device)

@@ -2,8 +2,8 @@
 
 import asyncio
 import string
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,8 +165,8 @@ class FakeEngine:
             mask_path(self.directory, name).unlink(missing_ok=True)
         self.library.discard(name)
 
-    @contextmanager
-    def row(self, mask: ResolvedMask | None) -> Iterator[None]:
+    @asynccontextmanager
+    async def row(self, mask: ResolvedMask | None) -> AsyncIterator[None]:
         self.mask_rows_used += mask is not None
         try:
             yield

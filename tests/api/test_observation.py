@@ -275,7 +275,7 @@ class TestMetrics:
         }
         assert tokens["completion", "other"] == 5
 
-    def test_gauges_are_live(self, metrics: Metrics, gate: Gate, engine: FakeEngine) -> None:
+    async def test_gauges_are_live(self, metrics: Metrics, gate: Gate, engine: FakeEngine) -> None:
         def gauges() -> list[float]:
             names = ("sequences", "sequences_limit", "mask_rows", "mask_rows_used", "masks", "ready")
             return [samples(metrics, f"crane_{name}")[()] for name in names]
@@ -286,7 +286,7 @@ class TestMetrics:
         context = context_of(scope_of())
         gate.admit(context, 3)
         engine.library.discard("lape-zh")
-        with engine.row(engine.library.resolve("zh")):
+        async with engine.row(engine.library.resolve("zh")):
             assert gauges() == [3, 8, engine.mask_rows, 1, 3, 1]
         gate.leave(context)
         gate.closed = True

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import quote
 
@@ -892,8 +892,8 @@ async def test_a_cancelled_request_gives_back_what_it_held(
 async def test_a_full_mask_table_is_a_429(
     http: httpx.AsyncClient, vllm: Recorder, engine: FakeEngine, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    @contextmanager
-    def full(mask: ResolvedMask | None) -> Any:
+    @asynccontextmanager
+    async def full(mask: ResolvedMask | None) -> Any:
         if mask is not None:
             raise MaskTableFull(f"mask {mask.name}: 1 others are in use")
         yield

@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import json
 import re
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -26,7 +26,7 @@ from tests.contract.source import Source
 
 PYTHON = (
     int,
-    *(str, bytes, dict, list, set, tuple, Counter, OrderedDict, Path, re.Match, re.Pattern, BaseException, type),
+    *(str, bytes, dict, list, set, tuple, deque, Counter, OrderedDict, Path, re.Match, re.Pattern, BaseException, type),
     *(argparse.ArgumentParser, asyncio.AbstractEventLoop, asyncio.Task, ThreadPoolExecutor, ExitStack, ContextVar),
     *(Message, torch.Tensor, torch.nn.Module, FastAPI, FieldInfo),
 )

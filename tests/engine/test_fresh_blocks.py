@@ -17,7 +17,7 @@ from crane_serve.engine.fresh_blocks import get_kv_cache_configs, zero_blocks
 
 @pytest.mark.parametrize("masks", [True, False])
 def test_blocks_are_zeroed_in_engines_with_masks_and_in_no_others(masks: bool) -> None:
-    config = MaskConfig(2, False, "model", Path("masks"), "attnlrp", "0")
+    config = MaskConfig(2, False, False, "model", Path("masks"), "attnlrp", "0")
     vllm_config = SimpleNamespace(additional_config={"crane": config} if masks else {})
     made = [KVCacheConfig(num_blocks=4, kv_cache_tensors=[], kv_cache_groups=[]) for _ in range(2)]
     for found in get_kv_cache_configs(lambda *_: made, vllm_config, [], []):

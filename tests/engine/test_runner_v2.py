@@ -23,7 +23,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[MaskLibrary, Mask
     directory = tmp_path_factory.mktemp("v2")
     checkpoint = tiny_model("llama", directory / "model")
     library = random_masks(checkpoint, directory / "masks", share=0.3)
-    return library, MaskConfig(5, False, str(checkpoint), directory / "masks", "attnlrp", library.manifest)
+    return library, MaskConfig(5, False, False, str(checkpoint), directory / "masks", "attnlrp", library.manifest)
 
 
 class Bench:

@@ -104,7 +104,7 @@ def configured(tmp_path_factory: pytest.TempPathFactory) -> tuple[MaskConfig, Ma
     directory = tmp_path_factory.mktemp("configured")
     model = tiny_model("llama", directory / "model")
     library = random_masks(model, directory / "masks", share=0.1)
-    return MaskConfig(9, False, str(model), directory / "masks", "attnlrp", library.manifest), library
+    return MaskConfig(9, False, False, str(model), directory / "masks", "attnlrp", library.manifest), library
 
 
 def test_the_configuration_survives_the_way_to_other_processes(configured: tuple[MaskConfig, MaskLibrary]) -> None:
@@ -116,10 +116,10 @@ def test_the_configuration_survives_the_way_to_other_processes(configured: tuple
 
 def test_only_what_changes_the_graph_is_in_the_compile_cache_key(configured: tuple[MaskConfig, MaskLibrary]) -> None:
     config, _ = configured
-    elsewhere = MaskConfig(9, False, "other", Path("other"), "lape", "0" * 64)
+    elsewhere = MaskConfig(9, False, False, "other", Path("other"), "lape", "0" * 64)
     assert elsewhere == config
-    assert MaskConfig(10, False, "other", Path("other"), "lape", "0" * 64) != config
-    assert MaskConfig(9, True, "other", Path("other"), "lape", "0" * 64) != config
+    assert MaskConfig(10, False, False, "other", Path("other"), "lape", "0" * 64) != config
+    assert MaskConfig(9, True, False, "other", Path("other"), "lape", "0" * 64) != config
 
 
 def test_the_compile_cache_key_of_vllm_differs_with_and_without_masks(
@@ -141,7 +141,7 @@ def test_a_foreign_entry_under_our_key_is_refused() -> None:
 
 def test_masks_that_changed_since_the_start_are_refused(configured: tuple[MaskConfig, MaskLibrary]) -> None:
     config, _ = configured
-    stale = MaskConfig(config.rows, False, config.model, config.masks, config.default_method, "0" * 64)
+    stale = MaskConfig(config.rows, False, False, config.model, config.masks, config.default_method, "0" * 64)
     with pytest.raises(MaskFileError, match="changed while the engine was starting"):
         stale.library()
 

@@ -235,7 +235,7 @@ def test_a_mask_without_a_row_is_refused_only_where_rows_can_run_out(
     mask = ResolvedMask("a", Composition([Member(stored("a", 0, fingerprint).mask)]))
     in_use = {mask.mask.digest if digest == "SELF" else digest for digest in in_use}
     config = SimpleNamespace(
-        additional_config={"crane": MaskConfig(rows, False, "model", Path("masks"), "attnlrp", "0")},
+        additional_config={"crane": MaskConfig(rows, False, False, "model", Path("masks"), "attnlrp", "0")},
         scheduler_config=SimpleNamespace(max_num_seqs=running),
     )
     if full:
@@ -259,7 +259,7 @@ def test_the_engine_core_too_refuses_a_mask_without_a_row(fingerprint: Fingerpri
 
     added: list[str] = []
     refused: list[str] = []
-    config = MaskConfig(2, False, "model", Path("masks"), "attnlrp", "0")
+    config = MaskConfig(2, False, False, "model", Path("masks"), "attnlrp", "0")
     core = SimpleNamespace(
         vllm_config=SimpleNamespace(
             additional_config={"crane": config}, scheduler_config=SimpleNamespace(max_num_seqs=8)

@@ -44,19 +44,26 @@ def by_token(case: dict[str, Any], biases: tuple[Tensor, Tensor] | None = None, 
             gate_up = case["w13"][expert] @ case["hidden"][token] + (0 if biases is None else biases[0][expert])
             neurons = functional.silu(gate_up[:SIZE]) * gate_up[SIZE:]
             neurons = neurons * case["table"][case["slots"][token], expert]
+            if case.get("offsets") is not None:
+                neurons = neurons + case["offsets"][case["slots"][token], expert]
             answer = case["w2"][expert] @ neurons + (0 if biases is None else biases[1][expert])
             output[token] += answer if weighted else share * answer
     return output
 
 
+@pytest.mark.parametrize("with_offsets", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("with_biases", [False, True])
-def test_masked_tokens_are_computed_again_and_others_are_left(with_biases: bool, weighted: bool) -> None:
+def test_masked_tokens_are_computed_again_and_others_are_left(
+    with_biases: bool, weighted: bool, with_offsets: bool
+) -> None:
     case = given()
+    offsets = torch.randn(ROWS, COUNT, SIZE) if with_offsets else None
+    case["offsets"] = offsets
     biases = (torch.randn(COUNT, 2 * SIZE), torch.randn(COUNT, HIDDEN)) if with_biases else None
     output = torch.full((TOKENS, HIDDEN), 7.0)
     arguments = (case["hidden"], case["routing"], case["ids"], None, case["w13"], case["w2"], *(biases or (None, None)))
-    torch.ops.crane.masked_experts(output, *arguments, case["table"], case["slots"], "silu", weighted)
+    torch.ops.crane.masked_experts(output, *arguments, case["table"], offsets, case["slots"], "silu", weighted)
     masked = case["slots"][:TOKENS] > 0
     assert bool((output[~masked] == 7).all())
     assert torch.allclose(output[masked], by_token(case, biases, weighted)[masked], atol=1e-5)
@@ -78,6 +85,7 @@ def test_experts_of_other_ranks_add_nothing() -> None:
         None,
         None,
         case["table"][:, own],
+        None,
         case["slots"],
         "silu",
         False,
@@ -213,12 +221,16 @@ def ran(routed: Routed, case: dict[str, Tensor]) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("make", [packed, between_kernels])
 @pytest.mark.parametrize("own", [None, [3, 1]])
-def test_experts_are_masked_by_layer(monkeypatch: pytest.MonkeyPatch, make: Any, own: list[int] | None) -> None:
+@pytest.mark.parametrize("offsets", [False, True])
+def test_experts_are_masked_by_layer(
+    monkeypatch: pytest.MonkeyPatch, make: Any, own: list[int] | None, offsets: bool
+) -> None:
     cases = [given(1), given(2)]
     routed = [make(case, own) for case in cases]
     slots = torch.zeros(9, dtype=torch.int64)
     before = [ran(of, case) for of, case in zip(routed, cases, strict=True)]
-    parts, _ = mask_experts(runners(monkeypatch, *routed), EXPERTS, (24, 29), ROWS, slots, elsewhere=[])
+    decoder = runners(monkeypatch, *routed)
+    parts, _ = mask_experts(decoder, EXPERTS, (24, 29), ROWS, slots, elsewhere=[], offsets=offsets)
     assert [(part.start, part.stop) for part in parts.values()] == [(0, 24), (5, 29)]
     assert not slots.any(), "the proof leaves nothing behind"
     for (layer, part), of, case, plain in zip(parts.items(), routed, cases, before, strict=True):
@@ -226,6 +238,12 @@ def test_experts_are_masked_by_layer(monkeypatch: pytest.MonkeyPatch, make: Any,
         places = torch.arange(COUNT * SIZE).view(COUNT, SIZE)
         assert torch.equal(part.of, places if own is None else places[sorted(own, key=own.index)])
         part.table.copy_(case["table"].flatten(1)[:, part.of])
+        assert (part.offsets is not None) == offsets
+        if part.offsets is not None:
+            assert not part.offsets.any(), "the proof leaves nothing behind"
+            case["offsets"] = torch.randn(ROWS, COUNT, SIZE)
+            case["offsets"][0] = -0.0
+            part.offsets.copy_(case["offsets"].flatten(1)[:, part.of])
         slots.copy_(case["slots"])
         masked = slots[:TOKENS] > 0
         after = ran(of, case)
@@ -380,3 +398,24 @@ def test_routers_that_do_not_obey_are_refused(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(UnsupportedModelError, match=problem):
             mask_experts(decoder, EXPERTS, (24, 24), ROWS, slots, elsewhere=[])
         assert not slots.any()
+
+
+class Leaking(Kernel):
+    """It adds up what is in all rows of its neurons."""
+
+    def apply(self, *, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, expert_map, **rest) -> None:
+        inner = torch.empty_like(output)
+        neurons = torch.empty(TOP_K * len(topk_ids), SIZE)
+        self.activation(activation, neurons, torch.zeros(len(neurons), 2 * SIZE))
+        inner.copy_(hidden_states)
+        output.copy_(inner.where(neurons.view(len(topk_ids), -1).any(1, keepdim=True), 0) + neurons.sum())
+
+
+def test_offsets_that_reach_other_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_is_triton", lambda kernel: True)
+    monkeypatch.setattr(engine, "_prove", lambda *_: None)
+    slots = torch.zeros(9, dtype=torch.int64)
+    decoder = runners(monkeypatch, Routed(Leaking(), given()))
+    experts = EXPERTS.model_copy(update={"layers": (0,)})
+    with pytest.raises(UnsupportedModelError, match="what a mask adds to an expert's neurons does not reach it alone"):
+        mask_experts(decoder, experts, (24,), ROWS, slots, elsewhere=[], offsets=True)

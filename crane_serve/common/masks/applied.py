@@ -34,8 +34,8 @@ def applied(model: nn.Module, mask: NeuronMask | Composition | None) -> Iterator
     mlps = require_mlps(decoder, dense, beside_experts=experts is not None)
     with ExitStack() as stack:
         for layer, mlp in mlps.items():
-            scales = whole.intermediate[layer, : dense[layer]]  # [neurons]
-            stack.callback(mlp.projection.register_forward_pre_hook(_scaling_inputs(scales)).remove)
+            scales, offsets = _of(whole, layer, slice(0, dense[layer]))
+            stack.callback(mlp.projection.register_forward_pre_hook(_changing_inputs(scales, offsets)).remove)
             if whole.output is not None:
                 output = whole.output[layer]  # [hidden]
                 stack.callback(mlp.projection.register_forward_hook(_scaling_output(output)).remove)
@@ -54,17 +54,26 @@ def _config(model: nn.Module) -> Any:
 def _apply_to_experts(stack: ExitStack, decoder: nn.Module, experts: Experts, mask: NeuronMask) -> None:
     routers = find_routers(decoder) if mask.router is not None else {}
     for layer, module in expert_modules(decoder).items():
-        scales = mask.intermediate[layer, experts.columns(layer, mask.intermediate_sizes)]
-        stack.enter_context(_experts_scaled(module, scales.view(experts.count, experts.size)))
+        scales, offsets = _of(mask, layer, experts.columns(layer, mask.intermediate_sizes))
+        shape = (experts.count, experts.size)
+        added = None if offsets is None else offsets.view(shape)
+        stack.enter_context(_experts_changed(module, scales.view(shape), added))
         if mask.router is not None:
             stack.enter_context(kept_from(routers[layer], mask.router[layer]))
 
 
-def _scaling_inputs(scales: Tensor) -> Any:
-    """Of a projection. scales: [neurons]."""
+def _of(mask: NeuronMask, layer: int, columns: slice) -> tuple[Tensor, Tensor | None]:
+    """Scales and offsets of some neurons of a layer, [neurons] each."""
+    offsets = None if mask.offset is None else mask.offset[layer, columns]
+    return mask.intermediate[layer, columns], offsets
+
+
+def _changing_inputs(scales: Tensor, offsets: Tensor | None) -> Any:
+    """Of a projection. scales, offsets: [neurons]."""
 
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (inputs[0] * scales.to(inputs[0]), *inputs[1:])
+        scaled = inputs[0] * scales.to(inputs[0])
+        return (scaled if offsets is None else scaled + offsets.to(scaled), *inputs[1:])
 
     return hook
 
@@ -79,20 +88,37 @@ def _scaling_output(scales: Tensor) -> Any:
 
 
 @contextmanager
-def _experts_scaled(module: Any, scales: Tensor) -> Iterator[None]:
-    """While the experts compute, the weights that read their neurons are scaled. scales: [experts, neurons]."""
+def _experts_changed(module: Any, scales: Tensor, offsets: Tensor | None) -> Iterator[None]:
+    """While the experts compute, the weights that read their neurons are scaled, and what the offsets become behind
+    them is added to what each expert gives. scales, offsets: [experts, neurons]."""
     if not hasattr(module, "is_transposed"):
         raise UnsupportedModelError(f"{type(module).__name__} does not say how its weights are laid out")
     whole = module.down_proj.data  # [experts, hidden, neurons], the last two exchanged in some models
     factors = scales.to(whole).unsqueeze(2 if module.is_transposed else 1)
+    added = None
+    if offsets is not None:
+        weights = whole.transpose(1, 2) if module.is_transposed else whole
+        added = (weights.float() @ offsets.to(whole.device).unsqueeze(2)).squeeze(2)  # [experts, hidden]
 
     def before(*_: Any) -> None:
         module.down_proj.data = whole * factors
 
-    def after(*_: Any) -> None:
+    def after(_: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        module.down_proj.data = whole
+        if added is None:
+            return None
+        _, ids, weights = inputs  # [tokens, top k] both
+        answer: Tensor = output + (added[ids] * weights.unsqueeze(2)).sum(1).to(output.dtype)
+        return answer
+
+    def restored(*_: Any) -> None:  # after an error, too, when there is no output
         module.down_proj.data = whole
 
-    hooks = module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)
+    hooks = (
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(after),
+        module.register_forward_hook(restored, always_call=True),
+    )
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ from crane_serve.common.models.mlps import language_model, require_mlps
 from crane_serve.common.models.weights import weight_files
 
 RECORD = "crane-mask.json"
-_WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
+_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")  # in any form
 
 
 class BakeError(ValueError):
@@ -28,10 +28,10 @@ class BakeError(ValueError):
 def bake(checkpoint: Path, stored: StoredMask, out: Path) -> None:
     """Write `checkpoint` into the directory `out`, the last projections of its MLPs times the mask's scales.
 
-    Neurons that are off are off exactly. Other scales are rounded in the checkpoint's dtype, and so are not the same to
-    the bit as when served. All other files are copied; RECORD says which mask it was. Raises BakeError for a mask of
-    routers, which no weights can express, and for an `out` that exists; FingerprintError for a mask of another model;
-    CheckpointError.
+    Offsets become a bias of the projections. Neurons that are off are off exactly. Other scales are rounded in the
+    checkpoint's dtype, and so are not the same to the bit as when served. All other files are copied; RECORD says which
+    mask it was. Raises BakeError for a mask of routers, which no weights can express, for offsets where projections
+    have no bias, and for an `out` that exists; FingerprintError for a mask of another model; CheckpointError.
     """
     fingerprint = Fingerprint.of(checkpoint)
     fingerprint.require(stored.info.fingerprint, f"mask {stored.name!r}")
@@ -58,12 +58,19 @@ def bake_into(model: nn.Module, mask: NeuronMask, fingerprint: Fingerprint) -> N
     for layer, mlp in require_mlps(decoder, dense, beside_experts=experts is not None).items():
         weight, bias = mlp.projection.weight, getattr(mlp.projection, "bias", None)
         is_transposed = type(mlp.projection).__name__ == "Conv1D"
+        if mask.offset is not None:
+            if bias is None:
+                raise BakeError(f"{mlp.name}: its projection has no bias, in which the mask's offsets could go")
+            columns = weight.T if is_transposed else weight  # [hidden, neurons]
+            bias.copy_(bias.float() + columns.float() @ mask.offset[layer, : dense[layer]].to(weight.device))
         _scale(weight, mask.intermediate[layer, : dense[layer]], dim=0 if is_transposed else 1)
         if mask.output is not None:
             _scale(weight, mask.output[layer], dim=1 if is_transposed else 0)
             if bias is not None:
                 _scale(bias, mask.output[layer], dim=0)
     if experts is not None:
+        if mask.offset is not None:
+            raise BakeError("offsets of neurons of experts cannot be baked")
         for layer, module in expert_modules(decoder).items():
             scales = mask.intermediate[layer, experts.columns(layer, mask.intermediate_sizes)]
             held: Any = module

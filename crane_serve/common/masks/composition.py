@@ -1,6 +1,7 @@
 """Composition: masks joined and damped, as a request asks for them. It holds its parts; its scales are never kept."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ _DIGEST_DOMAIN = b"crane-composition-v1"
 
 @dataclass(frozen=True)
 class Member:
-    """A mask and the factor f that moves each of its scales s to s + f (1 - s).
+    """A mask and the factor f that moves each of its scales s to s + f (1 - s), and each offset o to (1 - f) o.
 
-    So 0 becomes f and 1 stays 1: a factor of 0 is the mask as it is, 1 has no effect, 2 doubles what the mask switches
-    off.
+    So a scale of 0 becomes f and 1 stays 1: a factor of 0 is the mask as it is, 1 has no effect, 2 doubles what the
+    mask switches off. Where the mask replaces a value by another, f is the share of what was there.
     """
 
     mask: NeuronMask
@@ -41,6 +42,18 @@ class Member:
         """float32 [layers, experts]: 0 for those that routers may not choose; None if they may choose all."""
         return None if self.factor == 1 else self.mask.router
 
+    @property
+    def largest_offset(self) -> float:
+        """The largest absolute value of its offsets."""
+        offset = self.mask.offset
+        return 0.0 if offset is None else abs(1 - self.factor) * float(offset.abs().max())
+
+    def offset(self, layer: int, start: int = 0, stop: int | None = None) -> Tensor | None:
+        """float32 [stop - start]: the moved offsets of these neurons of a layer, None if all are 0."""
+        if self.mask.offset is None or self.factor == 1:
+            return None
+        return self.mask.offset[layer, start:stop] * (1 - self.factor)
+
     def moved(self, scales: Tensor) -> Tensor:
         """`scales` of its mask, moved; of any shape."""
         # Exactly f for 0 and 1 for 1. Not one operation, which would round otherwise at the end of a shard.
@@ -51,12 +64,16 @@ class Member:
 class Composition:
     """The joint effect of masks: scales multiply, and what is given twice counts once.
 
+    At most one member gives a neuron an offset, or several the same with the same scale of 0 or 1, which counts once.
+    It acts first; the scales of the others multiply the outcome. So the order of the members does not matter.
+
     members: sorted by their wire form, at least one. The identity is made of theirs, so nothing has to be multiplied to
     know it; one mask as it is keeps its own.
 
-    Raises ValueError for no members, for masks of different sizes, if the members' largest scales multiply to more
-    than MAX_SCALE, for a factor other than 0 and 1 of a mask that routers obey, and if the members leave some router no
-    expert. No scale can be larger than that product; it may be smaller, if the largest are of other neurons.
+    Raises ValueError for no members, for masks of different sizes, if the members' largest scales multiply to more than
+    MAX_SCALE, with their offsets or without, for members that replace a neuron by different values, for a factor other
+    than 0 and 1 of a mask that routers obey, and if the members leave some router no expert. No scale can be larger
+    than that product; it may be smaller, if the largest are of other neurons.
     """
 
     members: tuple[Member, ...]
@@ -73,9 +90,28 @@ class Composition:
             raise ValueError(f"scales that may multiply to {bound:.3g}, expected at most {MAX_SCALE:g}")
         if any(one.mask.router is not None and one.factor not in (0, 1) for one in self.members):
             raise ValueError("a router may choose an expert or not; expected 0 or 1 behind '@' of a mask of experts")
+        self._check_offsets()
         routers = [router for one in self.members if (router := one.router) is not None]
         if len(routers) > 1:
             require_expert_left(reduce(torch.mul, routers))
+
+    def _check_offsets(self) -> None:
+        giving = [one for one in self.members if one.largest_offset]
+        for one in giving:
+            bound = one.largest_offset * math.prod(other.largest for other in self.members if other is not one)
+            if bound > MAX_SCALE:
+                raise ValueError(f"offsets that may become {bound:.3g}, expected at most {MAX_SCALE:g}")
+        for one, other in itertools.combinations(giving, 2):
+            for layer in range(one.mask.layers):
+                mine, theirs = one.offset(layer), other.offset(layer)  # [widest]
+                assert mine is not None
+                assert theirs is not None
+                both = (mine != 0) & (theirs != 0)
+                scales = [of.moved(of.mask.intermediate[layer]) for of in (one, other)]
+                same = (mine == theirs) & (scales[0] == scales[1]) & ((scales[0] == 0) | (scales[0] == 1))
+                if bool((both & ~same).any()):
+                    neuron = int((both & ~same).nonzero()[0])
+                    raise ValueError(f"masks that give neuron {neuron} of layer {layer} different values")
 
     @cached_property
     def wire(self) -> str:
@@ -106,6 +142,23 @@ class Composition:
         # In the order of the members, so that every process gets the same bits.
         return reduce(torch.mul, (one.moved(one.mask.intermediate[layer, start:stop]) for one in self.members))
 
+    @property
+    def offsets(self) -> bool:
+        """Whether some member adds to neurons."""
+        return any(member.largest_offset for member in self.members)
+
+    def offset(self, layer: int, start: int = 0, stop: int | None = None) -> Tensor | None:
+        """float32 [stop - start]: what is added to these neurons of a layer after they are scaled, None for nothing."""
+        given = [one.offset(layer, start, stop) for one in self.members]
+        found = [offset for offset in given if offset is not None]
+        if not found:
+            return None
+        total = reduce(lambda one, other: torch.where(one != 0, one, other), found)
+        for one, own in zip(self.members, given, strict=True):
+            scales = one.moved(one.mask.intermediate[layer, start:stop])
+            total = total * (scales if own is None else scales.where(own == 0, 1.0))
+        return total
+
     def output(self, layer: int) -> Tensor | None:
         """float32 [hidden]: the scales of the dimensions of a layer's MLP output, None for all ones."""
         scales = [one.moved(one.mask.output[layer]) for one in self.members if one.mask.output is not None]
@@ -134,5 +187,7 @@ class Composition:
         outputs = [scales for layer in layers if (scales := self.output(layer)) is not None]
         routers = [router for layer in layers if (router := self.router(layer)) is not None]
         intermediate = torch.stack([self.intermediate(layer) for layer in layers])  # [layers, widest]
-        of_others = (torch.stack(rows) if rows else None for rows in (outputs, routers))
+        offsets = [self.offset(layer) for layer in layers] if self.offsets else []  # [widest] each
+        given = [offset for offset in offsets if offset is not None]
+        of_others = (torch.stack(rows) if rows else None for rows in (outputs, routers, given))
         return NeuronMask(intermediate, sizes, *of_others)

@@ -93,7 +93,9 @@ def encode_mask(name: str, mask: NeuronMask, info: MaskInfo) -> bytes:
     version = _version(info.fingerprint)
     neurons = mask.neuron_sets() if version == 1 else None
     metadata = _Metadata(**dict(info), format_version=version, digest=mask.digest, neurons=neurons)
-    tensors = _taken_apart(mask.intermediate, info.fingerprint)
+    tensors = _taken_apart(mask.intermediate, info.fingerprint, _SCALES)
+    if mask.offset is not None:
+        tensors |= _taken_apart(mask.offset, info.fingerprint, _OFFSETS)
     if mask.output is not None:
         tensors["output"] = mask.output
     if mask.router is not None:
@@ -144,17 +146,19 @@ def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
             raise MaskFileError(
                 f"{source}: format version {metadata.format_version}, this program reads {version} for such a model"
             )
-        wanted = ["intermediate"] if metadata.fingerprint.experts is None else ["intermediate", "experts"]
+        wanted, offsets = (names[: 1 if of.experts is None else 2] for names in (_SCALES, _OFFSETS))
         maybe = "output" if version == 1 else "router"
-        if not set(wanted) <= set(tensors) <= {*wanted, maybe}:
+        has_offsets = _OFFSETS[0] in tensors
+        if not {*wanted, *(offsets if has_offsets else ())} <= set(tensors) <= {*wanted, *offsets, maybe}:
             excerpts = [name[:_SHOWN] for name in sorted(tensors)[:3]]
-            listed = " and ".join(map(repr, wanted))
-            raise MaskFileError(f"{source}: tensors {excerpts}, expected {listed} and maybe {maybe!r}")
+            listed, others = " and ".join(map(repr, wanted)), ", ".join(map(repr, (maybe, *offsets)))
+            raise MaskFileError(f"{source}: tensors {excerpts}, expected {listed} and maybe {others}")
         mask = NeuronMask(
-            intermediate=_joined(tensors, metadata.fingerprint),
+            intermediate=_joined(tensors, of, _SCALES),
             intermediate_sizes=metadata.fingerprint.intermediate_sizes,
             output=tensors.get("output"),
             router=tensors.get("router"),
+            offset=_joined(tensors, of, _OFFSETS) if has_offsets else None,
         )
     except MaskFileError:
         raise
@@ -181,48 +185,57 @@ def _version(fingerprint: Fingerprint) -> int:
     return 1 if fingerprint.experts is None else 2
 
 
-def _taken_apart(scales: Tensor, fingerprint: Fingerprint) -> dict[str, Tensor]:
-    """The tensors of a file. scales: [layers, widest]."""
+# The tensors of a file by what they say of neurons: of dense MLPs, and of experts.
+_SCALES, _OFFSETS = ("intermediate", "experts"), ("offset", "expert_offsets")
+
+
+def _taken_apart(values: Tensor, fingerprint: Fingerprint, names: tuple[str, str]) -> dict[str, Tensor]:
+    """The tensors of a file. values: [layers, widest]."""
     experts = fingerprint.experts
     if experts is None:
-        return {"intermediate": scales}
-    dense = fingerprint.dense_sizes
-    intermediate = torch.ones(len(dense), max(dense))  # [layers, widest without experts]
-    of_experts = torch.ones(len(dense), experts.count, experts.size)  # [layers, experts, neurons]
+        return {names[0]: values}
+    dense, neutral = fingerprint.dense_sizes, _neutral(names)
+    of_dense = torch.full((len(dense), max(dense)), neutral)  # [layers, widest without experts]
+    of_experts = torch.full((len(dense), experts.count, experts.size), neutral)  # [layers, experts, neurons]
     for layer, size in enumerate(dense):
-        intermediate[layer, :size] = scales[layer, :size]
+        of_dense[layer, :size] = values[layer, :size]
         columns = experts.columns(layer, fingerprint.intermediate_sizes)
         if columns.start < columns.stop:
-            of_experts[layer] = scales[layer, columns].view(experts.count, experts.size)
-    return {"intermediate": intermediate, "experts": of_experts}
+            of_experts[layer] = values[layer, columns].view(experts.count, experts.size)
+    return dict(zip(names, (of_dense, of_experts), strict=True))
 
 
-def _joined(tensors: Mapping[str, Tensor], fingerprint: Fingerprint) -> Tensor:
-    """The scales [layers, widest] of a file's tensors. Raises ValueError for other shapes, and for scales of what no
+def _neutral(names: tuple[str, str]) -> float:
+    """What leaves a neuron untouched."""
+    return 1.0 if names == _SCALES else 0.0
+
+
+def _joined(tensors: Mapping[str, Tensor], fingerprint: Fingerprint, names: tuple[str, str]) -> Tensor:
+    """The values [layers, widest] of a file's tensors. Raises ValueError for other shapes, and for values of what no
     layer has."""
     experts = fingerprint.experts
     if experts is None:
-        return tensors["intermediate"]
-    dense = fingerprint.dense_sizes
-    intermediate, of_experts = tensors["intermediate"], tensors["experts"]
-    expected = {"intermediate": [len(dense), max(dense)], "experts": [len(dense), experts.count, experts.size]}
-    for name, shape in expected.items():
+        return tensors[names[0]]
+    dense, neutral = fingerprint.dense_sizes, _neutral(names)
+    of_dense, of_experts = (tensors[name] for name in names)
+    shapes = [len(dense), max(dense)], [len(dense), experts.count, experts.size]
+    for name, shape in zip(names, shapes, strict=True):
         if list(tensors[name].shape) != shape or not tensors[name].is_floating_point():
             has = f"shape {list(tensors[name].shape)} and dtype {tensors[name].dtype}"
             raise ValueError(f"{name!r} has {has}, expected {shape} and floating point")
     if min(dense) < 0 or any(layer >= len(dense) for layer in experts.layers):
         raise ValueError("the model's experts do not fit its layers")
-    scales = torch.ones(len(dense), max(fingerprint.intermediate_sizes))
+    values = torch.full((len(dense), max(fingerprint.intermediate_sizes)), neutral)
     for layer, size in enumerate(dense):
-        scales[layer, :size] = intermediate[layer, :size]
-        beyond, columns = [intermediate[layer, size:]], experts.columns(layer, fingerprint.intermediate_sizes)
+        values[layer, :size] = of_dense[layer, :size]
+        beyond, columns = [of_dense[layer, size:]], experts.columns(layer, fingerprint.intermediate_sizes)
         if columns.start < columns.stop:
-            scales[layer, columns] = of_experts[layer].flatten()
+            values[layer, columns] = of_experts[layer].flatten()
         else:
             beyond.append(of_experts[layer])
-        if any(bool((rest != 1).any()) for rest in beyond):
+        if any(bool((rest != neutral).any()) for rest in beyond):
             raise ValueError(f"layer {layer} has scales of neurons that the model does not have")
-    return scales
+    return values
 
 
 def _check_others(source: str, mask: NeuronMask, fingerprint: Fingerprint) -> None:

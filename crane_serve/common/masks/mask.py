@@ -1,4 +1,4 @@
-"""NeuronMask: a scale for every MLP neuron, identified by its content."""
+"""NeuronMask: what becomes of every MLP neuron, identified by its content."""
 
 import hashlib
 import math
@@ -19,7 +19,9 @@ _DIGEST_DOMAIN = b"crane-mask-v1"
 
 @dataclass(frozen=True, eq=False)
 class NeuronMask:
-    """Multiplicative scales for the MLP neurons of one model: 0 switches a neuron off, 1 leaves it untouched.
+    """What becomes of the MLP neurons of one model: a value a becomes scale * a + offset.
+
+    A scale of 0 switches a neuron off, 1 leaves it untouched; an offset adds to it, or, with a scale of 0, replaces it.
 
     intermediate: float32 [layers, widest intermediate size], the scale of each input of `down_proj`;
         columns beyond a layer's own intermediate size are padding and must be 1.
@@ -27,15 +29,17 @@ class NeuronMask:
     output: float32 [layers, hidden], the scale of each dimension of the MLP's output, or None for all ones.
     router: float32 [layers, experts], 0 for experts that routers may not choose (their logits become minus infinity),
         1 for the others and in layers without experts; None for all ones.
+    offset: float32, of the shape of `intermediate`, 0 in padding; None if all are 0.
 
-    Raises ValueError for scales that are not finite or larger than MAX_SCALE, wrong shapes, padding other than 1, and
-    a layer without an expert left.
+    Raises ValueError for scales and offsets that are not finite or larger than MAX_SCALE, wrong shapes, padding other
+    than 1 (of offsets, 0), and a layer without an expert left.
     """
 
     intermediate: Tensor  # [layers, widest]
     intermediate_sizes: tuple[int, ...]
     output: Tensor | None = field(default=None)  # [layers, hidden]
     router: Tensor | None = field(default=None)  # [layers, experts]
+    offset: Tensor | None = field(default=None)  # [layers, widest]
 
     def __post_init__(self) -> None:
         sizes = self.intermediate_sizes
@@ -53,10 +57,21 @@ class NeuronMask:
                 if scales.ndim != 2 or scales.shape[0] != len(sizes):
                     raise ValueError(f"{name!r} has shape {list(scales.shape)}, expected [{len(sizes)}, {columns}]")
                 object.__setattr__(self, name, self._checked(name, scales))
+        if self.offset is not None:
+            self._set_offset(self.offset, expected)
         if self.router is not None:
             if not bool(((self.router == 0) | (self.router == 1)).all()):
                 raise ValueError("'router' holds something else than 0 and 1")
             require_expert_left(self.router)
+
+    def _set_offset(self, offset: Tensor, expected: tuple[int, int]) -> None:
+        if tuple(offset.shape) != expected:
+            raise ValueError(f"'offset' has shape {list(offset.shape)}, expected {list(expected)}")
+        offset = self._checked("offset", offset)
+        for layer, size in enumerate(self.intermediate_sizes):
+            if bool(offset[layer, size:].any()):
+                raise ValueError(f"'offset' adds to padding of layer {layer} beyond its {size} neurons")
+        object.__setattr__(self, "offset", offset if bool(offset.any()) else None)
 
     @staticmethod
     def _checked(name: str, scales: Tensor) -> Tensor:
@@ -98,6 +113,9 @@ class NeuronMask:
         if self.router is not None:
             content.update(f"router{tuple(self.router.shape)}".encode())
             content.update(self.router.numpy().astype("<f4").tobytes())
+        if self.offset is not None:
+            content.update(b"offset")
+            content.update(self.offset.numpy().astype("<f4").tobytes())
         return content.hexdigest()
 
     @cached_property
@@ -108,8 +126,14 @@ class NeuronMask:
 
     @cached_property
     def changed(self) -> NDArray[np.uint8]:
-        """Which scales of `intermediate` are not 1, a bit for each: [layers * widest / 8, rounded up]."""
-        return np.packbits((self.intermediate != 1).numpy())
+        """Which neurons it changes, a bit for each: [layers * widest / 8, rounded up]."""
+        return np.packbits(self._touched.numpy())
+
+    @property
+    def _touched(self) -> Tensor:
+        """bool [layers, widest]: which neurons it changes."""
+        scaled = self.intermediate != 1
+        return scaled if self.offset is None else scaled | (self.offset != 0)
 
     @cached_property
     def experts_off(self) -> int:
@@ -123,16 +147,16 @@ class NeuronMask:
 
     @cached_property
     def neurons(self) -> int:
-        """Number of neurons whose scale is not 1."""
-        return int((self.intermediate != 1).sum())
+        """Number of neurons that it changes."""
+        return int(self._touched.sum())
 
     def neuron_sets(self) -> list[list[int]]:
-        """Per layer, the ascending indices of the neurons whose scale is not 1."""
-        return [torch.nonzero(row != 1).flatten().tolist() for row in self.intermediate]
+        """Per layer, the ascending indices of the neurons that it changes."""
+        return [torch.nonzero(row).flatten().tolist() for row in self._touched]
 
     def neurons_per_layer(self) -> list[int]:
-        """Per layer, how many neurons have a scale that is not 1."""
-        return [int(count) for count in (self.intermediate != 1).sum(dim=1)]
+        """Per layer, how many neurons it changes."""
+        return [int(count) for count in self._touched.sum(dim=1)]
 
 
 def require_expert_left(router: Tensor) -> None:

@@ -6,7 +6,7 @@ vLLM's own server takes it (`vllm_xargs.crane_mask`); if several places name one
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from typing import Any, cast
 from urllib.parse import parse_qsl, urlencode
 
@@ -90,9 +90,9 @@ class OpenAIRoutes:
         if request.content is not content:
             headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
             translated["headers"] = [*headers, (b"content-length", b"%d" % len(request.content))]
-        with ExitStack() as held:
+        async with AsyncExitStack() as held:
             if path in CARRYING:
-                held.enter_context(engine.row(request.mask))
+                await held.enter_async_context(engine.row(request.mask))
             held.enter_context(answering_as(request.model))
             answer = _Answer(scope, receive, send, engine)
             try:

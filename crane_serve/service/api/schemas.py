@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from crane_serve.common.masks import Fingerprint, Positions, ResolvedMask, StoredMask
+from crane_serve.common.masks import Fingerprint, NeuronMask, Positions, ResolvedMask, StoredMask
 from crane_serve.common.models.prefix import AddBos, Join
 
 MAX_ITEMS = 1024
@@ -367,11 +367,16 @@ class MaskDetails(MaskSummary):
 
 
 class LayerNeurons(BaseModel):
-    """The neurons of one layer whose scale is not 1."""
+    """The neurons of one layer that a mask changes."""
 
     layer: int
     neurons: list[int]
     scales: list[float] | None = Field(description="Of each neuron; null if all are 0")
+    offsets: list[float] | None = Field(
+        None,
+        description="What is added to each neuron; left out if nothing is",
+        exclude_if=lambda offsets: offsets is None,
+    )
 
 
 class LayerDimensions(BaseModel):
@@ -405,10 +410,7 @@ class MaskNeurons(BaseModel):
         """What is in a stored mask, as JSON in pieces of a layer each."""
         head = json.dumps({"name": stored.name, "digest": stored.mask.digest})
         yield head.removesuffix("}").encode() + b', "layers": '
-        yield from _array(
-            LayerNeurons(layer=layer, neurons=changed, scales=scales).model_dump_json()
-            for layer, (changed, scales) in enumerate(map(_changed, stored.mask.intermediate))
-        )
+        yield from _array(_of_layer(layer, stored.mask).model_dump_json() for layer in range(stored.mask.layers))
         yield b', "output": '
         if stored.mask.output is None:
             yield b"null"
@@ -424,6 +426,21 @@ class MaskNeurons(BaseModel):
                 for layer, (off, _) in enumerate(map(_changed, stored.mask.router))
             )
         yield b"}"
+
+
+def _of_layer(layer: int, mask: NeuronMask) -> LayerNeurons:
+    scales = mask.intermediate[layer]
+    if mask.offset is None:
+        changed, own = _changed(scales)
+        return LayerNeurons(layer=layer, neurons=changed, scales=own, offsets=None)
+    neurons = torch.nonzero((scales != 1) | (mask.offset[layer] != 0)).flatten()
+    there, added = scales[neurons], mask.offset[layer][neurons]
+    return LayerNeurons(
+        layer=layer,
+        neurons=neurons.tolist(),
+        scales=there.tolist() if bool(there.any()) else None,
+        offsets=added.tolist() if bool(added.any()) else None,
+    )
 
 
 def _array(items: Iterable[str]) -> Iterator[bytes]:

@@ -1,0 +1,119 @@
+"""Turns for rows of the mask table."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from crane_serve.engine.rows import Rows
+
+
+class Scene:
+    """Requests that take a row, hold it until they are told to end, and are written down."""
+
+    def __init__(self, count: int | None) -> None:
+        self.rows = Rows(count)
+        self.has: list[str] = []
+        self._ends: dict[str, asyncio.Event] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def ask(self, name: str) -> None:
+        """name: the mask, and a number."""
+        self._ends[name] = asyncio.Event()
+        self._tasks[name] = asyncio.create_task(self._run(name))
+        await settle()
+
+    async def _run(self, name: str) -> None:
+        async with self.rows.taken(name[0]):
+            self.has.append(name)
+            await self._ends[name].wait()
+            self.has.remove(name)
+
+    async def end(self, name: str) -> None:
+        self._ends[name].set()
+        await settle()
+
+    async def cancel(self, name: str) -> None:
+        self._tasks[name].cancel()
+        await settle()
+        if name in self.has:
+            self.has.remove(name)
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def scene(count: int | None) -> AsyncIterator[Scene]:
+    made = Scene(count)
+    yield made
+    for task in made._tasks.values():
+        task.cancel()
+    await settle()
+    assert not made.rows.running
+    assert made.rows.waiting == 0
+
+
+async def test_masks_share_rows_and_wait_in_their_order() -> None:
+    async with scene(2) as of:
+        for name in ("a1", "b1", "a2", "c1", "d1", "a3", "c2"):
+            await of.ask(name)
+        assert of.has == ["a1", "b1", "a2"], "a3 waits behind c1, though its mask has a row"
+        assert of.rows.waiting == 4
+        await of.end("a1")
+        assert of.has == ["b1", "a2"]
+        await of.end("b1")
+        assert of.has == ["a2", "c1"], "d1 finds no row; nobody overtakes it"
+        await of.end("a2")
+        assert of.has == ["c1", "d1"]
+        await of.end("c1")
+        assert of.has == ["d1", "a3"]
+        await of.end("d1")
+        assert of.has == ["a3", "c2"]
+
+
+async def test_who_goes_makes_room_for_the_next() -> None:
+    async with scene(1) as of:
+        for name in ("a1", "b1", "a2"):
+            await of.ask(name)
+        assert of.has == ["a1"]
+        await of.cancel("b1")
+        assert of.has == ["a1", "a2"]
+
+
+async def test_a_turn_that_comes_with_the_cancellation_is_passed_on() -> None:
+    async with scene(1) as of:
+        for name in ("a1", "b1", "c1"):
+            await of.ask(name)
+        of._ends["a1"].set()
+        await asyncio.sleep(0)  # a1 gives its row to b1, which has not run yet
+        of._tasks["b1"].cancel()
+        await settle()
+        assert of.has == ["c1"]
+
+
+async def test_enough_rows_are_never_waited_for() -> None:
+    async with scene(None) as of:
+        for mask in "abcdefgh":
+            await of.ask(f"{mask}1")
+        assert len(of.has) == 8
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+async def test_everybody_gets_a_turn(count: int) -> None:
+    rows, most, done = Rows(count), 0, 0
+
+    async def run(mask: str) -> None:
+        nonlocal most, done
+        async with rows.taken(mask):
+            most = max(most, len(rows.running))
+            await asyncio.sleep(0.001)
+            done += 1
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        for number in range(60):
+            group.create_task(run("abcde"[number % 5]))
+    assert (most, done) == (count, 60)
