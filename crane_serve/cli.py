@@ -240,7 +240,7 @@ def serve(
 def demo(
     model: Annotated[Path, typer.Option(help="Where the demonstration model is, or will be")],
     out: Annotated[Path, typer.Option(help="Directory for masks, matrix and report")],
-    documents: Annotated[int, typer.Option(min=2, help="Test documents per language")] = 20,
+    documents: Annotated[int, typer.Option(min=2, help="Test documents per language")] = 10,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the server running")] = False,
 ) -> None:
     """Run the whole path on Gemma-3-270M: text, relevance, masks, server, matrix."""
