@@ -16,7 +16,7 @@ from crane_serve.common.bars import bar
 MODEL = "gemma-3-270m"
 BUDGET = 0.005
 METHODS = ("learned", "attnlrp", "lape", "random")
-SCORED = 40  # documents of each language
+SCORED = 48  # documents of each language
 LEARNING = ("--steps", 12, "--documents", 4)
 SERVER_START_S = 420
 
