@@ -30,7 +30,7 @@ def _run(*arguments: object, fails: bool = False) -> str:
 def test_halves_are_of_half_the_documents_and_the_whole_is_the_whole(
     checkpoint: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    common = ("--corpus", corpus, "--methods", "all", "--batch-tokens", 128)
+    common = ("--corpus", corpus, "--methods", "all", "--batch-tokens", 128, "--dtype", "float32")
     _run("relevance", checkpoint, *common, "--out", tmp_path / "one.safetensors")
     _run("relevance", checkpoint, *common, "--halves", "--out", tmp_path / "two.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == [

@@ -125,6 +125,7 @@ def test_every_command_that_takes_a_hub_id_takes_its_revision() -> None:
         "serve",
         "verify",
         "size",
+        "masks bake",
         "masks import-lape",
         "masks transfer",
     )

@@ -98,12 +98,19 @@ async def service(directory: Path, core: Core, fingerprint: Fingerprint) -> Engi
     return service_over(directory, core, fingerprint, outputs=False)
 
 
-def service_over(directory: Path, core: Core, fingerprint: Fingerprint, *, outputs: bool) -> EngineService:
+def service_over(
+    directory: Path, core: Core, fingerprint: Fingerprint, *, outputs: bool, offsets: bool = False
+) -> EngineService:
     library = MaskLibrary.load(directory, fingerprint)
-    config = SimpleNamespace(library=lambda: library, masks=directory, outputs=outputs, rows=4)
+    config = SimpleNamespace(library=lambda: library, masks=directory, outputs=outputs, offsets=offsets, rows=4)
     model = SimpleNamespace(hf_config=None, hf_text_config=None, try_get_generation_config=dict)
     engine = SimpleNamespace(
-        get_tokenizer=byte_tokenizer, generate=_generate, engine_core=core, errored=False, model_config=model
+        get_tokenizer=byte_tokenizer,
+        generate=_generate,
+        engine_core=core,
+        errored=False,
+        model_config=model,
+        vllm_config=SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4)),
     )
     return EngineService(engine, config, ["tiny"])  # type: ignore[arg-type]
 
@@ -263,10 +270,11 @@ async def test_a_core_that_fails_leaves_no_file(
 
 
 @pytest.mark.parametrize("outputs", [True, False])
+@pytest.mark.parametrize("offsets", [True, False])
 async def test_masks_that_this_engine_cannot_run_are_refused_first(
-    directory: Path, core: Core, fingerprint: Fingerprint, outputs: bool
+    directory: Path, core: Core, fingerprint: Fingerprint, outputs: bool, offsets: bool
 ) -> None:
-    service = service_over(directory, core, fingerprint, outputs=outputs)
+    service = service_over(directory, core, fingerprint, outputs=outputs, offsets=offsets)
     output = torch.ones(2, 4)
     output[0, 0] = 0
     info = info_of(fingerprint)
@@ -277,14 +285,20 @@ async def test_masks_that_this_engine_cannot_run_are_refused_first(
         (StoredMask("none", mask_of(1), info), MaskFileError),
     ]
     scaling_output = StoredMask("new", NeuronMask(torch.ones(2, 6), (6, 5), output), info)
+    adding = StoredMask("adding", NeuronMask(torch.ones(2, 6), (6, 5), offset=torch.eye(2, 6)), info)
     if not outputs:
         refused.append((scaling_output, MaskFileError))
+    if not offsets:
+        refused.append((adding, MaskFileError))
     for stored, error in refused:
         with pytest.raises(error):
             await service.put_mask(stored, save=True)
     assert (core.told, all_files(directory), all_files(directory.parent)) == (0, [], ["masks"])
     if outputs:
         await service.put_mask(scaling_output, save=True)
+    if offsets:
+        await service.put_mask(adding, save=True)
+    if outputs or offsets:
         assert_disk_is_served(service, directory, fingerprint)
 
 

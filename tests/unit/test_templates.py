@@ -117,7 +117,7 @@ BOMBS = {
     "doubling": ("{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}", MEMORY),
     "lorem ipsum": ("{{ lipsum(90000) }}", f"{TIME}|{MEMORY}|{LENGTH}"),
     "a long text": ("{{ 'a' * 5000000 }}", LENGTH),
-    "a long list": ("{{ [1] * 5000000 }}", f"{LENGTH}|{TIME}"),
+    "a long list": ("{{ [1] * 5000000 }}", f"{LENGTH}|{TIME}|{MEMORY}"),
     "a long range": ("{{ range(1000000000) }}", "Range too big"),
 }
 
