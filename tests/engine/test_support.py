@@ -120,6 +120,7 @@ def test_only_what_changes_the_graph_is_in_the_compile_cache_key(configured: tup
     assert elsewhere == config
     assert MaskConfig(10, False, False, "other", Path("other"), "lape", "0" * 64) != config
     assert MaskConfig(9, True, False, "other", Path("other"), "lape", "0" * 64) != config
+    assert MaskConfig(9, False, True, "other", Path("other"), "lape", "0" * 64) != config
 
 
 def test_the_compile_cache_key_of_vllm_differs_with_and_without_masks(

@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from crane_serve.common.masks import (
     Composition,
     Fingerprint,
+    MaskError,
     MaskFileError,
     Member,
     NeuronMask,
@@ -24,6 +26,8 @@ from crane_serve.common.masks import (
 from crane_serve.common.masks.bake import BakeError, bake
 from crane_serve.common.models.families import decoder_of
 from crane_serve.common.models.load import load_causal_lm
+from crane_serve.engine.admission import admit
+from crane_serve.engine.config import MaskConfig
 from crane_serve.engine.masked_mlp import MaskedProjection
 from crane_serve.engine.table import NO_OFFSET, MaskTable, Part
 from relevance.causal import losses, masked
@@ -193,6 +197,21 @@ def test_a_row_of_the_table_keeps_no_offset_of_the_mask_before() -> None:
         MaskTable({0: [Part(torch.ones(2, 3), 0, 3)]}).assign(
             [Composition([Member(mask(ONES, [[1.0, 0, 0], [0, 0, 0]]))])]
         )
+
+
+def test_an_engine_without_offsets_refuses_them(tmp_path: Path) -> None:
+    checkpoint = tiny_model("llama", tmp_path / "llama")
+    library = random_masks(checkpoint, tmp_path / "masks", share=0.3, offsets=True)
+    for offsets in (True, False):
+        config = MaskConfig(9, False, offsets, str(checkpoint), tmp_path / "masks", "attnlrp", library.manifest)
+        engine = SimpleNamespace(additional_config={"crane": config})
+        admit(engine, SimpleNamespace(extra_args={"crane_mask": "en"}), resumable=False)
+        asked = SimpleNamespace(extra_args={"crane_mask": "zh"})
+        if offsets:
+            assert admit(engine, asked, resumable=False).mask.offsets
+        else:
+            with pytest.raises(MaskError, match="adds to neurons, which this engine was started without"):
+                admit(engine, asked, resumable=False)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "MixtralForCausalLM", "Qwen2MoeForCausalLM"])
