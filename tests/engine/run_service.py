@@ -120,12 +120,13 @@ class Run:
             await asyncio.sleep(0.1)
         self.refused["after use"] = "kept" if digest in service.library else "forgotten"
 
-        # More masks than rows, at once and one after the other.
+        # More masks than rows: at once, so that they wait for each other, and one after the other.
         factors = [f"zh@{(number + 1) / 128!r}" for number in range(SCALED)]
         many = await asyncio.gather(
             *(self.generate(PROMPTS[0], factor) for factor in factors[:REQUESTS]), return_exceptions=True
         )
-        self.refused["full"] = ", ".join(sorted({type(error).__name__ for error in many if error is not None}))
+        refused = sorted({type(error).__name__ for error in many if isinstance(error, BaseException)})
+        self.refused["full"] = ", ".join(refused) or "nobody"
         for start in range(0, SCALED, ROWS):
             await asyncio.gather(*(self.generate(PROMPTS[0], factor) for factor in factors[start : start + ROWS]))
 
