@@ -53,7 +53,10 @@ def bake(checkpoint: Path, stored: StoredMask, out: Path) -> None:
 
 @torch.no_grad()
 def bake_into(model: nn.Module, mask: NeuronMask, fingerprint: Fingerprint) -> None:
-    """Scale the weights of a model of transformers in place. fingerprint: of the model."""
+    """Change the weights of a model of transformers in place. fingerprint: of the model.
+
+    Raises BakeError for offsets that have no bias to go into, and UnsupportedModelError.
+    """
     decoder, dense, experts = language_model(model), fingerprint.dense_sizes, fingerprint.experts
     for layer, mlp in require_mlps(decoder, dense, beside_experts=experts is not None).items():
         weight, bias = mlp.projection.weight, getattr(mlp.projection, "bias", None)
