@@ -3,7 +3,7 @@
 import asyncio
 from collections import Counter, deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 
 class Rows:
@@ -49,7 +49,8 @@ class Rows:
             if turn.done() and not turn.cancelled():  # the row came at the same time
                 self._give_back(digest)
             else:
-                self._waiting.remove(place)
+                with suppress(ValueError):  # it may have been passed over already
+                    self._waiting.remove(place)
                 self._next()
             raise
 
@@ -63,7 +64,11 @@ class Rows:
         self._next()
 
     def _next(self) -> None:
-        while self._waiting and self._fits(self._waiting[0][0]):
-            digest, turn = self._waiting.popleft()
-            self.running[digest] += 1
-            turn.set_result(None)
+        while self._waiting:
+            digest, turn = self._waiting[0]
+            if not turn.cancelled() and not self._fits(digest):
+                return
+            self._waiting.popleft()
+            if not turn.cancelled():
+                self.running[digest] += 1
+                turn.set_result(None)

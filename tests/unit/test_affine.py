@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from crane_serve.common.masks import (
     Composition,
-    Fingerprint,
     MaskError,
     MaskFileError,
     Member,
@@ -34,12 +33,13 @@ from relevance.causal import losses, masked
 from relevance.encoding import Batch
 from relevance.model import load_model
 from relevance.model_passes import ModelPasses, units_of
-from relevance.scores import Scores, ScoresInfo
+from relevance.scores import Scores
 from relevance.selection import select
 from relevance.selection_options import Rule, SelectionError, SelectionOptions
 from relevance.typical import MeanActivation
 from tests.architectures import model_class, tiny_checkpoint
 from tests.engines import Oracle, random_masks
+from tests.scores import scores_info
 from tests.tiny import mlp_projections, tiny_model
 
 CPU = torch.device("cpu")
@@ -159,8 +159,15 @@ def test_a_file_with_half_of_its_offsets_is_refused(tmp_path: Path) -> None:
     metadata = json.loads(content[8 : 8 + length])["__metadata__"]
     for name in ("offset", "expert_offsets"):
         tensors = {key: value for key, value in load(content).items() if key != name}
-        with pytest.raises(MaskFileError):
+        with pytest.raises(MaskFileError, match="expected 'intermediate' and 'experts' and maybe 'router', 'offset'"):
             decode_mask("zh", save(tensors, metadata=metadata), source="the file")
+    dense = tiny_model("llama", tmp_path / "dense")
+    stored = random_masks(dense, tmp_path / "dense-masks", share=0.3).get("attnlrp-zh")
+    content = encode_mask("zh", stored.mask, stored.info)
+    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    tensors = {**load(content), "expert_offsets": torch.ones(3, 2, 2)}
+    with pytest.raises(MaskFileError, match="expected 'intermediate' and maybe 'output', 'offset'"):
+        decode_mask("zh", save(tensors, metadata=metadata), source="the file")
 
 
 def test_rows_without_offsets_change_no_bit() -> None:
@@ -271,21 +278,7 @@ MEANS = torch.tensor([[[1.0, 2.0, 3.0], [4.0, 5.0, 0.0]], [[3.0, -2.0, 1.0], [0.
 
 
 def scores(means: Tensor | None = MEANS) -> Scores:
-    fingerprint = Fingerprint(
-        architecture="X", layers=2, hidden_size=4, intermediate_sizes=SIZES, config_digest="0", weights_digest="0"
-    )
-    info = ScoresInfo(
-        languages=("en", "zh"),
-        fingerprint=fingerprint,
-        corpus_digest="0",
-        split=None,
-        documents=(1, 1),
-        tokens=(1, 1),
-        truncated=(0, 0),
-        skipped=(0, 0),
-        max_tokens=8,
-        dtype="float32",
-    )
+    info = scores_info(("en", "zh"), SIZES)
     values = torch.tensor([[[9.0, 0.0, 0.0], [8.0, 0.0, 0.0]], [[0.0, 9.0, 0.0], [0.0, 8.0, 0.0]]])
     return Scores({"attnlrp": values}, info, means=means)
 

@@ -34,6 +34,7 @@ from relevance.selection import select
 from relevance.selection_options import Overlap, Rule, SelectionError, SelectionOptions
 from tests.architectures import OF_EXPERTS, model_class, tiny_checkpoint
 from tests.experts import without_experts
+from tests.scores import scores_info
 from tests.tiny import LAYERS
 
 CPU = torch.device("cpu")
@@ -226,18 +227,7 @@ def scores_of(fingerprint: Fingerprint) -> Scores:
 
 
 def info_of(fingerprint: Fingerprint) -> ScoresInfo:
-    return ScoresInfo(
-        languages=("en", "zh"),
-        fingerprint=fingerprint,
-        corpus_digest="0",
-        split=None,
-        documents=(1, 1),
-        tokens=(1, 1),
-        truncated=(0, 0),
-        skipped=(0, 0),
-        max_tokens=8,
-        dtype="float32",
-    )
+    return scores_info(("en", "zh")).model_copy(update={"fingerprint": fingerprint})
 
 
 def test_whole_experts_are_selected(mixtral: Path) -> None:

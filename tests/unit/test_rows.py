@@ -95,6 +95,16 @@ async def test_a_turn_that_comes_with_the_cancellation_is_passed_on() -> None:
         assert of.has == ["c1"]
 
 
+async def test_a_row_that_comes_after_the_cancellation_goes_to_the_next() -> None:
+    async with scene(1) as of:
+        for name in ("a1", "b1", "c1"):
+            await of.ask(name)
+        of._ends["a1"].set()
+        of._tasks["b1"].cancel()  # b1 is cancelled, but has not run yet, when a1 gives its row back
+        await settle()
+        assert of.has == ["c1"]
+
+
 async def test_enough_rows_are_never_waited_for() -> None:
     async with scene(None) as of:
         for mask in "abcdefgh":

@@ -18,9 +18,9 @@ from crane_serve.common.models.routers import find_routers, kept_from
 def applied(model: nn.Module, mask: NeuronMask | Composition | None) -> Iterator[None]:
     """While the context lasts, `model` computes what `crane serve` does for a request under `mask`; None for no mask.
 
-    model: of transformers, with any head, and on any device. Of the mask only its scales are looked at; whether it was
-    made for these weights is the caller's to check (`Fingerprint.of`). Raises UnsupportedModelError for a model whose
-    MLPs cannot be found or are not those of the mask.
+    model: of transformers, with any head, and on any device. Whether the mask was made for these weights is the
+    caller's to check (`Fingerprint.of`). Raises UnsupportedModelError for a model whose MLPs cannot be found or are not
+    those of the mask.
     """
     if mask is None:
         yield

@@ -148,8 +148,9 @@ def decode_mask(name: str, content: bytes, *, source: str) -> StoredMask:
             )
         wanted, offsets = (names[: 1 if of.experts is None else 2] for names in (_SCALES, _OFFSETS))
         maybe = "output" if version == 1 else "router"
-        has_offsets = _OFFSETS[0] in tensors
-        if not {*wanted, *(offsets if has_offsets else ())} <= set(tensors) <= {*wanted, *offsets, maybe}:
+        has_offsets = not set(_OFFSETS).isdisjoint(tensors)
+        needed = {*wanted, *(offsets if has_offsets else ())}
+        if not needed <= set(tensors) <= {*needed, maybe}:
             excerpts = [name[:_SHOWN] for name in sorted(tensors)[:3]]
             listed, others = " and ".join(map(repr, wanted)), ", ".join(map(repr, (maybe, *offsets)))
             raise MaskFileError(f"{source}: tensors {excerpts}, expected {listed} and maybe {others}")
