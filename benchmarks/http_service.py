@@ -23,6 +23,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import socket
 import statistics
@@ -164,6 +165,19 @@ class Server(Engine):
         process = psutil.Process(self._process.pid)
         started = sum(child.memory_info().rss for child in process.children(recursive=True))
         return {"server": process.memory_info().rss, "engine": started}
+
+    def forget_peak_memory(self) -> None:
+        for process in self._files():
+            (process / "clear_refs").write_text("5")
+
+    def peak_memory_mib(self) -> float:
+        """Of its largest process, which is the engine's worker, since the last `forget_peak_memory`."""
+        peaks = (re.search(r"VmHWM:\s+(\d+) kB", (process / "status").read_text()) for process in self._files())
+        return max(int(peak[1]) for peak in peaks if peak) / 1024
+
+    def _files(self) -> list[Path]:
+        parent = psutil.Process(self._process.pid)
+        return [Path("/proc") / str(process.pid) for process in (parent, *parent.children(recursive=True))]
 
     def __enter__(self) -> "Server":
         return self

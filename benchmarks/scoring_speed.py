@@ -15,8 +15,8 @@ Ways:
 - hf, vllm: lm-evaluation-harness's backends, in a process of their own, without masks; asked the first shape only.
 Every item is asked under none and each mask. All repetitions have other items, so that nothing is cached from the one
 before. Ways take turns. Further options are vLLM's flags, for the server. Writes DIR/scoring-SHAPE.json and prints a
-table: seconds, items per second, the largest difference from `before` or `echo` in nats, and for score what was
-computed.
+table: seconds, items per second, the largest difference from `before` or `echo` in nats, for a server's ways the peak
+memory of its largest process, which is the engine's worker, and for score what was computed.
 """
 
 import argparse
@@ -231,15 +231,17 @@ def largest_difference(found: Scores, reference: Scores) -> float | None:
 
 
 def measure(
-    options: argparse.Namespace, urls: dict[str, str], harness: dict[str, Harness], shape: str, count: int
+    options: argparse.Namespace, servers: dict[str, Server], harness: dict[str, Harness], shape: str, count: int
 ) -> dict[str, Any]:
-    """Seconds and differences by way. urls: of the server that a way asks, `score`'s unless it has its own."""
+    """Seconds and differences by way. servers: that a way asks, `score`'s unless it has its own."""
     masks = ["none", *options.mask]
     ways: dict[str, Callable[..., Any]] = {"score": score, "before": score, "echo": echo, **harness}
     asked_ways = [way for way in options.way if way in ways]
     times: dict[str, list[float]] = {way: [] for way in asked_ways}
     differences: dict[str, list[float]] = {way: [] for way in asked_ways}
     usages = []
+    for server in servers.values():
+        server.forget_peak_memory()
     for repetition in range(options.repetitions):
         asked = items(shape, count, repetition)
         found = {}
@@ -247,7 +249,7 @@ def measure(
         random.Random(repetition).shuffle(order)
         for way in order:
             began = time.perf_counter()
-            found[way], usage = ways[way](urls.get(way, urls["score"]), options.model.name, asked, masks)
+            found[way], usage = ways[way](servers.get(way, servers["score"]).address, options.model.name, asked, masks)
             times[way].append(time.perf_counter() - began)
             if way == "score":
                 usages.append(usage)
@@ -265,6 +267,7 @@ def measure(
         "items": count,
         "dtype": options.dtype,
         "usage": usages,
+        "peak_memory_mib": {way: server.peak_memory_mib() for way, server in servers.items() if way in asked_ways},
         "ways": {
             way: {
                 "seconds": spread(times[way]),
@@ -307,19 +310,19 @@ def main() -> None:
     environment = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **kept, "VLLM_CPU_KVCACHE_SPACE": "1"}
     command = [crane, "serve", str(options.model), "--masks", str(options.masks), *flags]
     with contextlib.ExitStack() as running:
-        urls = {}
+        servers = {}
         for way, checkout in (("score", None), ("before", options.before))[: 2 if options.before else 1]:
             of_checkout = {**environment, "PYTHONPATH": str(checkout.resolve())} if checkout else environment
             server = Server(f"crane ({way})", command, of_checkout, options.out / f"server-{way}.log", "/ready")
             running.callback(server.stop)
-            urls[way] = server.wait().address
+            servers[way] = server.wait()
         harness = {}
         for way in options.way:
             if way in ("hf", "vllm"):
                 harness[way] = Harness(way, options)
                 running.callback(harness[way].stop)
         for number, (shape, count) in enumerate(shapes):
-            result = measure(options, urls, {} if number else harness, shape, count)
+            result = measure(options, servers, {} if number else harness, shape, count)
             write_atomically(options.out / f"scoring-{shape}.json", json.dumps(result, indent=1).encode())
             print(f"{shape}\n{report(result)}\n", flush=True)
 
@@ -331,8 +334,10 @@ def report(result: dict[str, Any]) -> str:
         seconds, speed = of_way["seconds"], of_way["items_per_second"]
         difference = of_way["largest_difference_nats"]
         times = f"{seconds['median']:.1f} ({seconds['min']:.1f}, {seconds['max']:.1f})"
-        rows.append([way, times, f"{speed['median']:.2f}", "" if difference is None else f"{difference:.2g}"])
-    return table(["way", "s", "items/s", "from before or echo, nats"], rows)
+        peak = result["peak_memory_mib"].get(way)
+        shown = ["" if difference is None else f"{difference:.2g}", "" if peak is None else f"{peak:,.0f}"]
+        rows.append([way, times, f"{speed['median']:.2f}", *shown])
+    return table(["way", "s", "items/s", "from before or echo, nats", "peak MiB"], rows)
 
 
 if __name__ == "__main__":
