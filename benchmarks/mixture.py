@@ -1,4 +1,4 @@
-"""A mixture of experts with random weights, for speeds: python benchmarks/mixture.py OUT [--layers 6] [...].
+"""A mixture of experts with random weights, for speeds: python -m benchmarks.mixture OUT [--layers 6] [...].
 
 The architecture is Qwen3-MoE's, the tokenizer one of bytes. Speeds do not depend on what weights say, but for which
 experts are chosen: random routers spread tokens over all of them.
