@@ -99,7 +99,7 @@ class Repeat:
 
     @classmethod
     def of(cls, first: Batch, again: Batch) -> "Repeat":
-        """From the answers of two equal runs."""
+        """From the answers of two runs of equal requests."""
         if list(first) == list(again):
             return cls(True, 0.0)
         noise = max(largest_difference(a.prompt_logprobs, b.prompt_logprobs) for a, b in zip(first, again, strict=True))
@@ -118,7 +118,7 @@ class Repeat:
     def __str__(self) -> str:
         if self.bitwise:
             return "bit-identical"
-        return f"{self.limit:.2g} nats for prompts, since two equal runs without masks are not bit-identical here"
+        return f"{self.limit:.2g} nats for prompts, since equal requests without masks are not bit-identical here"
 
 
 def _nats(difference: float) -> str:

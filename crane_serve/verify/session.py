@@ -170,12 +170,13 @@ def _reference_flags(flags: tuple[str, ...]) -> _ReferenceFlags:
 
 
 def _default_flags(checkpoint: Path, flags: tuple[str, ...], fingerprint: Fingerprint) -> tuple[str, ...]:
-    """Flags for small batches, which start quickly and are cut into chunks, and for experts on a GPU those that an
-    engine with masks has. Flags that the user gives are not overridden."""
+    """Flags for small batches, which start quickly and are cut into chunks, and those that an engine with masks has
+    anyway: for experts on a GPU, and for a model that reads images. Flags that the user gives are not overridden."""
     import torch
 
-    config = load_config(checkpoint).get_text_config()
-    longest = min(_MAX_MODEL_TOKENS, int(getattr(config, "max_position_embeddings", None) or _MAX_MODEL_TOKENS))
+    config = load_config(checkpoint)
+    text = config.get_text_config()
+    longest = min(_MAX_MODEL_TOKENS, int(getattr(text, "max_position_embeddings", None) or _MAX_MODEL_TOKENS))
     defaults: dict[str, object] = {
         "--max-model-len": longest,
         "--max-num-seqs": 32,
@@ -184,4 +185,5 @@ def _default_flags(checkpoint: Path, flags: tuple[str, ...], fingerprint: Finger
     if fingerprint.experts is not None and torch.cuda.is_available():
         defaults["--moe-backend"] = "triton"
     names = {flag.partition("=")[0].replace("_", "-") for flag in flags}
-    return tuple(part for name, value in defaults.items() if name not in names for part in (name, str(value)))
+    with_values = [part for name, value in defaults.items() if name not in names for part in (name, str(value))]
+    return (*with_values, *(["--language-model-only"] if text is not config else []))

@@ -46,14 +46,23 @@ class Trial:
     """An engine with the masks of a trial directory. `checks` makes all checks, in order."""
 
     def __init__(
-        self, engine: Engine, masks: TrialMasks, *, plain: Plain | None, reference: Reference | None, rates: bool
+        self,
+        engine: Engine,
+        masks: TrialMasks,
+        *,
+        plain: Plain | None,
+        reference: Reference | None,
+        rates: bool,
+        mixture: bool = False,
     ) -> None:
-        """plain, reference: None leaves out the checks against them; rates: whether to measure throughput."""
+        """plain, reference: None leaves out the checks against them; rates: whether to measure throughput; mixture:
+        whether the model has experts."""
         self._engine = engine
         self._masks = masks
         self._plain = plain
         self._reference = reference
         self._rates = rates
+        self._mixture = mixture
         self._requests = probes.batch(engine.encode, engine.facts.max_model_tokens)
         self._exact = engine.facts.dtype == "float32"
 
@@ -109,7 +118,7 @@ class Trial:
         neighbours = [mask if index % 2 else None for index, mask in enumerate(masks)]
         mixed = self._run(neighbours, "neighbours")
         return checks.neighbours_untouched(
-            self._unmasked, self._unmasked_again, mixed, [mask is not None for mask in neighbours]
+            self._unmasked, self._unmasked_otherwise, mixed, [mask is not None for mask in neighbours]
         )
 
     def mixed(self) -> Check:
@@ -117,7 +126,7 @@ class Trial:
         masks: tuple[str | None, ...] = (None, *self._masks.random, *self._masks.from_user[:_USER_MASKS_IN_BATCHES])
         uniform = {mask: self._uniform(mask) for mask in masks}
         assigned = list(islice(cycle(masks), len(self._requests)))
-        return checks.mixed_equals_uniform(uniform, self._unmasked_again, self._run(assigned, "mixed"), assigned)
+        return checks.mixed_equals_uniform(uniform, self._unmasked_otherwise, self._run(assigned, "mixed"), assigned)
 
     def idle(self) -> Check:
         """The unmasked batch, beside that of vLLM without the plugin."""
@@ -219,8 +228,13 @@ class Trial:
         return self._run([None] * len(self._requests), "unmasked")
 
     @cached_property
-    def _unmasked_again(self) -> Batch:
-        return self._run([None] * len(self._requests), "unmasked-again")
+    def _unmasked_otherwise(self) -> Batch:
+        """The unmasked batch again. In a mixture its requests one by one: masks change where the neighbours' tokens
+        are sent, and with that how many tokens an expert multiplies at a time, which rounds otherwise."""
+        if not self._mixture:
+            return self._run([None] * len(self._requests), "unmasked-again")
+        alone = (self._engine.run(probes.masked([request], [None], "alone")) for request in self._requests)
+        return [answer for answers in alone for answer in answers]
 
 
 def _by_mask(masks: Sequence[str | None], scores: Sequence[Sequence[Sequence[float]]]) -> dict[str | None, list[float]]:

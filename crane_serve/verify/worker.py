@@ -18,7 +18,9 @@ def work(plan: ProcessPlan, engine: Engine) -> None:
         return
     plain = Outcome(plan.plain).plain
     reference = Outcome(plan.reference).reference
-    for check in Trial(engine, plan.masks, plain=plain, reference=reference, rates=plan.throughput).checks():
+    mixture = plan.fingerprint.experts is not None
+    trial = Trial(engine, plan.masks, plain=plain, reference=reference, rates=plan.throughput, mixture=mixture)
+    for check in trial.checks():
         outcome.record(check=check)
 
 

@@ -20,6 +20,7 @@ from crane_serve.verify.generated import TrialMasks, write_trial_masks
 from crane_serve.verify.plan import Outcome, ProcessPlan, Reference
 from crane_serve.verify.trial import Trial, measure_plain
 from crane_serve.verify.worker import work
+from tests.architectures import tiny_checkpoint
 from tests.tiny import LAYERS, tiny_model
 
 FACTS = EngineFacts("0.32.0", "cpu (fake)", "V1", "float32", False, 1, True, 16, 512)
@@ -207,6 +208,21 @@ class VeryNoisy(Noisy):
         return self.draw.uniform(-1.0, 1.0)
 
 
+class Mixture(FakeEngine):
+    """How it rounds is a matter of where the tokens of the whole batch are sent."""
+
+    def effective(self, requests):
+        self.sent = tuple(request.mask for request in requests)
+        return super().effective(requests)
+
+    def noise(self):
+        return 1e-6 * chance("rounding", self.sent)
+
+
+class MixtureThatMasksANeighbour(Mixture, MasksANeighbour):
+    pass
+
+
 class SlightlyOff(FakeEngine):
     def noise(self):
         return 1e-6
@@ -220,7 +236,9 @@ def reference_of(engine: FakeEngine, masks: Sequence[Mask] = (None, *MASKS.rando
     )
 
 
-def verify(engine: FakeEngine, plain: FakeEngine | None = None, masks: TrialMasks = MASKS) -> dict[str, Check]:
+def verify(
+    engine: FakeEngine, plain: FakeEngine | None = None, masks: TrialMasks = MASKS, *, mixture: bool = False
+) -> dict[str, Check]:
     """All checks of an engine, against exact ones."""
     trial = Trial(
         engine,
@@ -228,6 +246,7 @@ def verify(engine: FakeEngine, plain: FakeEngine | None = None, masks: TrialMask
         plain=measure_plain(plain or FakeEngine(), rates=True),
         reference=reference_of(FakeEngine()),
         rates=False,
+        mixture=mixture,
     )
     return {check.name: check for check in trial.checks()}
 
@@ -295,10 +314,17 @@ def test_a_fault_fails_no_other_check(faulty: type[FakeEngine], expected: set[st
     assert fails(verify(faulty())) <= expected
 
 
+def test_a_mixture_is_held_to_how_it_rounds_without_masks() -> None:
+    assert checks.MIXED in fails(verify(Mixture(), plain=Mixture()))
+    assert not fails(verify(Mixture(), plain=Mixture(), mixture=True))
+    results = verify(MixtureThatMasksANeighbour(), plain=Mixture(), mixture=True)
+    assert {checks.NEIGHBOURS, checks.MIXED} <= fails(results)
+
+
 def test_an_engine_that_does_not_repeat_its_bits_is_held_to_its_own_noise() -> None:
     results = verify(Noisy(), plain=Noisy())
     assert not fails(results)
-    assert "two equal runs without masks are not bit-identical here" in results[checks.NEIGHBOURS].limit
+    assert "equal requests without masks are not bit-identical here" in results[checks.NEIGHBOURS].limit
 
 
 def test_an_engine_without_prefix_cache_skips_that_check() -> None:
@@ -462,6 +488,21 @@ def test_the_command_exits_with_1_and_says_what_failed(
     assert "FAIL: " in result.stdout
     assert message in result.stdout
     assert "Traceback" not in result.output
+
+
+def test_of_a_model_that_reads_images_both_engines_run_the_language_model_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[ProcessPlan] = []
+
+    def launch(_module: str, plan_file: Path, *_: object) -> str:
+        plans.append(ProcessPlan.load(plan_file))
+        return "not started"
+
+    checkpoint = tiny_checkpoint("Gemma3ForConditionalGeneration", tmp_path / "tiny")
+    invoke(monkeypatch, launch, checkpoint, "--no-reference")
+    assert [plan.masks is None for plan in plans] == [True, False]
+    assert all("--language-model-only" in plan.flags for plan in plans)
 
 
 def test_processes_that_all_die_are_a_report_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
