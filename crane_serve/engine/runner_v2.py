@@ -30,7 +30,8 @@ class _Request(NamedTuple):
         asked = requested_mask(new_req_data.sampling_params)
         if asked is None:
             return _NONE
-        masked = MaskedTokens(asked, len(new_req_data.prompt_token_ids or ()))
+        ids = new_req_data.prompt_token_ids
+        masked = MaskedTokens(asked, len(new_req_data.prompt_embeds if ids is None else ids))
         return cls(masked, new_req_data.prefill_token_ids if masked.have_end else ())
 
 

@@ -191,7 +191,8 @@ READ = {
     " _bad_words_token_ids",
     "vllm.renderers.base:BaseRenderer": "model_config tokenizer",
     "vllm.utils.argparse_utils:FlexibleArgumentParser": "parse_known_args set_defaults get_default",
-    "vllm.v1.core.sched.output:NewRequestData": "req_id sampling_params prompt_token_ids prefill_token_ids",
+    "vllm.v1.core.sched.output:NewRequestData": "req_id sampling_params prompt_token_ids prompt_embeds"
+    " prefill_token_ids",
     "vllm.v1.core.sched.scheduler:Scheduler": "requests",
     "vllm.v1.engine:EngineCoreRequest": "request_id client_index prompt_token_ids mm_features sampling_params"
     " pooling_params cache_salt resumable prompt_is_token_ids prompt_embeds",

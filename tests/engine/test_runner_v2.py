@@ -168,6 +168,15 @@ def test_an_end_is_found_in_the_ids_of_the_device_and_before_the_first_step(benc
     ]
 
 
+def test_a_prompt_of_embeddings_is_as_long_as_they_are(bench: Bench) -> None:
+    parameters = SimpleNamespace(extra_args={"crane_mask": "zh", "crane_positions": "prompt[1:]"})
+    request = SimpleNamespace(
+        req_id="a", sampling_params=parameters, prompt_token_ids=None, prompt_embeds=torch.zeros(3, 8)
+    )
+    bench.state.add_request(0, request)
+    assert bench.run(a=4)[:4] == ["none", "attnlrp-zh", "attnlrp-zh", "none"]
+
+
 def test_the_batch_that_decodes_on_keeps_its_slots_and_a_change_of_order_changes_them(bench: Bench) -> None:
     bench.add(a="zh", b="vi", c=None)
     for _ in range(2):
