@@ -12,8 +12,8 @@ class Answer(BaseModel):
 class MaskReference(Answer):
     """The mask an answer was made under: canonical name, content digest, number of neurons switched or scaled.
 
-    experts_off: how many experts routers may not choose; positions: the tokens that were masked: all, prompt or
-    generated.
+    experts_off: how many experts routers may not choose; positions: the tokens that were masked, as in
+    "all" or "generated[:16]".
     """
 
     name: str

@@ -26,7 +26,7 @@ class Sampling(TypedDict, total=False):
     stop: str | list[str]
     logprobs: int
     repetition_penalty: float  # above 1, tokens of the prompt and of the text so far become less likely
-    positions: str  # the tokens that the mask applies to: all, prompt or generated
+    positions: str  # the tokens that the mask applies to: all, prompt, generated, or windows of them: docs/api.md
     add_bos: AddBos  # whether the model's start token stands before the prompt; "auto" is as the tokenizer does
 
 

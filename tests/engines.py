@@ -16,7 +16,7 @@ import httpx
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from crane_serve.common.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, write_mask
+from crane_serve.common.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, Positions, write_mask
 from crane_serve.common.models.mlps import language_model
 from crane_serve.common.models.routers import find_routers, kept_from
 from tests.experts import dense_by_layer, experts_by_layer, experts_changed
@@ -62,6 +62,21 @@ def add_output_mask(library: MaskLibrary, directory: Path) -> MaskLibrary:
     return MaskLibrary.load(directory, fingerprint, "attnlrp")
 
 
+def masked_tokens(positions: Positions, token_ids: Sequence[int], prompt_tokens: int) -> list[int]:
+    """Which tokens of a whole sequence a mask is for, by index: from the definition, token by token."""
+    indices = list(range(len(token_ids)))
+    prompt, generated = indices[:prompt_tokens], indices[prompt_tokens:]
+    masked = [] if positions.prompt is None else prompt[slice(*positions.prompt)]
+    masked += [] if positions.generated is None else generated[slice(*positions.generated)]
+    for count, index in enumerate(masked, start=1):
+        if token_ids[index] in positions.until:
+            return masked[:count]
+    return masked
+
+
+Masked = slice | Sequence[int]
+
+
 class Oracle:
     """Plain transformers in float32, with scales applied by hooks on the input of down_proj and on the MLP's output."""
 
@@ -70,7 +85,7 @@ class Oracle:
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
     @contextmanager
-    def _masked(self, mask: "NeuronMask | Composition | None", masked: slice):
+    def _masked(self, mask: "NeuronMask | Composition | None", masked: Masked):
         """Scale the MLPs' inputs and outputs at the token positions `masked`."""
         if mask is not None and not isinstance(mask, NeuronMask):
             mask = mask.whole()
@@ -114,7 +129,7 @@ class Oracle:
 
     @contextmanager
     def _masked_experts(
-        self, mask: NeuronMask, experts: Mapping[int, torch.nn.Module], changed: Callable, masked: slice
+        self, mask: NeuronMask, experts: Mapping[int, torch.nn.Module], changed: Callable, masked: Masked
     ):
         dense, routers = dense_by_layer(self.model), find_routers(language_model(self.model))
         with ExitStack() as stack:
@@ -136,7 +151,7 @@ class Oracle:
 
     @torch.no_grad()
     def logprobs(
-        self, token_ids: Sequence[int], mask: "NeuronMask | Composition | None", masked: slice = slice(None)
+        self, token_ids: Sequence[int], mask: "NeuronMask | Composition | None", masked: Masked = slice(None)
     ) -> list[float]:
         """Log-probability in nats of each token after the first, with the mask at the token positions `masked`."""
         ids = torch.tensor([list(token_ids)])

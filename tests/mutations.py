@@ -34,9 +34,30 @@ MUTATIONS = (
     Mutation(
         "KV blocks computed under one mask never serve another",
         f"{ENGINE}/prefix_cache.py",
-        "    if mask is None or mask.positions is Positions.GENERATED:\n        return client_salt",
+        "    if mask is None or mask.positions not in (Positions.ALL, Positions.PROMPT):\n        return client_salt",
         "    return client_salt",
         "tests/unit/test_prefix_cache.py",
+    ),
+    Mutation(
+        "KV blocks are shared only where the same tokens were masked",
+        f"{ENGINE}/prefix_cache.py",
+        "self._until, *masked)",
+        "self._until)",
+        "tests/unit/test_prefix_cache.py",
+    ),
+    Mutation(
+        "a mask that ends with a token ends with one from the prefix cache, too",
+        f"{ENGINE}/routing.py",
+        "return computed < self._read or (",
+        "return computed < self._read and (",
+        "tests/unit/test_routing.py",
+    ),
+    Mutation(
+        "a batch that decodes on keeps its slots only where its rows last",
+        f"{ENGINE}/batch_masks.py",
+        "if (first >= settled).all() else None",
+        "",
+        "tests/unit/test_routing.py",
     ),
     Mutation(
         "a hit in the prefix cache ends before what is scored",

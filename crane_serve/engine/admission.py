@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from crane_serve.common.masks import MaskError, MaskTableFull, Positions, ResolvedMask
 from crane_serve.engine.config import DISABLE_VARIABLE, MASKS_VARIABLE, mask_config, masks_disabled
+from crane_serve.engine.vocabulary import vocabulary_size
 
 MASK_ARGUMENT = "crane_mask"
 POSITIONS_ARGUMENT = "crane_positions"
@@ -49,21 +50,20 @@ def requested_mask(sampling_params: Any) -> MaskRequest | None:
     if not isinstance(expression, str):
         raise MaskError(f"{MASK_ARGUMENT} is {type(expression).__name__}, expected a mask name")
     try:
-        return MaskRequest(expression, Positions.ALL if positions is None else Positions(positions))
-    except ValueError:
-        raise MaskError(
-            f"{POSITIONS_ARGUMENT} is {positions!r}, expected {' or '.join(map(repr, map(str, Positions)))}"
-        ) from None
+        return MaskRequest(expression, Positions.ALL if positions is None else Positions.parse(positions))
+    except ValueError as error:
+        raise MaskError(f"{POSITIONS_ARGUMENT}: {error}") from None
 
 
 def mask_arguments(mask: ResolvedMask) -> dict[str, str]:
     """The `extra_args` that make a request run with `mask`."""
-    return {MASK_ARGUMENT: mask.wire, POSITIONS_ARGUMENT: mask.positions.value}
+    return {MASK_ARGUMENT: mask.wire, POSITIONS_ARGUMENT: str(mask.positions)}
 
 
-def admit(vllm_config: Any, sampling_params: Any, *, resumable: bool) -> ResolvedMask | None:
+def admit(vllm_config: Any, sampling_params: Any, *, resumable: bool, embeds: bool = False) -> ResolvedMask | None:
     """The mask of a request; None only if the request asks for no mask. Raises MaskError.
 
+    resumable: whether it is a session with streamed input; embeds: whether its prompt holds embeddings without ids.
     Rewrites the request's `extra_args`, so that later stages get the mask by its content digest.
     """
     request = requested_mask(sampling_params)
@@ -82,12 +82,26 @@ def admit(vllm_config: Any, sampling_params: Any, *, resumable: bool) -> Resolve
         return None
     if resumable:
         raise MaskError(f"{what}: streaming-input sessions cannot be masked")
+    _check_until(resolved.positions, vllm_config, embeds)
     if resolved.mask.scales_outputs and not config.outputs:
         raise MaskError(f"{what}: scales MLP output dimensions, which this engine was started without")
     if resolved.mask.offsets and not config.offsets:
         raise MaskError(f"{what}: adds to neurons, which this engine was started without")
     sampling_params.extra_args = {**others, **mask_arguments(resolved)}
     return resolved
+
+
+def _check_until(positions: Positions, vllm_config: Any, embeds: bool) -> None:
+    if not positions.until:
+        return
+    if embeds:
+        raise MaskError(f"{POSITIONS_ARGUMENT}={positions}: the prompt has embeddings, of which no token id is known")
+    vocabulary = vocabulary_size(vllm_config.model_config)
+    if positions.until[-1] >= vocabulary:
+        raise MaskError(
+            f"{POSITIONS_ARGUMENT}={positions}: token {positions.until[-1]} is not in the model's vocabulary of "
+            f"{vocabulary} tokens (0 to {vocabulary - 1})"
+        )
 
 
 def require_row(vllm_config: Any, mask: ResolvedMask, in_use: Collection[str]) -> None:

@@ -1,16 +1,16 @@
 """BatchMasks: a patched model and the masks of its next batch. Both model runners use it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from crane_serve.common.masks import MaskLibrary, Positions
-from crane_serve.engine.admission import MaskRequest
+from crane_serve.common.masks import MaskLibrary
 from crane_serve.engine.config import mask_config
 from crane_serve.engine.masked_mlp import install_masks
-from crane_serve.engine.routing import Ints, fill_slots, row_per_token
+from crane_serve.engine.routing import Ints, MaskedTokens, fill_slots, row_per_token
 from crane_serve.engine.table import UNMASKED_ROW, MaskTable
 
 
@@ -22,7 +22,8 @@ class BatchMasks:
         self._table = table
         self.slots = slots  # [maximum tokens], the table row of each token
         self._used = 0  # slots from here on are unmasked
-        self._before: tuple[list[MaskRequest | None], list[int]] | None = None
+        # Of the last batch, if its rows last: requests, their tokens, and from which token on they last: [requests].
+        self._before: tuple[list[MaskedTokens | None], list[int], NDArray[np.int64]] | None = None
 
     @classmethod
     def install(cls, model: nn.Module, vllm_config: Any) -> "BatchMasks":
@@ -49,31 +50,66 @@ class BatchMasks:
         )
         return cls(library, table, slots)
 
-    def fill(self, requests: Sequence[MaskRequest | None], tokens: Ints, computed: Ints, prompts: Ints) -> None:
+    def fill(
+        self,
+        requests: Sequence[MaskedTokens | None],
+        tokens: Ints,
+        computed: Ints,
+        ids: Callable[[], Ints],
+        before: Callable[[int], Ints],
+    ) -> None:
         """Give each token of the batch the row of its request's mask; padding behind the batch becomes unmasked.
 
-        All arguments are [requests] in the order of the batch: the mask each asks for, the tokens scheduled, the tokens
-        computed before, and the length of the prompt. Raises MaskError for a mask that does not resolve. Admission has
-        resolved it before, so this should never happen; if it does, the engine stops, because the request must not run
-        unmasked.
+        requests, tokens, computed: [requests] in the order of the batch: the masked tokens of each, always by the same
+        object while it runs, None for no mask; the tokens scheduled, and the tokens computed before. ids: gives the ids
+        of all tokens of the batch, and waits for the device; before: gives the ids of the request at an index that come
+        before the batch. Both are called only for masks that end with a token.
+
+        Raises MaskError for a mask that does not resolve. Admission has resolved it before, so this should never
+        happen; if it does, the engine stops, because the request must not run unmasked. So it does for a RuntimeError
+        of `MaskedTokens.read`.
         """
         if not any(requests):
             if self._used:
                 self.clear()
             return
-        scheduled = np.asarray(tokens).tolist()
-        if self._before == (requests, scheduled):  # the same requests decode on
-            return
+        scheduled, first = np.asarray(tokens).tolist(), np.asarray(computed)
+        if self._before is not None:
+            *batch, settled = self._before
+            if batch == [requests, scheduled] and (first >= settled).all():  # the same requests decode on
+                return
+        _read(requests, scheduled, computed, ids, before)
         masks = [None if request is None else self._library.mask_of(request.expression) for request in requests]
         masked_rows = iter(self._table.assign([mask for mask in masks if mask is not None]))
         rows = [UNMASKED_ROW if mask is None else next(masked_rows) for mask in masks]
-        positions = [Positions.ALL if request is None else request.positions for request in requests]
-        self._used = fill_slots(self.slots, row_per_token(rows, positions, scheduled, computed, prompts), self._used)
-        settled = all(where is Positions.ALL for where in positions)
-        self._before = (list(requests), scheduled) if settled else None
+        self._used = fill_slots(self.slots, row_per_token(rows, requests, scheduled, computed), self._used)
+        settled = np.asarray([0 if request is None else request.settled for request in requests])
+        self._before = (list(requests), scheduled, settled) if (first >= settled).all() else None
 
     def clear(self) -> None:
         """Make every token unmasked, for profiling and graph capture."""
         self.slots.fill_(UNMASKED_ROW)
         self._used = 0
         self._before = None
+
+
+def _read(
+    requests: Sequence[MaskedTokens | None],
+    tokens: Sequence[int],
+    computed: Ints,
+    ids: Callable[[], Ints],
+    before: Callable[[int], Ints],
+) -> None:
+    """Have all masks that end with a token see those of a batch: see `BatchMasks.fill`."""
+    batch: Ints | None = None
+    start = 0
+    for index, (request, count) in enumerate(zip(requests, tokens, strict=True)):
+        if request is not None and request.have_end:
+            if request.begins_elsewhere(int(computed[index])):
+                request.restart(before(index), int(computed[index]))
+            if request.wants(count):
+                batch = ids() if batch is None else batch
+                request.read(batch[start : start + count])
+            else:
+                request.skip(count)
+        start += count

@@ -8,8 +8,8 @@ What is wrapped, each once per process:
 - to_beam_search_params of vLLM's own HTTP requests (front end): beam search would drop the mask, so it is refused;
 - places where vLLM's own server and offline classes would drop a mask: see `vllm_routes`;
 - EngineCore.preprocess_add_request (engine core): admission again, and the prefix-cache salt;
-- generate_block_hash_extra_keys (engine core): the salt of blocks with generated tokens, if only some are masked, in
-  hashes and in KV events;
+- generate_block_hash_extra_keys (engine core): the salts of blocks, if only some tokens are masked, in hashes and in KV
+  events;
 - get_kv_cache_configs (engine core): has KV blocks zeroed before a request gets them: see `fresh_blocks`;
 - KVCacheManager.get_computed_blocks (engine core): how far a scored request may read from the prefix cache;
 - EngineCore.add_request (engine core): refuses a mask without a free row, and forgets content that no request needs;
@@ -34,7 +34,7 @@ from crane_serve.engine.config import (
     masks_wanted,
 )
 from crane_serve.engine.masked_experts import keep_weights
-from crane_serve.engine.prefix_cache import check_salt, generated_salt, salted, with_generated_salt
+from crane_serve.engine.prefix_cache import WindowSalts, check_salt, generated_salt, salted, with_second_salt
 from crane_serve.engine.scoring import check_score, get_computed_blocks
 from crane_serve.engine.support import UnsupportedEngine, caution, check_engine, check_version
 from crane_serve.engine.versions import fail_request
@@ -171,13 +171,18 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
     check_score(self.vllm_config, request, self.tokenizer)
     drop_impossible(self.vllm_config, request.sampling_params)
     try:
-        admit(self.vllm_config, request.sampling_params, resumable=request.resumable)
+        _admit(self.vllm_config, request)
         check_salt(request.cache_salt)
         if any(map(looks_like_ours, getattr(request.pooling_params, "extra_kwargs", None) or ())):
             raise MaskError(f"{MASK_ARGUMENT}: pooling requests cannot be masked")
     except MaskError as error:
         raise VLLMValidationError(str(error), parameter=MASK_ARGUMENT) from error
     return request
+
+
+def _admit(vllm_config: Any, request: Any) -> ResolvedMask | None:
+    embeds = request.prompt_embeds is not None
+    return admit(vllm_config, request.sampling_params, resumable=request.resumable, embeds=embeds)
 
 
 def _preprocess_add_request(original: Callable[..., Any], self: Any, request: Any) -> Any:
@@ -187,7 +192,7 @@ def _preprocess_add_request(original: Callable[..., Any], self: Any, request: An
     require_embeddings(self.vllm_config, request)
     check_score(self.vllm_config, request)
     try:
-        resolved = admit(self.vllm_config, request.sampling_params, resumable=request.resumable)
+        resolved = _admit(self.vllm_config, request)
         request.cache_salt = salted(resolved, request.cache_salt)
     except MaskError as error:  # from 0.33 on the client is told the text of this kind of error
         raise VLLMValidationError(str(error), parameter=MASK_ARGUMENT) from error
@@ -217,9 +222,22 @@ def _block_keys(
     original: Callable[..., Any], request: Any, start_token_idx: int, end_token_idx: int, *args: Any, **kwargs: Any
 ) -> Any:
     keys, *rest = original(request, start_token_idx, end_token_idx, *args, **kwargs)
-    # The prompt's blocks are hashed while the request is being made, before it has its mask; they need no second salt.
-    salt = generated_salt(getattr(request, _LEASE, None), request.num_prompt_tokens, end_token_idx)
-    return with_generated_salt(keys, salt), *rest
+    # The prompt's blocks are hashed while the request is being made, before it has its lease.
+    windows = _window_salts(request)
+    if windows is None:
+        salt = generated_salt(getattr(request, _LEASE, None), request.num_prompt_tokens, end_token_idx)
+    else:
+        salt = windows.salt(start_token_idx, end_token_idx)
+    return with_second_salt(keys, salt), *rest
+
+
+def _window_salts(request: Any) -> WindowSalts | None:
+    """Of vLLM's request, from arguments that `admit` has written; kept there, since every block needs them."""
+    try:
+        return request.crane_window_salts  # type: ignore[no-any-return]
+    except AttributeError:
+        request.crane_window_salts = WindowSalts.of(requested_mask(request.sampling_params), request.num_prompt_tokens)
+        return request.crane_window_salts  # type: ignore[no-any-return]
 
 
 def _init_device(original: Callable[..., Any], self: Any) -> Any:

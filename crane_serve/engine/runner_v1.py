@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crane_serve.engine.admission import MaskRequest, requested_mask
+from crane_serve.engine.admission import requested_mask
 from crane_serve.engine.batch_masks import BatchMasks
 from crane_serve.engine.fresh_blocks import zero_blocks
+from crane_serve.engine.routing import MaskedTokens
 from crane_serve.engine.scoring import Chunk, ScoreRequest, Scoring
 
 
@@ -42,11 +43,20 @@ class MaskedRunner:
         prepared = self._prepare_inputs(scheduler_output, num_scheduled_tokens, *args)
         # Only now is the order of the batch final: _update_states and _prepare_inputs may change it.
         assert self._masks is not None
-        batch, requests = self._runner.input_batch, self._runner.requests
-        mask_requests = [_mask_request(requests[request_id]) for request_id in batch.req_ids]
-        count = len(mask_requests)
-        computed, prompts = batch.num_computed_tokens_cpu[:count], batch.num_prompt_tokens[:count]
-        self._masks.fill(mask_requests, num_scheduled_tokens, computed, prompts)
+        runner, batch = self._runner, self._runner.input_batch
+        prompts, computed = batch.num_prompt_tokens, batch.num_computed_tokens_cpu
+        masked = [
+            _masked_tokens(runner.requests[request_id], int(prompts[index]))
+            for index, request_id in enumerate(batch.req_ids)
+        ]
+        self._masks.fill(
+            masked,
+            num_scheduled_tokens,
+            computed[: len(masked)],
+            # Sampled ids are on the device: with async scheduling the host has not seen those of the last step.
+            ids=lambda: runner.input_ids.gpu[: int(num_scheduled_tokens.sum())].cpu().numpy(),
+            before=lambda index: batch.token_ids_cpu[index, : computed[index]],
+        )
         if self._masks.slots.device.type == "cpu":
             _spare_seeds(self._runner)
         return prepared
@@ -92,14 +102,14 @@ class MaskedRunner:
         return Chunk(request_id, row, request.num_computed_tokens, tokens, len(prompt), targets)
 
 
-def _mask_request(state: Any) -> MaskRequest | None:
-    """The mask that a request asks for, from vLLM's state of the request. Read once and kept, since every step needs
-    it."""
+def _masked_tokens(state: Any, prompt_tokens: int) -> MaskedTokens | None:
+    """Which tokens of a request are masked, kept in vLLM's state of the request, since every step needs it."""
     try:
-        return state.crane_mask_request  # type: ignore[no-any-return]
+        return state.crane_masked_tokens  # type: ignore[no-any-return]
     except AttributeError:
-        state.crane_mask_request = requested_mask(state.sampling_params)
-        return state.crane_mask_request  # type: ignore[no-any-return]
+        request = requested_mask(state.sampling_params)
+        state.crane_masked_tokens = None if request is None else MaskedTokens(request, prompt_tokens)
+        return state.crane_masked_tokens  # type: ignore[no-any-return]
 
 
 def _spare_seeds(runner: Any) -> None:

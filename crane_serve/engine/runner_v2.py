@@ -5,16 +5,37 @@ V2 asks `resolve_model_state_cls` which class holds a model's per-request state,
 and calls it for every request and every batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from crane_serve.engine.admission import MaskRequest, requested_mask
+from crane_serve.engine.admission import requested_mask
 from crane_serve.engine.batch_masks import BatchMasks
+from crane_serve.engine.routing import MaskedTokens
 from crane_serve.engine.scoring import Chunk, ScoreRequest, Scoring
+
+
+class _Request(NamedTuple):
+    """masked: None for a request without a mask; prefill: the ids with which it began, if a token may end its mask."""
+
+    masked: MaskedTokens | None
+    prefill: Sequence[int]
+
+    @classmethod
+    def of(cls, new_req_data: Any) -> "_Request":
+        """Of a request that begins, or begins again after a preemption: then its prefill has generated tokens, too."""
+        asked = requested_mask(new_req_data.sampling_params)
+        if asked is None:
+            return _NONE
+        ids = new_req_data.prompt_token_ids
+        masked = MaskedTokens(asked, len(new_req_data.prompt_embeds if ids is None else ids))
+        return cls(masked, new_req_data.prefill_token_ids if masked.have_end else ())
+
+
+_NONE = _Request(None, ())
 
 
 class MaskedModelState:
@@ -23,30 +44,31 @@ class MaskedModelState:
     def __init__(self, vllm_config: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, model, *args, **kwargs)  # type: ignore[call-arg]
         self._crane_masks = BatchMasks.install(model, vllm_config)
-        self._crane_requests: dict[str, MaskRequest | None] = {}
-        self._crane_prompts: dict[str, int] = {}  # length in tokens
+        self._crane_requests: dict[str, _Request] = {}
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Also called for a preempted request when it resumes, as for a new one."""
         super().add_request(req_index, new_req_data)  # type: ignore[misc]
-        request = requested_mask(new_req_data.sampling_params)
-        self._crane_requests[new_req_data.req_id] = request
-        # After a preemption what is to be prefilled includes generated tokens; the prompt does not.
-        self._crane_prompts[new_req_data.req_id] = len(new_req_data.prompt_token_ids or ()) if request else 0
+        self._crane_requests[new_req_data.req_id] = _Request.of(new_req_data)
 
     def remove_request(self, req_id: str) -> None:
         """Forget what the request asked for."""
         super().remove_request(req_id)  # type: ignore[misc]
         self._crane_requests.pop(req_id, None)
-        self._crane_prompts.pop(req_id, None)
 
     def prepare_inputs(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Called for dummy batches too; their ids belong to no request, so they are unmasked."""
-        ids = input_batch.req_ids
-        tokens = np.diff(input_batch.query_start_loc_np[: len(ids) + 1])
-        requests = [self._crane_requests.get(req_id) for req_id in ids]
-        prompts = [self._crane_prompts.get(req_id, 0) for req_id in ids]
-        self._crane_masks.fill(requests, tokens, input_batch.num_computed_tokens_np[: len(ids)], prompts)
+        ids, starts = input_batch.req_ids, input_batch.query_start_loc_np
+        tokens, computed = np.diff(starts[: len(ids) + 1]), input_batch.num_computed_tokens_np[: len(ids)]
+        requests = [self._crane_requests.get(req_id, _NONE) for req_id in ids]
+        self._crane_masks.fill(
+            [request.masked for request in requests],
+            tokens,
+            computed,
+            # Sampled ids are on the device: with async scheduling the host has not seen those of the last step.
+            ids=lambda: input_batch.input_ids[: int(tokens.sum())].cpu().numpy(),
+            before=lambda index: requests[index].prefill[: computed[index]],
+        )
         return super().prepare_inputs(input_batch, *args, **kwargs)  # type: ignore[misc]
 
     def prepare_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:

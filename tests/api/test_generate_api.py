@@ -9,7 +9,8 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from crane_serve.common.masks import MaskTableFull
+from crane_serve.common.masks import MaskTableFull, Positions
+from crane_serve.common.masks.positions import PATTERN
 from crane_serve.engine.service import EngineBusy, EngineDead, EngineService, FailedRequest, RejectedRequest, Sampling
 from tests.api.fake_engine import FakeEngine
 from tests.tokenizer_kinds import ENDING, KINDS, Kind
@@ -168,7 +169,7 @@ async def test_a_mask_reaches_the_engine(client: httpx.AsyncClient, engine: Fake
     assert [call.mask.wire for call in engine.calls if call.mask] == [stored.mask.digest] * 2
 
 
-@pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated", "prompt[-4:]", "all+until=3"])
 @pytest.mark.parametrize("where", ["query", "body", "both"])
 async def test_positions_reach_the_engine(
     client: httpx.AsyncClient, engine: FakeEngine, positions: str, where: str
@@ -177,7 +178,29 @@ async def test_positions_reach_the_engine(
     body = {} if where == "query" else {"positions": positions}
     response = await client.post("/generate", params={"mask": "zh", **query}, json={"prompt": "hi", **body})
     assert response.json()["mask"]["positions"] == positions
-    assert engine.calls[0].mask.positions == positions
+    assert engine.calls[0].mask.positions == Positions.parse(positions)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_answers_have_the_canonical_form_of_positions(
+    client: httpx.AsyncClient, engine: FakeEngine, stream: bool
+) -> None:
+    body = {"prompt": "hi", "positions": "prompt[-4:]+generated[0:16]+until=7,3", "stream": stream}
+    query = "mask=zh&positions=prompt[-4:]+generated[:16]+until=3,7"  # in which a plus is a space
+    response = await client.post(f"/generate?{query}", json=body)
+    answer = events(response)[-2] if stream else response.json()
+    assert answer["mask"]["positions"] == "prompt[-4:]+generated[:16]+until=3,7"
+    assert engine.calls[0].mask.positions == Positions((-4, None), (0, 16), (3, 7))
+
+
+async def test_the_description_has_the_pattern_of_positions(client: httpx.AsyncClient) -> None:
+    document = (await client.get("/openapi.json")).json()
+    schemas = document["components"]["schemas"]
+    (in_query,) = (each for each in document["paths"]["/generate"]["post"]["parameters"] if each["name"] == "positions")
+    in_body = schemas["GenerateRequest"]["properties"]["positions"]
+    for described in (in_query["schema"], in_body):
+        assert described["anyOf"] == [{"type": "string", "pattern": PATTERN}, {"type": "null"}]
+    assert schemas["MaskUsed"]["properties"]["positions"]["pattern"] == PATTERN
 
 
 @pytest.mark.parametrize(
@@ -185,8 +208,13 @@ async def test_positions_reach_the_engine(
     [
         ({"mask": "zh", "positions": "prompt"}, {"positions": "all"}, 400, "the query says positions=prompt"),
         ({"positions": "prompt"}, {}, 400, "positions=prompt without a mask"),
-        ({"mask": "zh"}, {"positions": "first"}, 422, "positions: Input should be 'all', 'prompt' or 'generated'"),
-        ({"mask": "zh", "positions": "first"}, {}, 422, "positions: Input should be 'all', 'prompt' or 'generated'"),
+        ({"mask": "zh", "positions": "all until=3"}, {"positions": "all"}, 400, "the query says positions=all+until=3"),
+        ({"positions": "prompt[:4]"}, {}, 400, "positions=prompt[:4] without a mask"),
+        ({"mask": "zh"}, {"positions": "first"}, 422, "positions: 'first': expected 'all', 'prompt', 'generated', a"),
+        ({"mask": "zh", "positions": "first"}, {}, 422, "positions: 'first': expected 'all', 'prompt', 'generated', a"),
+        ({"mask": "zh"}, {"positions": "generated[-1:]"}, 422, "positions: 'generated[-1:]': expected 'all', 'prompt'"),
+        ({"mask": "zh"}, {"positions": "all+until=" + "1," * 40}, 422, "positions: 'all+until=1,1,1,1"),
+        ({"mask": "zh"}, {"positions": ["all"]}, 422, "positions: Input should be a valid string"),
     ],
 )
 async def test_bad_positions_are_refused(

@@ -106,7 +106,7 @@ async def http(front: Front, vllm: Recorder) -> AsyncIterator[httpx.AsyncClient]
 def carried(expression: str, positions: Positions = Positions.ALL) -> dict[str, str]:
     resolved = library().resolve(expression)
     assert resolved is not None
-    return {"crane_mask": resolved.wire, "crane_positions": positions.value}
+    return {"crane_mask": resolved.wire, "crane_positions": str(positions)}
 
 
 def code_of(answer: httpx.Response) -> tuple[int, str, str | None]:
@@ -124,21 +124,21 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("positions", [None, *Positions])
+@pytest.mark.parametrize("positions", [None, "all", "prompt", "generated", "prompt[-4:]+generated[:16]+until=2,3"])
 @pytest.mark.parametrize(("query", "named"), WAYS)
 async def test_each_way_to_name_a_mask_is_the_same_request_to_vllm(
-    http: httpx.AsyncClient, vllm: Recorder, front: Front, query: str, named: dict, positions: Positions | None
+    http: httpx.AsyncClient, vllm: Recorder, front: Front, query: str, named: dict, positions: str | None
 ) -> None:
-    asked = {} if positions is None else {"positions": positions.value}
+    asked, meant = {} if positions is None else {"positions": positions}, Positions.parse(positions or "all")
     answer = await http.post(f"/v1/completions{query}", json={**COMPLETION, **named, **asked})
     assert (answer.status_code, answer.json()) == (200, {"answered": "by vLLM"})
-    assert vllm.body == {**COMPLETION, "vllm_xargs": carried("zh", positions or Positions.ALL)}
+    assert vllm.body == {**COMPLETION, "vllm_xargs": carried("zh", meant)}
     assert (b"content-length", str(len(vllm.contents[0])).encode()) in vllm.headers
     assert [name for name, _ in vllm.headers].count(b"content-length") == 1
     assert vllm.scopes[0]["query_string"] == b""
     assert front.context.mask is not None
     assert front.context.mask.name == "attnlrp-zh"
-    assert front.context.mask.positions is (positions or Positions.ALL)
+    assert front.context.mask.positions == meant
     assert front.scope["crane_route"] == "/v1/completions"
 
 
@@ -156,6 +156,27 @@ async def test_each_way_to_name_a_mask_is_the_same_request_to_vllm(
 async def test_each_place_for_positions(http: httpx.AsyncClient, vllm: Recorder, query: str, body: dict) -> None:
     assert (await http.post(f"/v1/completions{query}", json={**COMPLETION, **body})).status_code == 200
     assert vllm.body["vllm_xargs"] == carried("zh", Positions.PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("query", "body"),
+    [
+        ("?mask=zh&positions=prompt[-4:]+generated[:16]+until=7,3", {}),  # a plus of a query is a space
+        ("?mask=zh&positions=prompt%5B-4%3A%5D%2Bgenerated%5B%3A16%5D%2Buntil%3D3%2C7", {}),
+        ("?mask=zh", {"positions": "prompt[-4:]+generated[0:16]+until=3,7,3"}),
+        (
+            "?positions=prompt[-4:]+generated[:16]+until=3,7",
+            {"mask": "zh", "positions": "prompt[-4:] generated[:16] until=7,3"},
+        ),
+        ("", {"vllm_xargs": {"crane_mask": "zh", "crane_positions": "prompt[-4:]+generated[:16]+until=7,3"}}),
+    ],
+)
+async def test_each_place_for_windows_gives_vllm_their_canonical_form(
+    http: httpx.AsyncClient, vllm: Recorder, query: str, body: dict
+) -> None:
+    assert (await http.post(f"/v1/completions{query}", json={**COMPLETION, **body})).status_code == 200
+    assert vllm.body["vllm_xargs"]["crane_positions"] == "prompt[-4:]+generated[:16]+until=3,7"
+    assert vllm.body["vllm_xargs"] == carried("zh", Positions.parse("prompt[-4:]+generated[:16]+until=3,7"))
 
 
 @pytest.mark.parametrize("expression", ["zh,vi", "zh@0.5", "lape-zh"])
@@ -274,6 +295,9 @@ async def test_two_masks_are_refused(http: httpx.AsyncClient, vllm: Recorder, qu
         ("?positions=all", {"mask": "zh", "positions": "prompt"}),
         ("", {"mask": "zh", "positions": "prompt", "vllm_xargs": {"crane_positions": "all"}}),
         ("?mask=zh&positions=all&positions=all", {}),
+        ("?mask=zh&positions=generated[:3]", {"positions": "generated[:4]"}),
+        ("?positions=all+until=3", {"model": "tiny:zh", "positions": "all"}),
+        ("?positions=prompt[-4:]", {}),
         ("?positions=prompt", {}),
         ("", {"positions": "all"}),
         ("", {"vllm_xargs": {"crane_positions": "all"}}),
@@ -301,6 +325,12 @@ async def test_two_positions_or_positions_alone_are_refused(
         ("", {"mask": "zh", "positions": 1}, (422, "malformed_body", "positions")),
         ("", {"mask": "zh", "positions": "some"}, (422, "malformed_body", "positions")),
         ("?mask=zh&positions=some", {}, (422, "malformed_body", "positions")),
+        ("?mask=zh&positions=generated[-4:]", {}, (422, "malformed_body", "positions")),
+        ("?mask=zh&positions=", {}, (422, "malformed_body", "positions")),
+        ("?mask=zh&until=3", {}, (422, "malformed_query", "until")),
+        ("", {"mask": "zh", "positions": {"prompt": [0, 4]}}, (422, "malformed_body", "positions")),
+        ("", {"model": "tiny:zh", "positions": "all;until=3"}, (422, "malformed_body", "positions")),
+        ("", {"vllm_xargs": {"crane_mask": "zh", "crane_positions": "x"}}, (422, "malformed_body", "positions")),
         ("", {"vllm_xargs": {"crane_mask": 5}}, (422, "malformed_body", "crane_mask")),
         ("?mask=zh", {"vllm_xargs": "x"}, (422, "malformed_body", "vllm_xargs")),
         ("?mask=", {}, (400, "malformed_mask", "mask")),

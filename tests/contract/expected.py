@@ -135,7 +135,8 @@ READ = {
     _COMPLETION: "vllm_xargs",
     _RESPONSES: "vllm_xargs",
     _V1: "input_batch requests discard_request_mask model vllm_config load_model _prepare_inputs _dummy_run"
-    " _zero_block_ids device kv_caches kv_cache_config num_prompt_logprobs query_start_loc _get_prompt_logprobs_dict",
+    " _zero_block_ids device kv_caches kv_cache_config num_prompt_logprobs query_start_loc _get_prompt_logprobs_dict"
+    " input_ids",
     _V2: "vllm_config model_state prompt_logprobs_worker",
     _V2_SCORES: "uses_prompt_logprobs",
     "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration": "compute_logits",
@@ -190,10 +191,11 @@ READ = {
     " _bad_words_token_ids",
     "vllm.renderers.base:BaseRenderer": "model_config tokenizer",
     "vllm.utils.argparse_utils:FlexibleArgumentParser": "parse_known_args set_defaults get_default",
-    "vllm.v1.core.sched.output:NewRequestData": "req_id sampling_params prompt_token_ids",
+    "vllm.v1.core.sched.output:NewRequestData": "req_id sampling_params prompt_token_ids prompt_embeds"
+    " prefill_token_ids",
     "vllm.v1.core.sched.scheduler:Scheduler": "requests",
     "vllm.v1.engine:EngineCoreRequest": "request_id client_index prompt_token_ids mm_features sampling_params"
-    " pooling_params cache_salt resumable prompt_is_token_ids",
+    " pooling_params cache_salt resumable prompt_is_token_ids prompt_embeds",
     "vllm.v1.engine:FinishReason": "ERROR",
     "vllm.v1.engine.async_llm:AsyncLLM": "vllm_config model_config input_processor errored engine_core",
     "vllm.v1.engine.core:EngineCore": "vllm_config scheduler",
@@ -202,14 +204,14 @@ READ = {
     "vllm.v1.engine.llm_engine:LLMEngine": "vllm_config engine_core",
     "vllm.v1.kv_cache_interface:KVCacheConfig": "needs_kv_cache_zeroing num_blocks",
     "vllm.v1.request:Request": "request_id client_index num_prompt_tokens num_tokens cache_salt sampling_params",
-    "vllm.v1.utils:CpuGpuBuffer": "np",
+    "vllm.v1.utils:CpuGpuBuffer": "np gpu",
     "vllm.v1.worker.cpu_worker:CPUWorker": "model_runner",
     "vllm.v1.worker.gpu.input_batch:InputBatch": "req_ids query_start_loc_np num_computed_tokens_np idx_mapping_np"
-    " num_computed_prefill_tokens_np num_scheduled_tokens",
+    " num_computed_prefill_tokens_np num_scheduled_tokens input_ids",
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": "sampling_params generator prompt_token_ids"
     " num_computed_tokens",
     "vllm.v1.worker.gpu_input_batch:InputBatch": "req_ids req_id_to_index num_computed_tokens_cpu"
-    " num_prompt_tokens generators",
+    " num_prompt_tokens generators token_ids_cpu",
     "vllm.v1.worker.gpu_worker:Worker": "model_runner",
     "vllm.v1.worker.worker_base:WorkerWrapperBase": "vllm_config worker",
 }

@@ -40,8 +40,9 @@ OF_OTHERS = {
     *HTTP,
     *MODELS,
     "_load_model",
-    "crane_mask_request",
-}  # the last two are ours
+    "crane_masked_tokens",
+    "crane_window_salts",
+}  # the last three are ours
 VERSION = wheel.installed_version() or "none"
 
 

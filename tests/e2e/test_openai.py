@@ -10,9 +10,9 @@ import openai
 import pytest
 
 from clients import CraneClient
-from crane_serve.common.masks import NeuronMask
+from crane_serve.common.masks import NeuronMask, Positions
 from tests.conftest import Tiny
-from tests.engines import Oracle, Server
+from tests.engines import Oracle, Server, masked_tokens
 from tests.fuzz import bodies
 from tests.tiny import BEYOND
 
@@ -93,13 +93,16 @@ def test_masks_differ_and_unmasked_stays_unmasked(tiny: Tiny, tiny_oracle: Oracl
     assert tokens("tiny") == plain == tokens("tiny:none")
 
 
-@pytest.mark.parametrize("positions", ["prompt", "generated"])
+@pytest.mark.parametrize(
+    "positions",
+    ["prompt", "generated", "prompt[-4:]+generated[:3]", f"all+until={','.join(map(str, range(2, 258, 8)))}"],
+)
 def test_positions(tiny: Tiny, tiny_oracle: Oracle, client: openai.OpenAI, positions: str) -> None:
     prompt = tiny_oracle.tokenizer(TEXT)["input_ids"]
-    masked = {"prompt": slice(0, len(prompt)), "generated": slice(len(prompt), None)}[positions]
     for query, body in [({"mask": "zh", "positions": positions}, {}), ({}, {"mask": "zh", "positions": positions})]:
         answer = client.completions.create(model="tiny", prompt=TEXT, logprobs=0, extra_query=query, **with_body(body))
         tokens, logprobs = tokens_of(answer.choices[0].logprobs)
+        masked = masked_tokens(Positions.parse(positions), [*prompt, *tokens], len(prompt))
         expected = tiny_oracle.logprobs([*prompt, *tokens], neuron_mask(tiny, "zh"), masked)
         assert logprobs == pytest.approx(expected[-TOKENS:], abs=1e-4)
 

@@ -29,6 +29,9 @@ def content(number: int) -> str:
     return f"vi@{number / 16!r}"
 
 
+END_AMONG_MANY = "generated+until=" + ",".join(map(str, range(2, 258, 8)))
+
+
 class Run:
     def __init__(self, service: EngineService) -> None:
         self.service = service
@@ -50,7 +53,7 @@ class Run:
         self.answers.append(
             {
                 "promised": promised,
-                "positions": positions.value,
+                "positions": str(positions),
                 "prompt": prompt_ids,
                 "tokens": [token.token_id for token in chosen],
                 "logprobs": [token.logprob for token in chosen],
@@ -135,8 +138,8 @@ class Run:
         scales = NeuronMask(outputs.mask.intermediate, outputs.mask.intermediate_sizes, _ones(service))
         await self.refuses("outputs", service.put_mask(StoredMask("outputs", scales, outputs.info)))
         await self.refuses("unknown", service.remove_mask("nobody"))
-        for positions in Positions:
-            await self.generate(PROMPTS[2], "zh", tokens=12, positions=positions)
+        for positions in ("all", "prompt", "generated", "prompt[-3:]+generated[:4]", END_AMONG_MANY):
+            await self.generate(PROMPTS[2], "zh", tokens=12, positions=Positions.parse(positions))
 
 
 def _ones(service: EngineService):

@@ -18,9 +18,14 @@ from vllm.v1.request import Request
 
 from crane_serve.common.masks import Composition, Member, NeuronMask, Positions, ResolvedMask
 from crane_serve.engine import plugin
+from crane_serve.engine.admission import mask_arguments
 from crane_serve.engine.prefix_cache import salted
 
 BLOCK_TOKENS, PROMPT_TOKENS, GENERATED_TOKENS = 4, 6, 7
+
+
+THE_WORDS = (Positions.ALL, Positions.PROMPT, Positions.GENERATED)
+WINDOWS = ("prompt[-3:]", "generated[:3]", "prompt[:5]+generated[2:]", "all+until=3")
 
 
 def masked_request(positions: Positions | None) -> Any:
@@ -32,7 +37,7 @@ def masked_request(positions: Positions | None) -> Any:
     request = Request(
         "request",
         list(range(PROMPT_TOKENS)),
-        SamplingParams(),
+        SamplingParams(extra_args=None if mask is None else mask_arguments(mask)),
         None,
         cache_salt=salted(mask, None),
         block_hasher=hasher,
@@ -42,7 +47,7 @@ def masked_request(positions: Positions | None) -> Any:
     return request
 
 
-@pytest.mark.parametrize("positions", [None, *Positions])
+@pytest.mark.parametrize("positions", [None, *THE_WORDS, *map(Positions.parse, WINDOWS)], ids=str)
 def test_the_keys_of_an_event_make_the_hashes_of_its_blocks(positions: Positions | None) -> None:
     plugin.install()
     init_none_hash(sha256_cbor)
@@ -59,8 +64,22 @@ def test_the_keys_of_an_event_make_the_hashes_of_its_blocks(positions: Positions
         parent = hash_block_tokens(sha256_cbor, parent, tokens, tagged)
         hashes.append(maybe_convert_block_hash(parent))
     assert event.block_hashes == hashes
-    is_masked_in_part = positions in (Positions.PROMPT, Positions.GENERATED)
-    assert (event.extra_keys[-1] is not None) == is_masked_in_part
+    is_salted = positions in (Positions.PROMPT, Positions.GENERATED)
+    if positions is not None and positions not in THE_WORDS:
+        last = range(BLOCK_TOKENS * (full - 1), BLOCK_TOKENS * full)
+        is_salted = any(token in window for window in positions.windows(PROMPT_TOKENS) for token in last)
+    assert (event.extra_keys[-1] is not None) == is_salted
+
+
+def test_a_prompt_is_hashed_with_its_windows_when_the_request_is_made() -> None:
+    plugin.install()
+    init_none_hash(sha256_cbor)
+    texts = (None, "generated[:3]", "prompt[-1:]", "prompt[:4]", "prompt[:5]", "prompt[:2]", "prompt[:4]+until=3")
+    requests = [masked_request(None if text is None else Positions.parse(text)) for text in texts]
+    unmasked, generated, last, *others = (request.block_hashes[0] for request in requests)
+    assert unmasked == generated == last  # the first block is computed without a mask
+    assert others[0] == others[1]  # in both all four tokens of it are masked
+    assert len({unmasked, *others}) == 4
 
 
 def test_every_module_that_makes_these_keys_is_covered() -> None:

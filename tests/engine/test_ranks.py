@@ -6,7 +6,7 @@ import pytest
 
 from crane_serve.common.masks import Positions
 from tests.conftest import RANKS, Engines, Tiny
-from tests.engines import Oracle
+from tests.engines import Oracle, masked_tokens
 
 pytestmark = pytest.mark.engine
 
@@ -27,11 +27,7 @@ def test_every_request_ran_with_the_mask_it_was_promised(over_ranks, tiny: Tiny,
     for answer in over_ranks["answers"]:
         resolved = tiny.library.resolve(answer["promised"])
         prompt, tokens = answer["prompt"], answer["tokens"]
-        masked = {
-            Positions.ALL: slice(None),
-            Positions.PROMPT: slice(len(prompt)),
-            Positions.GENERATED: slice(len(prompt), None),
-        }[Positions(answer["positions"])]
+        masked = masked_tokens(Positions.parse(answer["positions"]), prompt + tokens, len(prompt))
         expected = tiny_oracle.logprobs(prompt + tokens, None if resolved is None else resolved.mask, masked)
         expected = expected[-len(tokens) :]
         assert abs(sum(answer["logprobs"]) - sum(expected)) / len(expected) < NATS_PER_TOKEN, answer

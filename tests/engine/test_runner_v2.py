@@ -1,5 +1,6 @@
 """The V2 seam against vLLM's own classes, with batches made by hand; tests.v2 runs engines."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -52,16 +53,25 @@ class Bench:
             name, _, positions = (mask or "").partition("/")
             asked = {"crane_mask": name, "crane_positions": positions or "all"}
             parameters = SimpleNamespace(extra_args=None if mask is None else asked)
-            request = SimpleNamespace(req_id=request_id, sampling_params=parameters, prompt_token_ids=[0] * PROMPT)
+            request = SimpleNamespace(
+                req_id=request_id,
+                sampling_params=parameters,
+                prompt_token_ids=list(range(PROMPT)),
+                prefill_token_ids=list(range(PROMPT + 2)),  # of which two were generated before a preemption
+            )
             self.state.add_request(0, request)
 
-    def run(self, computed: int = 0, **tokens: int) -> list[str]:
-        """Prepare a batch of requests, each with its scheduled tokens; per slot, the mask whose scales it reads."""
+    def run(self, computed: int = 0, ids: Sequence[int] = (), **tokens: int) -> list[str]:
+        """Prepare a batch of requests, each with its scheduled tokens; per slot, the mask whose scales it reads.
+
+        ids: of the batch, on the device.
+        """
         starts = np.cumsum([0, *tokens.values()], dtype=np.int32)
         return self.prepare(
             req_ids=list(tokens),
             query_start_loc_np=np.concatenate([starts, np.full(3, starts[-1])]),  # padded requests have no tokens
             num_computed_tokens_np=np.full(len(tokens), computed, dtype=np.int32),
+            input_ids=torch.tensor([*ids, *[-1] * (MAX_TOKENS - len(ids))], dtype=torch.int32),
         )
 
     def prepare(self, **fields: object) -> list[str]:
@@ -141,6 +151,30 @@ def test_a_preempted_request_comes_back_with_its_mask_and_an_id_with_its_new_one
 def test_a_mask_of_the_prompt_or_of_what_is_generated_ends_and_begins_there(bench: Bench) -> None:
     bench.add(a="zh/prompt", b="vi/generated")
     assert bench.run(computed=2, a=3, b=3)[:6] == ["attnlrp-zh", "attnlrp-zh", "none", "none", "none", "attnlrp-vi"]
+
+
+def test_an_end_is_found_in_the_ids_of_the_device_and_before_the_first_step(bench: Bench) -> None:
+    bench.add(a="zh/all+until=50", b="vi/generated[1:]+until=51")
+    assert bench.run(computed=4, ids=[9, 9], a=1, b=1)[:2] == ["attnlrp-zh", "none"]
+    assert bench.run(computed=5, ids=[50, 51], a=1, b=1)[:2] == ["attnlrp-zh", "attnlrp-vi"]
+    assert bench.run(computed=6, ids=[9, 9], a=1, b=1)[:2] == ["none", "none"]
+    bench.add(a="zh/all+until=5", b="vi/generated[1:]+until=5,6")  # begin again, behind ids 0 to 5
+    assert bench.run(computed=6, ids=[9, 9], a=1, b=1)[:2] == ["none", "none"]
+    bench.add(a="zh/all+until=5", b="vi/generated[1:]+until=4,6")
+    assert bench.run(computed=3, ids=[3, 4, 5, 6] * 2, a=4, b=4)[:8] == [
+        *["attnlrp-zh"] * 3,
+        *["none"] * 3,
+        *["attnlrp-vi"] * 2,
+    ]
+
+
+def test_a_prompt_of_embeddings_is_as_long_as_they_are(bench: Bench) -> None:
+    parameters = SimpleNamespace(extra_args={"crane_mask": "zh", "crane_positions": "prompt[1:]"})
+    request = SimpleNamespace(
+        req_id="a", sampling_params=parameters, prompt_token_ids=None, prompt_embeds=torch.zeros(3, 8)
+    )
+    bench.state.add_request(0, request)
+    assert bench.run(a=4)[:4] == ["none", "attnlrp-zh", "attnlrp-zh", "none"]
 
 
 def test_the_batch_that_decodes_on_keeps_its_slots_and_a_change_of_order_changes_them(bench: Bench) -> None:

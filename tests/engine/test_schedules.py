@@ -10,12 +10,29 @@ from hypothesis import strategies as st
 
 from crane_serve.common.masks import MaskLibrary, Positions
 from tests.engine.offline import BLOCK_TOKENS, KV_BLOCKS, V2
-from tests.engines import Oracle
+from tests.engines import Oracle, masked_tokens
+from tests.tiny import byte_tokenizer
 
 # An engine that has died would wait for ever.
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900 if V2 else 120)]
 
 EXPRESSIONS = (None, "en", "zh", "vi", "zh,vi", "en@0.5", "vi@2", "out")
+WORDS = (Positions.ALL, Positions.PROMPT, Positions.GENERATED)
+LETTERS = byte_tokenizer().convert_tokens_to_ids(list("abcdefghijklmnopqrstuvwxyz"))  # of prompts
+SOME_IDS = ",".join(map(str, range(2, 258, 10)))  # a tenth of what a random model generates
+WINDOWS = tuple(
+    map(
+        Positions.parse,
+        (
+            "prompt[-20:]+generated[:40]",
+            "prompt[33:70]",
+            "generated[8:]",
+            f"all+until={LETTERS[3]}",
+            f"prompt[40:]+generated+until={LETTERS[0]},{LETTERS[4]}",
+            f"generated[2:]+until={SOME_IDS}",
+        ),
+    )
+)
 TOLERANCE = 1e-3  # nats, for a single token
 _IDS = itertools.count()
 
@@ -42,17 +59,7 @@ class Job:
 
     @property
     def arguments(self) -> dict[str, str] | None:
-        return None if self.mask is None else {"crane_mask": self.mask, "crane_positions": self.positions.value}
-
-    def masked(self, prompt_tokens: int) -> slice:
-        """The token positions that are masked."""
-        match self.positions:
-            case Positions.PROMPT:
-                return slice(prompt_tokens)
-            case Positions.GENERATED:
-                return slice(prompt_tokens, None)
-            case Positions.ALL:
-                return slice(None)
+        return None if self.mask is None else {"crane_mask": self.mask, "crane_positions": str(self.positions)}
 
 
 class Schedule:
@@ -106,7 +113,7 @@ class Schedule:
             for output in result.outputs:
                 logprobs = [step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)]
                 sequence = [*result.prompt_token_ids, *output.token_ids]
-                masked = job.masked(len(result.prompt_token_ids))
+                masked = masked_tokens(job.positions, sequence, len(result.prompt_token_ids))
                 expected = oracle.logprobs(sequence, None if resolved is None else resolved.mask, masked)
                 assert logprobs == pytest.approx(expected[-len(logprobs) :], abs=TOLERANCE), job
 
@@ -183,7 +190,7 @@ def test_requests_that_come_while_others_end_keep_their_masks(
     schedule.check(tiny_oracle, library)
 
 
-@pytest.mark.parametrize("positions", [Positions.PROMPT, Positions.GENERATED])
+@pytest.mark.parametrize("positions", [Positions.PROMPT, Positions.GENERATED, WINDOWS[0], WINDOWS[-1]], ids=str)
 def test_a_mask_of_the_prompt_or_of_what_is_generated_is_exact_also_when_preempted(
     llm, schedule: Schedule, tiny_oracle: Oracle, library: MaskLibrary, positions: Positions
 ) -> None:
@@ -199,7 +206,7 @@ def test_the_prefix_cache_tells_generated_tokens_from_the_same_tokens_in_a_promp
     schedule: Schedule, tiny_oracle: Oracle, library: MaskLibrary
 ) -> None:
     """What one request generates is the prompt of the next, under all pairs of positions."""
-    for number, (first, second) in enumerate(itertools.product((*Positions, None), repeat=2)):
+    for number, (first, second) in enumerate(itertools.product((*WORDS, None), repeat=2)):
 
         def job(positions: Positions | None, **fields: object) -> Job:
             return Job("zh" if positions else None, positions=positions or Positions.ALL, **fields)
@@ -213,6 +220,71 @@ def test_the_prefix_cache_tells_generated_tokens_from_the_same_tokens_in_a_promp
         schedule.check(tiny_oracle, library)
 
 
+PAIRS = [*itertools.permutations((*WINDOWS, Positions.ALL, None), 2), *((each, each) for each in WINDOWS)]
+
+
+@pytest.mark.parametrize("pairs", [PAIRS[::8]] if V2 else [PAIRS[start::4] for start in range(4)])
+def test_the_prefix_cache_tells_windows_and_ends_apart(
+    schedule: Schedule, tiny_oracle: Oracle, library: MaskLibrary, pairs: list[tuple[Positions | None, ...]]
+) -> None:
+    """Each pair of positions in both orders: the same prompt for both, and then what the first has generated."""
+    for number, pair in enumerate(pairs):
+        first, second = (
+            Job("zh" if each else None, length=80, seed=3000 + 7 * number, max_tokens=40, positions=each or WORDS[0])
+            for each in pair
+        )
+        one = schedule.add(first)
+        schedule.drain()
+        schedule.add(second)
+        result = schedule.finished[one]
+        tokens = (*result.prompt_token_ids, *result.outputs[0].token_ids)
+        schedule.add(replace(second, tokens=tokens, max_tokens=8))
+        schedule.drain()
+        schedule.check(tiny_oracle, library)
+
+
+@pytest.mark.parametrize("where", ["prompt", "generated"])
+def test_a_mask_ends_with_a_token_of_the_prompt_or_of_what_is_generated(
+    schedule: Schedule, tiny_oracle: Oracle, library: MaskLibrary, where: str
+) -> None:
+    job = Job("zh", length=70, seed=4000, max_tokens=24, positions=Positions.parse(where))
+    free = schedule.add(job)
+    schedule.drain()
+    result = schedule.finished[free]
+    tokens = result.prompt_token_ids if where == "prompt" else result.outputs[0].token_ids
+    for token in {tokens[len(tokens) // 3], tokens[len(tokens) // 2]}:
+        ending = [
+            schedule.add(replace(job, positions=Positions.parse(f"{windows}+until={token}")))
+            for windows in (where, "all", f"{where}[1:]")
+        ]
+        schedule.drain()
+        whole = schedule.finished[ending[0]]
+        sequence = [*whole.prompt_token_ids, *whole.outputs[0].token_ids]
+        positions = schedule.jobs[ending[0]].positions
+        masked = masked_tokens(positions, sequence, len(whole.prompt_token_ids))
+        assert sequence[masked[-1]] == token
+        assert len(masked) < len(tokens)
+    schedule.check(tiny_oracle, library)
+
+
+def test_samples_end_their_masks_each_with_its_own_token(
+    schedule: Schedule, tiny_oracle: Oracle, library: MaskLibrary
+) -> None:
+    for mask, positions in itertools.product(("zh", "vi@2"), WINDOWS):
+        schedule.add(Job(mask, length=70, n=3, temperature=1.0, max_tokens=16, positions=positions))
+    schedule.drain()
+    schedule.check(tiny_oracle, library)
+
+
+def test_an_end_that_is_no_token_of_the_model_is_refused(schedule: Schedule) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(
+        VLLMValidationError, match=r"until=7,258: token 258 is not in the model's vocabulary of 258 tokens"
+    ):
+        schedule.add(Job("zh", length=10, positions=Positions.parse("all+until=7,258")))
+
+
 def test_a_prompt_computed_unmasked_is_shared_with_unmasked_requests_and_a_masked_one_with_masked(
     schedule: Schedule,
 ) -> None:
@@ -221,6 +293,13 @@ def test_a_prompt_computed_unmasked_is_shared_with_unmasked_requests_and_a_maske
         (("zh", Positions.PROMPT), ("zh", Positions.ALL), True),
         (("zh", Positions.GENERATED), ("zh", Positions.PROMPT), False),
         (("zh", Positions.PROMPT), (None, Positions.ALL), False),
+        (("zh", Positions.parse("prompt[-4:]")), (None, Positions.ALL), True),
+        (("vi", Positions.GENERATED), ("zh", Positions.parse("prompt[-4:]+generated")), True),
+        (("zh", Positions.parse("prompt[4:]")), ("zh", Positions.parse("prompt[4:98]+generated[:3]")), True),
+        (("zh", Positions.parse("prompt[4:]")), ("vi", Positions.parse("prompt[4:]")), False),
+        (("zh", Positions.parse("prompt[4:]")), ("zh", Positions.parse("prompt[5:]")), False),
+        (("zh", Positions.parse("all+until=7")), ("zh", Positions.parse("all+until=8")), False),
+        (("zh", Positions.ALL), ("zh", Positions.parse("all+until=7")), False),
     ]
     for number, (*jobs, shared) in enumerate(pairs):
         for mask, positions in jobs:
@@ -232,7 +311,7 @@ def test_a_prompt_computed_unmasked_is_shared_with_unmasked_requests_and_a_maske
 
 _JOBS = st.builds(
     Job,
-    positions=st.sampled_from(Positions),
+    positions=st.sampled_from((*WORDS, *WINDOWS)),
     mask=st.sampled_from(EXPRESSIONS),
     length=st.integers(1, 200),
     seed=st.integers(0, 2),

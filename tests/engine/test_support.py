@@ -175,6 +175,26 @@ def test_admission_refuses(configured: tuple[MaskConfig, MaskLibrary], asked: ob
         admit(engine, parameters(crane_mask=asked), resumable=False)
 
 
+def test_admission_sends_positions_on_in_canonical_form(configured: tuple[MaskConfig, MaskLibrary]) -> None:
+    model = SimpleNamespace(get_vocab_size=lambda: 258)
+    engine = plain_config(additional_config={"crane": configured[0]}, model_config=model)
+    asked = parameters(crane_mask="zh", crane_positions="prompt[0:] generated[0:9] until=257,3")
+    resolved = admit(engine, asked, resumable=False)
+    assert resolved is not None
+    assert asked.extra_args["crane_positions"] == "prompt+generated[:9]+until=3,257" == str(resolved.positions)
+
+
+def test_an_end_that_no_token_can_be_is_refused(configured: tuple[MaskConfig, MaskLibrary]) -> None:
+    model = SimpleNamespace(get_vocab_size=lambda: 258)
+    engine = plain_config(additional_config={"crane": configured[0]}, model_config=model)
+    asked = parameters(crane_mask="zh", crane_positions="all+until=7,258")
+    with pytest.raises(MaskError, match=r"until=7,258: token 258 is not in .* vocabulary of 258 tokens \(0 to 257\)"):
+        admit(engine, asked, resumable=False)
+    asked = parameters(crane_mask="zh", crane_positions="all+until=7")
+    with pytest.raises(MaskError, match="until=7: the prompt has embeddings, of which no token id is known"):
+        admit(engine, asked, resumable=False, embeds=True)
+
+
 def test_a_session_with_streamed_input_is_refused(configured: tuple[MaskConfig, MaskLibrary]) -> None:
     engine = plain_config(additional_config={"crane": configured[0]})
     with pytest.raises(MaskError, match="streaming-input sessions"):
@@ -252,8 +272,8 @@ def test_an_unusable_number_of_rows_is_refused(
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"crane_mask": "zh", "crane_positions": "first"}, "expected 'all' or 'prompt' or 'generated'"),
-        ({"crane_mask": "zh", "crane_positions": 3}, "expected 'all' or 'prompt' or 'generated'"),
+        ({"crane_mask": "zh", "crane_positions": "first"}, "crane_positions: 'first': expected 'all', 'prompt', 'gen"),
+        ({"crane_mask": "zh", "crane_positions": 3}, "crane_positions: 3: expected 'all', 'prompt', 'generated'"),
         ({"crane_positions": "prompt"}, "crane_positions='prompt' without crane_mask"),
         ({"Crane_Mask": "zh"}, "unknown argument 'Crane_Mask'"),
     ],

@@ -114,8 +114,9 @@ def nest_mask(case: Case, draw: random.Random) -> None:
 
 
 def add_positions(case: Case, draw: random.Random) -> None:
-    """Misspell the positions: the mask would be for other tokens than those asked for."""
-    case.body[draw.choice(POSITIONS)] = draw.choice(("prompt", "generated", "none", 3))
+    """Misspell the positions, or what they are: the mask would be for other tokens than those asked for."""
+    wrong = ("prompt", "generated", "none", 3, "prompt[3]", "generated[-4:]", "all;until=3", "all+until=999999999")
+    case.body[draw.choice((*POSITIONS, "positions"))] = draw.choice(wrong)
 
 
 def replace_value(case: Case, draw: random.Random) -> None:

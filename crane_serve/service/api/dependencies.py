@@ -13,6 +13,7 @@ from crane_serve.service.api.context import RequestContext, context_of
 from crane_serve.service.api.downloads import Downloads
 from crane_serve.service.api.errors import ApiError, BadRequest
 from crane_serve.service.api.gate import Gate
+from crane_serve.service.api.schemas import POSITIONS_MEAN, PositionsText
 
 
 async def get_engine(request: Request) -> EngineService:
@@ -56,7 +57,7 @@ class _Query(BaseModel):
 
 
 class _GenerateQuery(_Query):
-    positions: Positions | None = Field(None, description="The tokens to be masked: all (default), prompt or generated")
+    positions: PositionsText | None = Field(None, description=POSITIONS_MEAN)
 
 
 MaskQuery = Annotated[_Query, Query()]
@@ -67,17 +68,18 @@ TheDownloads = Annotated[Downloads, Depends(get_downloads)]
 Context = Annotated[RequestContext, Depends(get_context)]
 
 
-def choose_positions(query: Positions | None, body: Positions | None, *, masked: bool) -> Positions:
+def choose_positions(query: str | None, body: str | None, *, masked: bool) -> Positions:
     """The positions of a request that may name them in the query, in the body, or in both if they are the same.
 
-    masked: whether it names a mask. Raises BadRequest if the request names two, or positions without a mask.
+    query, body: in canonical form; masked: whether it names a mask. Raises BadRequest if the request names two, or
+    positions without a mask.
     """
-    if query is not None and body is not None and query is not body:
+    if query is not None and body is not None and query != body:
         raise BadRequest("mask_conflict", f"the query says positions={query}, the body {body}", "positions")
     positions = body if query is None else query
     if positions is not None and not masked:
         raise BadRequest("mask_conflict", f"positions={positions} without a mask", "positions")
-    return Positions.ALL if positions is None else positions
+    return Positions.ALL if positions is None else Positions.parse(positions)
 
 
 def choose_mask(

@@ -311,21 +311,24 @@ def _choose(
     library: MaskLibrary, masks: Sequence[tuple[str, str]], positions: Sequence[tuple[str, str]]
 ) -> ResolvedMask | None:
     """The requested mask, if all places agree. masks, positions: pairs of a place and its value."""
-    for place, value in positions:
-        if value not in set(Positions):
-            expected = ", ".join(Positions)
-            raise ApiError(
-                422, "malformed_body", f"positions={value} in {place}: expected one of {expected}", POSITIONS
-            )
-        if value != positions[0][1]:
-            first_place, first = positions[0]
-            message = f"{first_place} says positions={first}, {place} {value}"
-            raise BadRequest("mask_conflict", message, POSITIONS)
     if not positions:
         return choose_mask(library, masks)
+    read = [(place, _positions(place, value)) for place, value in positions]
+    first_place, first = read[0]
+    for place, value in read[1:]:
+        if value != first:
+            message = f"{first_place} says positions={first}, {place} {value}"
+            raise BadRequest("mask_conflict", message, POSITIONS)
     if not masks:
-        raise BadRequest("mask_conflict", f"positions={positions[0][1]} without a mask", POSITIONS)
-    return choose_mask(library, masks, Positions(positions[0][1]))
+        raise BadRequest("mask_conflict", f"positions={first} without a mask", POSITIONS)
+    return choose_mask(library, masks, first)
+
+
+def _positions(place: str, value: str) -> Positions:
+    try:
+        return Positions.parse(value)
+    except ValueError as error:
+        raise ApiError(422, "malformed_body", f"positions in {place}: {error}", POSITIONS) from None
 
 
 def _asked(path: str, body: Body) -> tuple[int, int]:

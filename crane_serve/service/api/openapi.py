@@ -7,10 +7,11 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.routing import Route
 
-from crane_serve.common.masks import Positions
+from crane_serve.common.masks.positions import PATTERN
 from crane_serve.engine.vllm_routes import CARRYING
 from crane_serve.service.api.errors import ANY_ROUTE, responses
 from crane_serve.service.api.openai import MODEL, ROUTES
+from crane_serve.service.api.schemas import POSITIONS_MEAN
 
 _SCHEMAS = "#/components/schemas/"
 _JSON = "application/json"
@@ -26,8 +27,9 @@ _SCHEMES = {
 _MASKED = {
     "mask": {"type": ["string", "null"], "description": "Mask name, or names joined with commas; 'none' for no mask"},
     "positions": {
-        "enum": [*Positions, None],
-        "description": "The tokens to be masked: all (default), prompt or generated",
+        "type": ["string", "null"],
+        "pattern": PATTERN,
+        "description": POSITIONS_MEAN,
     },
 }
 _IN_QUERY = [
@@ -41,7 +43,7 @@ _IN_QUERY = [
         "name": "positions",
         "in": "query",
         "description": _MASKED["positions"]["description"],
-        "schema": {"enum": [*Positions]},
+        "schema": {"type": "string", "pattern": PATTERN},
     },
 ]
 

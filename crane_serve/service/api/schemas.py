@@ -5,10 +5,11 @@ from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from torch import Tensor
 
 from crane_serve.common.masks import Fingerprint, NeuronMask, Positions, ResolvedMask, StoredMask
+from crane_serve.common.masks.positions import PATTERN
 from crane_serve.common.models.prefix import AddBos, Join
 
 MAX_ITEMS = 1024
@@ -24,6 +25,17 @@ def _integer(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _canonical(text: str) -> str:
+    return str(Positions.parse(text))
+
+
+POSITIONS_MEAN = (
+    "The tokens to be masked: all (default), prompt or generated; a window of either, as in prompt[-4:] or "
+    "generated[:16], or one of each, joined with a plus; with +until=ID,ID at the end no token after the first masked "
+    "one of these ids"
+)
+PositionsText = Annotated[str, AfterValidator(_canonical), WithJsonSchema({"type": "string", "pattern": PATTERN})]
+"""In canonical form."""
 _Integer = Annotated[int, BeforeValidator(_integer)]
 _LARGEST_SEED = 9 * 10**18  # vLLM takes less than 2**63; the description holds it as a float, where this is exact
 
@@ -59,9 +71,7 @@ class GenerateRequest(_Request):
         description="Above 1, tokens of the prompt and of the text so far become less likely; 1 for none",
     )
     stream: bool = False
-    positions: Annotated[Positions, Field(strict=False)] | None = Field(
-        None, description="The tokens to be masked: all (default), prompt or generated"
-    )
+    positions: PositionsText | None = Field(None, description=POSITIONS_MEAN)
 
     @property
     def prompts(self) -> list[str]:
@@ -172,7 +182,7 @@ class MaskUsed(BaseModel):
     digest: str
     neurons: int = Field(description="How many neurons it scales")
     experts_off: _ExpertsOff = 0
-    positions: Positions = Field(description="The tokens that were masked")
+    positions: str = Field(description="The tokens that were masked", pattern=PATTERN)
 
     @classmethod
     def of(cls, resolved: ResolvedMask | None) -> Self | None:
@@ -184,7 +194,7 @@ class MaskUsed(BaseModel):
             digest=resolved.mask.digest,
             neurons=resolved.mask.neurons,
             experts_off=resolved.mask.experts_off,
-            positions=resolved.positions,
+            positions=str(resolved.positions),
         )
 
 
