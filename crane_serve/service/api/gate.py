@@ -8,6 +8,9 @@ from crane_serve.service.api.errors import ApiError, BadRequest, TooBusy
 MAX_LOGPROBS = 20 * 1024
 """Most log-probabilities for one position that a request may ask for, over all its sequences: 20 of 1,024 prompts."""
 
+MAX_MASK_CHARACTERS = 2**24
+"""Most characters of a mask, counted once for each sequence that carries it into the engine."""
+
 
 class Gate:
     """Counts what has been admitted and not yet answered.
@@ -39,6 +42,10 @@ class Gate:
         self._require_possible(
             sequences, logprobs, self._max_sequences if name is None else self._max_sequences_per_key
         )
+        carried = 0 if context.mask is None else sequences * len(context.mask.wire)
+        if carried > MAX_MASK_CHARACTERS:
+            message = f"{sequences} sequences under a mask in the body come to {carried} characters of it"
+            raise BadRequest("too_many_sequences", f"{message}; at most {MAX_MASK_CHARACTERS} can be run", "mask")
         asked = max(sequences, 1)
         if self.sequences + asked > self._max_sequences:
             raise TooBusy("queue_full", _full(self.sequences, sequences, self._max_sequences))
