@@ -86,9 +86,10 @@ async def test_what_vllms_own_server_takes_is_taken_here(http: httpx.AsyncClient
     answer = await http.post(route, json={**body, "vllm_xargs": {"crane_mask": text}, "mask": OFF})
     assert answer.status_code == 200
     assert vllm.bodies[0]["vllm_xargs"]["crane_mask"] == MASK.wire
-    for wrong in ("neurons:", "neurons:[", 'neurons:{"neurons":{"0":[9]}}'):
-        answer = await http.post(route, json={**body, "vllm_xargs": {"crane_mask": wrong}})
+    for wrong in ("", "[", "null", '"none"', '"zh"', "{}", '{"neurons":{"0":[9]}}'):
+        answer = await http.post(route, json={**body, "vllm_xargs": {"crane_mask": f"neurons:{wrong}"}})
         assert error_of(answer) == (400, "malformed_mask", "mask")
+    assert len(vllm.bodies) == 1
 
 
 @every_route

@@ -167,6 +167,7 @@ def test_what_is_not_a_mask_of_this_model_is_refused_in_a_few_words(content: Any
     ("text", "message"),
     [
         ("neurons:", "cannot be read as JSON"),
+        *((f"neurons:{other}", "expected an object with 'neurons'") for other in ("null", '"zh"', "[]", "0")),
         ("neurons:" + "[" * 100_000, "cannot be read as JSON"),
         ('neurons:{"neurons":{"0":[1],"0":[2]}}', "'0' is given twice"),
         ('neurons:{"neurons":{"0":[1e400]}}', "inf is no neuron"),

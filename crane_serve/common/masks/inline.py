@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -56,8 +56,7 @@ class InlineMask:
         no neuron or more than MAX_NEURONS, for one that is listed twice or that the model does not have, and for
         numbers that are not finite or larger than MAX_SCALE.
         """
-        if not isinstance(content, dict):
-            raise ValueError(f"found {_shown(content)}, expected an object with 'neurons'")
+        _require_object(content)
         unknown = [name for name in content if name not in _FIELDS]
         if unknown:
             raise ValueError(f"unknown field {_shown(unknown[0])}, expected {', '.join(map(repr, _FIELDS))}")
@@ -121,11 +120,11 @@ class InlineMask:
         return self._filled(0.0, self.added, layer, start, stop)
 
     def output(self, layer: int) -> Tensor | None:
-        """The scales of the dimensions of a layer's MLP output: None, for all ones."""
+        """float32 [hidden]: the scales of the dimensions of a layer's MLP output; always None, for all ones."""
         return None
 
     def router(self, layer: int) -> Tensor | None:
-        """Which experts the layer's router may choose: None, for all."""
+        """float32 [experts]: which of them the layer's router may choose; always None, for all."""
         return None
 
     def _filled(self, value: float, own: float, layer: int, start: int, stop: int | None) -> Tensor:
@@ -147,14 +146,21 @@ def inline_text(content: Mapping[Any, Any]) -> str:
         raise ValueError(f"the mask cannot be written as JSON: {error}") from None
 
 
-def inline_content(text: str) -> Any:
-    """The object in a text form, unchecked. Raises ValueError for a text that is too long or cannot be read."""
+def inline_content(text: str) -> dict[str, Any]:
+    """The object in a text form, else unchecked. Raises ValueError for a text that is too long or holds no object."""
     if len(text) > _MAX_TEXT:
         raise ValueError(f"{len(text)} characters; at most {_MAX_TEXT} are read")
     try:
-        return json.loads(text.removeprefix(INLINE_PREFIX), object_pairs_hook=unique_names)
+        content: Any = json.loads(text.removeprefix(INLINE_PREFIX), object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it cannot be read as JSON: {error}") from None
+    _require_object(content)
+    return cast(dict[str, Any], content)
+
+
+def _require_object(content: Any) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"found {_shown(content)}, expected an object with 'neurons'")
 
 
 def _number(content: Mapping[str, Any], field: str) -> float:

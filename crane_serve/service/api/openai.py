@@ -326,7 +326,7 @@ def _text(content: Body, name: str) -> str | None:
     return value
 
 
-def _content(text: str) -> Any:
+def _content(text: str) -> dict[str, Any]:
     try:
         return inline_content(text)
     except ValueError as error:
