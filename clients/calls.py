@@ -1,6 +1,6 @@
 """Call: one request to the server and the type of its answer; both clients send these."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypedDict, TypeVar
 from urllib.parse import quote
@@ -14,6 +14,10 @@ from crane_serve.common.models.prefix import AddBos, Join
 
 AnswerType = TypeVar("AnswerType")
 _DEFAULTS = {"add_bos": "auto", "join": "shared", "return_tokens": False, "return_prompts": False}  # the server's
+
+
+Mask = str | Mapping[str, Any]
+"""A name, names joined with commas, or, if the server allows it, a mask itself: {"neurons": {"12": [3, 17]}}."""
 
 
 class Sampling(TypedDict, total=False):
@@ -92,38 +96,39 @@ def chosen(**options: Any) -> dict[str, Any]:
 
 
 def generate(
-    prompt: str | Sequence[str], mask: str | None, sampling: Sampling, *, stream: bool = False
+    prompt: str | Sequence[str], mask: Mask | None, sampling: Sampling, *, stream: bool = False
 ) -> Call[Generation]:
     """Complete one prompt or several."""
     prompts = prompt if isinstance(prompt, str) else list(prompt)
     body: dict[str, Any] = {"prompt": prompts, **chosen(**sampling)}
     if stream:
         body["stream"] = True
-    return Call("POST", "generate", Generation.model_validate_json, _mask_query(mask), body)
+    return Call("POST", "generate", Generation.model_validate_json, _in_query(mask), body | _in_body(mask))
 
 
-def score_text(texts: str | Sequence[str], mask: str | None, options: TextOptions) -> Call[Scores]:
+def score_text(texts: str | Sequence[str], mask: Mask | None, options: TextOptions) -> Call[Scores]:
     """Score whole texts."""
     return _score(mask, options, text=_as_list(texts))
 
 
 def score_continuations(
-    context: str, continuations: Sequence[str], mask: str | None, options: ContinuationOptions
+    context: str, continuations: Sequence[str], mask: Mask | None, options: ContinuationOptions
 ) -> Call[Scores]:
     """Score continuations of one context."""
     return _score(mask, options, context=context, continuations=_as_list(continuations))
 
 
 def score_questions(
-    questions: Sequence[tuple[str, Sequence[str]]], mask: str | None, options: ContinuationOptions
+    questions: Sequence[tuple[str, Sequence[str]]], mask: Mask | None, options: ContinuationOptions
 ) -> Call[Scores]:
     """Score continuations of several contexts."""
     asked = [{"context": context, "continuations": list(continuations)} for context, continuations in questions]
     return _score(mask, options, questions=asked)
 
 
-def _score(mask: str | None, options: TextOptions, **body: Any) -> Call[Scores]:
-    return Call("POST", "score", Scores.model_validate_json, _mask_query(mask), {**body, **chosen(**options)})
+def _score(mask: Mask | None, options: TextOptions, **body: Any) -> Call[Scores]:
+    whole = {**body, **chosen(**options), **_in_body(mask)}
+    return Call("POST", "score", Scores.model_validate_json, _in_query(mask), whole)
 
 
 def masks() -> Call[MaskListing]:
@@ -171,8 +176,12 @@ def _mask_path(name: str) -> str:
     return f"masks/{quote(name, safe='')}"
 
 
-def _mask_query(name: str | None) -> dict[str, str] | None:
-    return None if name is None else {"mask": name}
+def _in_query(mask: Mask | None) -> dict[str, str] | None:
+    return {"mask": mask} if isinstance(mask, str) else None
+
+
+def _in_body(mask: Mask | None) -> dict[str, Any]:
+    return {} if mask is None or isinstance(mask, str) else {"mask": dict(mask)}
 
 
 def _as_list(texts: str | Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from clients.answers import (
     Readiness,
     Scores,
 )
-from clients.calls import AnswerType, Call, ContinuationOptions, Sampling, TextOptions
+from clients.calls import AnswerType, Call, ContinuationOptions, Mask, Sampling, TextOptions
 from clients.errors import CraneError
 from clients.retries import Patience, RetryPolicy
 from clients.stream import AsyncGenerationStream, GenerationStream
@@ -59,10 +59,11 @@ class CraneClient(_Client):
     """Blocking client.
 
     Every method raises CraneError: at once for refusals (400, 404, 422, ...), and once `retries` is exhausted for 429,
-    503 and failed connections. mask: a name, names joined with commas (their union), or None for unmasked. add_bos: the
-    token that is put before a text that does not begin with it: True the model's start token, False nothing, "auto" the
-    one that lm-evaluation-harness puts there; join: "length" treats a token that spans context and continuation as the
-    harness does. api_key: sent with every request; default: the environment variable CRANE_API_KEY, if it is set.
+    503 and failed connections. mask: a name, names joined with commas (their union), a mask itself as an object, if the
+    server allows it, or None for unmasked. add_bos: the token that is put before a text that does not begin with it:
+    True the model's start token, False nothing, "auto" the one that lm-evaluation-harness puts there; join: "length"
+    treats a token that spans context and continuation as the harness does. api_key: sent with every request; default:
+    the environment variable CRANE_API_KEY, if it is set.
     Raises ValueError if `server` is not an http address, or the key is not a valid one.
     """
 
@@ -80,13 +81,13 @@ class CraneClient(_Client):
         self._http = httpx.Client(**self._settings, transport=transport)
 
     def generate(
-        self, prompt: str | Sequence[str], *, mask: str | None = None, **sampling: Unpack[Sampling]
+        self, prompt: str | Sequence[str], *, mask: Mask | None = None, **sampling: Unpack[Sampling]
     ) -> Generation:
         """Complete one prompt or several; outputs are in the order of the prompts."""
         return self._send(calls.generate(prompt, mask, sampling))
 
     def generate_stream(
-        self, prompt: str | Sequence[str], *, mask: str | None = None, **sampling: Unpack[Sampling]
+        self, prompt: str | Sequence[str], *, mask: Mask | None = None, **sampling: Unpack[Sampling]
     ) -> GenerationStream:
         """Complete prompts and yield the text while it is generated. Nothing is retried once an answer has begun."""
         call = calls.generate(prompt, mask, sampling, stream=True)
@@ -96,7 +97,7 @@ class CraneClient(_Client):
         self,
         texts: str | Sequence[str],
         *,
-        mask: str | None = None,
+        mask: Mask | None = None,
         **options: Unpack[TextOptions],
     ) -> Scores:
         """Log-probabilities of whole texts, and of each token if asked."""
@@ -107,7 +108,7 @@ class CraneClient(_Client):
         context: str,
         continuations: Sequence[str],
         *,
-        mask: str | None = None,
+        mask: Mask | None = None,
         **options: Unpack[ContinuationOptions],
     ) -> Scores:
         """Log-probabilities of continuations given `context`."""
@@ -117,7 +118,7 @@ class CraneClient(_Client):
         self,
         questions: Sequence[tuple[str, Sequence[str]]],
         *,
-        mask: str | None = None,
+        mask: Mask | None = None,
         **options: Unpack[ContinuationOptions],
     ) -> Scores:
         """Score the continuations of several contexts; a score's `question` is the index of its context."""
@@ -227,13 +228,13 @@ class AsyncCraneClient(_Client):
         self._next_pool = itertools.cycle(self._pools)
 
     async def generate(
-        self, prompt: str | Sequence[str], *, mask: str | None = None, **sampling: Unpack[Sampling]
+        self, prompt: str | Sequence[str], *, mask: Mask | None = None, **sampling: Unpack[Sampling]
     ) -> Generation:
         """Complete one prompt or several; outputs are in the order of the prompts."""
         return await self._send(calls.generate(prompt, mask, sampling))
 
     async def generate_stream(
-        self, prompt: str | Sequence[str], *, mask: str | None = None, **sampling: Unpack[Sampling]
+        self, prompt: str | Sequence[str], *, mask: Mask | None = None, **sampling: Unpack[Sampling]
     ) -> AsyncGenerationStream:
         """Complete prompts and yield the text while it is generated. Nothing is retried once an answer has begun."""
         call = calls.generate(prompt, mask, sampling, stream=True)
@@ -248,7 +249,7 @@ class AsyncCraneClient(_Client):
         self,
         texts: str | Sequence[str],
         *,
-        mask: str | None = None,
+        mask: Mask | None = None,
         **options: Unpack[TextOptions],
     ) -> Scores:
         """Log-probabilities of whole texts, and of each token if asked."""
@@ -259,7 +260,7 @@ class AsyncCraneClient(_Client):
         context: str,
         continuations: Sequence[str],
         *,
-        mask: str | None = None,
+        mask: Mask | None = None,
         **options: Unpack[ContinuationOptions],
     ) -> Scores:
         """Log-probabilities of continuations given `context`."""
@@ -269,7 +270,7 @@ class AsyncCraneClient(_Client):
         self,
         questions: Sequence[tuple[str, Sequence[str]]],
         *,
-        mask: str | None = None,
+        mask: Mask | None = None,
         **options: Unpack[ContinuationOptions],
     ) -> Scores:
         """Score the continuations of several contexts; a score's `question` is the index of its context."""

@@ -137,6 +137,27 @@ MUTATIONS = (
         "tests/unit/test_composition.py",
     ),
     Mutation(
+        "no two masks in requests have one identity",
+        f"{MASKS}/inline.py",
+        "        if self.added:\n            content",
+        "        if False:\n            content",
+        "tests/unit/test_inline.py",
+    ),
+    Mutation(
+        "a request brings its own mask only where this is allowed",
+        f"{MASKS}/library.py",
+        "        if not self.allows_inline:",
+        "        if False:",
+        "tests/unit/test_inline.py",
+    ),
+    Mutation(
+        "a mask in the body is multiplied within a bound",
+        f"{API}/gate.py",
+        "        if carried > MAX_MASK_CHARACTERS:",
+        "        if False:",
+        "tests/api/test_inline_masks.py",
+    ),
+    Mutation(
         "a request keeps what its joined mask is made of",
         f"{MASKS}/library.py",
         "            self._lease(resolved, {member.mask.digest for member in mask.members})",

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from crane_serve.common.masks import MaskError, MaskTableFull, Positions, ResolvedMask
+from crane_serve.common.masks import MaskError, MaskTableFull, Positions, ResolvedMask, inline_text
 from crane_serve.engine.config import DISABLE_VARIABLE, MASKS_VARIABLE, mask_config, masks_disabled
 from crane_serve.engine.vocabulary import vocabulary_size
 
@@ -18,7 +18,7 @@ OUR_WORDS = ("crane", "mask", "maks", "msak", "amsk")
 
 
 class MaskRequest(NamedTuple):
-    """What a request's `extra_args` say: a mask expression, and which tokens it is for."""
+    """What a request's `extra_args` say: a mask expression, or the text form of a mask, and which tokens it is for."""
 
     expression: str
     positions: Positions
@@ -47,8 +47,13 @@ def requested_mask(sampling_params: Any) -> MaskRequest | None:
         if positions is not None:
             raise MaskError(f"{POSITIONS_ARGUMENT}={positions!r} without {MASK_ARGUMENT}")
         return None
+    if isinstance(expression, dict):
+        try:
+            expression = inline_text(expression)
+        except ValueError as error:
+            raise MaskError(f"{MASK_ARGUMENT}: {error}") from None
     if not isinstance(expression, str):
-        raise MaskError(f"{MASK_ARGUMENT} is {type(expression).__name__}, expected a mask name")
+        raise MaskError(f"{MASK_ARGUMENT} is {type(expression).__name__}, expected a mask name, or an object")
     try:
         return MaskRequest(expression, Positions.ALL if positions is None else Positions.parse(positions))
     except ValueError as error:
@@ -75,7 +80,7 @@ def admit(vllm_config: Any, sampling_params: Any, *, resumable: bool, embeds: bo
         reason = f"{DISABLE_VARIABLE} is set" if masks_disabled() else f"start it with {MASKS_VARIABLE}=DIRECTORY"
         raise MaskError(f"{what}: this engine serves no masks ({reason})")
     # A mask that was just replaced is still admitted by its digest: the request may have been sent before.
-    resolved = config.library().resolve(request.expression, request.positions, retired=True)
+    resolved = config.library().resolve_wire(request.expression, request.positions)
     others = {key: value for key, value in sampling_params.extra_args.items() if key not in _ARGUMENTS}
     if resolved is None:
         sampling_params.extra_args = others

@@ -17,6 +17,7 @@ DEFAULT_METHOD_VARIABLE = "CRANE_DEFAULT_METHOD"
 ROWS_VARIABLE = "CRANE_MASK_ROWS"
 OUTPUTS_VARIABLE = "CRANE_MASK_OUTPUTS"
 OFFSETS_VARIABLE = "CRANE_MASK_OFFSETS"
+INLINE_VARIABLE = "CRANE_INLINE_MASKS"
 DISABLE_VARIABLE = "CRANE_DISABLE"
 
 
@@ -39,6 +40,7 @@ class MaskConfig(dict[str, Any]):
         default_method: str,
         manifest: str,
         commit: str | None = None,
+        allows_inline: bool = False,
     ) -> None:
         super().__init__(plugin=crane_serve.__version__, rows=rows, outputs=outputs, offsets=offsets)
         self.model = model
@@ -46,6 +48,7 @@ class MaskConfig(dict[str, Any]):
         self.default_method = default_method
         self.manifest = manifest
         self.commit = commit  # of a hub id
+        self.allows_inline = allows_inline  # whether requests may bring masks with them
         self._library: MaskLibrary | None = None
 
     @property
@@ -73,6 +76,7 @@ class MaskConfig(dict[str, Any]):
             library = MaskLibrary.load(self.masks, fingerprint, self.default_method)
             if library.manifest != self.manifest:
                 raise MaskFileError(f"{self.masks} changed while the engine was starting; start it again")
+            library.allows_inline = self.allows_inline
             self._library = library
         return self._library
 
@@ -80,7 +84,7 @@ class MaskConfig(dict[str, Any]):
     def fields(self) -> tuple[Any, ...]:
         """The arguments of the constructor."""
         shape = (self.rows, self.outputs, self.offsets)
-        return (*shape, self.model, self.masks, self.default_method, self.manifest, self.commit)
+        return (*shape, self.model, self.masks, self.default_method, self.manifest, self.commit, self.allows_inline)
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("only a process with the crane plugin can send its configuration on")  # see `plugin`
@@ -103,6 +107,13 @@ def _rows() -> int:
     return int(value)
 
 
+def _allows_inline() -> bool:
+    value = os.environ.get(INLINE_VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{INLINE_VARIABLE} is {value!r}, expected 0 or 1")
+    return value == "1"
+
+
 def masks_wanted() -> bool:
     """Whether an engine that starts now is to have masks."""
     return bool(os.environ.get(MASKS_VARIABLE)) and not masks_disabled()
@@ -113,12 +124,13 @@ def add_mask_config(vllm_config: Any) -> None:
 
     A hub id is pinned to the commit that the fingerprint is of. Raises MaskFileError when the directory does not exist,
     FingerprintError when the model cannot be identified, CheckpointError when vLLM would not load its weights or not
-    all of them, or a config from elsewhere, ValueError for an unusable number of rows.
+    all of them, or a config from elsewhere, ValueError for a variable with an unusable value.
     """
     if not masks_wanted():
         return
     directory = os.environ[MASKS_VARIABLE]
     default_method, rows = os.environ.get(DEFAULT_METHOD_VARIABLE, DEFAULT_METHOD), _rows()
+    allows_inline = _allows_inline()
     model_config, masks = vllm_config.model_config, Path(directory).resolve()
     model = str(model_config.model)
     require_own_config(model_config)
@@ -136,7 +148,7 @@ def add_mask_config(vllm_config: Any) -> None:
             raise ValueError(f"{OUTPUTS_VARIABLE}: masks of MLP outputs are not known for models with experts")
     outputs = flag(OUTPUTS_VARIABLE) or any(stored.mask.output is not None for stored in library.masks.values())
     offsets = flag(OFFSETS_VARIABLE) or any(stored.mask.offset is not None for stored in library.masks.values())
-    config = MaskConfig(rows, outputs, offsets, model, masks, default_method, library.manifest, commit)
+    config = MaskConfig(rows, outputs, offsets, model, masks, default_method, library.manifest, commit, allows_inline)
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config}
 
 

@@ -45,5 +45,5 @@ def meter(engine: Any, library: MaskLibrary, on_tokens: Callable[[str | None, in
 
 
 def _name(library: MaskLibrary, expression: str) -> str | None:
-    resolved = library.resolve(expression, retired=True)
+    resolved = library.resolve_wire(expression)
     return None if resolved is None else resolved.name

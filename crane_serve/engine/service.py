@@ -37,6 +37,7 @@ from crane_serve.engine.admission import mask_arguments
 from crane_serve.engine.config import (
     DEFAULT_METHOD_VARIABLE,
     DISABLE_VARIABLE,
+    INLINE_VARIABLE,
     MASKS_VARIABLE,
     OFFSETS_VARIABLE,
     ROWS_VARIABLE,
@@ -148,15 +149,19 @@ class EngineConfig:
     arguments: Any
 
 
-def configure_engine(model: Path, masks: Path, default_method: str, rows: int, flags: Sequence[str]) -> EngineConfig:
+def configure_engine(
+    model: Path, masks: Path, default_method: str, rows: int, flags: Sequence[str], *, inline_masks: bool = False
+) -> EngineConfig:
     """Check everything that can be checked before processes start.
 
-    rows: how many different masks can be resident; flags: vLLM's own, of its engine and its OpenAI front end.
+    rows: how many different masks can be resident; flags: vLLM's own, of its engine and its OpenAI front end;
+    inline_masks: whether requests may bring masks with them.
     Raises ValueError (MaskFileError, FingerprintError, CheckpointError, UnsupportedEngine, ...) naming what is wrong.
     """
     os.environ[MASKS_VARIABLE] = str(masks)
     os.environ[DEFAULT_METHOD_VARIABLE] = default_method
     os.environ[ROWS_VARIABLE] = str(rows)
+    os.environ[INLINE_VARIABLE] = str(int(inline_masks))
     # Without a limit vLLM takes most of a CPU host's memory for its KV cache.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
     # oneDNN keeps machine code for each number of tokens that it has seen; by default for 1,024 products, half a GB.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crane_serve.common.masks import Composition
+from crane_serve.common.masks import Composition, InlineMask
 
 UNMASKED_ROW = 0
 NO_OFFSET = -0.0
@@ -28,7 +28,7 @@ class Part:
     of: Tensor | None = None
     offsets: Tensor | None = None
 
-    def fill(self, row: int, mask: Composition, layer: int) -> None:
+    def fill(self, row: int, mask: Composition | InlineMask, layer: int) -> None:
         """Write the mask's scales and offsets."""
         scales = mask.intermediate(layer, self.start, self.stop)  # [stop - start]
         self.table[row].copy_(self._own(scales).to(self.table.device, self.table.dtype))
@@ -71,7 +71,7 @@ class MaskTable:
         for table in (*tables, *self._outputs.values(), *self._routers.values()):
             table.fill_(1.0)
 
-    def assign(self, masks: list[Composition]) -> list[int]:
+    def assign(self, masks: Sequence[Composition | InlineMask]) -> list[int]:
         """The row of each mask. A mask that is not resident gets a row that no mask of this call needs.
 
         Raises RuntimeError for more distinct masks than the table has rows.
@@ -87,13 +87,13 @@ class MaskTable:
                 self._rows[digest] = self._fill(self._free_row(distinct), mask)
         return [self._rows[mask.digest] for mask in masks]
 
-    def _free_row(self, needed: Mapping[str, Composition]) -> int:
+    def _free_row(self, needed: Mapping[str, Composition | InlineMask]) -> int:
         if len(self._rows) < self._capacity - 1:
             return len(self._rows) + 1
         digest = next(digest for digest in self._rows if digest not in needed)
         return self._rows.pop(digest)
 
-    def _fill(self, row: int, mask: Composition) -> int:
+    def _fill(self, row: int, mask: Composition | InlineMask) -> int:
         if mask.offsets and not self._has_offsets:
             raise RuntimeError("a mask has offsets, the model was patched without them")
         for layer, parts in self._parts.items():

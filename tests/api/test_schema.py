@@ -19,7 +19,11 @@ KEY = "an-administrators-key"
 
 
 class _Engine(FakeEngine):
-    """Refuses what its model has no room for, as a real one does."""
+    """Refuses what its model has no room for, as a real one does; takes masks in the body."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.library.allows_inline = True
 
     async def generate(
         self, prompt_ids: list[int], sampling: Sampling, mask: ResolvedMask | None, *, stream: bool

@@ -38,6 +38,39 @@ def test_score_equals_transformers_with_the_same_neurons_zeroed(
         assert score.logprob / score.tokens == pytest.approx(sum(expected) / len(expected), abs=1e-4)
 
 
+def test_a_mask_in_the_body_gives_what_the_same_mask_gives_by_name(tiny: Tiny, tiny_server: Server) -> None:
+    sets = tiny.library.get("zh").mask.neuron_sets()
+    brought = {"mask": {"neurons": {str(layer): neurons for layer, neurons in enumerate(sets)}}}
+
+    def post(route: str, body: dict, query: str = "") -> dict:
+        answer = httpx.post(f"{tiny_server.url}{route}{query}", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        expected = {"": "inline", "?mask=zh": "attnlrp-zh", "?mask=none": None}[query]
+        assert answer.headers.get("x-crane-mask") == expected
+        return answer.json()
+
+    scores = {"text": TEXTS}
+    by_name, by_body = post("/score", scores, "?mask=zh"), post("/score", {**scores, **brought})
+    assert [score["logprob"] for score in by_body["scores"]] == pytest.approx(
+        [score["logprob"] for score in by_name["scores"]], abs=1e-4 * len(TEXTS[3])
+    )
+    assert by_body["mask"]["neurons"] == by_name["mask"]["neurons"]
+    assert (by_body["mask"]["name"], by_body["mask"]["digest"] != by_name["mask"]["digest"]) == ("inline", True)
+    greedy = {"max_tokens": 12, "temperature": 0}
+    prompt = {"prompt": TEXTS[1], **greedy}
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": TEXTS[1]}], **greedy}
+    for route, body, answered in (
+        ("/generate", prompt, "outputs"),
+        ("/v1/completions", {"model": "tiny", **prompt}, "choices"),
+        ("/v1/chat/completions", chat, "choices"),
+        ("/inference/v1/generate", {"token_ids": [0, 74, 75], "sampling_params": greedy}, "choices"),
+    ):
+        by_name, by_body = post(route, body, "?mask=zh"), post(route, body | brought)
+        assert by_body[answered] == by_name[answered] != post(route, body, "?mask=none")[answered]
+    refused = httpx.post(f"{tiny_server.url}/generate?mask=zh", json=prompt | brought)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "mask_conflict")
+
+
 def test_continuations_equal_transformers(tiny: Tiny, tiny_server: Server, tiny_oracle: Oracle) -> None:
     context, continuations = "Two and two make ", ["four", "five and a half"]
     with CraneClient(tiny_server.url) as client:

@@ -10,10 +10,12 @@ from tests.engine.offline import start
 
 @pytest.fixture(scope="session")
 def llm(engines: Engines) -> Iterator[object]:
-    """vLLM's offline engine with the plugin, switched on by nothing but CRANE_MASKS; one mask scales outputs."""
+    """vLLM's offline engine with the plugin, switched on by nothing but CRANE_MASKS; one mask scales outputs, and
+    requests may bring masks with them."""
     saved = dict(os.environ)
     os.environ.update(
         CRANE_MASKS=str(engines.output_masks),
+        CRANE_INLINE_MASKS="1",
         VLLM_CPU_KVCACHE_SPACE="1",
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # so that a test can send a function to the worker
     )

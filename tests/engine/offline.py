@@ -28,7 +28,7 @@ def start(checkpoint: Path, **options: object):
     return LLM(str(checkpoint), **{**settings, **options})
 
 
-def generate(llm, prompts: list[str], masks: list[str | None], *, score: bool = False, salt: str | None = None):
+def generate(llm, prompts: list[str], masks: list[str | dict | None], *, score: bool = False, salt: str | None = None):
     """Greedy continuations, all prompts submitted together: a dict of tokens, logprobs, prompt_logprobs, cached."""
     from vllm import SamplingParams
 

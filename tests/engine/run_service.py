@@ -41,10 +41,19 @@ class Run:
         self.contents = {library.resolve(content(n)).mask.whole().digest: content(n) for n in range(REPLACEMENTS + 1)}
 
     async def generate(
-        self, prompt: str, mask: str | None, tokens: int = 6, positions: Positions = Positions.ALL
+        self,
+        prompt: str,
+        mask: str | None,
+        tokens: int = 6,
+        positions: Positions = Positions.ALL,
+        *,
+        brought: dict | None = None,
     ) -> None:
-        """Generate under `mask`. What it is promised is what the name means when the request is made."""
-        resolved = self.service.library.resolve(mask, positions)
+        """Generate under `mask`. What it is promised is what the name means when the request is made.
+
+        brought: a mask in the request, which does the same.
+        """
+        resolved = self.service.library.resolve(brought or mask, positions)
         promised = self.contents[resolved.mask.digest] if mask == CHANGING else mask
         prompt_ids = self.service.tokenizer(prompt)["input_ids"]
         sampling = Sampling(max_tokens=tokens, temperature=0.0, top_p=1.0, seed=None, stop=(), logprobs=0)
@@ -133,6 +142,18 @@ class Run:
         for start in range(0, SCALED, ROWS):
             await asyncio.gather(*(self.generate(PROMPTS[0], factor) for factor in factors[start : start + ROWS]))
 
+        # The same with masks that requests bring with them, beside those that they name.
+        sets = service.library.get("zh").mask.neuron_sets()
+        neurons = {str(layer): indices for layer, indices in enumerate(sets)}
+        scales = [(number + 0.5) / 128 for number in range(SCALED)]
+        brought = {f"zh@{scale!r}": {"neurons": neurons, "scale": scale} for scale in scales}
+        for start in range(0, SCALED, REQUESTS):
+            pairs = list(brought.items())[start : start + REQUESTS]
+            await asyncio.gather(
+                *(self.generate(PROMPTS[0], name, brought=mask) for name, mask in pairs),
+                *(self.generate(PROMPTS[1], name) for name in ("vi", None)),
+            )
+
         await self.refuses("foreign", service.put_mask(foreign))
         outputs = self.stored("outputs", "zh")
         scales = NeuronMask(outputs.mask.intermediate, outputs.mask.intermediate_sizes, _ones(service))
@@ -163,7 +184,7 @@ def main() -> None:
     from crane_serve.common.masks import read_mask
 
     checkpoint, masks, out, foreign, *flags = sys.argv[1:]
-    config = configure_engine(Path(checkpoint), Path(masks), "attnlrp", ROWS, flags)
+    config = configure_engine(Path(checkpoint), Path(masks), "attnlrp", ROWS, flags, inline_masks=True)
     result = asyncio.run(run(config, read_mask(Path(foreign))))
     Path(out).write_text(json.dumps(result))
 

@@ -2,11 +2,12 @@
 
 import json
 from itertools import product
+from typing import Any
 
 import pytest
 
 from crane_serve.common.defaults import DEFAULT_ROWS
-from crane_serve.common.masks import MaskLibrary
+from crane_serve.common.masks import Composition, MaskLibrary, Member, NeuronMask
 from tests.conftest import Engines
 from tests.engine.offline import BLOCK_TOKENS, CHUNK_TOKENS, LONG, PROMPTS, generate
 from tests.engines import Oracle
@@ -124,9 +125,81 @@ def test_a_union_in_another_order_is_the_same_mask(llm) -> None:
     assert generate(llm, [prompt], ["attnlrp-vi,attnlrp-zh"])[0]["cached"] > 0
 
 
+def in_request(library: MaskLibrary, name: str, **fields: float) -> dict[str, Any]:
+    """The neurons of a mask file, as a request brings them."""
+    sets = library.get(name).mask.neuron_sets()
+    return {"neurons": {str(layer): neurons[::-1] for layer, neurons in enumerate(sets)}, **fields}
+
+
+@pytest.mark.parametrize(("name", "fields"), [("zh", {}), ("en", {"scale": 0}), ("vi@0.5", {"scale": 0.5})])
+def test_neurons_in_a_request_do_what_they_do_in_a_file(llm, library: MaskLibrary, name: str, fields: dict) -> None:
+    brought = in_request(library, name.partition("@")[0], **fields)
+    for prompt in PROMPTS:
+        of_file, of_request = (generate(llm, [prompt], [mask], score=True)[0] for mask in (name, brought))
+        assert of_request == of_file  # to the bit: the rows are equal
+
+
+def test_masks_in_requests_mix_with_names_and_with_none(llm, library: MaskLibrary) -> None:
+    masks = [None, "zh", in_request(library, "zh"), in_request(library, "vi", scale=2), "out", {"neurons": {"1": [5]}}]
+    for prompt in (PROMPTS[1], LONG):
+        together = generate(llm, [prompt] * len(masks), masks)
+        assert_same(together[1], together[2])
+        for mask, mixed in zip(masks, together, strict=True):
+            assert_same(mixed, generate(llm, [prompt], [mask], salt="cold")[0])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("zh", None), (None, "zh"), ("zh", "zh by name"), ("zh by name", "zh"), ("zh", "vi"), ("zh", "zh at half")],
+)
+def test_the_prefix_cache_keeps_masks_in_requests_apart(
+    llm, library: MaskLibrary, tiny_oracle: Oracle, first: str | None, second: str | None
+) -> None:
+    masks: dict[str | None, Any] = {
+        None: None,
+        "zh": in_request(library, "zh"),
+        "vi": in_request(library, "vi"),
+        "zh by name": "zh",
+        "zh at half": in_request(library, "zh", scale=0.5),
+    }
+    meaning = {"zh by name": "zh", "zh at half": "zh@0.5"}
+    prompt = f"brought: {first} before {second}: {LONG}"
+    generate(llm, [prompt], [masks[first]])
+    cold, warm = (generate(llm, [prompt], [masks[second]])[0] for _ in range(2))
+    resolved = library.resolve(meaning.get(second, second))
+    expected = tiny_oracle.logprobs(cold["prompt"] + cold["tokens"], resolved.mask if resolved else None)
+    assert (cold["cached"], warm["cached"]) == (0, len(cold["prompt"]) // BLOCK_TOKENS * BLOCK_TOKENS)
+    assert cold["logprobs"] == pytest.approx(expected[-len(cold["tokens"]) :], abs=1e-3)
+    assert_same(cold, warm)
+
+
+def test_the_same_neurons_in_another_order_share_a_prefix(llm) -> None:
+    prompt = f"another order: {LONG}"
+    generate(llm, [prompt], [{"neurons": {"0": [3, 9], "2": [1]}}])
+    assert generate(llm, [prompt], [{"scale": -0.0, "neurons": {"2": [1], "0": [9, 3]}}])[0]["cached"] > 0
+
+
+def test_more_masks_in_requests_than_rows_pass_through_the_table(
+    llm, library: MaskLibrary, tiny_oracle: Oracle
+) -> None:
+    sets = [[[number % 160], [], [number % 7, 40 + number % 11]] for number in range(DEFAULT_ROWS + 20)]
+    masks = [{"neurons": {str(layer): neurons for layer, neurons in enumerate(of)}, "scale": -8} for of in sets]
+    for of, answer in zip(sets, generate(llm, [PROMPTS[0]] * len(masks), masks), strict=True):
+        off = NeuronMask.switching_off(of, library.fingerprint.intermediate_sizes)
+        mask = Composition([Member(NeuronMask(1 - 9 * (1 - off.intermediate), off.intermediate_sizes))])
+        expected = tiny_oracle.logprobs(answer["prompt"] + answer["tokens"], mask)
+        assert answer["logprobs"] == pytest.approx(expected[-len(answer["tokens"]) :], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
-    [("fr", "unknown mask 'fr'; this server has attnlrp-en"), ("zh,", "malformed"), (7, "expected a mask name")],
+    [
+        ({"neurons": {"0": [160]}}, "layer 0: 160 is no neuron"),
+        ({"neurons": {"0": [1]}, "offset": 1}, "adds to neurons, which this engine was started without"),
+        ("fr", "unknown mask 'fr'; this server has attnlrp-en"),
+        ("zh,", "malformed"),
+        (7, "expected a mask name"),
+    ],
 )
 def test_a_bad_mask_is_refused_and_the_engine_lives(llm, mask, message: str) -> None:
     with pytest.raises(Exception, match=message):
@@ -179,13 +252,14 @@ def test_the_engine_core_refuses_what_the_front_end_let_through(llm, monkeypatch
     from crane_serve.engine import plugin
 
     monkeypatch.setattr(plugin, "admit", lambda *_, **__: None)
-    answer = llm.generate([PROMPTS[0]], _masked_parameters("fr"), use_tqdm=False)[0]
-    assert answer.outputs[0].finish_reason == "error"
+    for mask in ("fr", {"neurons": {"0": [160]}}, 'neurons:{"neurons":{"0":[1,1]}}'):
+        answer = llm.generate([PROMPTS[0]], _masked_parameters(mask), use_tqdm=False)[0]
+        assert answer.outputs[0].finish_reason == "error"
     monkeypatch.undo()
     assert generate(llm, [PROMPTS[0]], ["zh"])[0]["tokens"]
 
 
-def _masked_parameters(mask: str):
+def _masked_parameters(mask: str | dict):
     from vllm import SamplingParams
 
     return SamplingParams(max_tokens=2, extra_args={"crane_mask": mask})

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from crane_serve.common.masks import MaskError, MaskFileError, MaskLibrary
+from crane_serve.common.masks import InlineMasksOff, MaskError, MaskFileError, MaskLibrary
 from crane_serve.engine import plugin
 from crane_serve.engine.admission import admit, requested_mask
 from crane_serve.engine.config import MaskConfig, mask_config
@@ -112,6 +112,10 @@ def test_the_configuration_survives_the_way_to_other_processes(configured: tuple
     for arrived in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):  # noqa: S301
         assert arrived == config
         assert (arrived.masks, arrived.manifest, arrived.rows) == (config.masks, config.manifest, 9)
+        assert arrived.allows_inline is arrived.library().allows_inline is False
+    allowing = MaskConfig(*config.fields[:-1], True)
+    assert allowing == config  # masks in requests need no other graph
+    assert pickle.loads(pickle.dumps(allowing)).library().allows_inline  # noqa: S301
 
 
 def test_only_what_changes_the_graph_is_in_the_compile_cache_key(configured: tuple[MaskConfig, MaskLibrary]) -> None:
@@ -193,6 +197,67 @@ def test_an_end_that_no_token_can_be_is_refused(configured: tuple[MaskConfig, Ma
     asked = parameters(crane_mask="zh", crane_positions="all+until=7")
     with pytest.raises(MaskError, match="until=7: the prompt has embeddings, of which no token id is known"):
         admit(engine, asked, resumable=False, embeds=True)
+
+
+@pytest.fixture
+def allowing(configured: tuple[MaskConfig, MaskLibrary]) -> SimpleNamespace:
+    """An engine that takes masks in requests."""
+    return plain_config(additional_config={"crane": MaskConfig(*configured[0].fields[:-1], True)})
+
+
+def test_admission_sends_the_mask_of_a_request_on_in_one_form(allowing: SimpleNamespace) -> None:
+    for neurons in ({"2": [7, 3], "0": [1]}, {0: [1], 2: [3, 7]}):
+        asked = parameters(crane_mask={"neurons": neurons}, crane_positions="prompt", other=1)
+        resolved = admit(allowing, asked, resumable=False)
+        assert resolved is not None
+        assert (resolved.name, resolved.mask.neurons) == ("inline", 3)
+        sent = {"crane_mask": 'neurons:{"neurons":{"0":[1],"2":[3,7]},"scale":0.0}', "crane_positions": "prompt"}
+        assert asked.extra_args == {**sent, "other": 1}
+        assert admit(allowing, asked, resumable=False) == resolved  # in the engine core
+        assert asked.extra_args == {**sent, "other": 1}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"neurons": {"0": [160]}}, "layer 0: 160 is no neuron, expected whole numbers from 0 to 159"),
+        ({"neurons": {"3": [0]}}, "layer '3' is none of the model's"),
+        ({"neurons": {"0": [1], 0: [2]}}, "'0' is given twice"),
+        ({"neurons": {"0": {1, 2}}}, "cannot be written as JSON"),
+        ({"neurons": {"0": [1]}, "scale": float("nan")}, "'scale' is nan"),
+        ({"neurons": {"0": [1]}, "offset": 0.5}, "adds to neurons, which this engine was started without"),
+        ("neurons:{}", "'neurons' holds something else"),
+        ("zh,neurons:{}", "no name can join"),
+        (["neurons"], "is list, expected a mask name, or an object"),
+    ],
+)
+def test_admission_refuses_a_mask_that_the_engine_cannot_run(
+    allowing: SimpleNamespace, asked: object, message: str
+) -> None:
+    with pytest.raises(MaskError, match=message):
+        admit(allowing, parameters(crane_mask=asked), resumable=False)
+
+
+def test_an_engine_that_does_not_allow_it_refuses_the_mask_of_a_request(
+    configured: tuple[MaskConfig, MaskLibrary],
+) -> None:
+    engine = plain_config(additional_config={"crane": configured[0]})
+    for asked in ({"neurons": {"0": [1]}}, 'neurons:{"neurons":{"0":[1]},"scale":0.0}'):
+        with pytest.raises(InlineMasksOff, match="CRANE_INLINE_MASKS=1"):
+            admit(engine, parameters(crane_mask=asked), resumable=False)
+
+
+@pytest.mark.parametrize("value", ["false", "2", "yes", " 1"])
+def test_a_switch_that_says_neither_yes_nor_no_is_refused(
+    configured: tuple[MaskConfig, MaskLibrary], monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    from crane_serve.engine.config import add_mask_config
+
+    monkeypatch.setenv("CRANE_MASKS", str(configured[0].masks))
+    monkeypatch.setenv("CRANE_INLINE_MASKS", value)
+    engine = SimpleNamespace(model_config=SimpleNamespace(model=configured[0].model), additional_config={})
+    with pytest.raises(ValueError, match=r"CRANE_INLINE_MASKS is .*, expected 0 or 1"):
+        add_mask_config(engine)
 
 
 def test_a_session_with_streamed_input_is_refused(configured: tuple[MaskConfig, MaskLibrary]) -> None:

@@ -80,13 +80,15 @@ def seed_case(draw: random.Random) -> Case:
     """A valid request for MASK, by one of the ways to name it."""
     path = draw.choice(list(SEEDS))
     body = copy.deepcopy(SEEDS[path])
-    way = draw.choice(("query", "body", "model", "xargs"))
+    way = draw.choice(("query", "body", "object", "model", "xargs"))
     if way == "model" and "model" in body:
         body["model"] = f"tiny:{MASK}"
     elif way == "xargs" and path in ("/v1/completions", "/v1/chat/completions"):
         body["vllm_xargs"] = {"crane_mask": MASK}
     elif way == "query":
         return Case(path, body, f"mask={MASK}")
+    elif way == "object":
+        body["mask"] = {"neurons": {"0": [3, 5], "1": [0]}}
     else:
         body["mask"] = MASK
     return Case(path, body)
@@ -111,6 +113,22 @@ def nest_mask(case: Case, draw: random.Random) -> None:
     place = draw.choice(OBJECTS)
     there = case.body.get(place)
     case.body[place] = {**(there if isinstance(there, dict) else {}), draw.choice(("mask", *MISSPELT)): MASK}
+
+
+def deform_mask(case: Case, draw: random.Random) -> None:
+    """Put junk into a mask in the body."""
+    mask = case.body.get("mask")
+    if not isinstance(mask, dict):
+        return
+    match draw.randrange(4):
+        case 0:
+            mask[draw.choice(("neurons", "scale", "offset", "output"))] = draw.choice(JUNK)
+        case 1:
+            mask["neurons"] = {draw.choice(("0", "00", "-1", "99", "x", "\ud800")): draw.choice((*JUNK, [1]))}
+        case 2:
+            mask["neurons"] = {"0": [draw.choice((*JUNK, 7))]}
+        case _:
+            mask["neurons"] = {"0": list(range(draw.choice((1, 100, 20_000))))}
 
 
 def add_positions(case: Case, draw: random.Random) -> None:
@@ -166,7 +184,8 @@ def deform_bytes(case: Case, draw: random.Random) -> None:
 
 
 MUTATIONS: tuple[Callable[[Case, random.Random], None], ...] = (
-    *(rename_mask, nest_mask, add_positions, replace_value, replace_value, add_field, add_field, drop_field),
+    *(rename_mask, nest_mask, deform_mask, add_positions),
+    *(replace_value, replace_value, add_field, add_field, drop_field),
 )
 
 

@@ -56,6 +56,22 @@ def _distinct_factors() -> Outcome:
     return Outcome(f"{mib:.0f} MiB kept in one process", mib < 16)
 
 
+def _masks_in_bodies() -> Outcome:
+    library = _library(GEMMA_270M, {})
+    library.allows_inline = True
+    library.mask_of(library.resolve({"neurons": {"0": [1]}}).wire)
+    before, seconds = _resident_bytes(), []
+    for number in range(1024):  # as the front end resolves and a worker looks up
+        neurons = {str(layer): list(range(number, number + 911)) for layer in range(17)}
+        began = time.process_time()
+        resolved = library.resolve({"neurons": neurons})
+        seconds.append(time.process_time() - began)
+        library.mask_of(resolved.wire)
+        del resolved
+    mib, milliseconds = (_resident_bytes() - before) / 2**20, 1000 * sorted(seconds)[512]
+    return Outcome(f"{mib:.0f} MiB kept in one process, {milliseconds:.1f} ms of CPU for each", mib < 128)
+
+
 def _sixteen_members() -> Outcome:
     library = _library(LLAMA_70B, {f"m{number}": _mask(LLAMA_70B, number) for number in range(16)})
     for stored in library.masks.values():
@@ -128,6 +144,9 @@ def _uploaded_scale(scale: float, factor: str) -> Outcome:
 CASES = {
     "distinct-factors": Case(
         6, "1,024 distinct factors of a mask of Gemma-270M", "no more than 16 MiB kept", _distinct_factors
+    ),
+    "masks-in-bodies": Case(
+        6, "1,024 masks of 15,487 neurons, each in a body", "no more than 128 MiB kept", _masks_in_bodies
     ),
     "sixteen-members": Case(
         6, "16 members with factors at a 70B model's shape", "under 10 ms of CPU before the gate", _sixteen_members

@@ -24,7 +24,7 @@ print("usable:", *sorted(mask_config(arguments.create_engine_config()).library()
 SERVE = """
 import sys
 from crane_serve.service import process
-process.configure_engine = lambda model, *rest: sys.exit(f"serves {model}")
+process.configure_engine = lambda model, *_, **__: sys.exit(f"serves {model}")
 from crane_serve.cli import app
 app()
 """

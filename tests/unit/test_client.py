@@ -76,6 +76,18 @@ def test_generate_sends_only_what_was_given_and_types_the_answer() -> None:
     assert (answer.mask.digest, answer.usage.total_tokens) == ("d1", 5)
 
 
+def test_a_mask_itself_is_sent_in_the_body() -> None:
+    mask = {"neurons": {"12": [3, 17]}, "scale": 0.5}
+    scores = {"mask": ENGLISH, "scores": [{"logprob": -1.0, "tokens": 1, "bytes": 2}], "usage": USAGE}
+    script = Script(httpx.Response(200, json=GENERATION), httpx.Response(200, json=scores))
+    with blocking(script) as client:
+        client.generate("Hello", mask=mask)
+        client.score_text("Hello", mask=mask)
+    bodies = [json.loads(request.content) for request in script.requests]
+    assert bodies == [{"prompt": "Hello", "mask": mask}, {"text": ["Hello"], "mask": mask}]
+    assert not any(request.url.query for request in script.requests)
+
+
 def test_scores() -> None:
     scores = [
         {"logprob": -7.5, "tokens": 3, "bytes": 11},

@@ -78,7 +78,7 @@ def test_crane_serve_serves_the_revision(
 ) -> None:
     served: list[Path] = []
 
-    def configure_engine(model: Path, *_: object) -> None:
+    def configure_engine(model: Path, *_: object, **__: object) -> None:
         served.append(model)
         raise CheckpointError("enough")
 

@@ -13,7 +13,9 @@ from crane_serve.common.masks.files import (
     write_mask,
 )
 from crane_serve.common.masks.fingerprint import Fingerprint, FingerprintError
+from crane_serve.common.masks.inline import INLINE_PREFIX, InlineMask, inline_content, inline_text
 from crane_serve.common.masks.library import (
+    InlineMasksOff,
     InvalidMask,
     MaskError,
     MaskLibrary,
@@ -25,9 +27,12 @@ from crane_serve.common.masks.mask import NeuronMask
 from crane_serve.common.masks.positions import Positions
 
 __all__ = [
+    "INLINE_PREFIX",
     "Composition",
     "Fingerprint",
     "FingerprintError",
+    "InlineMask",
+    "InlineMasksOff",
     "InvalidMask",
     "MaskError",
     "MaskFileError",
@@ -43,6 +48,8 @@ __all__ = [
     "applied",
     "decode_mask",
     "encode_mask",
+    "inline_content",
+    "inline_text",
     "mask_path",
     "read_mask",
     "write_mask",

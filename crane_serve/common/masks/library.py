@@ -8,10 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
 
 from crane_serve.common.masks.composition import Composition, Member
 from crane_serve.common.masks.files import SUFFIX, MaskFileError, StoredMask, read_mask
 from crane_serve.common.masks.fingerprint import Fingerprint, FingerprintError
+from crane_serve.common.masks.inline import INLINE, INLINE_PREFIX, InlineMask
 from crane_serve.common.masks.positions import Positions
 
 UNMASKED = "none"
@@ -19,7 +22,8 @@ MAX_MEMBERS = 16
 MAX_EXPRESSION = 4096
 """The longest mask expression, in characters; 16 names of the greatest length with factors are 2,447."""
 MAX_FACTOR = 100.0
-_MEMO = 1024  # expressions, a few KB each
+_MEMO = 1024  # expressions
+_MEMO_CHARACTERS = 2**25  # of all of them; those of names have a few KB each
 _SHOWN = 80  # characters of an expression that errors show
 
 
@@ -35,6 +39,10 @@ class InvalidMask(MaskError):
     """The mask's file exists but is corrupt or belongs to another model."""
 
 
+class InlineMasksOff(MaskError):
+    """A request brings a mask with it, which this server does not allow."""
+
+
 class MaskTableFull(MaskError):
     """All rows of the engine are in use by different masks; temporary, retry later."""
 
@@ -43,17 +51,18 @@ class MaskTableFull(MaskError):
 class ResolvedMask:
     """The meaning of a request's mask expression.
 
-    name: canonical names joined with commas. positions: which of the request's tokens are masked. While this object
-    lives, the library keeps the content that it refers to, even if the mask is replaced or removed.
+    name: canonical names joined with commas, INLINE for a mask that the request brings with it. positions: which of the
+    request's tokens are masked. While this object lives, the library keeps the content that it refers to, even if the
+    mask is replaced or removed.
     """
 
     name: str
-    mask: Composition
+    mask: Composition | InlineMask
     positions: Positions = Positions.ALL
 
     @property
     def wire(self) -> str:
-        """Content digests instead of names: the form that is sent to the engine."""
+        """Content digests instead of names, or the whole content: the form that is sent to the engine."""
         return self.mask.wire
 
 
@@ -77,9 +86,11 @@ class MaskLibrary:
         self.invalid = dict(sorted((invalid or {}).items()))
         self.default_method = default_method
         self.on_unused: Callable[[], object] | None = None  # called when retired content has lost its last user
+        self.allows_inline = False  # whether requests may bring masks with them
         self._by_digest = {stored.mask.digest: stored for stored in self.masks.values()}  # retired ones too
         self._retired: frozenset[str] = frozenset()
-        self._memo: dict[str, Composition] = {}
+        self._inline: WeakValueDictionary[str, InlineMask] = WeakValueDictionary()  # by wire form, while in use
+        self._memo: dict[str, Composition | InlineMask] = {}
         self._lock = (
             threading.RLock()
         )  # re-entrant, since a garbage collection under the lock may release a ResolvedMask
@@ -147,19 +158,19 @@ class MaskLibrary:
                 self._memo.clear()
             return dropped
 
-    def mask_of(self, wire: str) -> Composition:
-        """What `wire` means. Like `resolve`, but it does not keep the content alive, and remembers its results.
+    def mask_of(self, wire: str) -> Composition | InlineMask:
+        """What `wire` means. Like `resolve_wire`, but it does not keep the content alive, and remembers its results.
 
         Raises MaskError.
         """
         mask = self._memo.get(wire)
         if mask is None:
-            resolved = self.resolve(wire, retired=True)
+            resolved = self.resolve_wire(wire)
             if resolved is None:
                 raise MaskError(f"{wire!r} does not stand for a mask")
             mask = resolved.mask
             with self._lock:
-                if len(self._memo) >= _MEMO:
+                if len(self._memo) >= _MEMO or sum(map(len, self._memo)) + len(wire) > _MEMO_CHARACTERS:
                     self._memo.clear()
                 self._memo[wire] = mask
         return mask
@@ -188,17 +199,26 @@ class MaskLibrary:
         return [name] if self.default_method is None else [name, f"{self.default_method}-{name}"]
 
     def resolve(
-        self, expression: str | None, positions: Positions = Positions.ALL, *, retired: bool = False
+        self,
+        expression: str | Mapping[str, Any] | None,
+        positions: Positions = Positions.ALL,
+        *,
+        retired: bool = False,
     ) -> ResolvedMask | None:
         """The mask that `expression` means: a name or a digest, or several joined with commas (their union).
 
         `zh@0.5` damps the neurons of `zh` to half instead of switching them off; a factor above 1 amplifies them. None,
-        and the word "none", mean unmasked. With `retired`, digests of retired content are valid too: a request that was
-        admitted before a change keeps its mask. No scales are multiplied here. Raises UnknownMask, InvalidMask, or
-        MaskError for an expression that is malformed, too long, or could make scales larger than MAX_SCALE.
+        and the word "none", mean unmasked. An object is a mask itself (see `InlineMask.read`), if this is allowed. With
+        `retired`, digests of retired content are valid too: a request that was admitted before a change keeps its mask.
+        No scales are multiplied here. Raises UnknownMask, InvalidMask, InlineMasksOff, or MaskError for an expression
+        that is malformed, too long, or could make scales larger than MAX_SCALE.
         """
         if expression is None or expression == UNMASKED:
             return None
+        if not isinstance(expression, str):
+            return self._inline_mask(lambda sizes: InlineMask.read(expression, sizes), positions)
+        if INLINE_PREFIX in expression:
+            raise MaskError("a mask of neurons is an object in the body, which no name can join: see `mask` there")
         self._require_bounds(expression)
         parts = [part.strip() for part in expression.split(",")]
         shown = f"mask {expression[:_SHOWN]!r}"
@@ -216,6 +236,30 @@ class MaskLibrary:
             resolved = ResolvedMask(name, mask, positions)
             self._lease(resolved, {member.mask.digest for member in mask.members})
             return resolved
+
+    def resolve_wire(self, wire: str, positions: Positions = Positions.ALL) -> ResolvedMask | None:
+        """The mask that the engine is sent: what `resolve` reads, retired content too, or the text form of a mask.
+
+        Of text forms that are alike, only one is parsed and kept, while a request has it. Raises as `resolve` does.
+        """
+        if not wire.startswith(INLINE_PREFIX):
+            return self.resolve(wire, positions, retired=True)
+        known = self._inline.get(wire)
+        if known is not None:
+            return ResolvedMask(INLINE, known, positions)
+        return self._inline_mask(lambda sizes: InlineMask.parse(wire, sizes), positions)
+
+    def _inline_mask(self, make: Callable[[tuple[int, ...]], InlineMask], positions: Positions) -> ResolvedMask:
+        if not self.allows_inline:
+            raise InlineMasksOff(
+                "this server takes no mask in the body; started with --inline-masks (CRANE_INLINE_MASKS=1) it does"
+            )
+        try:
+            mask = make(self.fingerprint.intermediate_sizes)
+        except ValueError as error:
+            raise MaskError(f"mask in the body: {error}") from None
+        with self._lock:
+            return ResolvedMask(INLINE, self._inline.setdefault(mask.wire, mask), positions)
 
     @staticmethod
     def _require_bounds(expression: str) -> None:

@@ -1,7 +1,7 @@
 """What every route needs: the engine, the gate, and the one mask a request means."""
 
-from collections.abc import Iterable
-from typing import Annotated, cast
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, cast
 
 from fastapi import Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
@@ -82,26 +82,34 @@ def choose_positions(query: str | None, body: str | None, *, masked: bool) -> Po
     return Positions.ALL if positions is None else Positions.parse(positions)
 
 
+Asked = str | Mapping[str, Any]
+"""A mask expression, or an object that is a mask itself."""
+
+
 def choose_mask(
-    library: MaskLibrary, named: Iterable[tuple[str, str]], positions: Positions = Positions.ALL
+    library: MaskLibrary, named: Iterable[tuple[str, Asked]], positions: Positions = Positions.ALL
 ) -> ResolvedMask | None:
     """The mask of a request that may name it in several places, if they mean the same.
 
-    named: pairs of a place, as in "the query", and the mask expression there. Raises MaskError for a mask that cannot
-    be used, BadRequest if the request names two.
+    named: pairs of a place, as in "the query", and what is asked for there. Raises MaskError for a mask that cannot be
+    used, BadRequest if the request names two.
     """
     resolved = [(place, expression, library.resolve(expression, positions)) for place, expression in named]
     for place, expression, mask in resolved[1:]:
         first_place, first, first_mask = resolved[0]
         if (mask and mask.wire) != (first_mask and first_mask.wire):
-            message = f"{first_place} says mask={first}, {place} {expression}"
+            message = f"{first_place} says mask={_shown(first)}, {place} {_shown(expression)}"
             raise BadRequest("mask_conflict", message, "mask")
     return resolved[0][2] if resolved else None
 
 
-def named_masks(query: list[str] | None, body: str | None) -> list[tuple[str, str]]:
+def _shown(asked: Asked) -> str:
+    return asked if isinstance(asked, str) else "an object"
+
+
+def named_masks(query: list[str] | None, body: Asked | None) -> list[tuple[str, Asked]]:
     """The arguments of `choose_mask` from a query and a body. Raises BadRequest if the query names a mask twice."""
     if query is not None and len(query) > 1:
         raise BadRequest("mask_conflict", "'mask' is given twice in the query; join names with commas", "mask")
-    named = [("the query", expression) for expression in query or []]
+    named: list[tuple[str, Asked]] = [("the query", expression) for expression in query or []]
     return named if body is None else [*named, ("the body", body)]

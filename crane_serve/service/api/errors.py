@@ -11,7 +11,15 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from crane_serve.common.masks import FingerprintError, InvalidMask, MaskError, MaskFileError, MaskTableFull, UnknownMask
+from crane_serve.common.masks import (
+    FingerprintError,
+    InlineMasksOff,
+    InvalidMask,
+    MaskError,
+    MaskFileError,
+    MaskTableFull,
+    UnknownMask,
+)
 from crane_serve.engine.service import EngineBusy, EngineDead, FailedRequest, RejectedRequest
 from crane_serve.service.api.schemas import ErrorAnswer, ErrorBody, ErrorEvent
 
@@ -22,7 +30,7 @@ _DESCRIPTIONS = {
     304: "Not changed: If-None-Match names the current digest",
     400: "Contradictory, or refused by the engine",
     401: "No key, or an unknown one",
-    403: "The key's role does not allow this, or a page of another origin has sent it",
+    403: "The key's role or the server does not allow this, or a page of another origin has sent it",
     404: "Unknown mask, or unknown model",
     405: "The path has no such method",
     408: "The body arrived too slowly",
@@ -96,6 +104,8 @@ def describe(error: BaseException) -> tuple[int, ErrorBody, dict[str, str]]:
             status, code, param = 404, "unknown_mask", "mask"
         case InvalidMask():
             status, code, param = 409, "invalid_mask", "mask"
+        case InlineMasksOff():
+            status, code, param = 403, "inline_masks_off", "mask"
         case MaskTableFull():
             status, code, param = 429, "mask_table_full", "mask"
         case MaskError():

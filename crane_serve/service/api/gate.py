@@ -8,6 +8,9 @@ from crane_serve.service.api.errors import ApiError, BadRequest, TooBusy
 MAX_LOGPROBS = 20 * 1024
 """Most log-probabilities for one position that a request may ask for, over all its sequences: 20 of 1,024 prompts."""
 
+MAX_MASK_CHARACTERS = 2**24
+"""Most characters of a mask, counted once for each sequence that carries it into the engine."""
+
 
 class Gate:
     """Counts what has been admitted and not yet answered.
@@ -36,9 +39,8 @@ class Gate:
         if self.closed:
             raise ApiError(503, "shutting_down", "the server is shutting down", headers={"Connection": "close"})
         name = None if context.key is None else context.key.name
-        self._require_possible(
-            sequences, logprobs, self._max_sequences if name is None else self._max_sequences_per_key
-        )
+        most = self._max_sequences if name is None else self._max_sequences_per_key
+        self._require_possible(sequences, logprobs, most, 0 if context.mask is None else len(context.mask.wire))
         asked = max(sequences, 1)
         if self.sequences + asked > self._max_sequences:
             raise TooBusy("queue_full", _full(self.sequences, sequences, self._max_sequences))
@@ -56,7 +58,7 @@ class Gate:
         self._count(context, sequences)
 
     @staticmethod
-    def _require_possible(sequences: int, logprobs: int, most: int) -> None:
+    def _require_possible(sequences: int, logprobs: int, most: int, mask_characters: int) -> None:
         if sequences > most:
             message = f"the request asks for {sequences} sequences, its prompts times n; at most {most} can run at once"
             raise BadRequest("too_many_sequences", message)
@@ -66,6 +68,10 @@ class Gate:
                 f"most {MAX_LOGPROBS} together are allowed"
             )
             raise BadRequest("too_many_logprobs", message, "logprobs")
+        carried = sequences * mask_characters
+        if carried > MAX_MASK_CHARACTERS:
+            message = f"{sequences} sequences under a mask in the body come to {carried} characters of it"
+            raise BadRequest("too_many_sequences", f"{message}; at most {MAX_MASK_CHARACTERS} can be run", "mask")
 
     def leave(self, context: RequestContext) -> None:
         """Forget an admitted request; does nothing for one that was not admitted."""

@@ -35,8 +35,9 @@ from crane_serve.service.api.schemas import (
     Usage,
 )
 from crane_serve.service.api.sequences import prompts_of
+from crane_serve.service.api.strict_json import StrictJson
 
-router = APIRouter()
+router = APIRouter(route_class=StrictJson)
 
 
 _EVENT = {

@@ -1,7 +1,8 @@
 """The OpenAI-compatible routes: vLLM's own application. All ways to name a mask are translated into vLLM's own.
 
 A mask may be named in the query (`?mask=zh`), in the body (`"mask": "zh"`), in the model's name (`tiny:zh`), and where
-vLLM's own server takes it (`vllm_xargs.crane_mask`); if several places name one, they must mean the same.
+vLLM's own server takes it (`vllm_xargs.crane_mask`); if several places name one, they must mean the same. The body and
+vLLM's place may also hold the mask itself.
 """
 
 import json
@@ -17,7 +18,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from crane_serve.common.masks import MaskError, MaskLibrary, Positions, ResolvedMask
+from crane_serve.common.masks import (
+    INLINE_PREFIX,
+    MaskError,
+    MaskLibrary,
+    Positions,
+    ResolvedMask,
+    inline_content,
+)
 from crane_serve.engine.admission import MASK_ARGUMENT, POSITIONS_ARGUMENT, mask_arguments
 from crane_serve.engine.openai_app import answering_as, public_name, split_model
 from crane_serve.engine.service import EngineDead, EngineService
@@ -25,7 +33,7 @@ from crane_serve.engine.vllm_routes import CARRYING, CHECKED
 from crane_serve.service.api import openai_body
 from crane_serve.service.api.body import replayed
 from crane_serve.service.api.context import context_of
-from crane_serve.service.api.dependencies import check_headers, choose_mask, named_masks
+from crane_serve.service.api.dependencies import Asked, check_headers, choose_mask, named_masks
 from crane_serve.service.api.errors import ApiError, BadRequest, error_event, error_response
 from crane_serve.service.api.gate import MAX_LOGPROBS, Gate
 from crane_serve.service.api.openai_body import MASK, POSITIONS, Body
@@ -212,7 +220,7 @@ class _TranslatedRequest:
         if ROUTES[path] == "POST":
             self.body = openai_body.read(content, engine.openai_fields[path], CARRYING.get(path, ()))
         self._arguments = self._carried()
-        masks, positions = self._named(parameters)
+        masks, positions = self._masks(parameters), self._positions(parameters)
         base, expression = split_model(self.body.get("model"), engine.model_names)
         if expression is not None:
             masks.append(("the model's name", expression))
@@ -233,20 +241,31 @@ class _TranslatedRequest:
                 return None
         return cast(Body, parent)
 
-    def _named(self, parameters: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-        """The masks and the positions that the request names outside its model's name: pairs of a place and a value."""
-        pairs = []
-        for name, argument in ((MASK, MASK_ARGUMENT), (POSITIONS, POSITIONS_ARGUMENT)):
-            in_query = [value for key, value in parameters if key == name]
-            if name == POSITIONS and len(in_query) > 1:
-                raise BadRequest("mask_conflict", "'positions' is given twice in the query", POSITIONS)
-            named = named_masks(in_query, _text(self.body, name))
-            carried = None if self._arguments is None else _text(self._arguments, argument)
-            pairs.append(named if carried is None else [*named, (argument, carried)])
-            if pairs[-1] and self._path not in CARRYING:
-                raise BadRequest("mask_conflict", f"{self._path} runs no model that could be masked", name)
-        masks, positions = pairs
-        return masks, positions
+    def _masks(self, parameters: Sequence[tuple[str, str]]) -> list[tuple[str, Asked]]:
+        """The masks that the request asks for outside its model's name: pairs of a place and what stands there."""
+        in_query = [value for name, value in parameters if name == MASK]
+        in_body = self.body.get(MASK)
+        named = named_masks(in_query, in_body if isinstance(in_body, dict) else _text(self.body, MASK))
+        carried = None if self._arguments is None else _text(self._arguments, MASK_ARGUMENT)
+        if carried is not None:
+            named.append((MASK_ARGUMENT, _content(carried) if carried.startswith(INLINE_PREFIX) else carried))
+        self._require_model(named, MASK)
+        return named
+
+    def _positions(self, parameters: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The positions that the request names: pairs of a place and a value."""
+        named = [("the query", value) for name, value in parameters if name == POSITIONS]
+        if len(named) > 1:
+            raise BadRequest("mask_conflict", "'positions' is given twice in the query", POSITIONS)
+        arguments = self._arguments or {}
+        places = (("the body", self.body, POSITIONS), (POSITIONS_ARGUMENT, arguments, POSITIONS_ARGUMENT))
+        named += [(place, value) for place, content, name in places if (value := _text(content, name)) is not None]
+        self._require_model(named, POSITIONS)
+        return named
+
+    def _require_model(self, named: Sequence[object], name: str) -> None:
+        if named and self._path not in CARRYING:
+            raise BadRequest("mask_conflict", f"{self._path} runs no model that could be masked", name)
 
     def _translate(self, base: str | None) -> bool:
         """Put the mask where vLLM takes it, and the name of the base model; say whether that changed the body."""
@@ -307,8 +326,15 @@ def _text(content: Body, name: str) -> str | None:
     return value
 
 
+def _content(text: str) -> dict[str, Any]:
+    try:
+        return inline_content(text)
+    except ValueError as error:
+        raise MaskError(f"{MASK_ARGUMENT}: {error}") from None
+
+
 def _choose(
-    library: MaskLibrary, masks: Sequence[tuple[str, str]], positions: Sequence[tuple[str, str]]
+    library: MaskLibrary, masks: Sequence[tuple[str, Asked]], positions: Sequence[tuple[str, str]]
 ) -> ResolvedMask | None:
     """The requested mask, if all places agree. masks, positions: pairs of a place and its value."""
     if not positions:

@@ -6,11 +6,11 @@ no effect. Here a field that neither vLLM nor the service knows is refused by it
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from crane_serve.common.unique_names import unique_names
 from crane_serve.engine.admission import MASK_ARGUMENT, POSITIONS_ARGUMENT, looks_like_ours
 from crane_serve.engine.vllm_routes import CONTAINERS, Place, asking_names, nested
 from crane_serve.service.api.errors import ApiError, BadRequest, lone_surrogate
@@ -66,7 +66,7 @@ def read(content: bytes, fields: Mapping[str, frozenset[str]], place: Sequence[s
 
 def _parse(content: bytes) -> Body:
     try:
-        body = json.loads(content, object_pairs_hook=_unique)
+        body = json.loads(content, object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
         raise BadRequest("malformed_body", f"the body cannot be read as JSON: {error}") from None
     if not isinstance(body, dict):
@@ -155,12 +155,3 @@ def _check_texts(value: Any, place: Place | None) -> None:
         if problem := lone_surrogate(text):
             param = None if where is None else _dotted(where.path)
             raise ApiError(422, "malformed_body", f"{param or 'body'}: {problem}", param)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> Body:
-    """Refuses duplicate names: vLLM would see only one of the values, and a mask in the other would be lost."""
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{name!r} is given twice")
-    return content

@@ -11,7 +11,7 @@ from crane_serve.common.masks.positions import PATTERN
 from crane_serve.engine.vllm_routes import CARRYING
 from crane_serve.service.api.errors import ANY_ROUTE, responses
 from crane_serve.service.api.openai import MODEL, ROUTES
-from crane_serve.service.api.schemas import POSITIONS_MEAN
+from crane_serve.service.api.schemas import MASK_DESCRIPTION, MASK_IN_BODY, POSITIONS_MEAN
 
 _SCHEMAS = "#/components/schemas/"
 _JSON = "application/json"
@@ -25,7 +25,7 @@ _SCHEMES = {
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
 }
 _MASKED = {
-    "mask": {"type": ["string", "null"], "description": "Mask name, or names joined with commas; 'none' for no mask"},
+    "mask": {**MASK_IN_BODY, "description": MASK_DESCRIPTION},
     "positions": {
         "type": ["string", "null"],
         "pattern": PATTERN,
@@ -36,7 +36,7 @@ _IN_QUERY = [
     {
         "name": "mask",
         "in": "query",
-        "description": _MASKED["mask"]["description"],
+        "description": "Mask name, or names joined with commas; 'none' for no mask",
         "schema": {"type": "string"},
     },
     {

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from torch import Tensor
 
 from crane_serve.common.masks import Fingerprint, NeuronMask, Positions, ResolvedMask, StoredMask
+from crane_serve.common.masks.mask import MAX_SCALE
 from crane_serve.common.masks.positions import PATTERN
 from crane_serve.common.models.prefix import AddBos, Join
 
@@ -40,10 +41,46 @@ _Integer = Annotated[int, BeforeValidator(_integer)]
 _LARGEST_SEED = 9 * 10**18  # vLLM takes less than 2**63; the description holds it as a float, where this is exact
 
 
+_NUMBER = {"type": "number", "minimum": -MAX_SCALE, "maximum": MAX_SCALE, "default": 0}
+MASK_IN_BODY: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "object",
+            "required": ["neurons"],
+            "additionalProperties": False,
+            "properties": {
+                "neurons": {
+                    "type": "object",
+                    "description": "By layer: which of its neurons are changed",
+                    "minProperties": 1,
+                    "propertyNames": {"pattern": "^(0|[1-9][0-9]*)$"},
+                    "additionalProperties": {
+                        "type": "array",
+                        "items": {"type": "integer", "minimum": 0},
+                        "uniqueItems": True,
+                    },
+                },
+                "scale": {**_NUMBER, "description": "What each is multiplied by"},
+                "offset": {**_NUMBER, "description": "What is then added to each"},
+            },
+        },
+        {"type": "null"},
+    ],
+}
+"""JSON schema of `mask` in a body. What is an object there is checked by `InlineMask.read` alone."""
+
+MASK_DESCRIPTION = (
+    "Mask name, or names joined with commas; 'none' for no mask; or a mask itself, if the server allows it"
+)
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    mask: str | None = Field(None, description="Mask name, or names joined with commas; 'none' for no mask")
+    mask: Annotated[str | dict[str, Any] | None, WithJsonSchema(MASK_IN_BODY)] = Field(
+        None, description=MASK_DESCRIPTION
+    )
     add_bos: AddBos = Field(
         "auto",
         description="What is put before a text that does not begin with it: true the model's start token, false "

@@ -21,8 +21,9 @@ from crane_serve.service.api.schemas import (
     Token,
 )
 from crane_serve.service.api.sequences import ScoredSequence, sequences_of
+from crane_serve.service.api.strict_json import StrictJson
 
-router = APIRouter()
+router = APIRouter(route_class=StrictJson)
 
 
 @router.post(
