@@ -118,7 +118,7 @@ class Repeat:
     def __str__(self) -> str:
         if self.bitwise:
             return "bit-identical"
-        return f"{self.limit:.2g} nats for prompts, since equal requests without masks are not bit-identical here"
+        return f"{self.limit:.2g} nats for prompts, since equal requests are not bit-identical here"
 
 
 def _nats(difference: float) -> str:
@@ -169,9 +169,8 @@ def masks_take_effect(
     )
 
 
-def neighbours_untouched(alone: Batch, again: Batch, mixed: Batch, masked: Sequence[bool]) -> Check:
-    """The same batch twice without masks, and once with masks on the requests in `masked`."""
-    repeat = Repeat.of(alone, again)
+def neighbours_untouched(alone: Batch, mixed: Batch, masked: Sequence[bool], repeat: Repeat) -> Check:
+    """The same batch once without masks, and once with masks on the requests in `masked`."""
     problems, worst = [], 0.0
     for index, (before, after, is_masked) in enumerate(zip(alone, mixed, masked, strict=True)):
         apart = repeat.apart(before, after)
@@ -195,10 +194,9 @@ def neighbours_untouched(alone: Batch, again: Batch, mixed: Batch, masked: Seque
 
 
 def mixed_equals_uniform(
-    uniform: Mapping[str | None, Batch], again: Batch, mixed: Batch, masks: Sequence[str | None]
+    uniform: Mapping[str | None, Batch], mixed: Batch, masks: Sequence[str | None], repeat: Repeat
 ) -> Check:
-    """The same batch entirely under each mask, and once with `masks` [requests]; again: `uniform[None]` repeated."""
-    repeat = Repeat.of(uniform[None], again)
+    """The same batch entirely under each mask, and once with `masks` [requests]."""
     problems, worst = [], 0.0
     for index, (mask, answer) in enumerate(zip(masks, mixed, strict=True)):
         apart = repeat.apart(uniform[mask][index], answer)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from crane_serve.engine.offline import Answer, EngineFacts, Request
 from crane_serve.verify import checks, probes
-from crane_serve.verify.checks import Batch, Check, Logprobs, Visit
+from crane_serve.verify.checks import Batch, Check, Logprobs, Repeat, Visit
 from crane_serve.verify.generated import TrialMasks
 from crane_serve.verify.plan import Plain, Reference, describe
 
@@ -63,6 +63,7 @@ class Trial:
         self._reference = reference
         self._rates = rates
         self._mixture = mixture
+        self._of_mask: dict[str | None, Batch] = {}
         self._requests = probes.batch(engine.encode, engine.facts.max_model_tokens)
         self._exact = engine.facts.dtype == "float32"
 
@@ -114,19 +115,15 @@ class Trial:
 
     def neighbours(self) -> Check:
         """The same batch twice: unmasked, and with every other request masked."""
-        masks = list(islice(cycle(self._masks.random), len(self._requests)))
-        neighbours = [mask if index % 2 else None for index, mask in enumerate(masks)]
-        mixed = self._run(neighbours, "neighbours")
-        return checks.neighbours_untouched(
-            self._unmasked, self._unmasked_otherwise, mixed, [mask is not None for mask in neighbours]
-        )
+        masks = [mask if index % 2 else None for index, mask in enumerate(self._assigned(*self._masks.random))]
+        mixed, masked = self._run(masks, "neighbours"), [mask is not None for mask in masks]
+        return checks.neighbours_untouched(self._unmasked, mixed, masked, self._repeat)
 
     def mixed(self) -> Check:
         """Batches under one mask each, and the same requests with all masks mixed."""
-        masks: tuple[str | None, ...] = (None, *self._masks.random, *self._masks.from_user[:_USER_MASKS_IN_BATCHES])
-        uniform = {mask: self._uniform(mask) for mask in masks}
-        assigned = list(islice(cycle(masks), len(self._requests)))
-        return checks.mixed_equals_uniform(uniform, self._unmasked_otherwise, self._run(assigned, "mixed"), assigned)
+        assigned = self._assigned(None, *self._masks.random, *self._masks.from_user[:_USER_MASKS_IN_BATCHES])
+        uniform = {mask: self._uniform(mask) for mask in dict.fromkeys(assigned)}
+        return checks.mixed_equals_uniform(uniform, self._run(assigned, "mixed"), assigned, self._repeat)
 
     def idle(self) -> Check:
         """The unmasked batch, beside that of vLLM without the plugin."""
@@ -220,21 +217,34 @@ class Trial:
     def _run(self, masks: Sequence[str | None], run: str) -> list[Answer]:
         return self._engine.run(probes.masked(self._requests, masks, run))
 
+    def _assigned(self, *masks: str | None) -> list[str | None]:
+        """Masks in turn for the requests of the batch."""
+        return list(islice(cycle(masks), len(self._requests)))
+
     def _uniform(self, mask: str | None) -> Batch:
-        return self._unmasked if mask is None else self._run([mask] * len(self._requests), f"uniform-{mask}")
+        """The whole batch under one mask."""
+        if mask not in self._of_mask:
+            self._of_mask[mask] = self._run([mask] * len(self._requests), f"uniform-{mask}")
+        return self._of_mask[mask]
 
-    @cached_property
+    @property
     def _unmasked(self) -> Batch:
-        return self._run([None] * len(self._requests), "unmasked")
+        return self._uniform(None)
 
     @cached_property
-    def _unmasked_otherwise(self) -> Batch:
-        """The unmasked batch again. In a mixture its requests one by one: masks change where the neighbours' tokens
-        are sent, and with that how many tokens an expert multiplies at a time, which rounds otherwise."""
+    def _repeat(self) -> Repeat:
+        """How well the engine repeats itself: the unmasked batch twice.
+
+        In a mixture masked requests in a batch of one mask and one by one: a mask changes where tokens are sent, and
+        with that how many tokens of the batch an expert multiplies at a time, which rounds otherwise.
+        """
         if not self._mixture:
-            return self._run([None] * len(self._requests), "unmasked-again")
-        alone = (self._engine.run(probes.masked([request], [None], "alone")) for request in self._requests)
-        return [answer for answers in alone for answer in answers]
+            return Repeat.of(self._unmasked, self._run([None] * len(self._requests), "unmasked-again"))
+        assigned = self._assigned(*self._masks.random)
+        batch = [self._uniform(mask)[index] for index, mask in enumerate(assigned)]
+        alone = zip(self._requests, assigned, strict=True)
+        runs = (self._engine.run(probes.masked([request], [mask], "alone")) for request, mask in alone)
+        return Repeat.of(batch, [answer for answers in runs for answer in answers])
 
 
 def _by_mask(masks: Sequence[str | None], scores: Sequence[Sequence[Sequence[float]]]) -> dict[str | None, list[float]]:

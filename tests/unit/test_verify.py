@@ -314,7 +314,7 @@ def test_a_fault_fails_no_other_check(faulty: type[FakeEngine], expected: set[st
     assert fails(verify(faulty())) <= expected
 
 
-def test_a_mixture_is_held_to_how_it_rounds_without_masks() -> None:
+def test_a_mixture_is_held_to_how_it_rounds_alone() -> None:
     assert checks.MIXED in fails(verify(Mixture(), plain=Mixture()))
     assert not fails(verify(Mixture(), plain=Mixture(), mixture=True))
     results = verify(MixtureThatMasksANeighbour(), plain=Mixture(), mixture=True)
@@ -324,7 +324,7 @@ def test_a_mixture_is_held_to_how_it_rounds_without_masks() -> None:
 def test_an_engine_that_does_not_repeat_its_bits_is_held_to_its_own_noise() -> None:
     results = verify(Noisy(), plain=Noisy())
     assert not fails(results)
-    assert "equal requests without masks are not bit-identical here" in results[checks.NEIGHBOURS].limit
+    assert "equal requests are not bit-identical here" in results[checks.NEIGHBOURS].limit
 
 
 def test_an_engine_without_prefix_cache_skips_that_check() -> None:
