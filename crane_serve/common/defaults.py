@@ -8,3 +8,6 @@ DEFAULT_SERVER = "http://127.0.0.1:8000"
 
 DEFAULT_ROWS = 256
 """How many different masks can be resident."""
+
+MAX_ACTIVATIONS = 4 * 2**20
+"""Most values of neurons that one request may ask for: tokens, or reductions, times neurons."""

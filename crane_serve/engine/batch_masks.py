@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from crane_serve.common.masks import MaskLibrary, Positions
+from crane_serve.engine.activations import ActivationRequest, BatchActivations, CaptureBuffers
 from crane_serve.engine.admission import MaskRequest
 from crane_serve.engine.config import mask_config
 from crane_serve.engine.masked_mlp import install_masks
@@ -15,9 +16,15 @@ from crane_serve.engine.table import UNMASKED_ROW, MaskTable
 
 
 class BatchMasks:
-    """The masks of one worker. Made by `install` when the model is loaded, then `fill` before every batch."""
+    """The masks of one worker. Made by `install` when the model is loaded, then `fill` before every batch.
 
-    def __init__(self, library: MaskLibrary, table: MaskTable, slots: Tensor) -> None:
+    activations: what requests ask to see of their neurons; None in an engine without.
+    """
+
+    def __init__(
+        self, library: MaskLibrary, table: MaskTable, slots: Tensor, activations: BatchActivations | None = None
+    ) -> None:
+        self.activations = activations
         self._library = library
         self._table = table
         self.slots = slots  # [maximum tokens], the table row of each token
@@ -38,6 +45,7 @@ class BatchMasks:
         captured = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
         max_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, *captured, 3)
         of = library.fingerprint
+        buffers = CaptureBuffers() if config.activations else None
         table, slots = install_masks(
             model,
             of.intermediate_sizes,
@@ -46,17 +54,28 @@ class BatchMasks:
             outputs=config.outputs,
             offsets=config.offsets,
             experts=of.experts,
+            buffers=buffers,
         )
-        return cls(library, table, slots)
+        return cls(library, table, slots, None if buffers is None else BatchActivations(buffers))
 
-    def fill(self, requests: Sequence[MaskRequest | None], tokens: Ints, computed: Ints, prompts: Ints) -> None:
+    def fill(
+        self,
+        requests: Sequence[MaskRequest | None],
+        tokens: Ints,
+        computed: Ints,
+        prompts: Ints,
+        shown: Sequence[tuple[str, ActivationRequest] | None] = (),
+    ) -> None:
         """Give each token of the batch the row of its request's mask; padding behind the batch becomes unmasked.
 
         All arguments are [requests] in the order of the batch: the mask each asks for, the tokens scheduled, the tokens
-        computed before, and the length of the prompt. Raises MaskError for a mask that does not resolve. Admission has
+        computed before, and the length of the prompt; shown: the activations that each asks for, empty if none does,
+        see `BatchActivations.fill`. Raises MaskError for a mask that does not resolve. Admission has
         resolved it before, so this should never happen; if it does, the engine stops, because the request must not run
         unmasked.
         """
+        if self.activations is not None:
+            self.activations.fill(shown, tokens, computed, prompts)
         if not any(requests):
             if self._used:
                 self.clear()
@@ -74,6 +93,8 @@ class BatchMasks:
 
     def clear(self) -> None:
         """Make every token unmasked, for profiling and graph capture."""
+        if self.activations is not None:
+            self.activations.clear()
         self.slots.fill_(UNMASKED_ROW)
         self._used = 0
         self._before = None

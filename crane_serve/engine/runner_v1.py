@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crane_serve.engine.activations import ActivationRequest, asked_for
 from crane_serve.engine.admission import MaskRequest, requested_mask
 from crane_serve.engine.batch_masks import BatchMasks
 from crane_serve.engine.fresh_blocks import zero_blocks
@@ -36,6 +37,7 @@ class MaskedRunner:
         """Load the model, and patch it."""
         self._load_model(*args, **kwargs)
         self._masks = BatchMasks.install(self._runner.model, self._runner.vllm_config)
+        self._runner._crane_masks = self._masks
 
     def prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray[Any, Any], *args: Any) -> Any:
         """Prepare a step, and fill the slots. num_scheduled_tokens: [requests], in the order before the step."""
@@ -46,7 +48,10 @@ class MaskedRunner:
         mask_requests = [_mask_request(requests[request_id]) for request_id in batch.req_ids]
         count = len(mask_requests)
         computed, prompts = batch.num_computed_tokens_cpu[:count], batch.num_prompt_tokens[:count]
-        self._masks.fill(mask_requests, num_scheduled_tokens, computed, prompts)
+        shown: list[tuple[str, ActivationRequest] | None] = []
+        if self._masks.activations is not None:
+            shown = [_activation_request(requests[request_id]) for request_id in batch.req_ids]
+        self._masks.fill(mask_requests, num_scheduled_tokens, computed, prompts, shown)
         if self._masks.slots.device.type == "cpu":
             _spare_seeds(self._runner)
         return prepared
@@ -100,6 +105,15 @@ def _mask_request(state: Any) -> MaskRequest | None:
     except AttributeError:
         state.crane_mask_request = requested_mask(state.sampling_params)
         return state.crane_mask_request  # type: ignore[no-any-return]
+
+
+def _activation_request(state: Any) -> tuple[str, ActivationRequest] | None:
+    """As `_mask_request`, for the activations that a request asks for."""
+    try:
+        return state.crane_activation_request  # type: ignore[no-any-return]
+    except AttributeError:
+        state.crane_activation_request = asked_for(state.sampling_params)
+        return state.crane_activation_request  # type: ignore[no-any-return]
 
 
 def _spare_seeds(runner: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from crane_serve.engine.activations import ActivationRequest, asked_for
 from crane_serve.engine.admission import MaskRequest, requested_mask
 from crane_serve.engine.batch_masks import BatchMasks
 from crane_serve.engine.scoring import Chunk, ScoreRequest, Scoring
@@ -24,6 +25,7 @@ class MaskedModelState:
         super().__init__(vllm_config, model, *args, **kwargs)  # type: ignore[call-arg]
         self._crane_masks = BatchMasks.install(model, vllm_config)
         self._crane_requests: dict[str, MaskRequest | None] = {}
+        self._crane_shown: dict[str, tuple[str, ActivationRequest]] = {}
         self._crane_prompts: dict[str, int] = {}  # length in tokens
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
@@ -31,13 +33,18 @@ class MaskedModelState:
         super().add_request(req_index, new_req_data)  # type: ignore[misc]
         request = requested_mask(new_req_data.sampling_params)
         self._crane_requests[new_req_data.req_id] = request
+        shown = asked_for(new_req_data.sampling_params)
+        if shown is not None:
+            self._crane_shown[new_req_data.req_id] = shown
         # After a preemption what is to be prefilled includes generated tokens; the prompt does not.
-        self._crane_prompts[new_req_data.req_id] = len(new_req_data.prompt_token_ids or ()) if request else 0
+        has_prompt = request is not None or shown is not None
+        self._crane_prompts[new_req_data.req_id] = len(new_req_data.prompt_token_ids or ()) if has_prompt else 0
 
     def remove_request(self, req_id: str) -> None:
         """Forget what the request asked for."""
         super().remove_request(req_id)  # type: ignore[misc]
         self._crane_requests.pop(req_id, None)
+        self._crane_shown.pop(req_id, None)
         self._crane_prompts.pop(req_id, None)
 
     def prepare_inputs(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +53,8 @@ class MaskedModelState:
         tokens = np.diff(input_batch.query_start_loc_np[: len(ids) + 1])
         requests = [self._crane_requests.get(req_id) for req_id in ids]
         prompts = [self._crane_prompts.get(req_id, 0) for req_id in ids]
-        self._crane_masks.fill(requests, tokens, input_batch.num_computed_tokens_np[: len(ids)], prompts)
+        shown = [self._crane_shown.get(req_id) for req_id in ids] if self._crane_shown else []
+        self._crane_masks.fill(requests, tokens, input_batch.num_computed_tokens_np[: len(ids)], prompts, shown)
         return super().prepare_inputs(input_batch, *args, **kwargs)  # type: ignore[misc]
 
     def prepare_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:

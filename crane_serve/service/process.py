@@ -19,7 +19,8 @@ def serve(settings: ServeSettings) -> int:
     require_keys(settings)
     model = resolve_checkpoint(settings.model, settings.revision)
     name = model.name if Path(settings.model).is_dir() else settings.model
-    config = configure_engine(model, settings.masks, settings.default_method, settings.mask_rows, settings.engine_flags)
+    rows, activations = settings.mask_rows, settings.activations
+    config = configure_engine(model, settings.masks, settings.default_method, rows, settings.engine_flags, activations)
     configure_logging(settings.log_format, settings.log_level)
     app = create_app(lambda: EngineService.start(config, name), settings)
     return run(app, settings)
