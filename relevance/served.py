@@ -12,7 +12,7 @@ import httpx
 import torch
 from torch import Tensor
 
-from crane_serve.common.defaults import MAX_ACTIVATIONS
+from crane_serve.common.defaults import KEY_VARIABLE, MAX_ACTIVATIONS
 from crane_serve.common.masks import Fingerprint
 from crane_serve.common.models.families import Decoder, KnownLayer
 from crane_serve.common.text.corpus import Corpus
@@ -31,7 +31,6 @@ from relevance.method import (
 OF_SERVER = "of the server"
 """In place of a number format, which a server does not tell."""
 
-KEY_VARIABLE = "CRANE_API_KEY"
 _REDUCTIONS = ("mean", "mean_abs", "positive")
 _AT_ONCE = 4
 _TRIES, _PAUSE_S = 120, 1.0

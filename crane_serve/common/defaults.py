@@ -6,6 +6,9 @@ DEFAULT_METHOD = "attnlrp"
 DEFAULT_SERVER = "http://127.0.0.1:8000"
 """Where clients look for a server."""
 
+KEY_VARIABLE = "CRANE_API_KEY"
+"""The environment variable whose API key clients send."""
+
 DEFAULT_ROWS = 256
 """How many different masks can be resident."""
 

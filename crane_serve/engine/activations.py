@@ -284,6 +284,7 @@ class _Collected:
     def result(self, end: int) -> dict[str, Any] | None:
         """The values of the tokens before position `end`: how many tokens there are, and by layer the places of this
         rank's neurons and its values, as bytes. None if they are not known."""
+        end = end if self._request.end is None else min(end, self._request.end)
         if not self.reduced <= end <= self.known or end <= self._request.first:
             return None
         tokens = end - self._request.first

@@ -78,7 +78,7 @@ class BatchMasks:
             self.activations.fill(shown, tokens, computed, prompts)
         if not any(requests):
             if self._used:
-                self.clear()
+                self._unmask()
             return
         scheduled = np.asarray(tokens).tolist()
         if self._before == (requests, scheduled):  # the same requests decode on
@@ -95,6 +95,9 @@ class BatchMasks:
         """Make every token unmasked, for profiling and graph capture."""
         if self.activations is not None:
             self.activations.clear()
+        self._unmask()
+
+    def _unmask(self) -> None:
         self.slots.fill_(UNMASKED_ROW)
         self._used = 0
         self._before = None

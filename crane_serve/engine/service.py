@@ -562,8 +562,7 @@ class EngineService:
         async def take(computed: int) -> Activations | None:
             nonlocal taken
             taken = True
-            end = computed if asked.end is None else min(computed, asked.end)
-            parts = await self._take(key, end)
+            parts = await self._take(key, computed)
             if parts is None:
                 raise FailedRequest("the engine does not have the activations of all tokens")
             return joined(asked, self.library.fingerprint.intermediate_sizes, parts)
