@@ -197,6 +197,11 @@ class CaptureBuffers:
         self.slots, self._of[layer] = slots, (buffer, start)
         return buffer
 
+    def erase(self, rows: int) -> None:
+        """Make the first `rows` behind row 0 NaN, so that what is not stored is no value."""
+        for buffer, _ in self._of.values():
+            buffer[1 : rows + 1].fill_(torch.nan)
+
     def of(self, layer: int) -> tuple[Tensor, int] | None:
         """The buffer of a layer and its first neuron; None for a layer of another rank."""
         return self._of.get(layer)
@@ -356,6 +361,7 @@ class BatchActivations:
                     self._stored.append((collected, low, row, high - low))
                     row += high - low
             place += count
+        self._buffers.erase(row - 1)
         self._used = fill_slots(self._buffers.slots, rows, self._used)
 
     def clear(self) -> None:

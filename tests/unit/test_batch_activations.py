@@ -1,10 +1,12 @@
 """Which tokens are stored, collected, replaced and reduced, with buffers that are filled by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from crane_serve.common.masks import Fingerprint
+from crane_serve.common.masks import Fingerprint, Positions
 from crane_serve.engine.activations import (
     MAX_ACTIVATIONS,
     MAX_REQUESTS,
@@ -17,6 +19,8 @@ from crane_serve.engine.activations import (
     asked_for,
     joined,
 )
+from crane_serve.engine.admission import MaskRequest
+from crane_serve.engine.batch_masks import BatchMasks
 
 SIZES = (6, 4)
 MOST_TOKENS = 16
@@ -83,6 +87,19 @@ def test_tokens_that_nobody_wants_go_to_row_0_and_others_to_rows_of_their_own() 
     rank.step([("x", None, 0, 2), ("a", request, 0, 4), ("b", ActivationRequest({1: (2,)}), 0, 2)])
     assert rank.buffers.slots.tolist() == [0, 0, 0, 1, 2, 0, 3, 4] + [0] * 8
     rank.step([("x", None, 2, 1)])
+    assert not rank.buffers.slots.any()
+
+
+def test_an_unmasked_batch_behind_a_masked_one_has_its_rows() -> None:
+    rank, slots = whole(), torch.zeros(MOST_TOKENS, dtype=torch.int64)
+    library, table = SimpleNamespace(mask_of=str), SimpleNamespace(assign=lambda masks: [1] * len(masks))
+    masks = BatchMasks(library, table, slots, rank.activations)
+    masks.fill([MaskRequest("zh", Positions.ALL)], [2], [0], [2])
+    assert slots[:3].tolist() == [1, 1, 0]
+    masks.fill([None], [3], [0], [3], [("a", ActivationRequest({0: None}))])
+    assert not slots.any()
+    assert rank.buffers.slots[:4].tolist() == [1, 2, 3, 0]
+    masks.clear()
     assert not rank.buffers.slots.any()
 
 
@@ -164,6 +181,14 @@ def test_tokens_that_were_run_behind_the_end_do_not_count(reductions: tuple[Redu
     seen = taken(request, 13, rank)
     wanted = rows(request, "a", range(13))[0]
     assert seen.values[0]["max" if reductions else "values"] == pytest.approx(wanted.max(0) if reductions else wanted)
+
+
+def test_a_token_that_no_mlp_has_stored_is_an_error() -> None:
+    rank, request = whole(), ActivationRequest({0: (1,)})
+    rank.step([("b", request, 0, 4)])  # whose values stand in the same rows
+    rank.activations.fill([("a", request)], [4], [0], [4])
+    with pytest.raises(ActivationsError, match="layer 0: an activation is not finite"):
+        taken(request, 4, rank)
 
 
 def test_a_token_that_is_missing_makes_no_answer() -> None:
