@@ -34,7 +34,8 @@ class Usage(Answer):
 
 
 class Output(Answer):
-    """One completion: `index` is the position of its prompt in the request; `finish_reason` is "stop" or "length"."""
+    """One completion: `index` is the position of its prompt in the request; `finish_reason` is "stop" or "length";
+    `activations` are the values of neurons, if asked for."""
 
     index: int
     text: str = ""
@@ -42,6 +43,7 @@ class Output(Answer):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     logprobs: JsonValue = None
+    activations: JsonValue = None
 
 
 class Generation(Answer):
@@ -89,13 +91,15 @@ class Score(Answer):
 class Scores(Answer):
     """Answer of /score, one score per text or continuation, in the order asked.
 
-    prompts: the token ids that the model read for them, if asked for with `return_prompts`.
+    prompts: the token ids that the model read for them, if asked for with `return_prompts`; activations: the values of
+    neurons, likewise.
     """
 
     mask: MaskReference | None = None
     scores: tuple[Score, ...]
     usage: Usage = Usage()
     prompts: tuple[tuple[int, ...], ...] | None = None
+    activations: JsonValue = None
 
 
 class MaskSummary(Answer):

@@ -31,6 +31,7 @@ class Sampling(TypedDict, total=False):
     logprobs: int
     repetition_penalty: float  # above 1, tokens of the prompt and of the text so far become less likely
     positions: str  # the tokens that the mask applies to: all, prompt, generated, or windows of them: docs/api.md
+    activations: dict[str, Any]  # the neurons whose values the answer is to have, of one prompt
     add_bos: AddBos  # whether the model's start token stands before the prompt; "auto" is as the tokenizer does
 
 
@@ -40,6 +41,7 @@ class TextOptions(TypedDict, total=False):
     add_bos: AddBos  # whether the model's start token stands before the text; False leaves out the first token
     return_tokens: bool  # whether each score has its `token_logprobs`
     return_prompts: bool  # whether the answer has its `prompts`
+    activations: dict[str, Any]  # the neurons whose values the answer is to have, of one text or context
 
 
 class ContinuationOptions(TextOptions, total=False):

@@ -26,9 +26,8 @@ from clients.calls import AnswerType, Call, ContinuationOptions, Mask, Sampling,
 from clients.errors import CraneError
 from clients.retries import Patience, RetryPolicy
 from clients.stream import AsyncGenerationStream, GenerationStream
-from crane_serve.common.defaults import DEFAULT_SERVER
+from crane_serve.common.defaults import DEFAULT_SERVER, KEY_VARIABLE
 
-KEY_VARIABLE = "CRANE_API_KEY"
 _PROBE_TIMEOUT_S = 10.0
 _POOL_CONNECTIONS = 8
 

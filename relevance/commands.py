@@ -70,14 +70,36 @@ def relevance(
             "--halves", help="Also write OUT's scores from two halves of the documents, as OUT-first and -second."
         ),
     ] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a server of MODEL, started with --activations, which computes the means of neurons: for "
+            "magnitude, average-precision and, without a gate, lape."
+        ),
+    ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard the progress of an earlier, unfinished run in OUT.progress.")
     ] = False,
 ) -> None:
     """Score how much each language needs each MLP neuron of MODEL.
 
-    Progress is saved in OUT.progress: the same command continues after the last batch.
+    Progress is saved in OUT.progress: the same command continues after the last batch. Through a server none is.
     """
+    if server is not None:
+        from relevance.served import ServerError
+
+        here = {
+            "--checkpointing": checkpointing,
+            "--halves": halves,
+            "--output-dimensions": output_dimensions,
+            "--restart": restart,
+            "--workers": workers > 1,
+            "--batch-tokens": batch_tokens is not None,
+            "--dtype": dtype is not None,
+            "--device": device is not None,
+        }
+        if misplaced := [option for option, used in here.items() if used]:
+            raise ServerError(f"--server computes elsewhere; {', '.join(misplaced)} cannot be used with it")
     texts = load_corpus(corpus, split, _names(languages), text_column, normalise).spread(limit)
 
     from crane_serve.common.models.families import available, decoder_of
@@ -88,6 +110,7 @@ def relevance(
     from relevance.model import load_skeleton, pick_device, pick_dtype
     from relevance.scores import Scores
     from relevance.scoring import Execution, score
+    from relevance.served import not_served
 
     for doubt in doubts(texts):
         typer.echo(f"warning: {doubt}", err=True)
@@ -97,6 +120,9 @@ def relevance(
     if methods is None and architecture not in available():
         decoder = decoder_of(load_skeleton(checkpoint))
         chosen = [method for method in chosen if lacking(method, decoder) is None]
+    if methods is None and server is not None:
+        decoder = decoder_of(load_skeleton(checkpoint))
+        chosen = [method for method in chosen if not_served(method, decoder) is None]
     unfinished = out.with_name(f"{out.name}.progress")
     torch_device = pick_device(device)
     of_halves: list[Scores] = []
@@ -111,6 +137,7 @@ def relevance(
             device=torch_device,
             output_dimensions=output_dimensions,
             execution=Execution(checkpointing, workers, ray_address, unfinished, restart),
+            server=server,
             each_half=of_halves.append if halves else None,
             start=lambda documents: progress_bar.start(documents, what=f"in {', '.join(texts.languages)}"),
             advance=progress_bar.advance,

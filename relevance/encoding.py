@@ -105,7 +105,7 @@ class Batch:
     def keys(self) -> Tensor:
         """int64 [documents] on the CPU: a hash of each document's tokens, independent of its batch."""
         rows = zip(self.token_ids.tolist(), self.lengths.tolist(), strict=True)
-        return torch.tensor([_hash(token_ids[:length]) for token_ids, length in rows])
+        return torch.tensor([hashed(token_ids[:length]) for token_ids, length in rows])
 
     def sum_of(self, values: Tensor) -> Tensor:
         """Sums over the counted tokens of each document. values: [documents, tokens, n] -> [documents, n].
@@ -116,7 +116,8 @@ class Batch:
         return (self.counted.to(wide).unsqueeze(1) @ values.to(wide)).squeeze(1)
 
 
-def _hash(token_ids: Sequence[int]) -> int:
+def hashed(token_ids: Sequence[int]) -> int:
+    """A hash of a document's tokens, 64 bits with a sign."""
     digest = hashlib.blake2b(",".join(map(str, token_ids)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 

@@ -128,6 +128,22 @@ class Activations:
 
 
 @dataclass(frozen=True)
+class Reduced:
+    """The neurons of one layer over the counted tokens of one document.
+
+    tokens: how many were counted; key: the document's, as in `Batch.keys`; mean, mean_abs, positive: float64 [neurons]
+    on the CPU, means of the neuron, of its absolute value, and of whether it is above 0.
+    """
+
+    layer: int
+    tokens: int
+    key: int
+    mean: Tensor
+    mean_abs: Tensor
+    positive: Tensor
+
+
+@dataclass(frozen=True)
 class Gradients:
     """The gradient of each document's target at one site of one layer, under the rules of the method's pass.
 
@@ -238,6 +254,10 @@ class OfActivations(Measured):
     @abstractmethod
     def accumulate(self, activations: Activations) -> None:
         """Add one layer of a batch. It is called once per layer and batch; memory is bounded."""
+
+    def take(self, reduced: Reduced) -> None:
+        """Add one layer of one document, of which only means over tokens are known. Not every method can."""
+        raise NotImplementedError(f"{self.name} is not computed from means over a document")
 
 
 class OfGradients(Measured):

@@ -28,6 +28,7 @@ from relevance.model_passes import units_of
 from relevance.progress import Progress, ScoringPlan
 from relevance.repeats import text_keys
 from relevance.scores import Scores, ScoresInfo
+from relevance.served import OF_SERVER, Server, measure_served, require_served
 from relevance.shards import Job, Shard, deal, measure_shard, measure_with_ray, merged
 from relevance.typical import MeanActivation
 
@@ -59,6 +60,7 @@ def score(
     device: torch.device,
     output_dimensions: bool = False,
     execution: Execution | None = None,
+    server: str | None = None,
     each_half: Callable[[Scores], None] | None = None,
     start: Callable[[int], None] = lambda documents: None,
     advance: Callable[[int], None] = lambda documents: None,
@@ -67,12 +69,14 @@ def score(
 
     batch_tokens: tokens of a batch with padding; max_tokens: documents are cut to this length, start token included, or
     to the number of the model's learned positions if that is smaller; output_dimensions: score the MLPs' output
-    dimensions too, by the methods that can; each_half: called with the scores of each half of the documents, too, which
-    shows how much the scores depend on the texts; start: called once with the number of documents; advance: called with
-    the number of further documents that are done. The caller removes the progress once the scores are saved.
+    dimensions too, by the methods that can; server: the address of a crane server of this checkpoint, which computes
+    instead of this process, by the methods that `served.not_served` lets through; each_half: called with the scores of
+    each half of the documents, too, which shows how much the scores depend on the texts; start: called once with the
+    number of documents; advance: called with the number of further documents that are done. The caller removes the
+    progress once the scores are saved.
 
     Raises MethodError, CheckpointError, FingerprintError, UnsupportedModelError, CorpusError, NonFiniteError,
-    ProgressError and WorkerError.
+    ProgressError, WorkerError and ServerError.
     """
     execution = execution or Execution()
     if each_half is not None and execution.workers > 2:
@@ -81,6 +85,8 @@ def score(
     fingerprint = Fingerprint.of(checkpoint)
     decoder = decoder_of(load_skeleton(checkpoint))
     require_known(methods, decoder, fingerprint.architecture)
+    if server is not None:
+        require_served(methods, decoder)
     if decoder.sizes != fingerprint.intermediate_sizes:
         raise UnsupportedModelError(f"{checkpoint}: the sizes of the MLP layers differ from those in its config")
     max_tokens = min(max_tokens, decoder.positions or max_tokens)
@@ -127,6 +133,10 @@ def score(
     start(sum(counts.values()))
     if not measured:
         return _scores(methods, (), shape, info)
+    if server is not None:
+        info = info.model_copy(update={"dtype": OF_SERVER})
+        with Server(server, fingerprint) as running:
+            return _scores(methods, measure_served(running, corpus, encoded, measured, units, advance), shape, info)
     with TemporaryDirectory(prefix="crane-progress-") as scratch:
         progress = None
         if execution.progress is not None or len(shards) > 1:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from relevance.accumulators import RunningMean
-from relevance.method import Activations, OfActivations, Units
+from relevance.method import Activations, OfActivations, Reduced, Units
 
 
 class MeanActivation(OfActivations):
@@ -19,6 +19,9 @@ class MeanActivation(OfActivations):
     def accumulate(self, activations: Activations) -> None:
         sums = activations.batch.sum_of(activations.neurons).sum(dim=0)  # [neurons]
         self.values.add(activations.layer, sums, observations=activations.batch.tokens)
+
+    def take(self, reduced: Reduced) -> None:
+        self.values.add(reduced.layer, reduced.mean * reduced.tokens, observations=reduced.tokens)
 
     def finalise(self) -> Tensor:
         """[layers, widest]."""

@@ -159,6 +159,20 @@ class Oracle:
             logprobs = self.model(ids).logits[0].log_softmax(-1)
         return logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist()
 
+    def neurons(self, token_ids: Sequence[int], mask: "NeuronMask | Composition | None") -> torch.Tensor:
+        """The inputs of down_proj before the mask, as they are under it: [layers, tokens, neurons]."""
+        rows: list[torch.Tensor] = []
+        hooks = [
+            projection.register_forward_pre_hook(lambda _, args: rows.append(args[0].flatten(0, -2).clone()))
+            for _, projection in mlp_projections(self.model)
+        ]
+        try:  # the hooks that mask are registered later, and so run later
+            self.logprobs(token_ids, mask)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(rows)
+
     def text_logprobs(self, text: str, mask: "NeuronMask | Composition | None") -> list[float]:
         return self.logprobs(self.tokenizer(text)["input_ids"], mask)
 

@@ -11,6 +11,8 @@ MASK_ARGUMENT = "crane_mask"
 POSITIONS_ARGUMENT = "crane_positions"
 SCORE_ARGUMENT = "crane_score"
 """Asks for scores of its prompt: see `scoring`."""
+ACTIVATIONS_ARGUMENT = "crane_activations"
+"""Asks for values of neurons: see `activations`."""
 _ARGUMENTS = (MASK_ARGUMENT, POSITIONS_ARGUMENT)
 _SHOWN = 80  # characters of an expression that errors show
 OUR_WORDS = ("crane", "mask", "maks", "msak", "amsk")
@@ -40,7 +42,7 @@ def requested_mask(sampling_params: Any) -> MaskRequest | None:
     if not extra_args:
         return None
     for argument in extra_args:
-        if looks_like_ours(argument) and argument not in (*_ARGUMENTS, SCORE_ARGUMENT):
+        if looks_like_ours(argument) and argument not in (*_ARGUMENTS, SCORE_ARGUMENT, ACTIVATIONS_ARGUMENT):
             raise MaskError(f"unknown argument {argument!r}; expected {' or '.join(map(repr, _ARGUMENTS))}")
     expression, positions = (extra_args.get(argument) for argument in _ARGUMENTS)
     if expression is None:

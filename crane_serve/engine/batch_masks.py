@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from crane_serve.common.masks import MaskLibrary
+from crane_serve.engine.activations import BatchActivations, CaptureBuffers
 from crane_serve.engine.config import mask_config
 from crane_serve.engine.masked_mlp import install_masks
 from crane_serve.engine.routing import Ints, MaskedTokens, fill_slots, row_per_token
@@ -15,9 +16,15 @@ from crane_serve.engine.table import UNMASKED_ROW, MaskTable
 
 
 class BatchMasks:
-    """The masks of one worker. Made by `install` when the model is loaded, then `fill` before every batch."""
+    """The masks of one worker. Made by `install` when the model is loaded, then `fill` before every batch.
 
-    def __init__(self, library: MaskLibrary, table: MaskTable, slots: Tensor) -> None:
+    activations: what requests ask to see of their neurons; None in an engine without.
+    """
+
+    def __init__(
+        self, library: MaskLibrary, table: MaskTable, slots: Tensor, activations: BatchActivations | None = None
+    ) -> None:
+        self.activations = activations
         self._library = library
         self._table = table
         self.slots = slots  # [maximum tokens], the table row of each token
@@ -39,6 +46,7 @@ class BatchMasks:
         captured = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
         max_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, *captured, 3)
         of = library.fingerprint
+        buffers = CaptureBuffers() if config.activations else None
         table, slots = install_masks(
             model,
             of.intermediate_sizes,
@@ -47,8 +55,9 @@ class BatchMasks:
             outputs=config.outputs,
             offsets=config.offsets,
             experts=of.experts,
+            buffers=buffers,
         )
-        return cls(library, table, slots)
+        return cls(library, table, slots, None if buffers is None else BatchActivations(buffers))
 
     def fill(
         self,
@@ -71,7 +80,7 @@ class BatchMasks:
         """
         if not any(requests):
             if self._used:
-                self.clear()
+                self._unmask()
             return
         scheduled, first = np.asarray(tokens).tolist(), np.asarray(computed)
         if self._before is not None:
@@ -88,6 +97,11 @@ class BatchMasks:
 
     def clear(self) -> None:
         """Make every token unmasked, for profiling and graph capture."""
+        if self.activations is not None:
+            self.activations.clear()
+        self._unmask()
+
+    def _unmask(self) -> None:
         self.slots.fill_(UNMASKED_ROW)
         self._used = 0
         self._before = None

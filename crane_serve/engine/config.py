@@ -18,6 +18,7 @@ ROWS_VARIABLE = "CRANE_MASK_ROWS"
 OUTPUTS_VARIABLE = "CRANE_MASK_OUTPUTS"
 OFFSETS_VARIABLE = "CRANE_MASK_OFFSETS"
 INLINE_VARIABLE = "CRANE_INLINE_MASKS"
+ACTIVATIONS_VARIABLE = "CRANE_ACTIVATIONS"
 DISABLE_VARIABLE = "CRANE_DISABLE"
 
 
@@ -41,8 +42,10 @@ class MaskConfig(dict[str, Any]):
         manifest: str,
         commit: str | None = None,
         allows_inline: bool = False,
+        activations: bool = False,
     ) -> None:
-        super().__init__(plugin=crane_serve.__version__, rows=rows, outputs=outputs, offsets=offsets)
+        version = crane_serve.__version__
+        super().__init__(plugin=version, rows=rows, outputs=outputs, offsets=offsets, activations=activations)
         self.model = model
         self.masks = masks
         self.default_method = default_method
@@ -66,6 +69,11 @@ class MaskConfig(dict[str, Any]):
         """Whether masks can add to neurons; the graph adds only if some mask does."""
         return bool(self["offsets"])
 
+    @property
+    def activations(self) -> bool:
+        """Whether requests can ask for the values of neurons; the graph stores them only if they can."""
+        return bool(self["activations"])
+
     def library(self) -> MaskLibrary:
         """This process's masks of the engine, read when first asked for.
 
@@ -83,8 +91,8 @@ class MaskConfig(dict[str, Any]):
     @property
     def fields(self) -> tuple[Any, ...]:
         """The arguments of the constructor."""
-        shape = (self.rows, self.outputs, self.offsets)
-        return (*shape, self.model, self.masks, self.default_method, self.manifest, self.commit, self.allows_inline)
+        shape, switches = (self.rows, self.outputs, self.offsets), (self.allows_inline, self.activations)
+        return (*shape, self.model, self.masks, self.default_method, self.manifest, self.commit, *switches)
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("only a process with the crane plugin can send its configuration on")  # see `plugin`
@@ -148,7 +156,9 @@ def add_mask_config(vllm_config: Any) -> None:
             raise ValueError(f"{OUTPUTS_VARIABLE}: masks of MLP outputs are not known for models with experts")
     outputs = flag(OUTPUTS_VARIABLE) or any(stored.mask.output is not None for stored in library.masks.values())
     offsets = flag(OFFSETS_VARIABLE) or any(stored.mask.offset is not None for stored in library.masks.values())
-    config = MaskConfig(rows, outputs, offsets, model, masks, default_method, library.manifest, commit, allows_inline)
+    activations = flag(ACTIVATIONS_VARIABLE)
+    of = (model, masks, default_method, library.manifest, commit)
+    config = MaskConfig(rows, outputs, offsets, *of, allows_inline, activations)
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config}
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from crane_serve.common.models.errors import UnsupportedModelError
 from crane_serve.common.models.experts import Experts
 from crane_serve.common.models.mlps import Mlp, language_model, layer_of, linear_shape, require_mlps
+from crane_serve.engine.activations import CaptureBuffers
 from crane_serve.engine.masked_experts import mask_experts
 from crane_serve.engine.table import NO_OFFSET, MaskTable, Part, new_table
 
@@ -16,15 +17,18 @@ _PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 class MaskedProjection(nn.Module):
     """The MLP's projection from its neurons to the hidden size, with the scale of each token's mask before it, and
-    after it if there is a table for that; and its offsets before it, if there is one for them.
+    after it if there is a table for that; and its offsets before it, if there is one for them. Where there is a buffer
+    for the values of neurons, they are stored before all that, see `activations`.
 
-    The tables and `slots` are buffers, so the compiled graph takes them as inputs and later changes to them are seen.
+    All of these are buffers, so the compiled graph takes them as inputs and later changes to them are seen.
     """
 
     table: Tensor  # [rows, neurons on this rank]
     slots: Tensor  # [maximum tokens], the row of each token
     outputs: Tensor | None  # [rows, hidden]
     offsets: Tensor | None  # [rows, neurons on this rank]
+    captured: Tensor | None  # [maximum tokens + 1, neurons on this rank]
+    capture_slots: Tensor | None  # [maximum tokens], the row of `captured` that each token is stored in
 
     def __init__(
         self,
@@ -33,6 +37,8 @@ class MaskedProjection(nn.Module):
         slots: Tensor,
         outputs: Tensor | None = None,
         offsets: Tensor | None = None,
+        captured: Tensor | None = None,
+        capture_slots: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.projection = projection
@@ -40,10 +46,14 @@ class MaskedProjection(nn.Module):
         self.register_buffer("slots", slots, persistent=False)
         self.register_buffer("outputs", outputs, persistent=False)
         self.register_buffer("offsets", offsets, persistent=False)
+        self.register_buffer("captured", captured, persistent=False)
+        self.register_buffer("capture_slots", capture_slots, persistent=False)
 
     def forward(self, x: Tensor) -> Any:
         """x: [..., tokens, neurons on this rank] -> what the projection returns: [..., tokens, hidden], complete on
         every tensor-parallel rank, in vLLM's own models with the bias that is added later, if any."""
+        if self.captured is not None and self.capture_slots is not None:
+            self.captured.index_put_((self.capture_slots[: x.shape[-2]],), x.view(-1, x.shape[-1]))
         x = _scaled(x, self.table, self.slots)
         if self.offsets is not None:
             x = x + self.offsets[self.slots[: x.shape[-2]]]
@@ -75,6 +85,7 @@ def install_masks(
     outputs: bool,
     offsets: bool = False,
     experts: Experts | None = None,
+    buffers: CaptureBuffers | None = None,
 ) -> tuple[MaskTable, Tensor]:
     """Patch every decoder layer's MLP of a loaded model; return the mask table and the slots [max_tokens].
 
@@ -82,7 +93,7 @@ def install_masks(
     per layer, of the size that `intermediate_sizes` says, and each is shown to obey its mask. Layers keep their global
     index; those of other pipeline ranks are left out. `outputs`: whether masks may also scale the MLP's output
     dimensions; `offsets`: whether they may also add to neurons. experts: those among the neurons, see
-    `crane_serve.engine.masked_experts`.
+    `crane_serve.engine.masked_experts`. buffers: to be made, one per MLP, in which the values of neurons are stored.
     """
     decoder = language_model(model)
     dense = intermediate_sizes if experts is None else experts.dense(intermediate_sizes)
@@ -91,6 +102,7 @@ def install_masks(
     # Quantised weights have other dtypes than the activations.
     reference = next(parameter for parameter in decoder.parameters() if parameter.dtype in _PLAIN_DTYPES)
     slots = torch.zeros(max_tokens, dtype=torch.int64, device=reference.device)
+    capture_slots = None if buffers is None else torch.zeros_like(slots)
     parts: dict[int, list[Part]] = {}
     output_tables: dict[int, Tensor] = {}
     routers: dict[int, Tensor] = {}
@@ -107,7 +119,10 @@ def install_masks(
         parts[layer] = [Part(table, start, start + neurons, offsets=added)]
         if outputs:
             output_tables[layer] = new_table(rows, hidden_size, like=reference)
-        masked = MaskedProjection(projection, table, slots, output_tables.get(layer), added)
+        captured = None
+        if buffers is not None and capture_slots is not None:
+            captured = buffers.add(layer, neurons, start, capture_slots, like=reference)
+        masked = MaskedProjection(projection, table, slots, output_tables.get(layer), added, captured, capture_slots)
         setattr(mlp.parent, mlp.attribute, masked)
         if mlp.is_own_module:
             _prove(mlp, masked, shape, hidden_size)

@@ -17,7 +17,7 @@ What is wrapped, each once per process:
   or MaskedModelState (V2), and has it score prompts: see `scoring`;
 - CPUUnquantizedExperts.process_weights_after_loading (worker, on a CPU): keeps the weights of experts: see
   `masked_experts`.
-Added to EngineCore and WorkerWrapperBase: the methods of `live_masks`.
+Added to EngineCore and WorkerWrapperBase: the methods of `live_masks` and `activations`.
 """
 
 import copyreg
@@ -25,8 +25,16 @@ from collections.abc import Callable
 from typing import Any
 
 from crane_serve.common.masks import MaskError, MaskTableFull, ResolvedMask
-from crane_serve.engine import live_masks, vllm_routes
-from crane_serve.engine.admission import MASK_ARGUMENT, admit, looks_like_ours, requested_mask, require_row
+from crane_serve.engine import activations, live_masks, vllm_routes
+from crane_serve.engine.activations import ActivationsError, admit_activations
+from crane_serve.engine.admission import (
+    ACTIVATIONS_ARGUMENT,
+    MASK_ARGUMENT,
+    admit,
+    looks_like_ours,
+    requested_mask,
+    require_row,
+)
 from crane_serve.engine.config import (
     MaskConfig,
     add_mask_config,
@@ -103,6 +111,8 @@ def install() -> None:
     setattr(EngineCore, live_masks.FORGET_METHOD, live_masks.forget_in_core)
     setattr(WorkerWrapperBase, live_masks.CHANGE_METHOD, live_masks.change_in_worker)
     setattr(WorkerWrapperBase, live_masks.FORGET_METHOD, live_masks.forget_in_worker)
+    setattr(EngineCore, activations.TAKE_METHOD, activations.take_in_core)
+    setattr(WorkerWrapperBase, activations.TAKE_METHOD, activations.take_in_worker)
     vllm_routes.install()
 
 
@@ -175,8 +185,11 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
         check_salt(request.cache_salt)
         if any(map(looks_like_ours, getattr(request.pooling_params, "extra_kwargs", None) or ())):
             raise MaskError(f"{MASK_ARGUMENT}: pooling requests cannot be masked")
+        admit_activations(self.vllm_config, request)
     except MaskError as error:
         raise VLLMValidationError(str(error), parameter=MASK_ARGUMENT) from error
+    except ActivationsError as error:
+        raise VLLMValidationError(str(error), parameter=ACTIVATIONS_ARGUMENT) from error
     return request
 
 
@@ -194,8 +207,11 @@ def _preprocess_add_request(original: Callable[..., Any], self: Any, request: An
     try:
         resolved = _admit(self.vllm_config, request)
         request.cache_salt = salted(resolved, request.cache_salt)
+        admit_activations(self.vllm_config, request)
     except MaskError as error:  # from 0.33 on the client is told the text of this kind of error
         raise VLLMValidationError(str(error), parameter=MASK_ARGUMENT) from error
+    except ActivationsError as error:
+        raise VLLMValidationError(str(error), parameter=ACTIVATIONS_ARGUMENT) from error
     admitted = original(self, request)
     # As long as vLLM keeps the request, its mask is in use.
     setattr(admitted[0], _LEASE, resolved)

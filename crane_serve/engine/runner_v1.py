@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crane_serve.engine.activations import ActivationRequest, asked_for
 from crane_serve.engine.admission import requested_mask
 from crane_serve.engine.batch_masks import BatchMasks
 from crane_serve.engine.fresh_blocks import zero_blocks
@@ -37,6 +38,7 @@ class MaskedRunner:
         """Load the model, and patch it."""
         self._load_model(*args, **kwargs)
         self._masks = BatchMasks.install(self._runner.model, self._runner.vllm_config)
+        self._runner._crane_masks = self._masks
 
     def prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray[Any, Any], *args: Any) -> Any:
         """Prepare a step, and fill the slots. num_scheduled_tokens: [requests], in the order before the step."""
@@ -57,6 +59,10 @@ class MaskedRunner:
             ids=lambda: runner.input_ids.gpu[: int(num_scheduled_tokens.sum())].cpu().numpy(),
             before=lambda index: batch.token_ids_cpu[index, : computed[index]],
         )
+        if self._masks.activations is not None:
+            shown = [_activation_request(runner.requests[request_id]) for request_id in batch.req_ids]
+            count = len(shown)
+            self._masks.activations.fill(shown, num_scheduled_tokens, computed[:count], prompts[:count])
         if self._masks.slots.device.type == "cpu":
             _spare_seeds(self._runner)
         return prepared
@@ -110,6 +116,15 @@ def _masked_tokens(state: Any, prompt_tokens: int) -> MaskedTokens | None:
         request = requested_mask(state.sampling_params)
         state.crane_masked_tokens = None if request is None else MaskedTokens(request, prompt_tokens)
         return state.crane_masked_tokens  # type: ignore[no-any-return]
+
+
+def _activation_request(state: Any) -> tuple[str, ActivationRequest] | None:
+    """As `_masked_tokens`, for the activations that a request asks for."""
+    try:
+        return state.crane_activation_request  # type: ignore[no-any-return]
+    except AttributeError:
+        state.crane_activation_request = asked_for(state.sampling_params)
+        return state.crane_activation_request  # type: ignore[no-any-return]
 
 
 def _spare_seeds(runner: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from crane_serve.engine.activations import ActivationRequest, asked_for
 from crane_serve.engine.admission import requested_mask
 from crane_serve.engine.batch_masks import BatchMasks
 from crane_serve.engine.routing import MaskedTokens
@@ -19,23 +20,25 @@ from crane_serve.engine.scoring import Chunk, ScoreRequest, Scoring
 
 
 class _Request(NamedTuple):
-    """masked: None for a request without a mask; prefill: the ids with which it began, if a token may end its mask."""
+    """masked: None for a request without a mask; prefill: the ids with which it began, if a token may end its mask;
+    shown: the activations that it asks for; prompt: its length in tokens."""
 
-    masked: MaskedTokens | None
-    prefill: Sequence[int]
+    masked: MaskedTokens | None = None
+    prefill: Sequence[int] = ()
+    shown: tuple[str, ActivationRequest] | None = None
+    prompt: int = 0
 
     @classmethod
     def of(cls, new_req_data: Any) -> "_Request":
         """Of a request that begins, or begins again after a preemption: then its prefill has generated tokens, too."""
-        asked = requested_mask(new_req_data.sampling_params)
-        if asked is None:
-            return _NONE
-        ids = new_req_data.prompt_token_ids
-        masked = MaskedTokens(asked, len(new_req_data.prompt_embeds if ids is None else ids))
-        return cls(masked, new_req_data.prefill_token_ids if masked.have_end else ())
+        asked, shown = (read(new_req_data.sampling_params) for read in (requested_mask, asked_for))
+        prompt = len(new_req_data.prompt_token_ids or ())
+        masked = None if asked is None else MaskedTokens(asked, prompt)
+        ends = masked is not None and masked.have_end
+        return cls(masked, new_req_data.prefill_token_ids if ends else (), shown, prompt)
 
 
-_NONE = _Request(None, ())
+_NONE = _Request()
 
 
 class MaskedModelState:
@@ -69,6 +72,10 @@ class MaskedModelState:
             ids=lambda: input_batch.input_ids[: int(tokens.sum())].cpu().numpy(),
             before=lambda index: requests[index].prefill[: computed[index]],
         )
+        if self._crane_masks.activations is not None:
+            shown = [request.shown for request in requests]
+            prompts = [request.prompt for request in requests]
+            self._crane_masks.activations.fill(shown, tokens, computed, prompts)
         return super().prepare_inputs(input_batch, *args, **kwargs)  # type: ignore[misc]
 
     def prepare_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:

@@ -33,8 +33,19 @@ from crane_serve.common.models.errors import CheckpointError
 from crane_serve.common.models.load import load_tokenizer, reason
 from crane_serve.common.models.prefix import StartTokens
 from crane_serve.common.text.tokens import token_texts
+from crane_serve.engine.activations import (
+    MAX_REQUESTS,
+    TAKE_METHOD,
+    ActivationRequest,
+    Activations,
+    ActivationsBusy,
+    ActivationsError,
+    ActivationsOff,
+    joined,
+)
 from crane_serve.engine.admission import mask_arguments
 from crane_serve.engine.config import (
+    ACTIVATIONS_VARIABLE,
     DEFAULT_METHOD_VARIABLE,
     DISABLE_VARIABLE,
     INLINE_VARIABLE,
@@ -109,12 +120,14 @@ class SampledToken:
 
 @dataclass(frozen=True)
 class Step:
-    """New tokens since the previous step of a generation; `finish_reason` is None until the last step."""
+    """New tokens since the previous step of a generation; `finish_reason` is None until the last step, which has the
+    activations of all tokens but the last, if they were asked for."""
 
     text: str
     tokens: int
     finish_reason: str | None
     logprobs: tuple[SampledToken, ...] | None
+    activations: Activations | None = None
 
 
 @dataclass(frozen=True)
@@ -129,13 +142,15 @@ class TokenScore:
 class Scores:
     """Of one prompt: its tokens from the first that was asked for, and then the candidates for the next one.
 
-    computed, cached: how many of the prompt's tokens the model read now, and how many came from the prefix cache.
+    computed, cached: how many of the prompt's tokens the model read now, and how many came from the prefix cache;
+    activations: of the prompt's tokens, if they were asked for.
     """
 
     tokens: tuple[TokenScore, ...]
     candidates: tuple[TokenScore, ...]
     computed: int
     cached: int
+    activations: Activations | None = None
 
 
 @dataclass(frozen=True)
@@ -150,18 +165,26 @@ class EngineConfig:
 
 
 def configure_engine(
-    model: Path, masks: Path, default_method: str, rows: int, flags: Sequence[str], *, inline_masks: bool = False
+    model: Path,
+    masks: Path,
+    default_method: str,
+    rows: int,
+    flags: Sequence[str],
+    *,
+    inline_masks: bool = False,
+    activations: bool = False,
 ) -> EngineConfig:
     """Check everything that can be checked before processes start.
 
     rows: how many different masks can be resident; flags: vLLM's own, of its engine and its OpenAI front end;
-    inline_masks: whether requests may bring masks with them.
+    inline_masks: whether requests may bring masks with them; activations: whether they can ask for values of neurons.
     Raises ValueError (MaskFileError, FingerprintError, CheckpointError, UnsupportedEngine, ...) naming what is wrong.
     """
     os.environ[MASKS_VARIABLE] = str(masks)
     os.environ[DEFAULT_METHOD_VARIABLE] = default_method
     os.environ[ROWS_VARIABLE] = str(rows)
     os.environ[INLINE_VARIABLE] = str(int(inline_masks))
+    os.environ[ACTIVATIONS_VARIABLE] = str(int(activations))
     # Without a limit vLLM takes most of a CPU host's memory for its KV cache.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
     # oneDNN keeps machine code for each number of tokens that it has seen; by default for 1,024 products, half a GB.
@@ -227,6 +250,7 @@ class EngineService:
         meter(engine, self.library, lambda *tokens: self.on_tokens and self.on_tokens(*tokens))
         enough = config.rows >= engine.vllm_config.scheduler_config.max_num_seqs
         self._rows = Rows(None if enough else config.rows)
+        self._showing = 0  # requests that ask for activations
         self._changing = asyncio.Lock()
         self._forgetting: asyncio.Task[None] | None = None
         # A copy of its own, used by one thread: tokenizers must not be shared between threads.
@@ -433,12 +457,18 @@ class EngineService:
             raise EngineDead("the engine has died") from error
 
     async def generate(
-        self, prompt_ids: list[int], sampling: Sampling, mask: ResolvedMask | None, *, stream: bool
+        self,
+        prompt_ids: list[int],
+        sampling: Sampling,
+        mask: ResolvedMask | None,
+        *,
+        stream: bool,
+        activations: ActivationRequest | None = None,
     ) -> AsyncGenerator[Step]:
         """Continue a prompt. With `stream` each step is yielded when it is ready, otherwise all as one step.
 
-        Raises RejectedRequest, MaskError, EngineBusy, FailedRequest or EngineDead. Closing the iterator aborts the
-        request.
+        Raises RejectedRequest, MaskError, EngineBusy, FailedRequest or EngineDead, and ActivationsError for activations
+        that cannot be had. Closing the iterator aborts the request.
         """
         from vllm.sampling_params import RequestOutputKind
 
@@ -452,14 +482,25 @@ class EngineService:
             "repetition_penalty": sampling.repetition_penalty,
             "output_kind": RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
         }
-        async with aclosing(self._run(prompt_ids, parameters, mask)) as results:
+        if activations is not None and activations.reductions and sampling.stop:
+            raise ActivationsError(
+                "a reduction and 'stop': the engine learns of stop strings too late to know the last token; expected "
+                "reduce 'none', or no 'stop'"
+            )
+        computed = len(prompt_ids) - 1
+        async with (
+            self._shown(activations, len(prompt_ids), sampling.max_tokens, parameters) as take,
+            aclosing(self._run(prompt_ids, parameters, mask)) as results,
+        ):
             async for result in results:
                 output = result.outputs[0]
+                computed += len(output.token_ids)
                 logprobs = None
                 if output.logprobs is not None:
                     pairs = zip(output.token_ids, output.logprobs, strict=True)
                     logprobs = tuple(_sampled_token(token_id, candidates, sampling) for token_id, candidates in pairs)
-                yield Step(output.text, len(output.token_ids), output.finish_reason, logprobs)
+                seen = None if output.finish_reason is None else await take(computed)
+                yield Step(output.text, len(output.token_ids), output.finish_reason, logprobs, seen)
 
     async def score(
         self,
@@ -469,13 +510,14 @@ class EngineService:
         *,
         first: int = 1,
         data_parallel_rank: int | None = None,
+        activations: ActivationRequest | None = None,
     ) -> Scores:
         """Log-probabilities of the tokens of a prompt from `first` on, each given those before it, and of each of
         `candidates` as the token after the prompt.
 
         Only what comes before may be read from the prefix cache. data_parallel_rank: the engine to run it; None for
-        `rank_of` the tokens before `first`, which are then in one engine's cache. Raises RejectedRequest and as
-        `generate` does.
+        `rank_of` the tokens before `first`, which are then in one engine's cache; with activations nothing is read from
+        it. Raises RejectedRequest and as `generate` does.
         """
         length = len(prompt_ids) + bool(candidates)
         if length > self.max_model_tokens:
@@ -486,7 +528,9 @@ class EngineService:
         if data_parallel_rank is None and self.data_parallel_ranks > 1:
             block_tokens = self._engine.vllm_config.cache_config.block_size
             data_parallel_rank = rank_of(prompt_ids[:first], self.data_parallel_ranks, block_tokens)
-        results = [result async for result in self._run(prompt_ids, parameters, mask, data_parallel_rank)]
+        async with self._shown(activations, len(prompt_ids), 1, parameters) as take:
+            results = [result async for result in self._run(prompt_ids, parameters, mask, data_parallel_rank)]
+            seen = await take(len(prompt_ids))
         per_token = next((result.prompt_logprobs for result in reversed(results) if result.prompt_logprobs), None)
         if per_token is None:
             raise RejectedRequest("the engine returned no log-probabilities")
@@ -497,7 +541,59 @@ class EngineService:
         scores = tuple(TokenScore(row.logprob, row.rank == 1) for row in rows)
         cached = results[-1].num_cached_tokens or 0
         of_prompt = len(prompt_ids) - first
-        return Scores(scores[:of_prompt], scores[of_prompt:], len(prompt_ids) - cached, cached)
+        return Scores(scores[:of_prompt], scores[of_prompt:], len(prompt_ids) - cached, cached, seen)
+
+    @asynccontextmanager
+    async def _shown(
+        self, asked: ActivationRequest | None, prompt: int, max_tokens: int, parameters: dict[str, Any]
+    ) -> AsyncIterator[Callable[[int], Coroutine[Any, Any, Activations | None]]]:
+        """Have a request with `parameters` keep its activations, if any are asked for; gives the function that takes
+        those of so many tokens. What is not taken is forgotten.
+
+        Raises ActivationsError for activations that cannot be had.
+        """
+        if asked is None:
+
+            async def nothing(computed: int) -> Activations | None:
+                return None
+
+            yield nothing
+            return
+        if not self._config.activations:
+            raise ActivationsOff("the server was started without activations; `crane serve --activations` has them")
+        asked.require(self.library.fingerprint, prompt, min(prompt + max_tokens - 1, self.max_model_tokens))
+        if self._showing >= MAX_REQUESTS:
+            raise ActivationsBusy(f"{MAX_REQUESTS} requests are asking for activations; wait for one to end")
+        key = uuid.uuid4().hex
+        parameters["extra_args"] = {**parameters.get("extra_args", {}), **asked.argument(key)}
+        taken = False
+
+        async def take(computed: int) -> Activations | None:
+            nonlocal taken
+            taken = True
+            parts = await self._take(key, computed)
+            if parts is None:
+                raise FailedRequest("the engine does not have the activations of all tokens")
+            return joined(asked, self.library.fingerprint.intermediate_sizes, parts)
+
+        self._showing += 1
+        try:
+            yield take
+        finally:
+            self._showing -= 1
+            if not taken:
+                with suppress(EngineDead):  # then there is nobody left to forget
+                    await asyncio.shield(self._take(key, 0))
+
+    async def _take(self, key: str, end: int) -> list[dict[str, Any]] | None:
+        """Call `activations.TAKE_METHOD` in every engine core: the answer of the one that ran the request."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            of_cores = await self._engine.engine_core.call_utility_all_async(TAKE_METHOD, key, end)
+        except EngineDeadError as error:
+            raise EngineDead("the engine has died") from error
+        return next((of_core for of_core in of_cores if of_core is not None), None)
 
     async def _run(
         self,

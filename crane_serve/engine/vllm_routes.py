@@ -38,7 +38,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from crane_serve.common.masks import MaskError
-from crane_serve.engine.admission import MASK_ARGUMENT, OUR_WORDS, looks_like_ours
+from crane_serve.engine.admission import ACTIVATIONS_ARGUMENT, MASK_ARGUMENT, OUR_WORDS, looks_like_ours
 from crane_serve.engine.wrapping import wrap
 
 _XARGS = ("vllm_xargs",)
@@ -92,6 +92,8 @@ def _misplaced(path: str, content: Any) -> str | None:
     place = CARRYING.get(path.rstrip("/"))
     carried = False
     for *parents, name in asking_names(content):
+        if name == ACTIVATIONS_ARGUMENT:
+            return f"{name}: no route of vLLM returns activations; /generate and /score of crane serve do"
         if place is None or tuple(parents) != place or not name.startswith(_PREFIX) or name.endswith(_TWICE):
             return _reason(path, repr(".".join((*parents, name))))
         carried = True

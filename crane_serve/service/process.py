@@ -26,6 +26,7 @@ def serve(settings: ServeSettings) -> int:
         settings.mask_rows,
         settings.engine_flags,
         inline_masks=settings.inline_masks,
+        activations=settings.activations,
     )
     configure_logging(settings.log_format, settings.log_level)
     app = create_app(lambda: EngineService.start(config, name), settings)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from relevance.accumulators import DocumentSample
-from relevance.method import Activations, OfActivations, Shape, Units
+from relevance.method import Activations, OfActivations, Reduced, Shape, Units
 
 DOCUMENTS = 512
 SELECTED = 1000
@@ -32,6 +32,9 @@ class AveragePrecision(OfActivations):
         batch = activations.batch
         means = batch.sum_of(activations.neurons) / batch.predicted.unsqueeze(1)  # [documents, neurons]
         self.responses.add(activations.layer, batch.keys, means)
+
+    def take(self, reduced: Reduced) -> None:
+        self.responses.add(reduced.layer, torch.tensor([reduced.key]), reduced.mean.unsqueeze(0))
 
     def finalise(self) -> Tensor:
         """Mean activations of the sampled documents, float32 [documents, layers, widest]."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from relevance.accumulators import RunningMean
 from relevance.contrast import find_contrast
-from relevance.method import Activations, OfActivations, Shape, Units
+from relevance.method import Activations, OfActivations, Reduced, Shape, Units
 
 PERCENTILE = 0.95
 SELECTED = 0.01
@@ -34,6 +34,10 @@ class Lape(OfActivations):
         self.active.add(
             activations.layer, activations.batch.sum_of(active).sum(dim=0), observations=activations.batch.tokens
         )
+
+    def take(self, reduced: Reduced) -> None:
+        """For MLPs without a gate, whose neurons are act."""
+        self.active.add(reduced.layer, reduced.positive * reduced.tokens, observations=reduced.tokens)
 
     def finalise(self) -> Tensor:
         """p, [layers, widest]."""

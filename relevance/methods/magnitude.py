@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from relevance.accumulators import RunningMean
-from relevance.method import Activations, OfActivations, Units
+from relevance.method import Activations, OfActivations, Reduced, Units
 
 
 class Magnitude(OfActivations):
@@ -20,6 +20,9 @@ class Magnitude(OfActivations):
     def accumulate(self, activations: Activations) -> None:
         sums = activations.batch.sum_of(activations.neurons.abs()).sum(dim=0)  # [neurons]
         self.magnitude.add(activations.layer, sums, observations=activations.batch.tokens)
+
+    def take(self, reduced: Reduced) -> None:
+        self.magnitude.add(reduced.layer, reduced.mean_abs * reduced.tokens, observations=reduced.tokens)
 
     def finalise(self) -> Tensor:
         """Means over tokens, [layers, widest]."""

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
@@ -24,6 +25,7 @@ from crane_serve.common.masks import (
 )
 from crane_serve.common.models.prefix import StartTokens
 from crane_serve.common.text.tokens import token_texts
+from crane_serve.engine.activations import ActivationRequest, Activations, ActivationsOff
 from crane_serve.engine.service import EngineDead, SampledToken, Sampling, Scores, Step, TokenLogprob, TokenScore
 from crane_serve.service.api.concurrency import paced
 from crane_serve.service.api.openai import ROUTES
@@ -90,6 +92,7 @@ class Call:
     stream: bool = False
     first: int = 0
     candidates: tuple[int, ...] = ()
+    activations: ActivationRequest | None = None
 
     @property
     def scored(self) -> list[int]:
@@ -127,6 +130,7 @@ class FakeEngine:
         self.not_greedy: set[int] = set()
         self.answers: Mapping[str | None, Sequence[str]] = {}
         self.token_s = 0.0
+        self.has_activations = True
         self.openai_fields = openai_fields()
         self.openai: ASGIApp = JSONResponse({"answered": "by vLLM"})
 
@@ -173,10 +177,35 @@ class FakeEngine:
         finally:
             self.mask_rows_used -= mask is not None
 
+    def show(self, request: ActivationRequest | None, prompt: int, tokens: int) -> Activations | None:
+        """Values that say where they are: the layer, plus a tenth per neuron, plus 100 per position."""
+        if request is None:
+            return None
+        if not self.has_activations:
+            raise ActivationsOff("the server was started without activations")
+        request.require(FINGERPRINT, prompt, tokens)
+        end = tokens if request.end is None else min(tokens, request.end)
+        values = {}
+        for layer, neurons in request.neurons.items():
+            chosen = range(FINGERPRINT.intermediate_sizes[layer]) if neurons is None else neurons
+            rows = np.array(
+                [[layer + n / 10 + 100 * at for n in chosen] for at in range(request.first, end)], np.float32
+            )
+            reduced = {str(name): rows.max(axis=0) for name in request.reductions}
+            values[layer] = reduced or {"values": rows}
+        return Activations(request.first, end - request.first, values)
+
     async def generate(
-        self, prompt_ids: list[int], sampling: Sampling, mask: ResolvedMask | None, *, stream: bool
+        self,
+        prompt_ids: list[int],
+        sampling: Sampling,
+        mask: ResolvedMask | None,
+        *,
+        stream: bool,
+        activations: ActivationRequest | None = None,
     ) -> AsyncGenerator[Step]:
-        self.calls.append(Call(prompt_ids, mask, sampling, stream))
+        self.calls.append(Call(prompt_ids, mask, sampling, stream, activations=activations))
+        seen = self.show(activations, len(prompt_ids), len(prompt_ids) + sampling.max_tokens - 1)
         self.running += 1
         done = False
         text: list[str] = []
@@ -194,7 +223,7 @@ class FakeEngine:
                 if stream or last:
                     logprobs = None if sampling.logprobs is None else tuple(tokens)
                     done = last
-                    yield Step("".join(text), len(text), "length" if last else None, logprobs)
+                    yield Step("".join(text), len(text), "length" if last else None, logprobs, seen if last else None)
                     text, tokens = [], []
         finally:
             self.running -= 1
@@ -203,9 +232,15 @@ class FakeEngine:
                 self.on_tokens(None if mask is None else mask.name, len(prompt_ids), index + 1)
 
     async def score(
-        self, prompt_ids: list[int], candidates: Sequence[int], mask: ResolvedMask | None, *, first: int = 1
+        self,
+        prompt_ids: list[int],
+        candidates: Sequence[int],
+        mask: ResolvedMask | None,
+        *,
+        first: int = 1,
+        activations: ActivationRequest | None = None,
     ) -> Scores:
-        self.calls.append(Call(prompt_ids, mask, first=first, candidates=tuple(candidates)))
+        self.calls.append(Call(prompt_ids, mask, first=first, candidates=tuple(candidates), activations=activations))
         await asyncio.sleep(0)
         await self._misbehave(0)
         factor = 1 if mask is None else 2
@@ -214,7 +249,8 @@ class FakeEngine:
             return TokenScore(-float(factor * token_id), token_id not in self.not_greedy)
 
         tokens, last = tuple(map(score, prompt_ids[first:])), tuple(map(score, candidates))
-        return Scores(tokens, last, len(prompt_ids) - 1, 1)
+        seen = self.show(activations, len(prompt_ids), len(prompt_ids))
+        return Scores(tokens, last, len(prompt_ids) - 1, 1, seen)
 
     async def _misbehave(self, index: int) -> None:
         if self.is_dead:

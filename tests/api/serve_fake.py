@@ -66,16 +66,16 @@ class ToldEngine(FakeEngine):
         print("engine stopped", file=sys.stderr, flush=True)
 
     async def generate(
-        self, prompt_ids: list[int], sampling: Sampling, mask: ResolvedMask | None, *, stream: bool
+        self, prompt_ids: list[int], sampling: Sampling, mask: ResolvedMask | None, **options: Any
     ) -> AsyncGenerator[Step]:
         prompt = self.tokenizer.decode(prompt_ids, skip_special_tokens=True)
-        steps = super().generate(prompt_ids, sampling, mask, stream=stream)
+        steps = super().generate(prompt_ids, sampling, mask, **options)
         try:
             async for step in steps:
                 yield step
-                if stream:
+                if options["stream"]:
                     await self._obey(prompt)
-            if not stream:
+            if not options["stream"]:
                 await self._obey(prompt)
         finally:
             await steps.aclose()

@@ -33,7 +33,13 @@ class ModelEngine(FakeEngine):
         self._model = model
 
     async def score(
-        self, prompt_ids: list[int], candidates: Sequence[int], mask: ResolvedMask | None, *, first: int = 1
+        self,
+        prompt_ids: list[int],
+        candidates: Sequence[int],
+        mask: ResolvedMask | None,
+        *,
+        first: int = 1,
+        **_: object,
     ) -> Scores:
         logprobs = log_softmax(self._model, prompt_ids)
 

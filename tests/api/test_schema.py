@@ -26,11 +26,11 @@ class _Engine(FakeEngine):
         self.library.allows_inline = True
 
     async def generate(
-        self, prompt_ids: list[int], sampling: Sampling, mask: ResolvedMask | None, *, stream: bool
+        self, prompt_ids: list[int], sampling: Sampling, mask: ResolvedMask | None, **options: Any
     ) -> AsyncGenerator[Step]:
         if len(prompt_ids) + sampling.max_tokens > self.max_model_tokens:
             raise RejectedRequest("longer than the model")
-        async with aclosing(super().generate(prompt_ids, sampling, mask, stream=stream)) as steps:
+        async with aclosing(super().generate(prompt_ids, sampling, mask, **options)) as steps:
             async for step in steps:
                 yield step
 

@@ -68,8 +68,10 @@ MIXED_IN = {
 """By our class, vLLM's that it is put before: each of its methods overrides one there, and takes what that takes."""
 
 ADDED = {
+    "EngineCore, activations.TAKE_METHOD": "vllm.v1.engine.core:EngineCore.crane_take_activations",
     "EngineCore, live_masks.CHANGE_METHOD": "vllm.v1.engine.core:EngineCore.crane_change_mask",
     "EngineCore, live_masks.FORGET_METHOD": "vllm.v1.engine.core:EngineCore.crane_forget_masks",
+    "WorkerWrapperBase, activations.TAKE_METHOD": "vllm.v1.worker.worker_base:WorkerWrapperBase.crane_take_activations",
     "WorkerWrapperBase, live_masks.CHANGE_METHOD": "vllm.v1.worker.worker_base:WorkerWrapperBase.crane_change_mask",
     "WorkerWrapperBase, live_masks.FORGET_METHOD": "vllm.v1.worker.worker_base:WorkerWrapperBase.crane_forget_masks",
 }
@@ -122,6 +124,7 @@ CALLED = {
     "vllm.v1.engine.core:EngineCore.collective_rpc": "method, args=",
     "vllm.v1.engine.core:EngineCoreProc._send_finish_outputs_to_client": "req_ids, client_index, finish_reason",
     "vllm.v1.engine.core_client:AsyncMPClient.call_utility_async": "method, *",
+    "vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async": "method, *",
     "vllm.v1.engine.core_client:DPLBAsyncMPClient.call_utility_async": "method, *",
     "vllm.v1.engine.core_client:EngineCoreClient.shutdown": "",
     "vllm.v1.metrics.prometheus:get_prometheus_registry": "",
@@ -185,8 +188,8 @@ READ = {
     "vllm.outputs:RequestOutput": "outputs prompt_token_ids prompt_logprobs num_cached_tokens",
     "vllm.pooling_params:PoolingParams": "extra_kwargs",
     "vllm.sampling_params:RequestOutputKind": "DELTA FINAL_ONLY",
-    "vllm.sampling_params:SamplingParams": "max_tokens temperature top_p seed stop logprobs prompt_logprobs detokenize"
-    " skip_reading_prefix_cache repetition_penalty output_kind ignore_eos extra_args all_stop_token_ids"
+    "vllm.sampling_params:SamplingParams": "n max_tokens temperature top_p seed stop logprobs prompt_logprobs"
+    " detokenize skip_reading_prefix_cache repetition_penalty output_kind ignore_eos extra_args all_stop_token_ids"
     " _all_stop_token_ids bad_words_token_ids"
     " _bad_words_token_ids",
     "vllm.renderers.base:BaseRenderer": "model_config tokenizer",

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from crane_serve.common.masks import MaskError, MaskFileError, NeuronMask, Positions, StoredMask
+from crane_serve.engine.activations import ActivationRequest, Reduction
 from crane_serve.engine.service import EngineConfig, EngineService, Sampling, configure_engine
 
 MASKS = [None, "en", "zh", "vi", "zh,vi", "en@0.5"]
@@ -37,6 +38,7 @@ class Run:
         self.service = service
         self.answers: list[dict] = []
         self.refused: dict[str, str] = {}
+        self.shown: list[dict] = []
         library = service.library
         self.contents = {library.resolve(content(n)).mask.whole().digest: content(n) for n in range(REPLACEMENTS + 1)}
 
@@ -79,6 +81,21 @@ class Run:
             | {"logprobs": logprobs}
         )
 
+    async def show(self, prompt: str, mask: str | None, request: ActivationRequest) -> None:
+        """Generate, and keep the activations."""
+        prompt_ids = self.service.tokenizer(prompt)["input_ids"]
+        sampling = Sampling(max_tokens=6, temperature=0.0, top_p=1.0, seed=None, stop=(), logprobs=0)
+        resolved = self.service.library.resolve(mask)
+        run = self.service.generate(prompt_ids, sampling, resolved, stream=True, activations=request)
+        steps = [step async for step in run]
+        tokens = [*prompt_ids, *(token.chosen.token_id for step in steps for token in step.logprobs)]
+        assert all(step.activations is None for step in steps[:-1])
+        values = {
+            layer: {name: array.tolist() for name, array in of_layer.items()}
+            for layer, of_layer in steps[-1].activations.values.items()
+        }
+        self.shown.append({"tokens": tokens, "mask": mask, "values": values})
+
     async def refuses(self, what: str, action) -> None:
         """Expect an error, and that the engine goes on."""
         try:
@@ -97,6 +114,11 @@ class Run:
         await asyncio.gather(*(self.score(p, m, rank) for p in PROMPTS for m in MASKS[:4] for rank in ranks))
         for mask in MASKS[4:]:
             await asyncio.gather(*(self.score(prompt, mask, rank) for prompt in PROMPTS for rank in ranks))
+
+        # Neurons of both halves, and of both stages.
+        every = ActivationRequest({0: None, 1: (159, 3, 80, 79), 2: (1, 158)})
+        means = ActivationRequest({2: None, 0: (100, 5)}, tuple(Reduction))
+        await asyncio.gather(*(self.show(p, m, of) for p in PROMPTS for m in ("zh", None) for of in (every, means)))
 
         # A name is replaced over and over while requests that use it come and go.
         await service.put_mask(self.stored(CHANGING, content(0)))
@@ -175,7 +197,12 @@ async def run(config: EngineConfig, foreign: StoredMask) -> dict:
         run = Run(service)
         await run.everything(foreign)
         assert service.library.retired == frozenset()
-        return {"answers": run.answers, "refused": run.refused, "ranks": service.data_parallel_ranks}
+        return {
+            "answers": run.answers,
+            "refused": run.refused,
+            "shown": run.shown,
+            "ranks": service.data_parallel_ranks,
+        }
     finally:
         service.stop()
 
@@ -184,7 +211,8 @@ def main() -> None:
     from crane_serve.common.masks import read_mask
 
     checkpoint, masks, out, foreign, *flags = sys.argv[1:]
-    config = configure_engine(Path(checkpoint), Path(masks), "attnlrp", ROWS, flags, inline_masks=True)
+    switches = {"inline_masks": True, "activations": True}
+    config = configure_engine(Path(checkpoint), Path(masks), "attnlrp", ROWS, flags, **switches)
     result = asyncio.run(run(config, read_mask(Path(foreign))))
     Path(out).write_text(json.dumps(result))
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from crane_serve.common.masks import Positions
 from tests.conftest import RANKS, Engines, Tiny
@@ -32,6 +33,27 @@ def test_every_request_ran_with_the_mask_it_was_promised(over_ranks, tiny: Tiny,
         expected = expected[-len(tokens) :]
         assert abs(sum(answer["logprobs"]) - sum(expected)) / len(expected) < NATS_PER_TOKEN, answer
         assert answer["logprobs"] == pytest.approx(expected, abs=1e-3), answer
+
+
+def test_neurons_of_all_ranks_have_the_values_that_transformers_computes(
+    over_ranks, tiny: Tiny, tiny_oracle: Oracle
+) -> None:
+    assert len(over_ranks["shown"]) == 12
+    for shown in over_ranks["shown"]:
+        resolved = tiny.library.resolve(shown["mask"])
+        neurons = tiny_oracle.neurons(shown["tokens"], None if resolved is None else resolved.mask)[:, :-1]
+        for layer, values in shown["values"].items():
+            rows = neurons[int(layer)]
+            if int(layer) == 1:
+                rows = rows[:, [159, 3, 80, 79]]
+            elif "values" in values and int(layer) == 2:
+                rows = rows[:, [1, 158]]
+            elif "mean" in values and int(layer) == 0:
+                rows = rows[:, [100, 5]]
+            wanted = {"values": rows, "mean": rows.mean(0), "mean_abs": rows.abs().mean(0)}
+            wanted |= {"max": rows.amax(0), "positive": (rows > 0).float().mean(0)}
+            for name, found in values.items():
+                torch.testing.assert_close(torch.tensor(found), wanted[name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

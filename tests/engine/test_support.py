@@ -113,7 +113,7 @@ def test_the_configuration_survives_the_way_to_other_processes(configured: tuple
         assert arrived == config
         assert (arrived.masks, arrived.manifest, arrived.rows) == (config.masks, config.manifest, 9)
         assert arrived.allows_inline is arrived.library().allows_inline is False
-    allowing = MaskConfig(*config.fields[:-1], True)
+    allowing = MaskConfig(*config.fields[:-2], True)
     assert allowing == config  # masks in requests need no other graph
     assert pickle.loads(pickle.dumps(allowing)).library().allows_inline  # noqa: S301
 
@@ -202,7 +202,7 @@ def test_an_end_that_no_token_can_be_is_refused(configured: tuple[MaskConfig, Ma
 @pytest.fixture
 def allowing(configured: tuple[MaskConfig, MaskLibrary]) -> SimpleNamespace:
     """An engine that takes masks in requests."""
-    return plain_config(additional_config={"crane": MaskConfig(*configured[0].fields[:-1], True)})
+    return plain_config(additional_config={"crane": MaskConfig(*configured[0].fields[:-2], True)})
 
 
 def test_admission_sends_the_mask_of_a_request_on_in_one_form(allowing: SimpleNamespace) -> None:

@@ -48,6 +48,17 @@ def test_what_vllm_carries_and_what_asks_for_no_mask_passes(path: str, body: obj
 
 
 @pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"vllm_xargs": {"crane_activations": "x"}}),
+        ("/inference/v1/generate", {"sampling_params": {"extra_args": {"crane_activations": {"key": "x"}}}}),
+    ],
+)
+def test_activations_that_no_route_returns_are_refused(path: str, body: object) -> None:
+    assert "no route of vLLM returns activations" in str(refusal(path, "", json.dumps(body).encode()))
+
+
+@pytest.mark.parametrize(
     ("path", "body", "named"),
     [
         ("/v1/completions", {"crane_mask": "zh"}, "'crane_mask'"),

@@ -20,6 +20,7 @@ from crane_serve.common.masks import (
     MaskTableFull,
     UnknownMask,
 )
+from crane_serve.engine.activations import ActivationsBusy, ActivationsError, ActivationsOff, TooManyActivations
 from crane_serve.engine.service import EngineBusy, EngineDead, FailedRequest, RejectedRequest
 from crane_serve.service.api.schemas import ErrorAnswer, ErrorBody, ErrorEvent
 
@@ -114,6 +115,14 @@ def describe(error: BaseException) -> tuple[int, ErrorBody, dict[str, str]]:
             status, code = 409, "other_model"
         case MaskFileError():
             status, code = 422, "malformed_mask_file"
+        case ActivationsOff():
+            status, code, param = 400, "activations_off", "activations"
+        case TooManyActivations():
+            status, code, param = 400, "too_many_activations", "activations"
+        case ActivationsBusy():
+            status, code, param = 429, "activations_busy", "activations"
+        case ActivationsError():
+            status, code, param = 400, "malformed_activations", "activations"
         case RejectedRequest():
             status, code = 400, "rejected_request"
         case FailedRequest():
@@ -173,7 +182,7 @@ def _malformed(error: RequestValidationError) -> tuple[str | None, str]:
     problem = _closest(error.errors())
     if problem["type"] == "json_invalid":
         return None, f"the body is not JSON: {problem['ctx']['error']}"
-    if problem["type"] == "model_attributes_type":
+    if problem["type"] == "model_attributes_type" and len(problem["loc"]) == 1:
         return None, "the body is not a JSON object sent with Content-Type: application/json"
     _, *field = problem["loc"]
     # After the field's name, only list positions come from the caller; names are alternatives of the field's type.
@@ -213,6 +222,7 @@ def install_error_handlers(app: FastAPI) -> None:
         MaskError,
         FingerprintError,
         MaskFileError,
+        ActivationsError,
         RejectedRequest,
         FailedRequest,
         EngineBusy,

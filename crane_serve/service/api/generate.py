@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from crane_serve.common.masks import ResolvedMask
 from crane_serve.engine.service import EngineService, SampledToken, Sampling, Step, TokenLogprob
+from crane_serve.service.api.activations import activation_request, activations_seen, require_listable
 from crane_serve.service.api.concurrency import run_all
 from crane_serve.service.api.dependencies import (
     Context,
@@ -80,7 +81,8 @@ async def generate(
 class Generation:
     """Runs the prompts of one request. Call `answer` or `events`, once.
 
-    encoded: their token ids without special tokens. Raises BadRequest for a start token that the model lacks.
+    encoded: their token ids without special tokens. Raises BadRequest for a start token that the model lacks, and
+    ActivationsError for activations that a body cannot ask for.
     """
 
     def __init__(
@@ -98,6 +100,10 @@ class Generation:
             logprobs=body.logprobs,
             repetition_penalty=body.repetition_penalty,
         )
+        self._wanted = body.activations
+        self._shown = activation_request(body.activations, len(self._prompts))
+        tokens = min(len(self._prompts[0]) + body.max_tokens - 1, engine.max_model_tokens)
+        require_listable(body.activations, self._shown, engine, tokens)
         self._outputs = [
             Output(index=index, text="", finish_reason=None, prompt_tokens=len(prompt_ids), completion_tokens=0)
             for index, prompt_ids in enumerate(self._prompts)
@@ -153,12 +159,14 @@ class Generation:
 
     async def _run(self, index: int, *, stream: bool) -> AsyncGenerator[Step]:
         output = self._outputs[index]
-        steps = self._engine.generate(self._prompts[index], self._sampling, self._mask, stream=stream)
+        prompt, sampling, shown = self._prompts[index], self._sampling, self._shown
+        steps = self._engine.generate(prompt, sampling, self._mask, stream=stream, activations=shown)
         async with aclosing(steps):
             async for step in steps:
                 output.text += step.text
                 output.completion_tokens += step.tokens
                 output.finish_reason = step.finish_reason
+                output.activations = activations_seen(self._wanted, shown, step.activations)
                 if step.logprobs is not None and not stream:  # in a stream they are in the deltas only
                     output.logprobs = [*(output.logprobs or []), *(_tokens(step.logprobs) or [])]
                 yield step

@@ -75,6 +75,34 @@ MASK_DESCRIPTION = (
 )
 
 
+_Layer = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,5})$")]
+_Index = Annotated[_Integer, Field(ge=0, lt=2**31)]
+_Reduce = Literal["none", "mean", "mean_abs", "max", "positive"]
+
+
+class ActivationsWanted(BaseModel):
+    """The neurons whose values a request asks to see, before its mask: of one prompt, text or context."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    layers: Annotated[list[_Index], Field(max_length=MAX_ITEMS, fail_fast=True)] = Field(
+        default=[], description="Layers of which all neurons are shown"
+    )
+    neurons: dict[_Layer, Annotated[list[_Index], Field(min_length=1, fail_fast=True)]] = Field(
+        default={}, description="By layer, the neurons that are shown"
+    )
+    reduce: _Reduce | Annotated[list[_Reduce], Field(min_length=1, max_length=5, fail_fast=True)] = Field(
+        "none",
+        description="What becomes of a neuron's values: none for one per token; the mean over tokens, the mean of "
+        "absolute values, the largest, the share above 0; or a list of these",
+    )
+    first: _Index = Field(0, description="Position of the first token that counts, 0 for the start token, if any")
+    end: _Index | None = Field(None, description="Position behind the last token that counts; null for all")
+    encoding: Literal["lists", "base64"] = Field(
+        "lists", description="base64: little-endian float32, token by token, neurons in their order"
+    )
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -109,6 +137,9 @@ class GenerateRequest(_Request):
     )
     stream: bool = False
     positions: PositionsText | None = Field(None, description=POSITIONS_MEAN)
+    activations: ActivationsWanted | None = Field(
+        None, description="Values of neurons to return: of all tokens but the last one generated"
+    )
 
     @property
     def prompts(self) -> list[str]:
@@ -163,6 +194,11 @@ class ScoreRequest(_Request):
     )
     return_tokens: bool = Field(False, description="Whether each score has its `token_logprobs`")
     return_prompts: bool = Field(False, description="Whether the answer has its `prompts`")
+    activations: ActivationsWanted | None = Field(
+        None,
+        description="Values of neurons to return: of all tokens of a text, or of all but the last of a context "
+        "with its continuation",
+    )
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -287,6 +323,39 @@ class GeneratedToken(Token):
     top: list[Token] = Field(description="The most likely tokens at this position")
 
 
+_Encoded = list[float] | list[list[float]] | str | None
+
+
+def _values(description: str) -> Any:
+    return Field(None, description=description, exclude_if=lambda values: values is None)
+
+
+class LayerActivations(BaseModel):
+    """The values of one layer's neurons, as lists or as base64 of little-endian float32."""
+
+    layer: int
+    neurons: list[int] | None = Field(description="Those asked for, in their order; null for all of the layer")
+    values: _Encoded = _values("Of each token, of each neuron; without a reduction")
+    mean: _Encoded = _values("Of each neuron, over tokens")
+    mean_abs: _Encoded = _values("Of each neuron, the mean of absolute values over tokens")
+    max: _Encoded = _values("Of each neuron, the largest value")
+    positive: _Encoded = _values("Of each neuron, the share of tokens at which it is above 0")
+
+
+class ActivationsSeen(BaseModel):
+    """The values of the neurons that were asked for, before the mask."""
+
+    first: int = Field(description="Position of the first token that counts")
+    tokens: int = Field(description="How many tokens count")
+    layers: list[LayerActivations]
+
+
+_Seen = Annotated[
+    ActivationsSeen | None,
+    Field(description="With `activations`; otherwise left out", exclude_if=lambda seen: seen is None),
+]
+
+
 class Output(BaseModel):
     """One continuation; `index` is that of its prompt."""
 
@@ -296,6 +365,7 @@ class Output(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     logprobs: list[GeneratedToken] | None = None
+    activations: _Seen = None
 
 
 class GenerateAnswer(BaseModel):
@@ -341,9 +411,11 @@ class ScoreAnswer(BaseModel):
     mask: MaskUsed | None
     scores: list[ContinuationScore | Score]
     usage: ScoreUsage
+    activations: _Seen = None
     prompts: list[list[int]] | None = Field(
         default=None,
-        description="With `return_prompts`: the token ids that the model read, each sequence without its last",
+        description="With `return_prompts`: the token ids that the model read, each sequence without its last; with "
+        "`activations` a text with it",
     )
 
     def pieces(self) -> Iterator[bytes]:

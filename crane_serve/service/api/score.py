@@ -7,7 +7,9 @@ from fastapi import APIRouter
 from starlette.responses import Response, StreamingResponse
 
 from crane_serve.common.masks import ResolvedMask
+from crane_serve.engine.activations import ActivationRequest, Activations
 from crane_serve.engine.service import EngineService, TokenScore
+from crane_serve.service.api.activations import activation_request, activations_seen, require_listable
 from crane_serve.service.api.concurrency import paced, run_all
 from crane_serve.service.api.dependencies import Context, Engine, MaskQuery, TheGate, choose_mask, named_masks
 from crane_serve.service.api.errors import ANY_ROUTE, responses
@@ -62,6 +64,7 @@ class _Result(NamedTuple):
     last: dict[int, TokenScore]
     computed: int
     cached: int
+    seen: Activations | None
 
 
 class Scoring:
@@ -74,17 +77,24 @@ class Scoring:
         self._engine = engine
         self._body = body
         self._mask = mask
+        # The last token of a text is read, too, if its neurons are to be shown.
+        self._whole = body.activations is not None and body.text is not None
 
     async def answer(self) -> ScoreAnswer:
-        """The whole answer. Raises BadRequest if there is nothing to score, and what EngineService.score does."""
+        """The whole answer. Raises BadRequest if there is nothing to score, ActivationsError for activations that the
+        body cannot ask for, and what EngineService.score does."""
         encoded = await self._engine.encode(self._body.texts)
         made = sequences_of(self._body, encoded, self._engine.start_tokens, self._engine.tokenizer)
         sequences = [sequence async for sequence in paced(made)]
         asked: dict[_Prompt, dict[int, None]] = {}  # the last tokens of each, in order
         async for sequence in paced(sequences):
             if sequence.tokens:
-                asked.setdefault(sequence.prompt, {})[sequence.token_ids[-1]] = None
-        results = await run_all(self._run(prompt, tuple(last)) for prompt, last in asked.items())
+                last = asked.setdefault(self._prompt(sequence), {})
+                if not self._whole:
+                    last[sequence.token_ids[-1]] = None
+        shown = activation_request(self._body.activations, len(asked))
+        require_listable(self._body.activations, shown, self._engine, sum(len(prompt) for prompt, _ in asked))
+        results = await run_all(self._run(prompt, tuple(last), shown) for prompt, last in asked.items())
         by_prompt = dict(zip(asked, results, strict=True))
         answer = ScoreAnswer(
             model=self._engine.model_name,
@@ -96,20 +106,26 @@ class Scoring:
                 sum(result.cached for result in results),
             ),
         )
+        if shown is not None:
+            answer.activations = activations_seen(self._body.activations, shown, results[0].seen)
         if self._body.return_prompts:
             answer.prompts = [list(prompt) async for prompt, _ in paced(asked)]
         return answer
 
-    async def _run(self, prompt: _Prompt, last: tuple[int, ...]) -> _Result:
+    def _prompt(self, sequence: ScoredSequence) -> _Prompt:
+        return (tuple(sequence.token_ids), sequence.first) if self._whole else sequence.prompt
+
+    async def _run(self, prompt: _Prompt, last: tuple[int, ...], shown: ActivationRequest | None) -> _Result:
         token_ids, first = prompt
-        scores = await self._engine.score(list(token_ids), last, self._mask, first=first)
-        return _Result(scores.tokens, dict(zip(last, scores.candidates, strict=True)), scores.computed, scores.cached)
+        scores = await self._engine.score(list(token_ids), last, self._mask, first=first, activations=shown)
+        by_last = dict(zip(last, scores.candidates, strict=True))
+        return _Result(scores.tokens, by_last, scores.computed, scores.cached, scores.activations)
 
     async def _score(self, sequence: ScoredSequence, by_prompt: Mapping[_Prompt, _Result]) -> Score:
         tokens: tuple[TokenScore, ...] = ()
         if sequence.tokens:
-            result = by_prompt[sequence.prompt]
-            tokens = (*result.tokens, result.last[sequence.token_ids[-1]])
+            result = by_prompt[self._prompt(sequence)]
+            tokens = result.tokens if self._whole else (*result.tokens, result.last[sequence.token_ids[-1]])
         logprobs = [token.logprob for token in tokens]
         fields: dict[str, Any] = {"logprob": sum(logprobs), "tokens": len(logprobs), "bytes": sequence.bytes}
         if self._body.return_tokens:

@@ -1,0 +1,177 @@
+"""Served: statistics of activations from a running server, which returns their means over the tokens of a document."""
+
+import base64
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import torch
+from torch import Tensor
+
+from crane_serve.common.defaults import KEY_VARIABLE, MAX_ACTIVATIONS
+from crane_serve.common.masks import Fingerprint
+from crane_serve.common.models.families import Decoder, KnownLayer
+from crane_serve.common.text.corpus import Corpus
+from relevance.encoding import EncodedDocuments, hashed
+from relevance.method import (
+    Measured,
+    Method,
+    MethodError,
+    OfActivations,
+    Reduced,
+    ScoredMethod,
+    ScoreSource,
+    Units,
+)
+
+OF_SERVER = "of the server"
+"""In place of a number format, which a server does not tell."""
+
+_REDUCTIONS = ("mean", "mean_abs", "positive")
+_AT_ONCE = 4
+_TRIES, _PAUSE_S = 120, 1.0
+_TIMEOUT_S = 600.0
+
+
+class ServerError(ValueError):
+    """The server cannot be reached, or refuses what it is asked; the message names it."""
+
+
+def not_served(method: type[Method], decoder: Decoder) -> str | None:
+    """Why a method cannot be computed through a server; None if it can."""
+    if method.source is ScoreSource.NOTHING:
+        return None
+    if not issubclass(method, OfActivations):
+        return "needs gradients, and a server computes none"
+    if any(group.of_experts for layer in decoder.layers for group in layer.groups):
+        return "a server does not return the neurons of experts"
+    if "up" in method.reads:
+        return "reads the up projection, of which a server returns nothing"
+    if "act" in method.reads and not all(isinstance(each, KnownLayer) and not each.gated for each in decoder.layers):
+        return "reads act(gate), of which a server returns nothing: only its product with the up projection"
+    if method.take is OfActivations.take:
+        return "does not say how it is computed from means over a document"
+    return None
+
+
+def require_served(methods: Sequence[type[ScoredMethod]], decoder: Decoder) -> None:
+    """Raise MethodError for the first method that cannot be computed through a server, with the reason."""
+    for method in methods:
+        why = not_served(method, decoder)
+        if why is not None:
+            raise MethodError(f"method {method.name} cannot be computed through a server: it {why}")
+
+
+class Server:
+    """A crane server that was started with activations. To be used as a context.
+
+    Raises ServerError if it cannot be reached, and FingerprintError if it serves another model.
+    """
+
+    def __init__(self, url: str, fingerprint: Fingerprint, transport: httpx.BaseTransport | None = None) -> None:
+        self._url = url
+        key = os.environ.get(KEY_VARIABLE)
+        headers = {} if not key else {"Authorization": f"Bearer {key}"}
+        try:
+            self._http = httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT_S, transport=transport)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise ServerError(f"{url!r} is not an http address: {error}") from error
+        ready = self._ask("GET", "/ready")
+        fingerprint.require(Fingerprint.model_validate(ready["fingerprint"]), f"the server at {url}")
+        self._sizes = fingerprint.intermediate_sizes
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._http.close()
+
+    def means(self, text: str, token_ids: Sequence[int]) -> list[Reduced]:
+        """The means over the counted tokens of a document, layer by layer.
+
+        token_ids: of the document, cut, with its start token; the server reads all of `text`. Raises ServerError.
+        """
+        layers: list[Reduced] = []
+        for group in self._groups():
+            body = {"text": [text], "return_prompts": True, "activations": self._wanted(group, len(token_ids))}
+            answer = self._ask("POST", "/score", body)
+            [read] = answer["prompts"]
+            if read[: len(token_ids)] != list(token_ids):
+                raise ServerError(f"{self._url} reads other tokens than the checkpoint's tokenizer makes")
+            seen = answer["activations"]
+            for layer in seen["layers"]:
+                values = {name: _decoded(layer[name]) for name in _REDUCTIONS}
+                layers.append(Reduced(layer["layer"], seen["tokens"], hashed(token_ids), **values))
+        return layers
+
+    def _groups(self) -> Iterator[list[int]]:
+        """The layers, as many at a time as one request may have."""
+        group: list[int] = []
+        for layer, size in enumerate(self._sizes):
+            if group and (sum(self._sizes[each] for each in group) + size) * len(_REDUCTIONS) > MAX_ACTIVATIONS:
+                yield group
+                group = []
+            group.append(layer)
+        yield group
+
+    def _wanted(self, layers: list[int], end: int) -> dict[str, Any]:
+        return {"layers": layers, "reduce": list(_REDUCTIONS), "first": 1, "end": end, "encoding": "base64"}
+
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        for _ in range(_TRIES):
+            try:
+                response = self._http.request(method, path, json=body)
+            except httpx.HTTPError as error:
+                raise ServerError(f"{self._url} cannot be reached: {error}") from error
+            if response.status_code not in (429, 503):
+                break
+            time.sleep(_PAUSE_S)
+        if response.is_success:
+            return response.json()
+        try:
+            message = response.json()["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = f"status {response.status_code}"
+        raise ServerError(f"{self._url}{path}: {message}")
+
+
+def _decoded(values: str) -> Tensor:
+    """float64 [neurons]."""
+    return torch.frombuffer(bytearray(base64.b64decode(values)), dtype=torch.float32).double()
+
+
+def measure_served(
+    server: Server,
+    corpus: Corpus,
+    encoded: Mapping[str, EncodedDocuments],
+    methods: Sequence[type[Measured]],
+    units: Units,
+    advance: Callable[[int], None],
+) -> Iterator[tuple[str, list[Measured]]]:
+    """Every language, in order, with its methods, which have taken in all its documents.
+
+    advance: called for every document. Raises ServerError naming the document.
+    """
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(_AT_ONCE, "served"))
+        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+        for language, of_language in encoded.items():
+            skipped = set(of_language.skipped)
+            documents = [document for document in corpus.documents[language] if document.id not in skipped]
+            instances = [method(units) for method in methods]
+            answers = pool.map(server.means, [document.text for document in documents], of_language.token_ids)
+            for document in documents:
+                try:
+                    layers = next(answers)
+                except ServerError as error:
+                    raise ServerError(f"{language}: document {document.id!r}: {error}") from error
+                for reduced in layers:
+                    for instance in instances:
+                        assert isinstance(instance, OfActivations), "`require_served` refuses others"
+                        instance.take(reduced)
+                advance(1)
+            yield language, instances
