@@ -13,6 +13,7 @@ from crane_serve.common.masks.files import (
     write_mask,
 )
 from crane_serve.common.masks.fingerprint import Fingerprint, FingerprintError
+from crane_serve.common.masks.hub import HubMasksError, mask_directory
 from crane_serve.common.masks.library import (
     InvalidMask,
     MaskError,
@@ -28,6 +29,7 @@ __all__ = [
     "Composition",
     "Fingerprint",
     "FingerprintError",
+    "HubMasksError",
     "InvalidMask",
     "MaskError",
     "MaskFileError",
@@ -43,6 +45,7 @@ __all__ = [
     "applied",
     "decode_mask",
     "encode_mask",
+    "mask_directory",
     "mask_path",
     "read_mask",
     "write_mask",

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from crane_serve.common.masks import FingerprintError, InvalidMask, MaskError, MaskFileError, MaskTableFull, UnknownMask
-from crane_serve.engine.service import EngineBusy, EngineDead, FailedRequest, RejectedRequest
+from crane_serve.engine.service import EngineBusy, EngineDead, FailedRequest, PinnedMasks, RejectedRequest
 from crane_serve.service.api.schemas import ErrorAnswer, ErrorBody, ErrorEvent
 
 _log = logging.getLogger("crane.api")
@@ -26,7 +26,7 @@ _DESCRIPTIONS = {
     404: "Unknown mask, or unknown model",
     405: "The path has no such method",
     408: "The body arrived too slowly",
-    409: "The mask's file is corrupt or belongs to another model",
+    409: "The mask's file is corrupt or belongs to another model, or the masks are a commit of the Hub",
     412: "If-Match names another digest than the current one",
     413: "The body is too large",
     415: "The body has a media type or an encoding that this route does not accept",
@@ -104,6 +104,8 @@ def describe(error: BaseException) -> tuple[int, ErrorBody, dict[str, str]]:
             status, code = 409, "other_model"
         case MaskFileError():
             status, code = 422, "malformed_mask_file"
+        case PinnedMasks():
+            status, code = 409, "pinned_masks"
         case RejectedRequest():
             status, code = 400, "rejected_request"
         case FailedRequest():
