@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from clients.analysis.samples import Sample, grouped
 from clients.errors import EvaluationError
-from clients.evaluation import UNMASKED, Cell, Evaluation, TaskInfo
+from clients.evaluation import UNMASKED, Cell, Evaluation, Substitution, TaskInfo
 from clients.task import Answers, Metric
 from crane_serve.common.numbers.bootstrap import Estimate, Values, estimate, resampled_sums
 from crane_serve.common.reports.settings import brief, flat
@@ -49,7 +49,8 @@ class Comparison:
     """Two evaluations side by side.
 
     first, second: their names; metrics: by task, those compared, the headline first; differences: between their
-    settings, a phrase each; only_first, only_second: tasks and metrics that only one of them has.
+    settings, a phrase each; only_first, only_second: tasks and metrics that only one of them has; substitutions: of the
+    first and of the second, under the masks compared and without one.
     """
 
     first: str
@@ -59,6 +60,7 @@ class Comparison:
     differences: tuple[str, ...] = ()
     only_first: tuple[str, ...] = ()
     only_second: tuple[str, ...] = ()
+    substitutions: tuple[tuple[Substitution, ...], tuple[Substitution, ...]] = ((), ())
 
 
 def compare(
@@ -105,6 +107,7 @@ def compare(
         tuple(_differences(first, second, tasks, masks)),
         tuple(_only(first, second, set(masks))),
         tuple(_only(second, first, set(masks.values()))),
+        (_substitutions(first, metrics, masks), _substitutions(second, metrics, masks.values())),
     )
 
 
@@ -311,6 +314,11 @@ def _only(evaluation: Evaluation, other: Evaluation, matched: set[str]) -> Itera
     for name in evaluation.masks:
         if name != UNMASKED and name not in matched:
             yield f"mask {name}"
+
+
+def _substitutions(evaluation: Evaluation, tasks: Iterable[str], masks: Iterable[str]) -> tuple[Substitution, ...]:
+    names, compared = set(tasks), {UNMASKED, *masks}
+    return tuple(of for of in evaluation.substitutions if of.task in names and of.mask in compared)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -158,6 +158,25 @@ class MatchedEffect(_Frozen):
     collateral: Estimate | None = None
 
 
+class Substitution(_Frozen):
+    """The languages of the answers of a task in one language under one mask that are not in it.
+
+    answers: how many there are; languages: of failing answers, the language that took over -> how many, the commonest
+    first; `unidentified` where it cannot be told.
+    """
+
+    task: str
+    language: str
+    mask: str
+    answers: int
+    languages: dict[str, int]
+
+    @property
+    def failing(self) -> int:
+        """How many answers are not in the language."""
+        return sum(self.languages.values())
+
+
 class Failure(_Frozen):
     """An item without an answer, and the reason."""
 
@@ -209,6 +228,7 @@ class Evaluation(_Frozen):
     effects: tuple[Effect, ...] = ()
     ranks: tuple[MethodRank, ...] = ()
     matched: tuple[MatchedEffect, ...] = ()
+    substitutions: tuple[Substitution, ...] = ()
     failures: tuple[Failure, ...] = ()
     intervals: Intervals = Intervals()
     throughput: Throughput

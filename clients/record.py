@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from clients.analysis import analyse
+from clients.analysis.substitutions import substitutions_of
 from clients.errors import EvaluationError
 from clients.evaluation import Evaluation, Failure, TaskInfo, Throughput, versions_here
 from clients.plan import Plan
@@ -87,6 +88,7 @@ class Record:
             effects=findings.effects,
             ranks=findings.ranks,
             matched=findings.matched,
+            substitutions=substitutions_of(self.answers, self.settings.masks),
             failures=tuple(failures),
             intervals=findings.intervals,
             throughput=_throughput(self.results),

@@ -147,6 +147,7 @@ class Task(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: ClassVar[str]  # its name in plan files
+    tells_languages: ClassVar[bool] = False  # whether `substitute` tells the languages of answers
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64)]
     languages: tuple[str, ...] | None = None
@@ -171,6 +172,10 @@ class Task(BaseModel, ABC):
     @abstractmethod
     def measure(self, item: Item, answer: Scored | Generated) -> dict[str, Value]:
         """The contribution of an answer to each metric, by its name."""
+
+    def substitute(self, item: Item, answer: Scored | Generated) -> str | None:
+        """The language that has taken the place of the expected one in an answer; None if that is right."""
+        return None
 
     def shown(self, item: Item, answer: Scored | Generated) -> str:
         """The answer as shown to readers, such as the selected choice; empty if there is nothing to show."""

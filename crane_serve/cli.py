@@ -16,8 +16,9 @@ from rich.text import Text
 import crane_serve
 from clients import commands as client_commands
 from clients.errors import CraneError
-from crane_serve import sizing
+from crane_serve import sharing, sizing
 from crane_serve.common.bars import bar
+from crane_serve.common.hub_name import HUB_NAME
 from crane_serve.common.models.fetch import SOURCES, FetchError
 from crane_serve.common.models.fetch import fetch as fetch_model
 from crane_serve.common.models.resolve import Revision, resolve_checkpoint
@@ -92,10 +93,12 @@ def fetch(
 
 @masks_app.command("list")
 @one_line_errors
-def list_masks(directory: Annotated[Path, typer.Argument(help="Directory of mask files")]) -> None:
+def list_masks(masks: Annotated[str, typer.Argument(help=f"Directory of mask files, or {HUB_NAME}")]) -> None:
     """List the mask files of a directory."""
     from crane_serve.common.masks.files import SUFFIX, MaskFileError, read_mask
+    from crane_serve.common.masks.hub import mask_directory
 
+    directory = mask_directory(masks)
     if not directory.is_dir():
         raise MaskFileError(f"{directory} is not a directory of mask files")
     table = Table("name", "language", "method", "budget", "neurons", "digest")
@@ -121,12 +124,14 @@ def list_masks(directory: Annotated[Path, typer.Argument(help="Directory of mask
 @masks_app.command("show")
 @one_line_errors
 def show_masks(
-    path: Annotated[Path, typer.Argument(help="A mask file, or a directory of them")],
+    masks: Annotated[str, typer.Argument(help=f"A mask file, a directory of them, or {HUB_NAME}")],
     names: Annotated[list[str] | None, typer.Argument(help="Names in that directory; default all")] = None,
 ) -> None:
     """Show masks in full, as JSON: provenance, digest and the neurons of each layer."""
     from crane_serve.common.masks.files import SUFFIX, MaskFileError, check_name, read_mask
+    from crane_serve.common.masks.hub import mask_directory
 
+    path = mask_directory(masks)
     if path.is_dir():
         files = [path / f"{check_name(name)}{SUFFIX}" for name in names or []] or sorted(path.glob(f"[!.]*{SUFFIX}"))
     else:
@@ -145,7 +150,7 @@ def show_masks(
 @masks_app.command("transfer")
 @one_line_errors
 def transfer(
-    masks: Annotated[Path, typer.Argument(help="Directory of mask files")],
+    masks: Annotated[str, typer.Argument(help=f"Directory of mask files, or {HUB_NAME}")],
     to: Annotated[str, typer.Option("--to", help="Checkpoint directory or hub id that the masks shall be used on")],
     out: Annotated[Path, typer.Option(help="Another directory, for the new mask files")],
     names: Annotated[list[str] | None, typer.Argument(help="Names of masks; default all")] = None,
@@ -153,9 +158,11 @@ def transfer(
 ) -> None:
     """Make masks usable on another checkpoint of the same shape; the new files name both models."""
     from crane_serve.common.masks.fingerprint import Fingerprint
+    from crane_serve.common.masks.hub import mask_directory
     from crane_serve.common.masks.transfer import transfer_masks
 
-    for path in transfer_masks(masks, Fingerprint.of(resolve_checkpoint(to, revision)), out, names or ()):
+    fingerprint = Fingerprint.of(resolve_checkpoint(to, revision))
+    for path in transfer_masks(mask_directory(masks), fingerprint, out, names or ()):
         typer.echo(path)
 
 
@@ -247,6 +254,8 @@ def demo(
     run_demo(model, out, documents=documents, keep=keep, report=typer.echo)
 
 
+masks_app.command("push")(one_line_errors(sharing.push))
+masks_app.command("pull")(one_line_errors(sharing.pull))
 app.command("size")(one_line_errors(sizing.size))
 app.command("verify", context_settings=_FLAGS_OF_VLLM)(one_line_errors(verify))
 app.command("relevance")(one_line_errors(relevance_commands.relevance))

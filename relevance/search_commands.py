@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from crane_serve.common.bars import bar
+from crane_serve.common.hub_name import HUB_NAME
 from crane_serve.common.models.resolve import Revision
 from crane_serve.common.text.corpus import EMBEDDED_CORPUS
 from relevance.sources import TextSource, load_corpus
@@ -214,7 +215,7 @@ def compare_masks(
     chat: Annotated[str, typer.Argument(help="A model of the same shape to use them on as well.")],
     base_revision: Revision = None,
     chat_revision: Revision = None,
-    masks: Annotated[Path, typer.Option(help="Directory of masks.")] = Path("masks"),
+    masks: Annotated[str, typer.Option(help=f"Directory of masks, or {HUB_NAME}.")] = "masks",
     names: Annotated[str | None, typer.Option(help="Comma-separated masks; default: all.")] = None,
     corpus: Annotated[
         str, typer.Option(help="Corpus to measure on.", show_default="the packaged parallel corpus")
@@ -231,6 +232,7 @@ def compare_masks(
     device: _Device = None,
 ) -> None:
     """Measure what masks of BASE cost BASE and, transferred, CHAT. The result has both fingerprints."""
+    from crane_serve.common.masks.hub import mask_directory
     from relevance.doubts import doubts
     from relevance.model import pick_device, pick_dtype
     from relevance.transfer_effects import compare
@@ -244,7 +246,7 @@ def compare_masks(
         result = compare(
             base,
             chat,
-            masks,
+            mask_directory(masks),
             [name.strip() for name in names.split(",")] if names else [],
             texts,
             out,

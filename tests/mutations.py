@@ -32,6 +32,20 @@ class Mutation:
 
 MUTATIONS = (
     Mutation(
+        "from the Hub only files are fetched whose header says that they are masks",
+        f"{MASKS}/hub.py",
+        "            listing.require_masks(source)\n            directory",
+        "            directory",
+        "tests/unit/test_hub_masks.py",
+    ),
+    Mutation(
+        "masks of the Hub stay at their commit while they are served",
+        f"{MASKS}/hub.py",
+        'return snapshots.name == "snapshots" and',
+        "return False and",
+        "tests/unit/test_hub_masks.py",
+    ),
+    Mutation(
         "KV blocks computed under one mask never serve another",
         f"{ENGINE}/prefix_cache.py",
         "    if mask is None or mask.positions not in (Positions.ALL, Positions.PROMPT):\n        return client_salt",

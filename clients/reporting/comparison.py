@@ -8,6 +8,7 @@ import rich.table
 from clients.compare import ComparedCell, Comparison
 from clients.reporting.figures import NOTHING, Scale, estimate_cell, metric_title
 from clients.reporting.files import columns_of, csv_content
+from clients.reporting.substitution import ABOUT, substitution_tables
 from clients.reporting.terminal import terminal_table
 from clients.task import Metric
 from crane_serve.common.atomic import write_atomically
@@ -40,7 +41,8 @@ def terminal_tables(comparison: Comparison) -> list[rich.table.Table]:
 
 def comparison_sections(comparison: Comparison) -> list[Section]:
     """The differences in settings and in results: for each metric a matrix, and both changes folded."""
-    return [_overview(comparison), _findings(comparison)]
+    sections = (_overview(comparison), _findings(comparison), _taking_over(comparison))
+    return [section for section in sections if section is not None]
 
 
 def comparison_rows(comparison: Comparison) -> list[dict[str, Any]]:
@@ -84,6 +86,22 @@ def _findings(comparison: Comparison) -> Section:
         for metric in metrics
     )
     return Section("Differences", about, parts=parts)
+
+
+def _taking_over(comparison: Comparison) -> Section | None:
+    names = (comparison.first, comparison.second)
+    parts = tuple(
+        Section(f"{task}: which language takes over", tables=tables)
+        for task in comparison.metrics
+        if (
+            tables := tuple(
+                table
+                for name, substitutions in zip(names, comparison.substitutions, strict=True)
+                for table in substitution_tables((of for of in substitutions if of.task == task), f", in {name}")
+            )
+        )
+    )
+    return Section("Which language takes over", (ABOUT,), parts=parts) if parts else None
 
 
 def _of(comparison: Comparison, task: str, metric: Metric) -> list[ComparedCell]:

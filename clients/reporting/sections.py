@@ -10,6 +10,7 @@ from clients.reporting.layers import layers_section
 from clients.reporting.overview import overview_section
 from clients.reporting.pictures import DOSES, LAYERS, MATRIX
 from clients.reporting.selectivity import selectivity_section
+from clients.reporting.substitution import substitution_section
 from clients.task import Answers
 from crane_serve.common.reports.content import Picture, Section
 
@@ -21,6 +22,7 @@ def report_sections(
     sections = (
         overview_section(evaluation),
         changes_section(evaluation, pictures[MATRIX]),
+        substitution_section(evaluation),
         selectivity_section(evaluation),
         doses_section(evaluation, pictures[DOSES]),
         layers_section(evaluation, pictures[LAYERS]),

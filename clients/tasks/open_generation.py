@@ -1,4 +1,8 @@
-"""open_generation: free continuations of prompts: their language, their repetitiveness, and a judge's mark."""
+"""open_generation: free continuations of prompts: their language, their repetitiveness, and a judge's mark.
+
+Whether a text keeps to its language is measured as in Marchisio et al. (arXiv:2406.20052): see
+`clients.language_confusion`.
+"""
 
 from typing import ClassVar, Self, cast
 
@@ -7,6 +11,7 @@ from pydantic import JsonValue, model_validator
 from clients.errors import EvaluationError
 from clients.generation_task import GenerationTask, Penalty, Tokens, generated
 from clients.judge import Judge
+from clients.language_confusion import UNIDENTIFIED, Confusion
 from clients.normalise import words
 from clients.sources import Row
 from clients.task import Generated, Item, Metric, Scored, ScoreOf, Value
@@ -27,6 +32,14 @@ _METRICS = (
     Metric(name="repetition", title="Repeated runs of four words", unit="share of runs", higher_is_better=False),
     Metric(name="length", title="Length", unit="tokens", higher_is_better=True),
     Metric(name="empty", title="Empty", unit="share of texts", higher_is_better=False),
+    Metric(name="line_pass", title="Every line in the prompt's language", unit="share of texts", higher_is_better=True),
+    Metric(
+        name="word_pass",
+        title="No word in another script",
+        unit="share of texts that pass by line",
+        higher_is_better=True,
+    ),
+    Metric(name="substituted", title="Another language takes over", unit="share of texts", higher_is_better=False),
 )
 _UNPARSEABLE = Metric(
     name="unparseable", title="Replies without a mark", unit="share of replies", higher_is_better=False
@@ -41,6 +54,7 @@ class OpenGeneration(GenerationTask):
     """
 
     kind: ClassVar[str] = "open_generation"
+    tells_languages: ClassVar[bool] = True
 
     prompt: Template = Template("{{ text }}")
     max_tokens: Tokens = 64
@@ -56,14 +70,18 @@ class OpenGeneration(GenerationTask):
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """in_language, unidentified, repetition, length and empty; with a judge judged and unparseable.
+        """in_language, unidentified, repetition, length, empty, line_pass, word_pass and substituted; with a judge
+        judged and unparseable.
 
         in_language: whether the text is identified as of the item's language, or of one so close that identification
         confuses them. unidentified: whether it is too short or too mixed to tell; such a text is not in the language.
         repetition: the share of its runs of four words (characters in scripts without spaces) that occurred before in
         it; 0 with fewer words. length: in tokens; neither direction is better in itself, but shorter is shown as worse,
-        since broken models tend to stop early. judged: the mean mark of the texts that have one. unparseable: the share
-        of the judge's replies without exactly one mark in range; they do not count for other metrics.
+        since broken models tend to stop early. line_pass: whether a line is in the language and none in another;
+        word_pass: whether a text that passes by line has no word in a script that the language is not written in (other
+        texts do not count); substituted: whether a line is in another language, and `substitute` says in which. judged:
+        the mean mark of the texts that have one. unparseable: the share of the judge's replies without exactly one mark
+        in range; they do not count for other metrics.
         """
         if self.judge is None:
             return _METRICS
@@ -99,15 +117,22 @@ class OpenGeneration(GenerationTask):
     def measure(self, item: Item, answer: Scored | Generated) -> dict[str, Value]:
         """0 or 1 for shares of texts and replies, 0 to 1 for repetition, tokens for length, marks for judged."""
         answer = generated(item, answer)
-        language = identify(answer.text)
+        language, confusion = identify(answer.text), Confusion.of(answer.text, item.language)
         values = {
             "in_language": Value(float(language is not None and same_language(code_of(item.language), language))),
             "unidentified": Value(float(language is None)),
             "repetition": Value(_repetition(words(answer.text))),
             "length": Value(float(answer.tokens)),
             "empty": Value(float(not answer.text.strip())),
+            "line_pass": Value(float(confusion.by_line)),
+            "word_pass": Value(0.0, 0.0) if confusion.by_word is None else Value(float(confusion.by_word)),
+            "substituted": Value(float(confusion.substitute not in (None, UNIDENTIFIED))),
         }
         return values if self.judge is None else values | _judged(self.judge, answer.judgement)
+
+    def substitute(self, item: Item, answer: Scored | Generated) -> str | None:
+        """The language that a text is in instead of the item's, by its lines; `unidentified` if that cannot be told."""
+        return Confusion.of(generated(item, answer).text, item.language).substitute
 
 
 def _judged(judge: Judge, reply: str | None) -> dict[str, Value]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import crane_serve
 from crane_serve.common.defaults import DEFAULT_METHOD, DEFAULT_ROWS
-from crane_serve.common.masks import Fingerprint, MaskFileError, MaskLibrary
+from crane_serve.common.masks import Fingerprint, MaskFileError, MaskLibrary, mask_directory
 from crane_serve.common.models.resolve import resolve_checkpoint
 from crane_serve.engine.weights import require_own_config, require_same_weights
 
@@ -128,18 +128,19 @@ def masks_wanted() -> bool:
 
 
 def add_mask_config(vllm_config: Any) -> None:
-    """Put a MaskConfig into a new VllmConfig if CRANE_MASKS names a directory of masks.
+    """Put a MaskConfig into a new VllmConfig if CRANE_MASKS names a directory of masks, or a repository of the Hub.
 
-    A hub id is pinned to the commit that the fingerprint is of. Raises MaskFileError when the directory does not exist,
-    FingerprintError when the model cannot be identified, CheckpointError when vLLM would not load its weights or not
-    all of them, or a config from elsewhere, ValueError for a variable with an unusable value.
+    A hub id is pinned to the commit that the fingerprint is of, and masks of the Hub to theirs. Raises MaskFileError
+    when the directory does not exist, HubMasksError when masks cannot be fetched, FingerprintError when the model
+    cannot be identified, CheckpointError when vLLM would not load its weights or not all of them, or a config from
+    elsewhere, ValueError for a variable with an unusable value, or a name of a repository that is none.
     """
     if not masks_wanted():
         return
     directory = os.environ[MASKS_VARIABLE]
     default_method, rows = os.environ.get(DEFAULT_METHOD_VARIABLE, DEFAULT_METHOD), _rows()
     allows_inline = _allows_inline()
-    model_config, masks = vllm_config.model_config, Path(directory).resolve()
+    model_config, masks = vllm_config.model_config, mask_directory(directory).resolve()
     model = str(model_config.model)
     require_own_config(model_config)
     commit = None

@@ -29,6 +29,7 @@ from crane_serve.common.masks import (
     encode_mask,
     mask_path,
 )
+from crane_serve.common.masks.hub import is_pinned
 from crane_serve.common.models.errors import CheckpointError
 from crane_serve.common.models.load import load_tokenizer, reason
 from crane_serve.common.models.prefix import StartTokens
@@ -78,6 +79,10 @@ class EngineBusy(RuntimeError):
 
 class FailedRequest(RuntimeError):
     """The engine failed at this one request, by no fault of the request, and goes on with others."""
+
+
+class PinnedMasks(ValueError):
+    """The masks are a commit of a repository on the Hub, so no file of them is changed."""
 
 
 class RejectedRequest(ValueError):
@@ -370,9 +375,11 @@ class EngineService:
         """Add a mask while serving, or replace the one of its name; requests that use the old one finish with it.
 
         save: write it to the directory of masks, too, before any process has it. Returns when every process has it.
-        Raises FingerprintError for another model's mask, MaskFileError for a mask that this engine cannot run, OSError
-        if it cannot be written, EngineDead. After an error nothing has changed.
+        Raises PinnedMasks if that is a commit of the Hub, FingerprintError for another model's mask, MaskFileError for
+        a mask that this engine cannot run, OSError if it cannot be written, EngineDead. After an error nothing has
+        changed.
         """
+        self._require_own_files(save)
         self.library.fingerprint.require(stored.info.fingerprint, f"mask {stored.name!r}")
         if stored.mask.output is not None and not self._config.outputs:
             raise MaskFileError(
@@ -385,6 +392,13 @@ class EngineService:
             )
         content = encode_mask(stored.name, stored.mask, stored.info)
         await self._whole(self._put(stored, content, save))
+
+    def _require_own_files(self, save: bool) -> None:
+        if save and is_pinned(self._config.masks):
+            raise PinnedMasks(
+                "the masks of this server are a commit of a repository on the Hub, which does not change; serve a "
+                "directory (`crane masks pull`) to change masks"
+            )
 
     async def _put(self, stored: StoredMask, content: bytes, save: bool) -> None:
         async with self._changing:
@@ -415,9 +429,10 @@ class EngineService:
     async def remove_mask(self, name: str, *, save: bool = False) -> None:
         """Remove the mask of exactly this name while serving; requests that use it finish with it.
 
-        save: remove its file, too; the only way to remove a file without a usable mask. Raises UnknownMask, OSError if
-        the file cannot be removed (then nothing has changed), EngineDead.
+        save: remove its file, too; the only way to remove a file without a usable mask. Raises PinnedMasks if it is in
+        a commit of the Hub, UnknownMask, OSError if the file cannot be removed (then nothing has changed), EngineDead.
         """
+        self._require_own_files(save)
         await self._whole(self._remove(name, save))
 
     async def _remove(self, name: str, save: bool) -> None:

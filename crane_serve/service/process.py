@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from crane_serve.common.masks import mask_directory
 from crane_serve.common.models.resolve import resolve_checkpoint
 from crane_serve.engine.service import EngineService, configure_engine
 from crane_serve.service.api.app import create_app
@@ -14,14 +15,14 @@ from crane_serve.service.settings import ServeSettings
 def serve(settings: ServeSettings) -> int:
     """Serve until a signal or the death of the engine; the exit code.
 
-    Raises ValueError (CheckpointError, MaskFileError, UnsupportedEngine, ...) before anything starts.
+    Raises ValueError (CheckpointError, MaskFileError, HubMasksError, UnsupportedEngine, ...) before anything starts.
     """
     require_keys(settings)
     model = resolve_checkpoint(settings.model, settings.revision)
     name = model.name if Path(settings.model).is_dir() else settings.model
     config = configure_engine(
         model,
-        settings.masks,
+        mask_directory(settings.masks),
         settings.default_method,
         settings.mask_rows,
         settings.engine_flags,

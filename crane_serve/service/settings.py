@@ -31,6 +31,7 @@ from pydantic_settings import (
 )
 
 from crane_serve.common.defaults import DEFAULT_METHOD, DEFAULT_ROWS
+from crane_serve.common.hub_name import HUB_NAME, HubName, is_on_hub
 
 ENVIRONMENT_PREFIX = "CRANE_"
 CONFIG_VARIABLE = "CRANE_CONFIG"
@@ -142,7 +143,7 @@ class ServeSettings(ApiSettings, BaseSettings):
 
     model: str = Field(description="Checkpoint directory or hub id")
     revision: str | None = Field(default=None, description="Commit, branch or tag of the hub id")
-    masks: Path = Field(description="Directory of mask files")
+    masks: str = Field(description=f"Directory of mask files, or {HUB_NAME} on the Hugging Face Hub")
     default_method: str = Field(default=DEFAULT_METHOD, description="Method that a bare language name means")
     mask_rows: int = Field(default=DEFAULT_ROWS, ge=1, description="How many different masks are resident at most")
     inline_masks: bool = Field(default=False, description="Whether requests may bring masks of neurons in their bodies")
@@ -163,8 +164,10 @@ class ServeSettings(ApiSettings, BaseSettings):
 
     @field_validator("masks")
     @classmethod
-    def _is_a_directory(cls, masks: Path) -> Path:
-        if not masks.is_dir():
+    def _can_hold_masks(cls, masks: str) -> str:
+        if is_on_hub(masks):
+            return str(HubName.parse(masks))
+        if not Path(masks).is_dir():
             raise ValueError(f"directory '{masks}' does not exist")
         return masks
 

@@ -222,6 +222,6 @@ class TestServe:
         result = crane("serve", checkpoint, "--masks", masks, "--default-method", "lape", "--port", "9000", *flags)
         assert result.exit_code == 3, result.output  # the server's own
         (settings,) = served
-        assert (settings.model, settings.masks) == (str(checkpoint), masks)
+        assert (settings.model, settings.masks) == (str(checkpoint), str(masks))
         assert (settings.default_method, settings.host, settings.port) == ("lape", "0.0.0.0", 9000)
         assert settings.engine_flags == flags

@@ -127,6 +127,7 @@ def test_every_command_that_takes_a_hub_id_takes_its_revision() -> None:
         "size",
         "masks bake",
         "masks import-lape",
+        "masks push",
         "masks transfer",
     )
     takes = {

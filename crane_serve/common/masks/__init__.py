@@ -13,6 +13,7 @@ from crane_serve.common.masks.files import (
     write_mask,
 )
 from crane_serve.common.masks.fingerprint import Fingerprint, FingerprintError
+from crane_serve.common.masks.hub import HubMasksError, mask_directory
 from crane_serve.common.masks.inline import INLINE_PREFIX, InlineMask, inline_content, inline_text
 from crane_serve.common.masks.library import (
     InlineMasksOff,
@@ -31,6 +32,7 @@ __all__ = [
     "Composition",
     "Fingerprint",
     "FingerprintError",
+    "HubMasksError",
     "InlineMask",
     "InlineMasksOff",
     "InvalidMask",
@@ -50,6 +52,7 @@ __all__ = [
     "encode_mask",
     "inline_content",
     "inline_text",
+    "mask_directory",
     "mask_path",
     "read_mask",
     "write_mask",

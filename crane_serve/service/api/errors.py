@@ -21,7 +21,7 @@ from crane_serve.common.masks import (
     UnknownMask,
 )
 from crane_serve.engine.activations import ActivationsBusy, ActivationsError, ActivationsOff, TooManyActivations
-from crane_serve.engine.service import EngineBusy, EngineDead, FailedRequest, RejectedRequest
+from crane_serve.engine.service import EngineBusy, EngineDead, FailedRequest, PinnedMasks, RejectedRequest
 from crane_serve.service.api.schemas import ErrorAnswer, ErrorBody, ErrorEvent
 
 _log = logging.getLogger("crane.api")
@@ -35,7 +35,7 @@ _DESCRIPTIONS = {
     404: "Unknown mask, or unknown model",
     405: "The path has no such method",
     408: "The body arrived too slowly",
-    409: "The mask's file is corrupt or belongs to another model",
+    409: "The mask's file is corrupt or belongs to another model, or the masks are a commit of the Hub",
     412: "If-Match names another digest than the current one",
     413: "The body is too large",
     415: "The body has a media type or an encoding that this route does not accept",
@@ -123,6 +123,8 @@ def describe(error: BaseException) -> tuple[int, ErrorBody, dict[str, str]]:
             status, code, param = 429, "activations_busy", "activations"
         case ActivationsError():
             status, code, param = 400, "malformed_activations", "activations"
+        case PinnedMasks():
+            status, code = 409, "pinned_masks"
         case RejectedRequest():
             status, code = 400, "rejected_request"
         case FailedRequest():

@@ -195,7 +195,7 @@ async def put_mask(
 @router.delete(
     "/masks/{name}",
     status_code=204,
-    responses=responses(404, 412, 507, *ANY_ROUTE),
+    responses=responses(404, 409, 412, 507, *ANY_ROUTE),
     dependencies=[NoQuery],
 )
 async def remove_mask(
