@@ -46,8 +46,8 @@ def scaled(
     """Multiply every MLP neuron (the inputs of down_proj), and perhaps the MLPs' outputs, while the context lasts.
 
     neurons: [layers, widest], or [documents, layers, widest] for factors of their own for each document of a batch;
-    outputs: [layers, hidden]; offsets: [layers, widest], added to the products. Gradients flow back to both. Layers
-    whose factors are all 1 and need no gradient are not changed.
+    outputs: [layers, hidden]; offsets: of the shape of `neurons` or [layers, widest], added to the products. Gradients
+    flow back to all. Layers whose factors are all 1 and offsets 0, and which need no gradient, are not changed.
     """
     with ExitStack() as stack:
         for index, layer in enumerate(decoder.layers):
@@ -55,9 +55,9 @@ def scaled(
                 factors = neurons[..., index, group.columns]  # [neurons] or [documents, neurons]
                 if factors.requires_grad or bool((factors != 1).any()):
                     stack.callback(group.down_proj.register_forward_pre_hook(_input_hook(factors)).remove)
-                if offsets is not None and bool(offsets[index, group.columns].any()):
-                    added = _adding_hook(offsets[index, group.columns])
-                    stack.callback(group.down_proj.register_forward_pre_hook(added).remove)
+                added = None if offsets is None else offsets[..., index, group.columns]
+                if added is not None and (added.requires_grad or bool(added.any())):
+                    stack.callback(group.down_proj.register_forward_pre_hook(_adding_hook(added)).remove)
                 if outputs is not None and bool((outputs[index] != 1).any()):
                     stack.callback(group.down_proj.register_forward_hook(_output_hook(outputs[index])).remove)
         yield
@@ -111,23 +111,29 @@ def hidden_states(decoder: Decoder, batch: Batch) -> Tensor:
 def _input_hook(factors: Tensor) -> Any:
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         values: Tensor = inputs[0]  # [documents, tokens, neurons], the first two of them flattened in some families
-        own = factors.to(values.dtype)
-        if own.dim() == 1:
-            return (values * own, *inputs[1:])
-        by_document = values.reshape(len(own), -1, own.shape[1])
-        return ((by_document * own.unsqueeze(1)).reshape(values.shape), *inputs[1:])
+        whole, own = _paired(values, factors)
+        return ((whole * own).reshape(values.shape), *inputs[1:])
 
     return hook
 
 
 def _adding_hook(offsets: Tensor) -> Any:
-    """offsets: [neurons]. Of experts that a token does not have, whatever is added is not read."""
+    """Of experts that a token does not have, whatever is added is not read."""
 
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        values: Tensor = inputs[0]  # [..., neurons]
-        return (values + offsets.to(values.dtype), *inputs[1:])
+        values: Tensor = inputs[0]  # as above
+        whole, own = _paired(values, offsets)
+        return ((whole + own).reshape(values.shape), *inputs[1:])
 
     return hook
+
+
+def _paired(values: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """`values` and `numbers`, [neurons] or [documents, neurons], in shapes that go together."""
+    numbers = numbers.to(values.dtype)
+    if numbers.dim() == 1:
+        return values, numbers
+    return values.reshape(len(numbers), -1, numbers.shape[1]), numbers.unsqueeze(1)
 
 
 def _output_hook(factors: Tensor) -> Any:

@@ -204,12 +204,13 @@ def select(
         bool, typer.Option("--output-dimensions", help="Take MLP output dimensions too (rules z and published).")
     ] = False,
     intervention: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="What becomes of the neurons: zero; mean, their mean activation in all languages; mean:LANG, in one; "
-            "add:LANG-LANG2, the difference of two is added."
+            "add:LANG-LANG2, the difference of two is added.",
+            show_default="that for which a search made the scores, else zero",
         ),
-    ] = "zero",
+    ] = None,
     strength: Annotated[
         float, typer.Option(help="Share of the value that is replaced, or how many times the difference is added.")
     ] = 1.0,

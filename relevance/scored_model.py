@@ -18,7 +18,7 @@ from relevance.doubts import doubts
 from relevance.encoding import encode
 from relevance.model import load_model, pick_device, pick_dtype
 from relevance.repeats import repeated_keys
-from relevance.scores import Scores, ScoresError
+from relevance.scores import Scores, ScoresError, Search
 from relevance.sources import TextSource, load_corpus
 
 
@@ -110,17 +110,30 @@ class ScoredModel:
         if method in self.scores.by_method and not replace:
             raise ScoresError(f"the file holds scores of {method} already; pass --replace to replace them")
 
-    def add_scores(self, path: Path, method: str, values: Mapping[str, Tensor], *, replace: bool) -> None:
-        """Add scores [layers, widest] of every language to their file, which is read again, since others may have added
-        to it.
+    def add_scores(
+        self,
+        path: Path,
+        method: str,
+        values: Mapping[str, Tensor],
+        search: Search,
+        spread: Mapping[str, Tensor] | None = None,
+        *,
+        replace: bool,
+    ) -> None:
+        """Add scores [layers, widest] of every language, and their spread between seeds, to their file, which is read
+        again, since others may have added to it.
 
         Raises ScoresError for a method that is there already, unless `replace`.
         """
         current = Scores.load(path)
         if method in current.by_method and not replace:
             raise ScoresError(f"{path} holds scores of {method} already; pass --replace to replace them")
-        together = torch.stack([values[language] for language in current.info.languages])
-        Scores({**current.by_method, method: together}, current.info, current.outputs).save(path)
+        together, spreads = (
+            None if of is None else torch.stack([of[language] for language in current.info.languages])
+            for of in (values, spread)
+        )
+        assert together is not None
+        current.replaced(method, together, search, spreads).save(path)
 
     def halves(self, listed: str | None) -> Sequence[Scores]:
         """The two files of scores in `listed`, joined with a comma; none for None. Raises ScoresError."""

@@ -2,10 +2,11 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,8 +22,9 @@ from crane_serve.common.text.corpus import Form
 from relevance.method import Shape
 
 FORMAT_VERSION = 1
-_OUTPUTS = "outputs/"  # in the file, a tensor with this prefix belongs to `outputs`
-_MEANS = "typical/mean"  # in the file, the name of `means`
+# In the file, tensors with these prefixes belong to fields by method, and those of these names to others.
+_BY_METHOD = {"outputs": "outputs/", "spreads": "spread/"}
+_NAMED = {"means": "typical/mean"}
 
 
 class ScoresError(ValueError):
@@ -40,12 +42,32 @@ class Texts(BaseModel):
     normalised: Form | None = None
 
 
+class Search(BaseModel):
+    """How a search made its scores.
+
+    intervention: what became of the neurons that it switched off, as `Intervention.of` reads it; target: what the
+    language was to lose, as `learning.Target`. neurons: the number that it was made for; seeds: of the runs that the
+    scores are the mean of. jaccard, rank_correlation: by language, the agreement of these runs: see `agreement.Agreed`;
+    empty for one run.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    intervention: str = "zero"
+    target: str = "loss"
+    neurons: int | None = None
+    seeds: tuple[int, ...] = ()
+    jaccard: dict[str, float] = Field(default_factory=dict)
+    rank_correlation: dict[str, float] = Field(default_factory=dict)
+
+
 class ScoresInfo(BaseModel):
     """The model and the texts that the scores come from. The counts are per language, in the order of `languages`.
 
     normalised: the form of Unicode that the texts were converted to. text_keys: language -> the 20,000 smallest
     `text_key` of its documents, sorted and concatenated; empty in older files. other_texts: by method, for methods
-    whose scores come from other texts than `corpus_digest` and `split` describe.
+    whose scores come from other texts than `corpus_digest` and `split` describe. searches: by method, for those that
+    are searches; empty in older files.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -63,6 +85,7 @@ class ScoresInfo(BaseModel):
     normalised: Form | None = None
     text_keys: dict[str, str] = Field(default_factory=dict)
     other_texts: dict[str, Texts] = Field(default_factory=dict)
+    searches: dict[str, Search] = Field(default_factory=dict)
     created_by: str = f"crane-serve {crane_serve.__version__}"
 
     def texts(self, method: str) -> Texts:
@@ -88,18 +111,21 @@ class Scores:
     outputs: method name -> float32 [languages, layers, hidden] on the CPU.
     means: float32 [languages, layers, widest] on the CPU, the mean activation of each neuron; None in files of earlier
     versions, and where nothing was measured.
+    spreads: method name -> float32 [languages, layers, widest] on the CPU, the standard deviation of its scores between
+    the seeds of a search.
 
-    Raises ScoresError for a tensor of another shape or dtype, and for outputs of a method without scores.
+    Raises ScoresError for a tensor of another shape or dtype, and for outputs or spreads of a method without scores.
     """
 
     by_method: Mapping[str, Tensor]
     info: ScoresInfo
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
     means: Tensor | None = None
+    spreads: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "by_method", MappingProxyType(dict(self.by_method)))
-        object.__setattr__(self, "outputs", MappingProxyType(dict(self.outputs)))
+        for name in ("by_method", *_BY_METHOD):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         if not self.by_method:
             raise ScoresError("scores of no method")
         for method, scores in self.by_method.items():
@@ -107,10 +133,12 @@ class Scores:
         if self.means is not None:
             _require("mean activations", self.means, self.shape.tensor)
         languages, layers, _ = self.shape.tensor
-        for method, scores in self.outputs.items():
-            if method not in self.by_method:
-                raise ScoresError(f"there are output scores of {method}, but none of its neurons")
-            _require(f"output scores of {method}", scores, (languages, layers, self.info.fingerprint.hidden_size))
+        shapes = {"outputs": (languages, layers, self.info.fingerprint.hidden_size), "spreads": self.shape.tensor}
+        for name, what in (("outputs", "output scores"), ("spreads", "spreads")):
+            for method, scores in getattr(self, name).items():
+                if method not in self.by_method:
+                    raise ScoresError(f"there are {what} of {method}, but none of its neurons")
+                _require(f"{what} of {method}", scores, shapes[name])
 
     @cached_property
     def shape(self) -> Shape:
@@ -152,18 +180,39 @@ class Scores:
             raise ScoresError(f"both hold scores of {', '.join(sorted(common))}; expected each method once")
         mine = self.info.own_texts
         joined = {method: texts for method in other.by_method if (texts := other.info.texts(method)) != mine}
+        both = {
+            "other_texts": {**self.info.other_texts, **joined},
+            "searches": {**self.info.searches, **other.info.searches},
+        }
         return Scores(
             {**self.by_method, **other.by_method},
-            self.info.model_copy(update={"other_texts": {**self.info.other_texts, **joined}}),
-            {**self.outputs, **other.outputs},
-            other.means if self.means is None else self.means,
+            self.info.model_copy(update=both),
+            **{
+                name: getattr(self, name) if getattr(self, name) is not None else getattr(other, name)
+                for name in _NAMED
+            },
+            **{name: {**getattr(self, name), **getattr(other, name)} for name in _BY_METHOD},
+        )
+
+    def replaced(self, method: str, scores: Tensor, search: Search, spread: Tensor | None = None) -> "Scores":
+        """With the scores of a search in the place of those of `method`, if there are any. Both [languages, layers,
+        widest]."""
+        outputs, spreads = ({of: kept[of] for of in kept if of != method} for kept in (self.outputs, self.spreads))
+        return replace(
+            self,
+            by_method={**self.by_method, method: scores},
+            info=self.info.model_copy(update={"searches": {**self.info.searches, method: search}}),
+            outputs=outputs,
+            spreads=spreads if spread is None else {**spreads, method: spread},
         )
 
     def save(self, path: Path) -> None:
         """Write a safetensors file atomically, making its directory if that is missing."""
         tensors = {method: scores.contiguous() for method, scores in self.by_method.items()}
-        tensors |= {f"{_OUTPUTS}{method}": scores.contiguous() for method, scores in self.outputs.items()}
-        tensors |= {} if self.means is None else {_MEANS: self.means.contiguous()}
+        for name, prefix in _BY_METHOD.items():
+            tensors |= {f"{prefix}{method}": values.contiguous() for method, values in getattr(self, name).items()}
+        for name, key in _NAMED.items():
+            tensors |= {} if getattr(self, name) is None else {key: getattr(self, name).contiguous()}
         metadata = _Metadata(**dict(self.info), format_version=FORMAT_VERSION, digest=_digest(tensors))
         content = save(tensors, metadata={SCORES_KEY: metadata.model_dump_json()})
         write_atomically(path, content)
@@ -193,12 +242,13 @@ class Scores:
             raise ScoresError(f"{path}: not a readable scores file: {error}") from error
         if _digest(tensors) != metadata.digest:
             raise ScoresError(f"{path}: the scores do not have the digest that the metadata says")
-        means = tensors.pop(_MEANS, None)
-        outputs = {key.removeprefix(_OUTPUTS): tensor for key, tensor in tensors.items() if key.startswith(_OUTPUTS)}
-        by_method = {key: tensor for key, tensor in tensors.items() if not key.startswith(_OUTPUTS)}
+        fields: dict[str, Any] = {name: tensors.pop(key, None) for name, key in _NAMED.items()}
+        for name, prefix in _BY_METHOD.items():
+            keys_of = [key for key in tensors if key.startswith(prefix)]
+            fields[name] = {key.removeprefix(prefix): tensors.pop(key) for key in keys_of}
         info = ScoresInfo(**{name: getattr(metadata, name) for name in ScoresInfo.model_fields})
         try:
-            return cls(by_method, info, outputs, means)
+            return cls(tensors, info, **fields)
         except ScoresError as error:
             raise ScoresError(f"{path}: {error}") from error
 

@@ -1,8 +1,9 @@
 """`crane refine`, `learn`, `validate` and `masks compare`: the commands that switch neurons off and measure the
 effect."""
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,6 +27,13 @@ _Dtype = Annotated[
     str | None, typer.Option(help="float32 or bfloat16; default: bfloat16, or float32 on a CPU that is slow at it.")
 ]
 _Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda where there is one.")]
+_Intervention = Annotated[
+    str,
+    typer.Option(
+        help="What becomes of a neuron that is switched off: zero; mean, its mean activation in all languages; "
+        "mean:LANG, in one."
+    ),
+]
 _Replace = Annotated[bool, typer.Option("--replace", help="Replace existing scores of this method.")]
 
 _FIRST_START, _NO_START = "attnlrp", "none"
@@ -47,6 +55,7 @@ def refine(
         float, typer.Option(min=0.0, help="Nats that the target must lose for each nat another language loses.")
     ] = 2.0,
     documents: Annotated[int, typer.Option(min=1, help="Documents per language to measure on.")] = 8,
+    intervention: _Intervention = "zero",
     max_tokens: _Tokens = 80,
     seed: _Seed = 0,
     dtype: _Dtype = None,
@@ -55,12 +64,15 @@ def refine(
 ) -> None:
     """Refine a ranking by ablation: neurons that matter to one language more than to the others come first."""
     from relevance.scored_model import ScoredModel
+    from relevance.scores import Search
     from relevance.search.refinement import Refinement, refine_scores
     from relevance.selection import order
+    from relevance.selection_options import Intervention
 
     with bar("refine", "groups", f"{scores} of {model}") as progress_bar:
         scored_model = ScoredModel.open(model, scores, dtype, device, revision)
         scored_model.require_absent("ablation-refined", replace=replace)
+        instead = Intervention.of_ablation(intervention, scored_model.scores)
         options = Refinement(candidates=candidates, group=group, price=price, documents=documents, seed=seed)
         proposed = order(scored_model.scores, start)
         source = TextSource(corpus, text_column, normalise, lambda doubt: progress_bar.say(f"warning: {doubt}"))
@@ -70,9 +82,10 @@ def refine(
             what=f"of {group} neurons for {', '.join(scored_model.languages)}, each group alone and then together",
         )
         values, counts = refine_scores(
-            scored_model.decoder, texts.documents, proposed, options, lambda _: progress_bar.advance()
+            scored_model.decoder, texts.documents, proposed, options, lambda _: progress_bar.advance(), instead.values
         )
-    scored_model.add_scores(scores, "ablation-refined", values, replace=replace)
+    search = Search(intervention=intervention, seeds=(seed,))
+    scored_model.add_scores(scores, "ablation-refined", values, search, replace=replace)
     for language, count in counts.items():
         typer.echo(f"{scores}: ablation-refined for {language} keeps {count} of {candidates} neurons of {start}")
 
@@ -92,24 +105,37 @@ def learn(
         typer.Option("--from", help="Method whose ranking it starts from, or none; default: attnlrp, if it is there."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent, at most.")] = 16,
-    effect: Annotated[float, typer.Option(help="Nats per token that the target is to lose; more is no gain.")] = 1.5,
+    effect: Annotated[float, typer.Option(help="Nats that the target is to lose on average; more is no gain.")] = 1.5,
     hold: Annotated[float, typer.Option(min=0.0, help="Weight of what the other languages lose.")] = 1.0,
     spare: Annotated[
         float,
         typer.Option(help="Nats per token that the others may lose for a mask to be done before the last step."),
     ] = 0.02,
     documents: Annotated[int, typer.Option(min=1, help="Documents per language in a step.")] = 6,
+    intervention: _Intervention = "zero",
+    target: Annotated[
+        Literal["loss", "language"],
+        typer.Option(
+            help="What the target is to lose: the log-probability of its documents' tokens; or the log of the share of "
+            "the next token's probability that its own words have, those more frequent in it than in all others."
+        ),
+    ] = "loss",
     max_tokens: _Tokens = 80,
     seed: _Seed = 0,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="How many runs, with SEED and those after it, whose mean is taken.")
+    ] = 1,
     dtype: _Dtype = None,
     device: _Device = None,
     replace: _Replace = False,
 ) -> None:
     """Learn masks by gradient descent: the target language should lose, the others keep their predictions."""
     from relevance.scored_model import ScoredModel
-    from relevance.search.learning import Learning, learn_scores
+    from relevance.scores import Search
+    from relevance.search.agreement import agreed
+    from relevance.search.learning import Learning, Target, learn_scores
     from relevance.selection import order
-    from relevance.selection_options import neurons_of_budget
+    from relevance.selection_options import Intervention, neurons_of_budget
 
     with bar("learn", "steps", f"{scores} of {model}") as progress_bar:
         scored_model = ScoredModel.open(model, scores, dtype, device, revision)
@@ -117,6 +143,8 @@ def learn(
         if start is None:
             start = _FIRST_START if _FIRST_START in scored_model.scores.by_method else _NO_START
         starts = None if start == _NO_START else order(scored_model.scores, start)
+        instead = Intervention.of_ablation(intervention, scored_model.scores)
+        drawn = tuple(range(seed, seed + seeds))
         options = Learning(
             neurons=neurons_of_budget(budget, scored_model.scores.shape.neurons),
             steps=steps,
@@ -124,20 +152,38 @@ def learn(
             hold=hold,
             spare=spare,
             documents=documents,
-            seed=seed,
+            target=Target(target),
         )
         source = TextSource(corpus, text_column, normalise, lambda doubt: progress_bar.say(f"warning: {doubt}"))
         texts = scored_model.search_texts(source, split, limit, max_tokens)
-        progress_bar.start(len(scored_model.languages) * steps, what=f"for {', '.join(scored_model.languages)}")
-        values = learn_scores(
-            scored_model.decoder,
-            texts.documents,
-            options,
-            starts,
-            lambda step: progress_bar.advance(note=str(step)),
-        )
-    scored_model.add_scores(scores, "learned", values, replace=replace)
+        progress_bar.start(seeds * len(scored_model.languages) * steps, what=f"for {', '.join(scored_model.languages)}")
+        runs = [
+            learn_scores(
+                scored_model.decoder,
+                texts.documents,
+                dataclasses.replace(options, seed=of_run),
+                starts,
+                lambda step: progress_bar.advance(note=str(step)),
+                instead.values,
+            )
+            for of_run in drawn
+        ]
+    found = agreed(runs, scored_model.scores.shape.exists, options.neurons)
+    search = Search(
+        intervention=intervention,
+        target=target,
+        neurons=options.neurons,
+        seeds=drawn,
+        jaccard=dict(found.jaccard),
+        rank_correlation=dict(found.rank_correlation),
+    )
+    scored_model.add_scores(scores, "learned", found.scores, search, found.spread, replace=replace)
     typer.echo(f"{scores}: learned {options.neurons} neurons for {', '.join(scored_model.languages)}")
+    for language, overlap in found.jaccard.items():
+        typer.echo(
+            f"{language}: {seeds} seeds share {overlap:.2f} of what two of them choose (Jaccard), rank correlation "
+            f"{found.rank_correlation[language]:.2f}"
+        )
 
 
 def validate(
@@ -161,6 +207,13 @@ def validate(
     published: Annotated[
         bool, typer.Option(help="Try the selection rules that the methods were published with.")
     ] = True,
+    intervention: Annotated[
+        str | None,
+        typer.Option(
+            help="What becomes of the neurons, as of crane select.",
+            show_default="that for which a search made a method's scores, else zero",
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents per language and split; default: all.")] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Documents are cut to so many tokens.")] = 256,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in a batch, with padding.")] = 1024,
@@ -190,6 +243,7 @@ def validate(
             seeds=tuple(range(seeds)),
             matched_to=like,
             published=published,
+            intervention=intervention,
         )
         source = TextSource(corpus, text_column, normalise, lambda doubt: progress_bar.say(f"warning: {doubt}"))
         texts = scored_model.validation_texts(source, choice_split, report_split, limit, max_tokens)

@@ -77,7 +77,7 @@ class Selection:
                 "quotas": of.effective_quotas,
                 "overlap": str(of.overlap),
                 "output_dimensions": of.output_dimensions,
-                **({} if of.intervention == ZERO and of.strength == 1 else _what(of)),
+                **({} if of.intervention in (None, ZERO) and of.strength == 1 else _what(of)),
                 "seed": of.seed,
                 "split": texts.split,
                 **({} if texts.normalised is None else {"normalised": str(texts.normalised)}),
@@ -87,7 +87,7 @@ class Selection:
 
 
 def _what(options: SelectionOptions) -> dict[str, str | float]:
-    return {"intervention": options.intervention, "strength": options.strength}
+    return {"intervention": options.intervention or ZERO, "strength": options.strength}
 
 
 def select(scores: Scores, options: SelectionOptions) -> Selection:
@@ -106,14 +106,16 @@ def select(scores: Scores, options: SelectionOptions) -> Selection:
     Overlap. `exclusive` assigns each neuron to the language that ranks it highest, to the first language in a tie; the
     rule, or the budget, then selects among the neurons of the language.
 
+    Without an intervention neurons are switched off, or become what they became in the search that made the scores.
+
     Raises MethodError for an unknown method and for one without a published rule, ContrastError, ScoresError for
     missing scores, and SelectionError for scores that are not finite, an impossible budget, too few neurons in a layer
-    or for a language, too few experts, or a rule that selects no neuron.
+    or for a language, too few experts, a rule that selects no neuron, or another ablation than that of the search.
     """
     if options.rule is Rule.EXPERTS:
         return Selection(_of_experts(scores, options), options)
-    means = None if scores.info.fingerprint.experts is not None else scores.means
-    intervention = Intervention.of(options.intervention, scores.info.languages, means)
+    options = options.settled(scores.info)
+    intervention = Intervention.of(options.intervention or ZERO, scores)
     neurons, dimensions = _chosen(scores, options)
     masks = {}
     for index, language in enumerate(scores.info.languages):

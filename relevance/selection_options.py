@@ -1,8 +1,7 @@
 """SelectionOptions: which neurons a mask takes."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from crane_serve.common.masks import NeuronMask
 from relevance.methods import find
+from relevance.scores import Scores, ScoresInfo
 
 GLOBAL, UNIFORM, LIKE = "global", "uniform", "like:"
 ZERO = "zero"
@@ -50,8 +50,9 @@ class Intervention:
     keeps: bool = False
 
     @classmethod
-    def of(cls, text: str, languages: Sequence[str], means: Tensor | None) -> "Intervention":
-        """As written. means: [languages, layers, widest], or None. Raises SelectionError."""
+    def of(cls, text: str, scores: Scores) -> "Intervention":
+        """As written, with what `scores` say that neurons typically are. Raises SelectionError."""
+        languages, means = scores.info.languages, None if scores.info.fingerprint.experts else scores.means
         if text == ZERO:
             return cls(None)
         known = f"{ZERO}, {_MEAN}, {_MEAN}:LANG or {_ADD}LANG-LANG2, of {', '.join(languages)}"
@@ -68,7 +69,17 @@ class Intervention:
             return cls(one - other, keeps=True)
         return cls(means.mean(dim=0) if text == _MEAN else means[languages.index(text.removeprefix(f"{_MEAN}:"))])
 
-    def mask(self, off: Tensor, sizes: tuple[int, ...], strength: float, output: Tensor | None) -> NeuronMask:
+    @classmethod
+    def of_ablation(cls, text: str, scores: Scores) -> "Intervention":
+        """As `of`, for what takes a value's place whole. Raises SelectionError for what is added to it, too."""
+        intervention = cls.of(text, scores)
+        if intervention.keeps:
+            raise SelectionError(f"intervention {text!r} adds to neurons; expected one that takes their place")
+        return intervention
+
+    def mask(
+        self, off: Tensor, sizes: tuple[int, ...], strength: float = 1.0, output: Tensor | None = None
+    ) -> NeuronMask:
         """Of the neurons `off`, bool [layers, widest]; output: [layers, hidden]."""
         scale = 1.0 if self.keeps else 1.0 - strength
         scales = torch.where(off, scale, 1.0)
@@ -85,7 +96,7 @@ class SelectionOptions:
     z: threshold under Rule.Z; contrast: a key of CONTRASTS, None for the method's own;
     quotas: "global", "uniform" or "like:METHOD", None for "like:" the method that a control is matched to, else global;
     seed: of methods that draw; output_dimensions: take dimensions of the MLPs' outputs as well. intervention, strength:
-    what becomes of the neurons, see `Intervention`.
+    what becomes of the neurons, see `Intervention`; None for the one that the scores were made for.
 
     Raises SelectionError for invalid values or combinations, and MethodError for an unknown method.
     """
@@ -100,7 +111,7 @@ class SelectionOptions:
     overlap: Overlap = Overlap.SHARED
     seed: int = 0
     output_dimensions: bool = False
-    intervention: str = ZERO
+    intervention: str | None = None
     strength: float = 1.0
 
     def __post_init__(self) -> None:
@@ -119,10 +130,11 @@ class SelectionOptions:
             raise SelectionError(f"count is {self.count}; expected at least 1")
         if not (math.isfinite(self.strength) and self.strength > 0):
             raise SelectionError(f"strength is {self.strength}; expected a number above 0")
-        if self.output_dimensions and (self.intervention != ZERO or self.strength != 1):
+        zero = self.intervention in (None, ZERO)
+        if self.output_dimensions and not (zero and self.strength == 1):
             raise SelectionError("output dimensions can only be switched off; expected the intervention zero")
         whole = self.effective_quotas == GLOBAL and self.overlap is Overlap.SHARED and not self.output_dimensions
-        whole = whole and self.intervention == ZERO and self.strength == 1
+        whole = whole and zero and self.strength == 1
         if self.rule is Rule.EXPERTS and (self.count is None or not whole):
             raise SelectionError(
                 "the rule experts needs a count, and knows neither quotas, overlap, outputs nor interventions"
@@ -153,6 +165,24 @@ class SelectionOptions:
         if self.rule is Rule.Z:
             return {"z": self.z}
         return {} if self.rule is Rule.PUBLISHED or self.count is None else {"count": self.count}
+
+    def settled(self, info: ScoresInfo) -> "SelectionOptions":
+        """With an intervention: without one, that for which a search made the scores of the method, or of the method
+        that a control is matched to; else zero.
+
+        Raises SelectionError for another ablation than that for which a search made the scores of the method.
+        """
+        search = info.searches.get(self.method)
+        if self.intervention is None:
+            search = search or info.searches.get(self.matched_to or "")
+            return replace(self, intervention=ZERO if search is None else search.intervention)
+        if search is not None and self.intervention != search.intervention and not self.intervention.startswith(_ADD):
+            raise SelectionError(
+                f"the scores of {self.method} were made for the intervention {search.intervention}, not for "
+                f"{self.intervention}: leave the intervention out, or make scores with `--intervention "
+                f"{self.intervention} --replace`"
+            )
+        return self
 
     def neurons(self, of: int) -> int:
         """The number of neurons of the budget. of: the number of all neurons. Raises SelectionError."""

@@ -2,12 +2,14 @@
 
 Gates are binary from the first step, with straight-through gradients (Bengio et al. 2013, arXiv:1308.3432); which gates
 are closed follows accumulated gradients, as movement pruning does with weights (Sanh et al. 2020, arXiv:2005.07683).
-The objective is this project's own: the target language loses, the others keep their predictions.
+The objective is this project's own: the target language loses, the others keep their predictions. What the target
+loses is the probability of its documents' tokens, or the share of the probability that goes to its own words.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -21,15 +23,26 @@ _NEVER = -torch.inf
 _RECENT = 4  # steps
 
 
+class Target(StrEnum):
+    """What the target language is to lose, in nats on average over the tokens of its documents.
+
+    LOSS: log-probability of the next token. LANGUAGE: the log of the share of the next token's distribution that goes
+    to the language's own words (`Words.of_language`); each document counts as a prompt that ends at each of its tokens.
+    """
+
+    LOSS = "loss"
+    LANGUAGE = "language"
+
+
 @dataclass(frozen=True)
 class Learning:
     """How masks are learned.
 
     neurons: how many are switched off in the end; their number grows linearly over the first `growth` of the steps.
-    effect: nats per token that the target language should lose; a larger loss is not rewarded. hold: weight of the
-    losses of the other languages. spare: a mask is done before its last step when the target has lost `effect` and the
-    others no more than this on average, in nats per token, over the last few steps. documents: of each language in a
-    step. momentum: of the gradients. trust: how far the scores that it starts from go, in steps.
+    target: what the target language should lose; effect: how many nats of it, a larger loss is not rewarded. hold:
+    weight of the losses of the other languages. spare: a mask is done before its last step when the target has lost
+    `effect` and the others no more than this on average, in nats per token, over the last few steps. documents: of each
+    language in a step. momentum: of the gradients. trust: how far the scores that it starts from go, in steps.
     """
 
     neurons: int
@@ -42,11 +55,13 @@ class Learning:
     momentum: float = 0.9
     trust: float = 1.0
     seed: int = 0
+    target: Target = Target.LOSS
 
 
 @dataclass(frozen=True)
 class Step:
-    """The measurements of one step, before the gates changed. losses: nats per token by language."""
+    """The measurements of one step, before the gates changed. losses: nats per token by language, of the target what
+    `Target` says."""
 
     target: str
     number: int
@@ -82,17 +97,25 @@ def learn_scores(
     options: Learning,
     starts: Mapping[str, Tensor] | None = None,
     report: Callable[[Step], None] = lambda step: None,
+    values: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Scores of every language of `documents`: float32 [layers, widest] on the CPU, 0 in padding; the highest `neurons`
     are its mask.
 
     documents: token ids by language. If the languages have equally many, documents at the same place are used together,
     so that in a parallel corpus the topic cannot be mistaken for the language. starts: by language its neurons, best
-    first, int64 [neurons, 2]; None for no preference. All languages are learned in the same passes.
+    first, int64 [neurons, 2]; None for no preference. values: [layers, widest], what takes the place of a neuron whose
+    gate is closed; None for 0. All languages are learned in the same passes.
+
+    Raises ValueError for a language without own words, if these are the target, and NonFiniteError.
     """
     words = Words.of(decoder, documents)
     unmasked = Unmasked(decoder, words, documents)
+    own: dict[str, Tensor] = {}
+    if options.target is Target.LANGUAGE:
+        own = {language: words.of_language(documents, language) for language in documents}
     device = decoder.unembedding.weight.device
+    values = None if values is None else values.to(device)
     exists = Shape(tuple(documents), decoder.sizes).exists.to(device)
     searches = []
     for target in documents:
@@ -109,13 +132,14 @@ def learn_scores(
         for language, of_language in places.items():
             batch = Batch.of([documents[language][place] for place in of_language], device)
             before = unmasked.log_probabilities(language, of_language)
-            found = effect(decoder, words, batch, before, gates)
+            found = effect(decoder, words, batch, before, gates, values, own.get(language))
             aims = [
                 _aim(found, index, search.target == language, len(documents) - 1, options)
                 for index, search in enumerate(running)
             ]
             gradients += torch.autograd.grad(torch.stack(aims).sum(), gates)[0]
-            losses[language] = found.loss.tolist()
+            is_target = torch.tensor([search.target == language for search in running], device=device)
+            losses[language] = torch.where(is_target, _of_target(found), found.loss).tolist()
         for index, search in enumerate(running):
             # Closing a gate lowers its value, so the objective falls where its gradient is positive.
             gradient = gradients[index]
@@ -154,8 +178,12 @@ def _aim(found: Effect, index: int, is_target: bool, others: int, options: Learn
     """The part of the objective, to be minimised, of one mask in one language: minus the target's loss up to `effect`;
     of the others, their share of the mean of losses and changes."""
     if is_target:
-        return -found.loss[index].clamp_max(options.effect)
+        return -_of_target(found)[index].clamp_max(options.effect)
     return options.hold * (found.divergence[index] + found.loss[index].relu()) / 2 / others
+
+
+def _of_target(found: Effect) -> Tensor:
+    return found.loss if found.share is None else found.share
 
 
 def _draws(documents: Mapping[str, Sequence[list[int]]], options: Learning) -> Iterator[dict[str, list[int]]]:

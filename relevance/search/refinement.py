@@ -52,11 +52,13 @@ def refine_scores(
     proposed: Mapping[str, Tensor],
     options: Refinement,
     advance: Callable[[int], None] = lambda groups: None,
+    values: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """`refine` for every language: scores float32 [layers, widest], the higher the better, and how many were kept.
 
     documents: token ids by language; from languages with equally many documents, the same places are drawn; proposed:
-    int64 [neurons, 2] by language, best first.
+    int64 [neurons, 2] by language, best first; values: [layers, widest], what takes the place of a neuron that is
+    switched off; None for 0.
     """
     words = Words.of(decoder, documents)
     device = decoder.unembedding.weight.device
@@ -68,12 +70,15 @@ def refine_scores(
         for language, of_language in places.items()
     }
     unmasked = Unmasked(decoder, words, documents)
+    values = None if values is None else values.to(device)
     before = {language: unmasked.log_probabilities(language, of_language) for language, of_language in places.items()}
 
     @torch.no_grad()
     def measure(neurons: Tensor) -> dict[str, float]:
         return {
-            language: float(effect(decoder, words, batch, before[language], neurons.to(device).unsqueeze(0)).loss)
+            language: float(
+                effect(decoder, words, batch, before[language], neurons.to(device).unsqueeze(0), values).loss
+            )
             for language, batch in batches.items()
         }
 

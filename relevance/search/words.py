@@ -53,6 +53,22 @@ class Words:
             logits = soft_cap(logits, self.cap, PLAIN)
         return logits.float().log_softmax(dim=1)
 
+    def of_language(self, documents: Mapping[str, Sequence[list[int]]], language: str) -> Tensor:
+        """bool [words]: the language's own words. Their share of its documents' tokens is larger than the sum of their
+        shares in the other languages' documents; start tokens do not count.
+
+        Raises ValueError for a language that has none.
+        """
+        shares = {}
+        for name, of_language in documents.items():
+            ids = torch.tensor([token for ids in of_language for token in ids[1:]], device=self.place.device)
+            counts = torch.bincount(self.place[ids], minlength=len(self.rows))
+            shares[name] = counts.double() / len(ids)
+        own = shares.pop(language) > sum(shares.values(), torch.zeros(len(self.rows), device=self.place.device))
+        if not bool(own.any()):
+            raise ValueError(f"{language}: no token is more frequent in its documents than in all others together")
+        return own
+
     def targets(self, batch: Batch) -> Tensor:
         """Indices among the words of the predicted tokens, in the order of `log_probabilities`: int64 [n, 1]."""
         return self.place[batch.token_ids[:, 1:][batch.counted[:, 1:]]].unsqueeze(1)
@@ -94,23 +110,38 @@ class Unmasked:
 class Effect:
     """The cost of masks for a language on one batch, [masks] each.
 
-    loss: nats per token lost; divergence: KL from the whole model.
+    loss: nats per token lost; divergence: KL from the whole model; share: nats lost, on average over the predicting
+    positions, by the share of the probability that goes to the language's own words; None unless it was asked for.
     """
 
     loss: Tensor
     divergence: Tensor
+    share: Tensor | None = None
 
 
-def effect(decoder: Decoder, words: Words, batch: Batch, before: Tensor, neurons: Tensor) -> Effect:
+def effect(
+    decoder: Decoder,
+    words: Words,
+    batch: Batch,
+    before: Tensor,
+    neurons: Tensor,
+    values: Tensor | None = None,
+    own: Tensor | None = None,
+) -> Effect:
     """Effect of factors on `batch`, of several masks in one pass. Differentiable.
 
-    before: of `Unmasked`, [n, words]; neurons: [masks, layers, widest].
+    before: of `Unmasked`, [n, words]; neurons: [masks, layers, widest], from 1 to keep a neuron's value to 0 to replace
+    it by its value in `values`, [layers, widest], or by 0; own: bool [words], of `Words.of_language`, for the share.
     """
     masks = len(neurons)
     repeated = Batch(batch.token_ids.repeat(masks, 1), batch.lengths.repeat(masks))
-    with scaled(decoder, neurons.repeat_interleave(batch.documents, dim=0)):
+    of_documents = neurons.repeat_interleave(batch.documents, dim=0)
+    with scaled(decoder, of_documents, offsets=None if values is None else (1 - of_documents) * values):
         after = words.log_probabilities(predicting(decoder, repeated)).view(masks, *before.shape)
     targets = words.targets(batch)  # [n, 1]
     lost = before.gather(1, targets) - after.gather(2, targets.expand(masks, -1, -1))  # [masks, n, 1]
     divergence = (before.exp() * (before - after)).sum(dim=2)  # [masks, n]
-    return Effect(lost.mean(dim=(1, 2)), divergence.mean(dim=1))
+    share = None
+    if own is not None:
+        share = (before[:, own].logsumexp(dim=1) - after[..., own].logsumexp(dim=2)).mean(dim=1)
+    return Effect(lost.mean(dim=(1, 2)), divergence.mean(dim=1), share)

@@ -16,7 +16,7 @@ def overlaps(scores: Scores, methods: Sequence[str], budget: float) -> list[Over
     """Jaccard overlap of every two sets of any of `methods` and languages at `budget`."""
     count = neurons_of_budget(budget, scores.shape.neurons)
     chosen = {
-        (method, language): _members(ordered[:count], scores.shape.tensor[1:])
+        (method, language): members(ordered[:count], scores.shape.tensor[1:])
         for method in methods
         for language, ordered in order(scores, method, seed=0).items()
     }
@@ -42,7 +42,7 @@ def stability(halves: Sequence[Scores], budget: float) -> dict[str, dict[str, fl
             continue
         orders = order(first, method), order(second, method)
         by_method[method] = {
-            language: jaccard(*(_members(ordered[language][:count], shape) for ordered in orders))
+            language: jaccard(*(members(ordered[language][:count], shape) for ordered in orders))
             for language in first.info.languages
         }
     return by_method
@@ -67,7 +67,7 @@ def neurons_per_layer(scores: Scores, methods: Sequence[str], budget: float) -> 
     }
 
 
-def _members(places: Tensor, shape: tuple[int, ...]) -> Tensor:
+def members(places: Tensor, shape: tuple[int, ...]) -> Tensor:
     """places: int64 [n, 2] -> bool of `shape` [layers, widest]."""
     members = torch.zeros(shape, dtype=torch.bool)
     members[places[:, 0], places[:, 1]] = True

@@ -24,7 +24,8 @@ class ValidationPlan(BaseModel):
 
     methods: of which scores there are. budgets: fractions of all neurons. effect: nats per token that the target loses
     at matched effect, or None to leave that out. seeds: of methods that draw. matched_to: the method whose numbers of
-    neurons per layer random controls use, too. published: whether the methods' own rules are tried.
+    neurons per layer random controls use, too. published: whether the methods' own rules are tried. intervention: what
+    becomes of the neurons; None for that for which a search made a method's scores (and of its controls), else zero.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -35,6 +36,7 @@ class ValidationPlan(BaseModel):
     seeds: tuple[int, ...] = (0, 1, 2)
     matched_to: str | None = None
     published: bool = True
+    intervention: str | None = None
 
 
 class MaskEffect(BaseModel):
@@ -44,6 +46,7 @@ class MaskEffect(BaseModel):
     all neurons that it has. changes: nats per token by language, above 0 for a loss. collateral: nats per token that
     the other languages lose, on average, for each that the target loses; None where the target loses nothing. f1:
     LangSpec-F1 at b = 1 by form, of the scores exp(-nats per token), the geometric mean probability of a token.
+    intervention: what became of the neurons.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -58,6 +61,7 @@ class MaskEffect(BaseModel):
     changes: dict[str, Estimate]
     collateral: Estimate | None
     f1: dict[Form, float]
+    intervention: str = "zero"
 
     @property
     def own(self) -> Estimate:

@@ -9,7 +9,7 @@ from crane_serve.common.numbers.bootstrap import Estimate
 from crane_serve.common.numbers.langspec import Form
 from crane_serve.common.reports.content import Cell, Table
 from crane_serve.common.reports.numbers import interval_text, number_text, percent_text
-from relevance.selection_options import LIKE, neurons_of_budget
+from relevance.selection_options import LIKE, ZERO, neurons_of_budget
 from relevance.validation.result import CHOICE, MATCHED, REPORT, MaskEffect, Validation
 
 _NOTHING = "-"
@@ -65,10 +65,18 @@ def settings_table(result: Validation) -> Table:
         "matched effect": _NOTHING if plan.effect is None else f"{plan.effect:g} nats per token",
         "seeds of methods that draw": ", ".join(map(str, plan.seeds)) or _NOTHING,
         "controls matched to": plan.matched_to or _NOTHING,
+        **_interventions(result),
         "corpus of the scores": result.relevance_digest[:_SHORT],
         "made by": result.created_by,
     }
     return Table(("setting", "value"), tuple((Cell(name), Cell(value)) for name, value in settings.items()))
+
+
+def _interventions(result: Validation) -> dict[str, str]:
+    """What became of neurons, for methods where they did not become 0."""
+    others = {group.name: group.effects[0].intervention for group in Draws.group(result.effects)}
+    listed = ", ".join(f"{what} of {name}" for name, what in others.items() if what != ZERO)
+    return {"value in the place of a neuron's": f"{listed}; else 0"} if listed else {}
 
 
 def texts_table(result: Validation) -> Table:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -14,9 +15,9 @@ from relevance.methods import find
 from relevance.scored_model import EncodedTexts, ScoredModel
 from relevance.scores import Scores
 from relevance.selection import order, select
-from relevance.selection_options import LIKE, SelectionOptions, neurons_of_budget
+from relevance.selection_options import GLOBAL, LIKE, ZERO, Intervention, SelectionOptions, neurons_of_budget
 from relevance.validation.ablations import Ablations
-from relevance.validation.overlap import neurons_per_layer, overlaps, stability
+from relevance.validation.overlap import members, neurons_per_layer, overlaps, stability
 from relevance.validation.result import (
     CHOICE,
     MATCHED,
@@ -58,6 +59,7 @@ class Validator:
         self.empty: list[tuple[str, str]] = []
         for method in plan.methods:
             scores.of(method)
+            self._intervention(method)
         for budget in plan.budgets:
             neurons_of_budget(budget, scores.shape.neurons)
         if plan.effect is not None and not plan.effect > 0:
@@ -84,7 +86,7 @@ class Validator:
                 for budget in self.plan.budgets:
                     count = neurons_of_budget(budget, self.scores.shape.neurons)
                     for language in self.languages:
-                        mask = self._mask(orders[language], count)
+                        mask = self._mask(method, orders[language], count)
                         yield self._effect(method, language, "budget", self._seed_of(method, seed), mask)
                 if seed is not None and self.plan.matched_to is not None:
                     yield from self._controls(method, seed, self.plan.matched_to)
@@ -101,12 +103,12 @@ class Validator:
             for seed in self._seeds(method):
                 orders = self._orders(method, seed)
                 for language in self.languages:
-                    count = self._count_for(self.plan.effect, orders[language], language)
+                    count = self._count_for(self.plan.effect, method, orders[language], language)
                     if count is None:
                         unreached.append((method, language))
                         self.advance(f"{method} {language} {MATCHED}")
                         continue
-                    mask = self._mask(orders[language], count)
+                    mask = self._mask(method, orders[language], count)
                     effects.append(self._effect(method, language, MATCHED, self._seed_of(method, seed), mask))
         return effects, unreached
 
@@ -127,9 +129,11 @@ class Validator:
         if not self._draws(method):
             return
         for budget in self.plan.budgets:
-            options = SelectionOptions(method, budget=budget, quotas=f"{LIKE}{like}", seed=seed)
-            for language, mask in select(self.scores, options).masks.items():
-                yield self._effect(method, language, f"{LIKE}{like}", seed, mask)
+            options = self._options(method, budget=budget, quotas=f"{LIKE}{like}", seed=seed)
+            selection = select(self.scores, options)
+            for language, mask in selection.masks.items():
+                intervention = selection.options.intervention
+                yield self._effect(method, language, f"{LIKE}{like}", seed, mask, intervention)
 
     def _published(self, method: str) -> Iterator[MaskEffect]:
         shape = self.scores.shape
@@ -144,26 +148,39 @@ class Validator:
                 self.empty.append((method, language))
                 self.advance(f"{method} {language} published")
                 continue
-            mask = NeuronMask((~off).float(), shape.sizes)
+            mask = self._intervention(method).mask(off, shape.sizes)
             yield self._effect(method, language, "published", None, mask)
 
-    def _mask(self, ordered: Tensor, count: int) -> NeuronMask:
-        sizes = self.scores.shape.sizes
-        off: list[list[int]] = [[] for _ in sizes]
-        for layer, index in ordered[:count].tolist():
-            off[layer].append(index)
-        return NeuronMask.switching_off(off, sizes)
+    def _options(self, method: str, quotas: str = GLOBAL, **options: Any) -> SelectionOptions:
+        """With the intervention of the plan, or that of the scores."""
+        wanted = SelectionOptions(method, quotas=quotas, intervention=self.plan.intervention, **options)
+        return wanted.settled(self.scores.info)
 
-    def _count_for(self, effect: float, ordered: Tensor, language: str) -> int | None:
+    def _intervention(self, method: str) -> Intervention:
+        return Intervention.of(self._options(method).intervention or ZERO, self.scores)
+
+    def _mask(self, method: str, ordered: Tensor, count: int) -> NeuronMask:
+        off = members(ordered[:count], self.scores.shape.tensor[1:])
+        return self._intervention(method).mask(off, self.scores.shape.sizes)
+
+    def _count_for(self, effect: float, method: str, ordered: Tensor, language: str) -> int | None:
         """The smallest number of neurons, to within 7 %, that costs `language` so many nats per token on the part for
         choices."""
 
         def costs(count: int) -> bool:
-            return self.ablations.loss(self._mask(ordered, count), CHOICE, language) >= effect
+            return self.ablations.loss(self._mask(method, ordered, count), CHOICE, language) >= effect
 
         return fewest(costs, len(ordered))
 
-    def _effect(self, method: str, language: str, rule: str, seed: int | None, mask: NeuronMask) -> MaskEffect:
+    def _effect(
+        self,
+        method: str,
+        language: str,
+        rule: str,
+        seed: int | None,
+        mask: NeuronMask,
+        intervention: str | None = None,
+    ) -> MaskEffect:
         measured = {name: self.ablations.losses(mask, REPORT, name) for name in self.languages}
         whole = {name: self.ablations.losses(None, REPORT, name) for name in self.languages}
         changes = {
@@ -188,6 +205,7 @@ class Validator:
                 language,
             ),
             f1={form: langspec_f1(unmasked, left, language, form) for form in Form},
+            intervention=intervention or self._options(method).intervention or ZERO,
         )
 
 

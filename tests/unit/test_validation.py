@@ -163,7 +163,7 @@ def test_choices_never_see_the_report() -> None:
     costs = _costs()
     ablations = _Additive(costs)
     validator = Validator(ablations, _scores(costs), PLAN)
-    validator._count_for(1.0, validator._orders("learned", 0)["vi"], "vi")
+    validator._count_for(1.0, "learned", validator._orders("learned", 0)["vi"], "vi")
     assert {part for part, _ in ablations.asked} == {"validation"}
     assert {language for _, language in ablations.asked} == {"vi"}
 
