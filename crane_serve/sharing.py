@@ -36,7 +36,7 @@ def push(
     licence: Annotated[
         str | None, typer.Option("--licence", "--license", help="Of the masks, as the Hub abbreviates it: apache-2.0")
     ] = None,
-    positions: Annotated[str, typer.Option(help="What they are meant for: all, prompt or generated")] = "all",
+    positions: Annotated[str, typer.Option(help="The tokens that they are meant for, as in a request.")] = "all",
     validation: Annotated[
         Path | None, typer.Option(help="Directory that `crane validate` wrote: what the masks cost, for the card")
     ] = None,
@@ -55,8 +55,10 @@ def push(
     from crane_serve.common.masks.positions import Positions
     from crane_serve.common.masks.transfer import read_masks
 
-    if positions not in list(Positions):
-        raise SharingError(f"--positions {positions}: expected {', '.join(Positions)}")
+    try:
+        meant = Positions.parse(positions)
+    except ValueError as error:
+        raise SharingError(f"--positions {error}") from None
     repository = HubName.parse(to)
     stored = [mask for path in masks for mask in (read_masks(path) if path.is_dir() else [read_mask(path)])]
     commit = None
@@ -80,7 +82,7 @@ def push(
             base_model=model[0],
             base_commit=model[1],
             licence=licence or (known if isinstance(known, str) else None),
-            positions=Positions(positions),
+            positions=meant,
             effects=_effects({mask.mask.digest: mask.name for mask in all_masks}, validation, evaluation),
         )
 

@@ -184,15 +184,11 @@ class Scores:
             "other_texts": {**self.info.other_texts, **joined},
             "searches": {**self.info.searches, **other.info.searches},
         }
-        return Scores(
-            {**self.by_method, **other.by_method},
-            self.info.model_copy(update=both),
-            **{
-                name: getattr(self, name) if getattr(self, name) is not None else getattr(other, name)
-                for name in _NAMED
-            },
-            **{name: {**getattr(self, name), **getattr(other, name)} for name in _BY_METHOD},
-        )
+        fields: dict[str, Any] = {
+            name: getattr(self, name) if getattr(self, name) is not None else getattr(other, name) for name in _NAMED
+        }
+        fields |= {name: {**getattr(self, name), **getattr(other, name)} for name in _BY_METHOD}
+        return Scores({**self.by_method, **other.by_method}, self.info.model_copy(update=both), **fields)
 
     def replaced(self, method: str, scores: Tensor, search: Search, spread: Tensor | None = None) -> "Scores":
         """With the scores of a search in the place of those of `method`, if there are any. Both [languages, layers,

@@ -31,7 +31,7 @@ class _Request(NamedTuple):
     @classmethod
     def of(cls, new_req_data: Any) -> "_Request":
         """Of a request that begins, or begins again after a preemption: then its prefill has generated tokens, too."""
-        asked, shown = (read(new_req_data.sampling_params) for read in (requested_mask, asked_for))
+        asked, shown = requested_mask(new_req_data.sampling_params), asked_for(new_req_data.sampling_params)
         prompt = len(new_req_data.prompt_token_ids or ())
         masked = None if asked is None else MaskedTokens(asked, prompt)
         ends = masked is not None and masked.have_end

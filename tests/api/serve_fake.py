@@ -124,7 +124,7 @@ class FakeServer:
     ) -> None:
         self._log = directory / "server.log"
         self._log.touch()
-        given = {"model": "tiny", "masks": directory, "port": 0, "log_format": "json", **settings}
+        given = {"model": "tiny", "masks": str(directory), "port": 0, "log_format": "json", **settings}
         self.process = context().Process(target=_serve, args=(self._log, given, fail, never, talks), daemon=True)
         self.process.start()
 

@@ -204,7 +204,7 @@ async def test_positions_are_for_it_as_for_a_name(http: httpx.AsyncClient, engin
     assert answer.json()["mask"]["positions"] == "prompt"
     asked = engine.calls[0].mask
     assert asked is not None
-    assert asked.positions is Positions.PROMPT
+    assert asked.positions == Positions.PROMPT
 
 
 async def test_neither_the_log_nor_the_metrics_hold_its_neurons(

@@ -178,7 +178,10 @@ def test_a_commit_in_between_is_noticed(hub: Hub, masks: Path, monkeypatch: pyte
         (("masks", "hf:some/masks@main"), "hf:some/masks@main: masks are pushed to the default branch"),
         (("masks", "masks/attnlrp-en.safetensors", "hf:some/masks"), "two masks are called 'attnlrp-en'"),
         (("masks/nothing.safetensors", "hf:some/masks"), "nothing.safetensors: not a readable mask file"),
-        (("masks", "hf:some/masks", "--positions", "first"), "--positions first: expected all, prompt, generated"),
+        (
+            ("masks", "hf:some/masks", "--positions", "first"),
+            "--positions 'first': expected 'all', 'prompt'",
+        ),
         (("masks", "hf:some/masks", "--revision", "v1"), "--revision is of --base-model, which is not given"),
         (("masks", "hf:some/masks", "--base-model", "masks"), "masks is a directory; expected a hub id"),
         (("masks", "hf:some/masks", "--validation", "nowhere"), "is not the result of a validation"),
@@ -260,6 +263,9 @@ class TestCard:
         assert "all tokens of a request" in card
         assert "`applied` masks all tokens" not in card
         assert "`applied` masks all tokens" in mask_card(NAME, [stored], positions=Positions.PROMPT)
+        window = mask_card(NAME, [stored], positions=Positions.parse("prompt[-4:]+generated"))
+        assert "Meant for the tokens prompt[-4:]+generated." in window
+        assert "&positions=prompt%5B-4%3A%5D%2Bgenerated'" in window
 
     def test_figures_of_a_validation_and_of_an_evaluation(self, hub: Hub, masks: Path, tmp_path: Path) -> None:
         stored = read_mask(masks / CHINESE)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
@@ -77,9 +78,10 @@ def mask_card(
     }
     written = yaml.safe_dump({key: value for key, value in front.items() if value is not None}, sort_keys=False)
     fingerprint = masks[0].info.fingerprint
+    meant_for = _POSITIONS.get(positions, f"the tokens {positions}")
     sections = [
         Section("What this is", _ABOUT),
-        Section("Masks", (f"Meant for {_POSITIONS[positions]}.",), (_mask_table(masks),)),
+        Section("Masks", (f"Meant for {meant_for}.",), (_mask_table(masks),)),
         Section("Model", tables=(_model_table(fingerprint, base_model, base_commit),)),
         *effects,
     ]
@@ -153,8 +155,8 @@ def _model_table(fingerprint: Fingerprint, base_model: str | None, base_commit: 
 
 def _use(repository: str, mask: str, model: str, positions: Positions) -> str:
     """How to serve masks, and how to apply one in transformers. All arguments are names without markup."""
-    where = "" if positions is Positions.ALL else f"&positions={positions}"
-    only = "" if positions is Positions.ALL else "\n`applied` masks all tokens, whatever the masks are meant for.\n"
+    where = "" if positions == Positions.ALL else f"&positions={quote(str(positions))}"
+    only = "" if positions == Positions.ALL else "\n`applied` masks all tokens, whatever the masks are meant for.\n"
     return f"""
 ## Serve
 

@@ -244,6 +244,7 @@ def _explained(source: HubName) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     # The errors of its HTTP client, whichever that is, and OSError; RuntimeError is what an upload fails with.
+    failures: tuple[type[Exception], ...]
     failures = (*cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__), RuntimeError)
     try:
         yield
