@@ -32,7 +32,10 @@ class _Request(NamedTuple):
     def of(cls, new_req_data: Any) -> "_Request":
         """Of a request that begins, or begins again after a preemption: then its prefill has generated tokens, too."""
         asked, shown = requested_mask(new_req_data.sampling_params), asked_for(new_req_data.sampling_params)
-        prompt = len(new_req_data.prompt_token_ids or ())
+        if asked is None and shown is None:
+            return _NONE
+        ids = new_req_data.prompt_token_ids
+        prompt = len(new_req_data.prompt_embeds if ids is None else ids)
         masked = None if asked is None else MaskedTokens(asked, prompt)
         ends = masked is not None and masked.have_end
         return cls(masked, new_req_data.prefill_token_ids if ends else (), shown, prompt)

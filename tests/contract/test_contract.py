@@ -40,9 +40,11 @@ OF_OTHERS = {
     *HTTP,
     *MODELS,
     "_load_model",
+    "tobytes",  # of NumPy
+    "crane_activation_request",
     "crane_masked_tokens",
     "crane_window_salts",
-}  # the last three are ours
+}  # the last three, and _load_model, are ours
 VERSION = wheel.installed_version() or "none"
 
 

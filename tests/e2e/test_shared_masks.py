@@ -79,7 +79,7 @@ def test_it_means_the_same_served_applied_and_baked(
     answer = shared.server.post("/score", json=body).raise_for_status().json()
     tokens = answer["scores"][0]["token_logprobs"]
     served = [token["logprob"] for token in tokens]
-    ids = [*answer["prompts"][0], tokens[-1]["id"]]
+    ids = [*answer["prompts"][0], tokens[-1]["token_id"]]
     path = shared.pulled / f"attnlrp-{language}.safetensors"
     stored: StoredMask = read_mask(path)
     assert answer["mask"]["digest"] == stored.mask.digest

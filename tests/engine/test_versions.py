@@ -66,7 +66,7 @@ def test_a_mask_that_the_engine_core_refuses_is_an_error_that_0_33_passes_on(mon
 
     monkeypatch.setattr(plugin, "require_embeddings", lambda *_: None)
     monkeypatch.setattr(plugin, "admit", refuse)
-    request = SimpleNamespace(sampling_params=None, resumable=False, prompt_token_ids=[1])
+    request = SimpleNamespace(sampling_params=None, resumable=False, prompt_token_ids=[1], prompt_embeds=None)
     with pytest.raises(VLLMValidationError, match="unknown mask 'fr'"):
         plugin._preprocess_add_request(lambda *_: None, SimpleNamespace(vllm_config=None), request)
 

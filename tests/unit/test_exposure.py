@@ -28,7 +28,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(tmp_path: Path, **given: Any) -> ServeSettings:
-    return ServeSettings(model="m", masks=tmp_path, **given)
+    return ServeSettings(model="m", masks=str(tmp_path), **given)
 
 
 PUBLIC = ["0.0.0.0", "::", "", "192.0.2.7", "2001:db8::1", "outside", "scoped"]

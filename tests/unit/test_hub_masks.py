@@ -441,7 +441,7 @@ class TestServing:
         """Those that engines are configured with; no engine is."""
         found: list[Path] = []
 
-        def configure_engine(model: Path, masks: Path, *_: object) -> None:
+        def configure_engine(model: Path, masks: Path, *_: object, **switches: object) -> None:
             found.append(masks)
             raise ValueError("no engine in this test")
 

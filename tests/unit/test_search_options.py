@@ -201,7 +201,7 @@ def test_files_keep_searches_and_spreads(tmp_path: Path) -> None:
     made = random_scores()
     values = made.of("attnlrp")
     search = Search(intervention="mean", target="language", neurons=3, seeds=(4, 5), jaccard={"en": 0.5})
-    first = made.replaced("learned", values, search, values.abs())
+    first = made.replaced("learned", values.clone(), search, values.abs())
     first.save(tmp_path / "scores.safetensors")
     read = Scores.load(tmp_path / "scores.safetensors")
     assert read.info.searches == {"learned": search}
