@@ -159,7 +159,7 @@ def asked_for(sampling_params: Any) -> tuple[str, ActivationRequest] | None:
 def admit_activations(vllm_config: Any, request: Any) -> None:
     """Have an EngineCoreRequest that asks for activations read no prefix cache.
 
-    Raises ActivationsError if it cannot have them.
+    Raises ActivationsOff in an engine without them, ActivationsError if it cannot have them.
     """
     parameters = request.sampling_params
     asked = asked_for(parameters)
@@ -203,7 +203,7 @@ class CaptureBuffers:
             buffer[1 : rows + 1].fill_(torch.nan)
 
     def of(self, layer: int) -> tuple[Tensor, int] | None:
-        """The buffer of a layer and its first neuron; None for a layer of another rank."""
+        """The buffer of a layer, [maximum tokens + 1, neurons], and its first neuron; None for one of another rank."""
         return self._of.get(layer)
 
 
