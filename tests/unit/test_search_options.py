@@ -201,7 +201,7 @@ def test_files_keep_searches_and_spreads(tmp_path: Path) -> None:
     made = random_scores()
     values = made.of("attnlrp")
     search = Search(intervention="mean", target="language", neurons=3, seeds=(4, 5), jaccard={"en": 0.5})
-    first = made.replaced("learned", values, search, values.abs())
+    first = made.replaced("learned", values.clone(), search, values.abs())
     first.save(tmp_path / "scores.safetensors")
     read = Scores.load(tmp_path / "scores.safetensors")
     assert read.info.searches == {"learned": search}
@@ -315,7 +315,18 @@ def test_learn_for_mean_ablation_with_seeds(files: dict[str, Path]) -> None:
     assert "mean of learned" in (files["directory"] / "own" / "report.md").read_text()
     _run("validate", model, scores, *common, *plan, "--intervention", "mean", "--out", files["directory"] / "mean")
     assert {effect.intervention for effect in Validation.load(files["directory"] / "mean").effects} == {"mean"}
-    refused = _run("validate", model, scores, *common, *plan, "--intervention", "zero", "--out", "none", fails=True)
+    refused = _run(
+        "validate",
+        model,
+        scores,
+        *common,
+        *plan,
+        "--intervention",
+        "zero",
+        "--out",
+        files["directory"] / "none",
+        fails=True,
+    )
     assert "made for the intervention mean, not for zero" in refused
     _run("refine", model, scores, *common, "--from", "magnitude", "--candidates", 8, "--intervention", "mean:vi")
     assert Scores.load(scores).info.searches["ablation-refined"].intervention == "mean:vi"
