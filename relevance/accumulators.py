@@ -222,6 +222,56 @@ class DocumentSample(GrowingStatistic):
         self._saved = torch.cat((self._saved, saved))[order]
 
 
+class Histogram(Statistic):
+    """Counts of observations (tokens) of every neuron by sign and size: two steps for each doubling from 1 / 4096 to
+    4096. What is smaller has one bin around 0, what is larger counts as of the last step.
+
+    counts: int32 [layers, widest, bins].
+    """
+
+    STEPS = 48  # of each sign
+    BINS = 2 * STEPS + 1
+
+    def __init__(self, layers: int, widest: int, device: torch.device) -> None:
+        self.counts = torch.zeros(layers, widest, self.BINS, dtype=torch.int32, device=device)
+
+    def add(self, layer: int, values: Tensor, counted: Tensor | None = None) -> None:
+        """Add `values` [observations, neurons] of one layer; counted: bool of that shape, None for all."""
+        values = values.float()
+        steps = (2 * values.abs().log2()).floor().add_(self.STEPS // 2 + 1).clamp_(0, self.STEPS)
+        bins = self.STEPS + (steps * values.sign()).long()  # [observations, neurons]
+        neurons = values.shape[1]
+        places = bins + self.BINS * torch.arange(neurons, device=values.device)
+        places = places.flatten() if counted is None else places[counted]
+        found = torch.bincount(places, minlength=neurons * self.BINS).view(neurons, self.BINS)
+        self.counts[layer, :neurons] += found.to(torch.int32)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"counts": self.counts.cpu()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        self.counts = _fitting(tensors, "counts", self.counts)
+
+    def merge(self, other: Statistic) -> None:
+        assert isinstance(other, Histogram)
+        self.counts += _fitting(other.tensors(), "counts", self.counts)
+
+    def median(self) -> Tensor:
+        """float64 [layers, widest] on the CPU, linear within the bin that holds it; 0 where nothing was observed."""
+        sizes = 2.0 ** ((torch.arange(self.STEPS + 1, dtype=torch.float64) - self.STEPS // 2) / 2)
+        edges = torch.cat((-sizes.flip(0), sizes))  # [bins + 1]
+        medians = []
+        for counts in self.counts.cpu():  # [widest, bins]
+            up_to = counts.cumsum(dim=1).double()
+            half = up_to[:, -1:] / 2
+            at = (up_to < half).sum(dim=1, keepdim=True)  # the first bin that reaches half of them
+            inside = counts.gather(1, at).double()
+            share = (half - up_to.gather(1, at) + inside) / inside.clamp_min(1)
+            low, high = edges[at], edges[at + 1]
+            medians.append(torch.where(half > 0, low + share * (high - low), 0).squeeze(1))
+        return torch.stack(medians)
+
+
 class FiniteCheck:
     """Checks that the values of every layer are finite, with one read from the device for all layers."""
 

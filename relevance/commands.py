@@ -49,6 +49,16 @@ def relevance(
     output_dimensions: Annotated[
         bool, typer.Option("--output-dimensions", help="Score the dimensions of the MLPs' outputs too (crane).")
     ] = False,
+    random_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--random-tokens", help="Score random tokens too, by activation methods (crane select --contrast)."
+        ),
+    ] = False,
+    medians: Annotated[
+        bool,
+        typer.Option("--medians", help="Keep the median activation of each neuron too (crane select --intervention)."),
+    ] = False,
     batch_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a batch, with padding; default: 512 on the CPU, else 2048.")
     ] = None,
@@ -136,6 +146,8 @@ def relevance(
             dtype=pick_dtype(dtype, torch_device),
             device=torch_device,
             output_dimensions=output_dimensions,
+            random_tokens=random_tokens,
+            medians=medians,
             execution=Execution(checkpointing, workers, ray_address, unfinished, restart),
             server=server,
             each_half=of_halves.append if halves else None,
@@ -182,7 +194,7 @@ def select(
         str | None,
         typer.Option(
             help="none, minus-mean, minus-max, share or margin: how languages are compared. Rankings by share alone "
-            "prefer tiny neurons.",
+            "prefer tiny neurons. Or random-tokens: the method's own, without neurons that score as high on those.",
             show_default="the method's own",
         ),
     ] = None,
@@ -207,7 +219,7 @@ def select(
         str | None,
         typer.Option(
             help="What becomes of the neurons: zero; mean, their mean activation in all languages; mean:LANG, in one; "
-            "add:LANG-LANG2, the difference of two is added.",
+            "median and median:LANG alike; add:LANG-LANG2, the difference of two means is added.",
             show_default="that for which a search made the scores, else zero",
         ),
     ] = None,

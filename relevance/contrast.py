@@ -8,6 +8,9 @@ from torch import Tensor
 
 Contrast = Callable[[Tensor], Tensor]
 
+RANDOM_TOKENS = "random-tokens"
+"""The contrast with random token sequences: see `louder`. It takes away, and leaves the method's ranking as it is."""
+
 
 class ContrastError(ValueError):
     """A contrast does not exist, or there is no second language to compare with."""
@@ -72,8 +75,17 @@ def find_contrast(name: str) -> Contrast:
     """The contrast called `name`. Raises ContrastError naming those that exist."""
     contrast = CONTRASTS.get(name)
     if contrast is None:
-        raise ContrastError(f"unknown contrast {name!r}; contrasts are {', '.join(CONTRASTS)}")
+        raise ContrastError(f"unknown contrast {name!r}; contrasts are {', '.join(CONTRASTS)}, {RANDOM_TOKENS}")
     return contrast
+
+
+def louder(scores: Tensor, on_random: Tensor) -> Tensor:
+    """Which neurons score higher in a language than on random token sequences: bool [languages, layers, neurons].
+
+    After LangFIR (arXiv:2604.03532), which leaves out what fires on random tokens. scores: [languages, layers,
+    neurons]; on_random: [layers, neurons].
+    """
+    return scores > on_random
 
 
 def _require_others(name: str, scores: Tensor) -> int:

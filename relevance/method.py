@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from crane_serve.common.models.experts import Experts
 from crane_serve.common.models.families import Decoder, KnownLayer, available
 from relevance.accumulators import Statistic
 from relevance.contrast import find_contrast
@@ -88,13 +89,15 @@ class Units:
     """The units of a model that methods measure.
 
     sizes: number of neurons of each layer; hidden: width of the residual stream; gated: whether the MLPs have an up
-    projection beside the gate; outputs: whether the dimensions of the MLPs' outputs are to be scored too.
+    projection beside the gate; outputs: whether the dimensions of the MLPs' outputs are to be scored too; experts:
+    which neurons are in experts, where it is known.
     """
 
     sizes: tuple[int, ...]
     hidden: int = 0
     gated: bool = True
     outputs: bool = False
+    experts: Experts | None = None
 
     @property
     def layers(self) -> int:
@@ -206,10 +209,12 @@ class ScoredMethod(Method):
 class Measured(ScoredMethod):
     """A method that accumulates. An instance holds the statistics of ONE language as its attributes.
 
-    sites: whose gradients it needs; empty for a method that listens to activations.
+    sites: whose gradients it needs; empty for a method that listens to activations. of_one_language: whether what a
+    language's instance finalises to is its score, whatever the other languages are.
     """
 
     sites: ClassVar[frozenset[Site]] = frozenset()
+    of_one_language: ClassVar[bool] = True
 
     def __init__(self, units: Units, device: torch.device | None = None) -> None:
         self.units = units

@@ -23,8 +23,8 @@ from relevance.method import Shape
 
 FORMAT_VERSION = 1
 # In the file, tensors with these prefixes belong to fields by method, and those of these names to others.
-_BY_METHOD = {"outputs": "outputs/", "spreads": "spread/"}
-_NAMED = {"means": "typical/mean"}
+_BY_METHOD = {"outputs": "outputs/", "spreads": "spread/", "on_random": "random-tokens/"}
+_NAMED = {"means": "typical/mean", "medians": "typical/median", "shares": "typical/share"}
 
 
 class ScoresError(ValueError):
@@ -109,12 +109,14 @@ class Scores:
 
     by_method: method name -> float32 [languages, layers, widest] on the CPU, 0 in padding.
     outputs: method name -> float32 [languages, layers, hidden] on the CPU.
-    means: float32 [languages, layers, widest] on the CPU, the mean activation of each neuron; None in files of earlier
+    means, medians: float32 [languages, layers, widest] on the CPU, mean and median activation of each neuron; shares:
+    alike, of a mixture of experts, the share of tokens that have the neuron; for `typical`. None in files of earlier
     versions, and where nothing was measured.
     spreads: method name -> float32 [languages, layers, widest] on the CPU, the standard deviation of its scores between
-    the seeds of a search.
+    the seeds of a search. on_random: method name -> float32 [layers, widest] on the CPU, its scores on random tokens.
 
-    Raises ScoresError for a tensor of another shape or dtype, and for outputs or spreads of a method without scores.
+    Raises ScoresError for a tensor of another shape or dtype, and for outputs, spreads or scores on random tokens of a
+    method without scores.
     """
 
     by_method: Mapping[str, Tensor]
@@ -122,6 +124,9 @@ class Scores:
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
     means: Tensor | None = None
     spreads: Mapping[str, Tensor] = field(default_factory=dict)
+    on_random: Mapping[str, Tensor] = field(default_factory=dict)
+    medians: Tensor | None = None
+    shares: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("by_method", *_BY_METHOD):
@@ -130,15 +135,19 @@ class Scores:
             raise ScoresError("scores of no method")
         for method, scores in self.by_method.items():
             _require(f"scores of {method}", scores, self.shape.tensor)
-        if self.means is not None:
-            _require("mean activations", self.means, self.shape.tensor)
+        for name in _NAMED:
+            if getattr(self, name) is not None:
+                _require(name, getattr(self, name), self.shape.tensor)
         languages, layers, _ = self.shape.tensor
-        shapes = {"outputs": (languages, layers, self.info.fingerprint.hidden_size), "spreads": self.shape.tensor}
-        for name, what in (("outputs", "output scores"), ("spreads", "spreads")):
+        for name, what, shape in (
+            ("outputs", "output scores", (languages, layers, self.info.fingerprint.hidden_size)),
+            ("spreads", "spreads", self.shape.tensor),
+            ("on_random", "scores on random tokens", self.shape.tensor[1:]),
+        ):
             for method, scores in getattr(self, name).items():
                 if method not in self.by_method:
                     raise ScoresError(f"there are {what} of {method}, but none of its neurons")
-                _require(f"{what} of {method}", scores, shapes[name])
+                _require(f"{what} of {method}", scores, shape)
 
     @cached_property
     def shape(self) -> Shape:
@@ -159,6 +168,35 @@ class Scores:
             existing = f"there are of {', '.join(self.outputs)}" if self.outputs else "there are of no method"
             raise ScoresError(f"no scores of output dimensions of method {method!r}; {existing}")
         return scores
+
+    def on_random_of(self, method: str) -> Tensor:
+        """Scores on random tokens, float32 [layers, widest]. Raises ScoresError naming those that exist."""
+        scores = self.on_random.get(method)
+        if scores is None:
+            existing = f"there are of {', '.join(self.on_random)}" if self.on_random else "there are of no method"
+            raise ScoresError(
+                f"no scores of method {method!r} on random tokens; {existing}. `crane relevance --random-tokens` makes "
+                "them, of methods that look at activations alone and at one language at a time"
+            )
+        return scores
+
+    def typical(self, median: bool = False) -> Tensor:
+        """Mean or median activation of each neuron, float32 [languages, layers, widest]; of a neuron of an expert over
+        the tokens that have it, and 0 where none has.
+
+        Raises ScoresError where they were not measured.
+        """
+        if median:
+            if self.medians is None:
+                raise ScoresError(
+                    "these scores come without median activations; `crane relevance --medians` writes them"
+                )
+            return self.medians
+        whole = self.info.fingerprint.experts is None
+        if self.means is None or not (whole or self.shares is not None):
+            what = "mean activations" if self.means is None else "how many tokens have an expert, for mean activations"
+            raise ScoresError(f"these scores come without {what}; `crane relevance` of this version writes them")
+        return self.means if self.shares is None else torch.where(self.shares > 0, self.means / self.shares, 0)
 
     def merged(self, other: "Scores") -> "Scores":
         """The scores of both, which must have no method in common. The counts in `info` remain those of this one.
@@ -184,21 +222,26 @@ class Scores:
             "other_texts": {**self.info.other_texts, **joined},
             "searches": {**self.info.searches, **other.info.searches},
         }
-        fields: dict[str, Any] = {
-            name: getattr(self, name) if getattr(self, name) is not None else getattr(other, name) for name in _NAMED
-        }
-        fields |= {name: {**getattr(self, name), **getattr(other, name)} for name in _BY_METHOD}
-        return Scores({**self.by_method, **other.by_method}, self.info.model_copy(update=both), **fields)
+        of_means = other if self.means is None else self
+        return Scores(
+            {**self.by_method, **other.by_method},
+            self.info.model_copy(update=both),
+            {**self.outputs, **other.outputs},
+            of_means.means,
+            {**self.spreads, **other.spreads},
+            {**self.on_random, **other.on_random},
+            other.medians if self.medians is None else self.medians,
+            of_means.shares,
+        )
 
     def replaced(self, method: str, scores: Tensor, search: Search, spread: Tensor | None = None) -> "Scores":
         """With the scores of a search in the place of those of `method`, if there are any. Both [languages, layers,
         widest]."""
-        outputs, spreads = ({of: kept[of] for of in kept if of != method} for kept in (self.outputs, self.spreads))
+        spreads = {of: values for of, values in self.spreads.items() if of != method}
         return replace(
             self,
             by_method={**self.by_method, method: scores},
             info=self.info.model_copy(update={"searches": {**self.info.searches, method: search}}),
-            outputs=outputs,
             spreads=spreads if spread is None else {**spreads, method: spread},
         )
 

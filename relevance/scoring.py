@@ -1,7 +1,7 @@
 """Scoring: computes Scores from a model and a corpus, by all requested methods in as few passes as possible."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,6 +17,7 @@ from relevance.encoding import EncodedDocuments, encode
 from relevance.method import (
     Measured,
     MethodError,
+    OfActivations,
     ScoredMethod,
     Shape,
     require_documents,
@@ -26,11 +27,12 @@ from relevance.method import (
 from relevance.model import load_skeleton
 from relevance.model_passes import units_of
 from relevance.progress import Progress, ScoringPlan
+from relevance.random_tokens import KEY, random_documents
 from relevance.repeats import text_keys
 from relevance.scores import Scores, ScoresInfo
 from relevance.served import OF_SERVER, Server, measure_served, require_served
 from relevance.shards import Job, Shard, deal, measure_shard, measure_with_ray, merged
-from relevance.typical import MeanActivation
+from relevance.typical import MeanActivation, MedianActivation, TokenShare
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def score(
     dtype: torch.dtype,
     device: torch.device,
     output_dimensions: bool = False,
+    random_tokens: bool = False,
+    medians: bool = False,
     execution: Execution | None = None,
     server: str | None = None,
     each_half: Callable[[Scores], None] | None = None,
@@ -69,11 +73,12 @@ def score(
 
     batch_tokens: tokens of a batch with padding; max_tokens: documents are cut to this length, start token included, or
     to the number of the model's learned positions if that is smaller; output_dimensions: score the MLPs' output
-    dimensions too, by the methods that can; server: the address of a crane server of this checkpoint, which computes
-    instead of this process, by the methods that `served.not_served` lets through; each_half: called with the scores of
-    each half of the documents, too, which shows how much the scores depend on the texts; start: called once with the
-    number of documents; advance: called with the number of further documents that are done. The caller removes the
-    progress once the scores are saved.
+    dimensions too, by the methods that can; random_tokens: score random token sequences too, by the methods that look
+    at activations alone and at one language at a time; medians: keep median activations beside the means; server: the
+    address of a crane server of this checkpoint, which computes instead of this process, by the methods that
+    `served.not_served` lets through; each_half: called with the scores of each half of the documents, too, which shows
+    how much the scores depend on the texts; start: called once with the number of documents; advance: called with the
+    number of further documents that are done. The caller removes the progress once the scores are saved.
 
     Raises MethodError, CheckpointError, FingerprintError, UnsupportedModelError, CorpusError, NonFiniteError,
     ProgressError, WorkerError and ServerError.
@@ -87,6 +92,9 @@ def score(
     require_known(methods, decoder, fingerprint.architecture)
     if server is not None:
         require_served(methods, decoder)
+        for asked, what in ((random_tokens, "random tokens"), (medians, "medians")):
+            if asked:
+                raise MethodError(f"{what} cannot be computed through a server")
     if decoder.sizes != fingerprint.intermediate_sizes:
         raise UnsupportedModelError(f"{checkpoint}: the sizes of the MLP layers differ from those in its config")
     max_tokens = min(max_tokens, decoder.positions or max_tokens)
@@ -96,14 +104,28 @@ def score(
         for language, documents in corpus.documents.items()
     }
     counts = {language: len(of_language.token_ids) for language, of_language in encoded.items()}
-    shards = deal(encoded, 2 if each_half else execution.workers)
-    for shard in shards if each_half else [Shard(0, {name: of.token_ids for name, of in encoded.items()})]:
+    everything = dict(encoded)
+    if random_tokens:
+        everything[KEY] = random_documents(tokenizer, encoded, decoder.vocabulary)
+    shards = deal(everything, 2 if each_half else execution.workers)
+    plain = [method for method in methods if issubclass(method, OfActivations) and method.of_one_language]
+    if random_tokens and not plain:
+        raise MethodError(
+            f"random tokens are scored by methods of activations, such as magnitude and lape, of which none is among "
+            f"{', '.join(method.name for method in methods)}"
+        )
+    for shard in shards if each_half else [Shard(0, {name: of.token_ids for name, of in everything.items()})]:
         require_documents(methods, {name: len(shard.documents.get(name, ())) for name in encoded})
+    typical: list[type[Measured]] = [MeanActivation]
+    if medians:
+        typical.append(MedianActivation)
+    if fingerprint.experts is not None:
+        typical.append(TokenShare)
     plan = ScoringPlan(
         fingerprint=fingerprint,
         corpus_digest=corpus.digest,
-        languages=corpus.languages,
-        methods=(*(method.name for method in methods), MeanActivation.name),
+        languages=tuple(everything),
+        methods=tuple(method.name for method in (*methods, *typical)),
         output_dimensions=output_dimensions,
         max_tokens=max_tokens,
         batch_tokens=batch_tokens,
@@ -113,8 +135,8 @@ def score(
     )
     measured = tuple(method for method in methods if issubclass(method, Measured))
     if measured:
-        measured = (*measured, MeanActivation)
-    units = units_of(decoder, output_dimensions)
+        measured = (*measured, *typical)
+    units = replace(units_of(decoder, output_dimensions), experts=fingerprint.experts)
     shape = Shape(corpus.languages, decoder.sizes)
     info = ScoresInfo(
         languages=corpus.languages,
@@ -130,7 +152,7 @@ def score(
         normalised=corpus.normalised,
         text_keys=text_keys(corpus),
     )
-    start(sum(counts.values()))
+    start(sum(len(of.token_ids) for of in everything.values()))
     if not measured:
         return _scores(methods, (), shape, info)
     if server is not None:
@@ -141,7 +163,9 @@ def score(
         progress = None
         if execution.progress is not None or len(shards) > 1:
             progress = Progress.open(execution.progress or Path(scratch), plan, execution.restart)
-        job = Job(checkpoint, dtype, device, measured, units, batch_tokens, execution.checkpointing, progress)
+        job = Job(
+            checkpoint, dtype, device, measured, units, batch_tokens, execution.checkpointing, progress, tuple(plain)
+        )
         scores = _scores(methods, _measure(job, shards, execution, advance), shape, info)
         if each_half is not None:
             for shard in shards:
@@ -169,15 +193,26 @@ def _scores(
     shape: Shape,
     info: ScoresInfo,
 ) -> Scores:
-    finalised: dict[str, list[Tensor]] = {name: [] for name in (*(each.name for each in methods), MeanActivation.name)}
-    for _, of_language in measured:
+    finalised: dict[str, list[Tensor]] = {method.name: [] for method in methods}
+    on_random: dict[str, Tensor] = {}
+    for language, of_language in measured:
         for instance in of_language:
-            finalised[instance.name].append(instance.finalise())
+            if language == KEY:
+                on_random[instance.name] = instance.finalise().where(shape.exists, 0).float()
+            else:
+                finalised.setdefault(instance.name, []).append(instance.finalise())
+    means, medians, shares = (
+        kind.score(values, shape).float() if (values := finalised.get(kind.name)) else None
+        for kind in (MeanActivation, MedianActivation, TokenShare)
+    )
     return Scores(
         {method.name: method.score(finalised[method.name], shape).float() for method in methods},
         info,
         _outputs([method for method in methods if issubclass(method, Measured)], finalised, shape),
-        MeanActivation.score(means, shape).float() if (means := finalised[MeanActivation.name]) else None,
+        means,
+        on_random=on_random,
+        medians=medians,
+        shares=shares,
     )
 
 

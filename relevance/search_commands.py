@@ -31,7 +31,7 @@ _Intervention = Annotated[
     str,
     typer.Option(
         help="What becomes of a neuron that is switched off: zero; mean, its mean activation in all languages; "
-        "mean:LANG, in one."
+        "mean:LANG, in one; median and median:LANG alike."
     ),
 ]
 _Replace = Annotated[bool, typer.Option("--replace", help="Replace existing scores of this method.")]

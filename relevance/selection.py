@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from crane_serve.common.masks import MaskInfo, NeuronMask, write_mask
-from relevance.contrast import find_contrast
-from relevance.method import Method, Shape, require_languages
+from relevance.contrast import RANDOM_TOKENS, find_contrast, louder
+from relevance.method import Method, ScoreSource, Shape, require_languages
 from relevance.methods import find
 from relevance.scores import Scores
 from relevance.selection_options import (
@@ -106,6 +106,9 @@ def select(scores: Scores, options: SelectionOptions) -> Selection:
     Overlap. `exclusive` assigns each neuron to the language that ranks it highest, to the first language in a tie; the
     rule, or the budget, then selects among the neurons of the language.
 
+    Contrast. `random-tokens` leaves the method's own contrast as it is, and takes no neuron for a language that scores
+    as high on random token sequences.
+
     Without an intervention neurons are switched off, or become what they became in the search that made the scores.
 
     Raises MethodError for an unknown method and for one without a published rule, ContrastError, ScoresError for
@@ -169,7 +172,10 @@ class _Units:
         """The neurons."""
         kind = find(options.method)
         require_languages([kind], scores.info.languages)
-        return cls._ranked(options, kind, scores.shape, scores.of(options.method))
+        units = cls._ranked(options, kind, scores.shape, scores.of(options.method))
+        if options.contrast != RANDOM_TOKENS or kind.source is ScoreSource.NOTHING:
+            return units
+        return replace(units, own=units.own & louder(units.raw, scores.on_random_of(options.method).double()))
 
     @classmethod
     def of_outputs(cls, scores: Scores, options: SelectionOptions) -> "_Units":
@@ -185,8 +191,9 @@ class _Units:
         for language, of_language in zip(shape.languages, raw, strict=True):
             if not bool(torch.isfinite(of_language).all()):
                 raise SelectionError(f"scores of {options.method} for {language} are not all finite")
-        find_contrast(options.effective_contrast)
-        ranking = kind.ranking(raw, shape, options.seed, options.contrast)
+        contrast = None if options.contrast == RANDOM_TOKENS else options.contrast
+        find_contrast(contrast or kind.contrast)
+        ranking = kind.ranking(raw, shape, options.seed, contrast)
         own = shape.exists.expand_as(ranking)
         if options.overlap is Overlap.EXCLUSIVE:
             own = exclusive(ranking, shape.exists)
@@ -229,11 +236,15 @@ def _of_budget(options: SelectionOptions, neurons: _Units) -> Tensor:
         if len(places) < count:
             raise SelectionError(
                 f"{options} asks for {count} neurons, but only {len(places)} rank best for "
-                f"{neurons.shape.languages[index]}; choose a smaller budget, or let languages share"
+                f"{neurons.shape.languages[index]}; choose a smaller budget, or {_more(options)}"
             )
         layers, indices = places[:count].unbind(dim=1)
         chosen[index, layers, indices] = True
     return chosen
+
+
+def _more(options: SelectionOptions) -> str:
+    return "another contrast" if options.contrast == RANDOM_TOKENS else "let languages share"
 
 
 def _of_experts(scores: Scores, options: SelectionOptions) -> dict[str, NeuronMask]:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from crane_serve.common.masks import NeuronMask
+from relevance.contrast import RANDOM_TOKENS
 from relevance.methods import find
 from relevance.scores import Scores, ScoresInfo
 
 GLOBAL, UNIFORM, LIKE = "global", "uniform", "like:"
 ZERO = "zero"
-_MEAN, _ADD = "mean", "add:"
+_MEAN, _MEDIAN, _ADD = "mean", "median", "add:"
 
 
 class SelectionError(ValueError):
@@ -43,7 +44,8 @@ class Intervention:
     0; keeps: whether a stays whole.
 
     `zero` has v = 0; `mean` the mean over all languages of the neuron's mean activation (mean ablation), `mean:LANG`
-    that of one language; `add:LANG-LANG2` adds the difference of two languages' means.
+    that of one language; `median` and `median:LANG` alike, of medians; `add:LANG-LANG2` adds the difference of two
+    languages' means.
     """
 
     values: Tensor | None
@@ -51,27 +53,28 @@ class Intervention:
 
     @classmethod
     def of(cls, text: str, scores: Scores) -> "Intervention":
-        """As written, with what `scores` say that neurons typically are. Raises SelectionError."""
-        languages, means = scores.info.languages, None if scores.info.fingerprint.experts else scores.means
+        """As written, with what `scores` say that neurons typically are. Raises SelectionError, and ScoresError where
+        that was not measured."""
+        languages = scores.info.languages
         if text == ZERO:
             return cls(None)
-        known = f"{ZERO}, {_MEAN}, {_MEAN}:LANG or {_ADD}LANG-LANG2, of {', '.join(languages)}"
+        statistic, _, of_language = text.partition(":")
+        known = (
+            f"{ZERO}, {_MEAN}, {_MEAN}:LANG, {_MEDIAN}, {_MEDIAN}:LANG or {_ADD}LANG-LANG2, of {', '.join(languages)}"
+        )
         pairs = {f"{_ADD}{one}-{other}": (one, other) for one in languages for other in languages if one != other}
-        if text not in (_MEAN, *(f"{_MEAN}:{language}" for language in languages), *pairs):
+        of_one = statistic in (_MEAN, _MEDIAN) and text == f"{statistic}:{of_language}" and of_language in languages
+        if text not in (_MEAN, _MEDIAN, *pairs) and not of_one:
             raise SelectionError(f"intervention {text!r}; expected {known}")
-        if means is None:
-            raise SelectionError(
-                "these scores come without mean activations, or of a mixture of experts, for which they are not known; "
-                "`crane relevance` of this version writes them"
-            )
+        values = scores.typical(median=statistic == _MEDIAN)
         if text in pairs:
-            one, other = (means[languages.index(language)] for language in pairs[text])
+            one, other = (values[languages.index(language)] for language in pairs[text])
             return cls(one - other, keeps=True)
-        return cls(means.mean(dim=0) if text == _MEAN else means[languages.index(text.removeprefix(f"{_MEAN}:"))])
+        return cls(values[languages.index(of_language)] if of_one else values.mean(dim=0))
 
     @classmethod
     def of_ablation(cls, text: str, scores: Scores) -> "Intervention":
-        """As `of`, for what takes a value's place whole. Raises SelectionError for what is added to it, too."""
+        """As `of`, for what takes a value's place. Raises what that does, and SelectionError for what is added."""
         intervention = cls.of(text, scores)
         if intervention.keeps:
             raise SelectionError(f"intervention {text!r} adds to neurons; expected one that takes their place")
@@ -93,7 +96,7 @@ class SelectionOptions:
 
     budget: fraction of all neurons, 0 < budget <= 1, under Rule.BUDGET; count: a number of neurons instead, or of
     experts under Rule.EXPERTS;
-    z: threshold under Rule.Z; contrast: a key of CONTRASTS, None for the method's own;
+    z: threshold under Rule.Z; contrast: a key of CONTRASTS or RANDOM_TOKENS, None for the method's own;
     quotas: "global", "uniform" or "like:METHOD", None for "like:" the method that a control is matched to, else global;
     seed: of methods that draw; output_dimensions: take dimensions of the MLPs' outputs as well. intervention, strength:
     what becomes of the neurons, see `Intervention`; None for the one that the scores were made for.
@@ -135,6 +138,8 @@ class SelectionOptions:
             raise SelectionError("output dimensions can only be switched off; expected the intervention zero")
         whole = self.effective_quotas == GLOBAL and self.overlap is Overlap.SHARED and not self.output_dimensions
         whole = whole and zero and self.strength == 1
+        if self.contrast == RANDOM_TOKENS and (self.rule is Rule.EXPERTS or self.output_dimensions):
+            raise SelectionError(f"the contrast {RANDOM_TOKENS} knows neither experts nor output dimensions")
         if self.rule is Rule.EXPERTS and (self.count is None or not whole):
             raise SelectionError(
                 "the rule experts needs a count, and knows neither quotas, overlap, outputs nor interventions"

@@ -16,6 +16,7 @@ from relevance.method import Measured, MethodError, Units
 from relevance.model import load_model
 from relevance.model_passes import ModelPasses
 from relevance.progress import Done, Progress
+from relevance.random_tokens import KEY
 
 RETRIES = 3
 _POLL_S = 0.5
@@ -29,7 +30,10 @@ class WorkerError(ValueError):
 
 @dataclass(frozen=True)
 class Job:
-    """The common settings of all shards: how to load the model, what to measure, and where to save progress."""
+    """The common settings of all shards: how to load the model, what to measure, and where to save progress.
+
+    on_random: what to measure on random tokens instead of `kinds`.
+    """
 
     checkpoint: Path
     dtype: torch.dtype
@@ -39,10 +43,12 @@ class Job:
     batch_tokens: int
     checkpointing: bool
     progress: Progress | None
+    on_random: tuple[type[Measured], ...] = ()
 
-    def instances(self) -> list[Measured]:
+    def instances(self, language: str) -> list[Measured]:
         """New methods for one language, without observations."""
-        return [kind(self.units, self.device) for kind in self.kinds]
+        kinds = self.on_random if language == KEY else self.kinds
+        return [kind(self.units, self.device) for kind in kinds]
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ def measure_shard(
     """
     with ModelPasses(load_model(job.checkpoint, job.dtype, job.device), job.checkpointing) as passes:
         for language, documents in shard.documents.items():
-            methods = job.instances()
+            methods = job.instances(language)
             done = job.progress.load(shard.index, language, methods) if job.progress else Done()
             advance(done.documents)
             for number, batch in enumerate(batches(documents, job.batch_tokens, passes.device)):
@@ -92,11 +98,11 @@ def merged(job: Job, shards: Sequence[Shard]) -> Iterator[tuple[str, list[Measur
     """
     assert job.progress is not None
     for language in dict.fromkeys(language for shard in shards for language in shard.documents):
-        whole = job.instances()
+        whole = job.instances(language)
         for shard in shards:
             if language not in shard.documents:
                 continue
-            part = job.instances()
+            part = job.instances(language)
             done = job.progress.load(shard.index, language, part)
             if done.documents != len(shard.documents[language]):
                 raise WorkerError(

@@ -203,7 +203,8 @@ class CaptureBuffers:
             buffer[1 : rows + 1].fill_(torch.nan)
 
     def of(self, layer: int) -> tuple[Tensor, int] | None:
-        """The buffer of a layer, [maximum tokens + 1, neurons], and its first neuron; None for one of another rank."""
+        """The buffer of a layer, [maximum tokens + 1, neurons on this rank], and its first neuron; None for a layer of
+        another rank."""
         return self._of.get(layer)
 
 

@@ -23,6 +23,7 @@ class AveragePrecision(OfActivations):
     """
 
     name = "average-precision"
+    of_one_language = False
 
     def __init__(self, units: Units, device: torch.device | None = None) -> None:
         super().__init__(units, device)

@@ -140,6 +140,13 @@ def test_methods_that_means_do_not_tell_are_refused(
     assert not server.bodies
 
 
+@pytest.mark.parametrize(("option", "what"), [("random_tokens", "random tokens"), ("medians", "medians")])
+def test_what_no_server_measures_is_refused(checkpoint: Path, server: FakeServer, option: str, what: str) -> None:
+    with pytest.raises(MethodError, match=f"{what} cannot be computed through a server"):
+        scores_of(checkpoint, ["magnitude"], "http://there", **{option: True})
+    assert not server.bodies
+
+
 def test_what_a_server_refuses_names_the_document(checkpoint: Path, server: FakeServer) -> None:
     server.broken = "boat"
     with pytest.raises(ServerError, match="en: document '1': http://there/score: the text is too long"):

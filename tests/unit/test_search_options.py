@@ -315,7 +315,18 @@ def test_learn_for_mean_ablation_with_seeds(files: dict[str, Path]) -> None:
     assert "mean of learned" in (files["directory"] / "own" / "report.md").read_text()
     _run("validate", model, scores, *common, *plan, "--intervention", "mean", "--out", files["directory"] / "mean")
     assert {effect.intervention for effect in Validation.load(files["directory"] / "mean").effects} == {"mean"}
-    refused = _run("validate", model, scores, *common, *plan, "--intervention", "zero", "--out", "none", fails=True)
+    refused = _run(
+        "validate",
+        model,
+        scores,
+        *common,
+        *plan,
+        "--intervention",
+        "zero",
+        "--out",
+        files["directory"] / "none",
+        fails=True,
+    )
     assert "made for the intervention mean, not for zero" in refused
     _run("refine", model, scores, *common, "--from", "magnitude", "--candidates", 8, "--intervention", "mean:vi")
     assert Scores.load(scores).info.searches["ablation-refined"].intervention == "mean:vi"
