@@ -90,6 +90,10 @@ async def test_reductions_and_base64(client: httpx.AsyncClient, engine: FakeEngi
             "malformed_activations",
             "layer 2: the model has the layers 0 to 1",
         ),
+        *(
+            ("/score", {"text": ["a"]}, {"neurons": {name: [0]}}, "malformed_activations", f"{name!r} is no layer")
+            for name in ("-1", "a", "01", "1\n", "")
+        ),
         ("/generate", {"prompt": "a"}, {"layers": [1, 1]}, "malformed_activations", "layer 1 is asked for twice"),
         (
             "/generate",
@@ -133,9 +137,6 @@ async def test_what_cannot_be_shown_is_refused(
         {"layers": [-1]},
         {"layers": ["a"]},
         {"layers": 1},
-        {"neurons": {"-1": [0]}},
-        {"neurons": {"a": [0]}},
-        {"neurons": {"01": [0]}},
         {"neurons": {"1": []}},
         {"neurons": {"1": [0.5]}},
         {"neurons": [1]},

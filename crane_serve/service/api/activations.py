@@ -1,6 +1,7 @@
 """Activations in bodies: what a request asks to see of its neurons, and the answer."""
 
 import base64
+import re
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,9 @@ from crane_serve.engine.activations import (
 )
 from crane_serve.engine.service import EngineService
 from crane_serve.service.api.schemas import ActivationsSeen, ActivationsWanted, LayerActivations
+
+_LAYER = re.compile("0|[1-9][0-9]{0,5}")
+_SHOWN = 80  # characters of a name that errors show
 
 MAX_LISTED = 2**18
 """Most values in an answer as lists; more of them as base64."""
@@ -35,6 +39,8 @@ def activation_request(wanted: ActivationsWanted | None, sequences: int) -> Acti
             raise ActivationsError(f"layer {layer} is asked for twice")
         neurons[layer] = None
     for name, of_layer in wanted.neurons.items():
+        if _LAYER.fullmatch(name) is None:
+            raise ActivationsError(f"neurons: {name[:_SHOWN]!r} is no layer; expected its number")
         if int(name) in neurons:
             raise ActivationsError(f"layer {name} is in 'layers' and in 'neurons'; expected one of them")
         neurons[int(name)] = tuple(of_layer)

@@ -75,7 +75,6 @@ MASK_DESCRIPTION = (
 )
 
 
-_Layer = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,5})$")]
 _Index = Annotated[int, Field(ge=0, lt=2**31), BeforeValidator(_integer)]  # bounds first, for the description
 _Reduce = Literal["none", "mean", "mean_abs", "max", "positive"]
 
@@ -88,10 +87,9 @@ class ActivationsWanted(BaseModel):
     layers: Annotated[list[_Index], Field(max_length=MAX_ITEMS, fail_fast=True)] = Field(
         default=[], description="Layers of which all neurons are shown"
     )
-    neurons: dict[_Layer, Annotated[list[_Index], Field(min_length=1, fail_fast=True)]] = Field(
+    neurons: dict[str, Annotated[list[_Index], Field(min_length=1, fail_fast=True)]] = Field(
         default={},
-        description="By layer, the neurons that are shown",
-        json_schema_extra={"additionalProperties": False},
+        description="By the number of a layer, the neurons that are shown",
     )
     reduce: _Reduce | Annotated[list[_Reduce], Field(min_length=1, max_length=5, fail_fast=True)] = Field(
         "none",
