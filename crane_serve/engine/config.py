@@ -115,10 +115,11 @@ def _rows() -> int:
     return int(value)
 
 
-def _allows_inline() -> bool:
-    value = os.environ.get(INLINE_VARIABLE, "")
+def _switch(variable: str) -> bool:
+    """An environment variable that says yes or no, and nothing else. Raises ValueError."""
+    value = os.environ.get(variable, "")
     if value not in ("", "0", "1"):
-        raise ValueError(f"{INLINE_VARIABLE} is {value!r}, expected 0 or 1")
+        raise ValueError(f"{variable} is {value!r}, expected 0 or 1")
     return value == "1"
 
 
@@ -139,7 +140,7 @@ def add_mask_config(vllm_config: Any) -> None:
         return
     directory = os.environ[MASKS_VARIABLE]
     default_method, rows = os.environ.get(DEFAULT_METHOD_VARIABLE, DEFAULT_METHOD), _rows()
-    allows_inline = _allows_inline()
+    allows_inline, activations = _switch(INLINE_VARIABLE), _switch(ACTIVATIONS_VARIABLE)
     model_config, masks = vllm_config.model_config, mask_directory(directory).resolve()
     model = str(model_config.model)
     require_own_config(model_config)
@@ -157,7 +158,6 @@ def add_mask_config(vllm_config: Any) -> None:
             raise ValueError(f"{OUTPUTS_VARIABLE}: masks of MLP outputs are not known for models with experts")
     outputs = flag(OUTPUTS_VARIABLE) or any(stored.mask.output is not None for stored in library.masks.values())
     offsets = flag(OFFSETS_VARIABLE) or any(stored.mask.offset is not None for stored in library.masks.values())
-    activations = flag(ACTIVATIONS_VARIABLE)
     of = (model, masks, default_method, library.manifest, commit)
     config = MaskConfig(rows, outputs, offsets, *of, allows_inline, activations)
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config}

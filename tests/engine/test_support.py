@@ -247,16 +247,17 @@ def test_an_engine_that_does_not_allow_it_refuses_the_mask_of_a_request(
             admit(engine, parameters(crane_mask=asked), resumable=False)
 
 
+@pytest.mark.parametrize("variable", ["CRANE_INLINE_MASKS", "CRANE_ACTIVATIONS"])
 @pytest.mark.parametrize("value", ["false", "2", "yes", " 1"])
 def test_a_switch_that_says_neither_yes_nor_no_is_refused(
-    configured: tuple[MaskConfig, MaskLibrary], monkeypatch: pytest.MonkeyPatch, value: str
+    configured: tuple[MaskConfig, MaskLibrary], monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
     from crane_serve.engine.config import add_mask_config
 
     monkeypatch.setenv("CRANE_MASKS", str(configured[0].masks))
-    monkeypatch.setenv("CRANE_INLINE_MASKS", value)
+    monkeypatch.setenv(variable, value)
     engine = SimpleNamespace(model_config=SimpleNamespace(model=configured[0].model), additional_config={})
-    with pytest.raises(ValueError, match=r"CRANE_INLINE_MASKS is .*, expected 0 or 1"):
+    with pytest.raises(ValueError, match=f"{variable} is .*, expected 0 or 1"):
         add_mask_config(engine)
 
 

@@ -8,9 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from typer.testing import CliRunner
 
-from crane_serve.cli import app
 from crane_serve.common.masks import NeuronMask
 from crane_serve.common.masks.files import decode_mask
 from crane_serve.common.models.families import Decoder, take_apart
@@ -26,6 +24,7 @@ from relevance.selection import order, select
 from relevance.selection_options import SelectionError, SelectionOptions
 from relevance.validation.result import Validation
 from tests.scores import random_scores
+from tests.searching import run_crane, scored_tiny
 from tests.tiny import tiny_model
 
 TEXTS = {
@@ -255,33 +254,14 @@ def test_masks_are_of_the_intervention_of_their_scores() -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny checkpoint, a corpus with three splits, and scores."""
-    directory = tmp_path_factory.mktemp("search-options")
-    model, corpus = tiny_model("llama", directory / "model"), directory / "corpus"
-    corpus.mkdir()
-    for language, text in {"en": "the river runs past walls", "vi": "con sông chảy", "zh": "河水流过老石墙边"}.items():
-        lines = [
-            {"id": f"{split}-{number}", "text": f"{text} {number} {split}", "split": split}
-            for split in ("relevance", "validation", "test")
-            for number in range(5)
-        ]
-        (corpus / f"{language}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    scores = directory / "scores.safetensors"
-    _run("relevance", model, "--corpus", corpus, "--methods", "magnitude,random", "--out", scores)
-    return {"model": model, "corpus": corpus, "scores": scores, "directory": directory}
-
-
-def _run(*arguments: object, fails: bool = False) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert (result.exit_code != 0) == fails, result.output
-    return " ".join(result.output.split())
+    return scored_tiny(tmp_path_factory.mktemp("search-options"), "magnitude,random")
 
 
 def test_learn_for_mean_ablation_with_seeds(files: dict[str, Path]) -> None:
     model, scores, common = files["model"], files["scores"], ("--corpus", files["corpus"], "--dtype", "float32")
     before = Scores.load(scores)
     learning = ("--steps", 3, "--documents", 2, "--budget", 0.05, "--intervention", "mean", "--seed", 7)
-    said = _run("learn", model, scores, *common, *learning, "--seeds", 2, "--target", "language")
+    said = run_crane("learn", model, scores, *common, *learning, "--seeds", 2, "--target", "language")
     assert "learn: done, 18 of 18 steps" in said
     assert "vi: 2 seeds share" in said
     held = Scores.load(scores)
@@ -294,18 +274,20 @@ def test_learn_for_mean_ablation_with_seeds(files: dict[str, Path]) -> None:
     assert torch.equal(held.means, before.means)
     assert order(held, "learned")["en"].shape == (480, 2)
     for intervention in ("add:en-vi", "mean:fr"):
-        assert "intervention" in _run("learn", model, scores, "--intervention", intervention, "--replace", fails=True)
+        assert "intervention" in run_crane(
+            "learn", model, scores, "--intervention", intervention, "--replace", fails=True
+        )
 
     out = files["directory"] / "masks"
-    _run("select", scores, "--method", "learned", "--budget", 0.05, "--out", out)
+    run_crane("select", scores, "--method", "learned", "--budget", 0.05, "--out", out)
     written = decode_mask("learned-vi", (out / "learned-vi.safetensors").read_bytes(), source="")
     assert written.info.parameters["intervention"] == "mean"
     assert written.mask.offset is not None
-    said = _run("select", scores, "--method", "learned", "--intervention", "zero", "--out", out, fails=True)
+    said = run_crane("select", scores, "--method", "learned", "--intervention", "zero", "--out", out, fails=True)
     assert "scores of learned were made for the intervention mean, not for zero" in said
 
     plan = ("--budgets", 0.05, "--seeds", 1, "--like", "learned", "--limit", 2, "--effect", 0, "--no-published")
-    _run("validate", model, scores, *common, *plan, "--out", files["directory"] / "own")
+    run_crane("validate", model, scores, *common, *plan, "--out", files["directory"] / "own")
     own = Validation.load(files["directory"] / "own")
     used = {(effect.method, effect.rule): effect.intervention for effect in own.effects}
     assert used["learned", "budget"] == used["random", "like:learned"] == "mean"
@@ -313,9 +295,9 @@ def test_learn_for_mean_ablation_with_seeds(files: dict[str, Path]) -> None:
     digests = {effect.digest for effect in own.effects if effect.method == "learned"}
     assert written.mask.digest in digests
     assert "mean of learned" in (files["directory"] / "own" / "report.md").read_text()
-    _run("validate", model, scores, *common, *plan, "--intervention", "mean", "--out", files["directory"] / "mean")
+    run_crane("validate", model, scores, *common, *plan, "--intervention", "mean", "--out", files["directory"] / "mean")
     assert {effect.intervention for effect in Validation.load(files["directory"] / "mean").effects} == {"mean"}
-    refused = _run(
+    refused = run_crane(
         "validate",
         model,
         scores,
@@ -328,5 +310,5 @@ def test_learn_for_mean_ablation_with_seeds(files: dict[str, Path]) -> None:
         fails=True,
     )
     assert "made for the intervention mean, not for zero" in refused
-    _run("refine", model, scores, *common, "--from", "magnitude", "--candidates", 8, "--intervention", "mean:vi")
+    run_crane("refine", model, scores, *common, "--from", "magnitude", "--candidates", 8, "--intervention", "mean:vi")
     assert Scores.load(scores).info.searches["ablation-refined"].intervention == "mean:vi"

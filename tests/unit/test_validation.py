@@ -1,15 +1,12 @@
 """Validation against hand-made effects, and the commands refine, learn and validate on a tiny model."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from crane_serve.cli import app
 from crane_serve.common.masks import NeuronMask
 from crane_serve.common.numbers.langspec import Form, langspec_f1
 from relevance.causal import Losses
@@ -18,6 +15,7 @@ from relevance.validation.overlap import jaccard, neurons_per_layer, overlaps, s
 from relevance.validation.result import MATCHED, Validation, ValidationError, ValidationPlan
 from relevance.validation.validator import Validator, collateral, fewest
 from tests.scores import LANGUAGES, scores_info
+from tests.searching import run_crane, scored_tiny
 from tests.tiny import tiny_model
 
 
@@ -232,52 +230,27 @@ def test_overlaps_layers_and_stability() -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny checkpoint, a corpus with three splits, and scores."""
-    directory = tmp_path_factory.mktemp("validation")
-    model = tiny_model("llama", directory / "model")
-    corpus = directory / "corpus"
-    corpus.mkdir()
-    words = {
-        "en": "the river runs past old stone walls",
-        "vi": "con sông chảy qua bức tường đá cũ",
-        "zh": "河水流过老石墙边",
-    }
-    for language, text in words.items():
-        lines = [
-            {"id": f"{split}-{number}", "text": f"{text} {number} {split}", "split": split}
-            for split in ("relevance", "validation", "test")
-            for number in range(5)
-        ]
-        (corpus / f"{language}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    scores = directory / "scores.safetensors"
-    _run("relevance", model, "--corpus", corpus, "--methods", "magnitude,lape,random", "--out", scores)
-    return {"model": model, "corpus": corpus, "scores": scores, "directory": directory}
-
-
-def _run(*arguments: object, fails: bool = False) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert (result.exit_code != 0) == fails, result.output
-    return " ".join(result.output.split())
+    return scored_tiny(tmp_path_factory.mktemp("validation"), "magnitude,lape,random")
 
 
 def test_refine_learn_and_validate(files: dict[str, Path]) -> None:
     model, scores, corpus = files["model"], files["scores"], files["corpus"]
     common = ("--corpus", corpus, "--dtype", "float32")
-    said = _run("refine", model, scores, *common, "--from", "magnitude", "--candidates", 16, "--group", 4)
+    said = run_crane("refine", model, scores, *common, "--from", "magnitude", "--candidates", 16, "--group", 4)
     assert "ablation-refined for vi keeps" in said
-    said = _run("learn", model, scores, *common, "--steps", 4, "--documents", 2, "--budget", 0.05)
+    said = run_crane("learn", model, scores, *common, "--steps", 4, "--documents", 2, "--budget", 0.05)
     assert "learn: 12 steps for en, vi, zh" in said
     assert "learn: done, 12 of 12 steps" in said
     held = Scores.load(scores)
     assert set(held.by_method) == {"magnitude", "lape", "random", "ablation-refined", "learned"}
     assert bool((held.of("learned") != 0).any())
-    assert "holds scores of learned already" in _run("learn", model, scores, *common, "--steps", 1, fails=True)
-    _run("learn", model, scores, *common, "--steps", 4, "--documents", 2, "--budget", 0.05, "--replace")
+    assert "holds scores of learned already" in run_crane("learn", model, scores, *common, "--steps", 1, fails=True)
+    run_crane("learn", model, scores, *common, "--steps", 4, "--documents", 2, "--budget", 0.05, "--replace")
     assert torch.equal(Scores.load(scores).of("learned"), held.of("learned"))
 
     out = files["directory"] / "out"
     plan = ("--budgets", "0.05,0.2", "--seeds", 2, "--like", "learned", "--limit", 3, "--effect", 0.05, "--out", out)
-    said = _run("validate", model, scores, *common, *plan)
+    said = run_crane("validate", model, scores, *common, *plan)
     masks = 3 * (5 + 1) * (2 + 1) + 3 * 2 * 2 + 3 * 5  # by budget and at matched effect, controls, published rules
     assert f"validate: {masks} masks of" in said
     assert f"validate: done, {masks} of {masks} masks" in said
@@ -289,13 +262,13 @@ def test_refine_learn_and_validate(files: dict[str, Path]) -> None:
     journal = out / "ablations.jsonl"
     lines = journal.read_text()
     (out / "validation.json").unlink()
-    _run("validate", model, scores, *common, *plan)
+    run_crane("validate", model, scores, *common, *plan)
     assert Validation.load(out).effects == result.effects
     assert journal.read_text() == lines
 
 
 def test_searches_keep_to_the_texts_of_the_scores(files: dict[str, Path]) -> None:
-    said = _run(
+    said = run_crane(
         "learn",
         files["model"],
         files["scores"],
@@ -322,17 +295,19 @@ def test_searches_keep_to_the_texts_of_the_scores(files: dict[str, Path]) -> Non
 )
 def test_what_validate_refuses(files: dict[str, Path], options: tuple[str, ...], message: str, tmp_path: Path) -> None:
     arguments = (files["model"], files["scores"], "--corpus", files["corpus"], "--out", tmp_path, *options)
-    assert message in _run("validate", *arguments, fails=True)
+    assert message in run_crane("validate", *arguments, fails=True)
 
 
 def test_a_limit_does_not_hide_that_a_split_is_used_twice(files: dict[str, Path], tmp_path: Path) -> None:
     scores = tmp_path / "few.safetensors"
-    _run("relevance", files["model"], "--corpus", files["corpus"], "--limit", 2, "--methods", "lape", "--out", scores)
+    run_crane(
+        "relevance", files["model"], "--corpus", files["corpus"], "--limit", 2, "--methods", "lape", "--out", scores
+    )
     arguments = (files["model"], scores, "--corpus", files["corpus"], "--out", tmp_path, "--report-split", "relevance")
-    assert "split 'relevance'" in _run("validate", *arguments, fails=True)
+    assert "split 'relevance'" in run_crane("validate", *arguments, fails=True)
 
 
 def test_scores_of_another_model_are_refused(files: dict[str, Path], tmp_path: Path) -> None:
     other = tiny_model("llama", tmp_path / "other", seed=7)
-    said = _run("validate", other, files["scores"], "--corpus", files["corpus"], fails=True)
+    said = run_crane("validate", other, files["scores"], "--corpus", files["corpus"], fails=True)
     assert "was made for another model" in said
