@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from methods import LANGUAGES, crane, done, import_corpus
+from steps import LANGUAGES, crane, done, import_corpus
 
 BUDGET = 0.005
 METHODS = ("crane", "attnlrp", "lape", "learned")

@@ -159,12 +159,18 @@ class Fleet:
             "TOKENIZERS_PARALLELISM": "false",
         }
         if name.startswith("plugin"):
-            environment |= {"CRANE_MASKS": str(self._masks), "CRANE_MASK_ROWS": "256"}
+            masks = with_offsets(self._masks) if name == "plugin, offsets" else self._masks
+            environment |= {"CRANE_MASKS": str(masks), "CRANE_MASK_ROWS": "256"}
         else:
             environment["VLLM_PLUGINS"] = ""
         if self._cold:
             environment["VLLM_CACHE_ROOT"] = environment["TORCHINDUCTOR_CACHE_DIR"] = str(self._logs / f"cache-{name}")
         return environment
+
+
+def with_offsets(masks: Path) -> Path:
+    """Where the masks are that add to what they switch off."""
+    return masks.with_name(f"{masks.name}-offsets")
 
 
 # What each engine process is; names that begin with "plugin" have the plugin.
@@ -173,6 +179,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "no plugin, second process": {"kind": "vllm"},
     "plugin": {"kind": "vllm"},
     "plugin, eager": {"kind": "vllm", "eager": True},
+    "plugin, offsets": {"kind": "vllm"},
     "patched, eager": {"kind": "patched"},
     "transformers": {"kind": "transformers"},
 }

@@ -2,7 +2,7 @@
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from worker import Job, Pass
 
 MASK_SHARE = 0.01  # of each layer's neurons
 LANGUAGES = ("en", "zh", "vi")
+WINDOW = "prompt[-4:]+generated[:16]"  # the masked tokens of windows-K
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Load:
 LOADS = {"decode": Load(prompt_tokens=32, output_tokens=64), "prefill": Load(prompt_tokens=256, output_tokens=4)}
 
 
-def write_masks(model: Path, directory: Path, count: int) -> None:
-    """Masks m0, m1, ... that switch off random neurons, as many in every layer."""
+def write_masks(model: Path, directory: Path, count: int, offset: float = 0.0) -> None:
+    """Masks m0, m1, ... that set random neurons to `offset`, as many in every layer."""
     from crane_serve.common.masks import Fingerprint, MaskInfo, NeuronMask, write_mask
 
     fingerprint = Fingerprint.of(model)
@@ -32,6 +33,7 @@ def write_masks(model: Path, directory: Path, count: int) -> None:
         draw = random.Random(seed)
         neurons = [draw.sample(range(size), max(1, int(size * MASK_SHARE))) for size in fingerprint.intermediate_sizes]
         mask = NeuronMask.switching_off(neurons, fingerprint.intermediate_sizes)
+        mask = replace(mask, offset=(1 - mask.intermediate) * offset)
         write_mask(directory, f"m{seed}", mask, MaskInfo(language="en", method="random", fingerprint=fingerprint))
 
 
@@ -63,14 +65,14 @@ def text_prompts(model: Path, count: int, max_tokens: int) -> dict[str, list[lis
     return prompts
 
 
-def mixed(prompts: list[list[int]], max_tokens: int, masks: int, turn: int = 0) -> Job:
-    """All requests at once, under `masks` distinct masks in rotation; 0 is none.
+def mixed(prompts: list[list[int]], max_tokens: int, masks: int, turn: int = 0, positions: str | None = None) -> Job:
+    """All requests at once, under `masks` distinct masks in rotation; 0 is none. positions: of what is masked.
 
     With more masks than requests, `turn` (the number of the measurement) says which come next.
     """
     offset = turn * len(prompts)
     names = [f"m{(offset + index) % masks}" if masks else None for index in range(len(prompts))]
-    return {"passes": [{"prompts": prompts, "masks": names}], "max_tokens": max_tokens}
+    return {"passes": [{"prompts": prompts, "masks": names}], "max_tokens": max_tokens, "positions": positions}
 
 
 def one_by_one(prompts: list[list[int]], max_tokens: int, masks: int, turn: int = 0) -> Job:

@@ -10,6 +10,9 @@ Arms:
 - idle: with the plugin, no request masked.
 - masks-K: with the plugin, K distinct masks mixed in the batch. With more masks than requests, they rotate from one
   measurement to the next.
+- windows-K: the same, but only the last 4 tokens of each prompt and the first 16 generated ones are masked.
+- offsets-K: as masks-K, with masks that set neurons to a value instead of zero, on an engine of its own that has a
+  table of offsets; offsets-0 is that engine without masks.
 - eager-K: the work of masks-K, one mask at a time in an eager vLLM engine without the plugin with patched MLPs. The
   same with an engine start for every mask is computed from this and the measured start.
 - transformers: `generate` with hooks on one padded batch, one mask.
@@ -37,8 +40,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fleet import Fleet
-from loads import LOADS, fill_table, mixed, one_by_one, random_prompts, settings, warm_up, write_masks
+from fleet import Fleet, with_offsets
+from loads import LOADS, WINDOW, fill_table, mixed, one_by_one, random_prompts, settings, warm_up, write_masks
 from summary import machine, plot_ratios, speed_ratio, spread, table
 from worker import MAX_BATCHED_TOKENS, MAX_MODEL_LEN, Job
 
@@ -49,16 +52,19 @@ DEFAULT_ARMS = (
     "no-plugin,no-plugin-again,idle,masks-1,masks-2,masks-16,masks-64,masks-256,eager-1,eager-16,transformers"
 )
 CHECKED_REQUESTS, CHECKED_TOKENS = 32, 32
+OFFSET = 0.01  # the value of neurons under offsets-K
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is measured: an engine, and how many masks its requests are under. `slow`: measured less often."""
+    """What is measured: an engine, how many masks its requests are under, and for which tokens (None: all). `slow`:
+    measured less often."""
 
     name: str
     engine: str
     masks: int = 0
     slow: bool = False
+    positions: str | None = None
 
     @classmethod
     def parse(cls, name: str) -> "Arm":
@@ -73,26 +79,33 @@ class Arm:
             return cls(name, plain[name])
         if name == "transformers":
             return cls(name, "transformers", masks=1, slow=True)
-        counted = re.fullmatch(r"(masks|eager)-([1-9]\d*)", name)
+        if name == "offsets-0":
+            return cls(name, "plugin, offsets")
+        counted = re.fullmatch(r"(masks|windows|offsets|eager)-([1-9]\d*)", name)
         if counted is None:
             raise argparse.ArgumentTypeError(
-                f"unknown arm {name!r}, expected one of {', '.join(plain)}, masks-K, eager-K, transformers"
+                f"unknown arm {name!r}, expected one of {', '.join(plain)}, masks-K, windows-K, offsets-K, eager-K, "
+                "transformers"
             )
-        one_at_a_time = counted[1] == "eager"
-        return cls(name, "patched, eager" if one_at_a_time else "plugin", int(counted[2]), slow=one_at_a_time)
+        kind, masks = counted[1], int(counted[2])
+        if kind == "eager":
+            return cls(name, "patched, eager", masks, slow=True)
+        engine = "plugin, offsets" if kind == "offsets" else "plugin"
+        return cls(name, engine, masks, positions=WINDOW if kind == "windows" else None)
 
     @property
     def target(self) -> float | None:
         """The speed, relative to the baseline, that we want at least."""
-        if self.engine != "plugin":
+        if not self.engine.startswith("plugin"):
             return None
         if self.masks == 0:
             return 0.99
         return 0.97 if self.masks <= 64 else 0.95
 
     def job(self, prompts: list[list[int]], output_tokens: int, turn: int) -> Job:
-        build = mixed if self.engine.startswith(("plugin", "no plugin")) else one_by_one
-        return build(prompts, output_tokens, self.masks, turn)
+        if self.engine.startswith(("plugin", "no plugin")):
+            return mixed(prompts, output_tokens, self.masks, turn, self.positions)
+        return one_by_one(prompts, output_tokens, self.masks, turn)
 
 
 def arms_of(names: str) -> list[Arm]:
@@ -151,8 +164,8 @@ def run_round(number: int, fleet: Fleet, arms: Sequence[Arm], options: argparse.
         result["checks"] = check_identity(fleet, random_prompts(options.model, LOADS["decode"], CHECKED_REQUESTS))
         for what, outcome in result["checks"].items():
             print(f"{what}: {outcome}", flush=True)
-    if "plugin" in wanted:
-        fleet.ask("plugin", fill_table(max(arm.masks for arm in arms if arm.engine == "plugin") or 1))
+    for engine in {"plugin", "plugin, offsets"}.intersection(wanted):
+        fleet.ask(engine, fill_table(max(arm.masks for arm in arms if arm.engine == engine) or 1))
 
     draw = random.Random(number)
     for load in options.loads:
@@ -254,7 +267,8 @@ def run(options: argparse.Namespace) -> None:
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         masks = Path(scratch) / "masks"
-        write_masks(options.model, masks, max(1, *(arm.masks for arm in arms)))
+        for directory, offset in ((masks, 0.0), (with_offsets(masks), OFFSET)):
+            write_masks(options.model, directory, max(1, *(arm.masks for arm in arms)), offset)
         for number in range(options.rounds):
             with Fleet(options.model, masks, options.concurrency, Path(scratch)) as fleet:
                 rounds.append(run_round(number, fleet, arms, options))

@@ -7,7 +7,7 @@ Kinds of engine:
 - patched: the same, eager and without the plugin. One mask at a time is patched into the whole model.
 - transformers: `generate` on one padded batch at a time, one mask at a time through hooks.
 
-A job is `{"passes": [...], "max_tokens", "score", "answers"}`. Its passes run one after another; a pass is
+A job is `{"passes": [...], "max_tokens", "score", "answers", "positions"}`. Its passes run one after another; a pass is
 `{"prompts": [token ids, ...], "masks": [name or null, ...], "mask": name or null}`, where `masks` (one per request) is
 for vllm and `mask` (one per pass) for the other two. The answer holds seconds and latencies, all counted from the
 start of the job.
@@ -75,6 +75,7 @@ class VllmEngine:
         """Run one pass; its answers are empty unless the job asks for them."""
         from vllm import SamplingParams
 
+        positions = {"crane_positions": job["positions"]} if job.get("positions") else {}
         parameters = [
             SamplingParams(
                 temperature=0,
@@ -82,7 +83,7 @@ class VllmEngine:
                 ignore_eos=True,
                 prompt_logprobs=0 if job.get("score") else None,
                 logprobs=0 if job.get("answers") else None,
-                extra_args=None if mask is None else {"crane_mask": mask},
+                extra_args=None if mask is None else {"crane_mask": mask, **positions},
             )
             for mask in work.get("masks") or [None] * len(work["prompts"])
         ]

@@ -75,7 +75,7 @@ class ScoredModel:
             )
         for doubt in doubts(corpus):
             texts.notice(doubt)
-        return self._texts(corpus, max_tokens)
+        return self.encoded(corpus, max_tokens)
 
     def validation_texts(
         self, texts: TextSource, choice: str, report: str, limit: int | None, max_tokens: int
@@ -99,7 +99,7 @@ class ScoredModel:
                     f"split {split!r} of {texts.place} is used twice; scores, choices and report need their own"
                 )
             corpora.append(corpus)
-            encoded[part] = self._texts(corpus.spread(limit), max_tokens)
+            encoded[part] = self.encoded(corpus.spread(limit), max_tokens)
         for doubt in self._doubts(corpora[0], corpora[1], limit_of_scores):
             texts.notice(doubt)
         return encoded
@@ -159,7 +159,8 @@ class ScoredModel:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _texts(self, corpus: Corpus, max_tokens: int) -> EncodedTexts:
+    def encoded(self, corpus: Corpus, max_tokens: int) -> EncodedTexts:
+        """Its documents, each cut to `max_tokens` or to what the model has places for."""
         tokenizer = load_tokenizer(self.checkpoint)
         limit = min(max_tokens, self.decoder.positions or max_tokens)
         documents = {

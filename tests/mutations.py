@@ -187,7 +187,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a change that fails leaves no content in the engine",
-        f"{ENGINE}/service.py",
+        f"{ENGINE}/mask_changes.py",
         "                        await self._take_back(stored)",
         "                        pass",
         "tests/unit/test_saved_masks.py",

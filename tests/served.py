@@ -2,7 +2,8 @@
 
 Makes a tiny random checkpoint of each, generates and scores under random masks with vLLM, and compares the
 log-probabilities with transformers, the same neurons scaled. Prints a table; --json keeps the figures. --way says how
-vLLM runs: eager (V1), compiled (V1), v2 (eager, through Triton's interpreter); several give a column each.
+vLLM runs: eager (V1), compiled (V1), v2 (eager, through Triton's interpreter); several run beside each other and give
+a column each.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -78,10 +80,9 @@ def rows(
             made[architecture] = f"no checkpoint: {type(error).__name__}: {error}"
     served = [architecture for architecture, problem in made.items() if problem is None]
     say(f"made {len(served)} checkpoints")
-    by_way = {}
-    for way in ways:
-        by_way[way] = _answers(served, directory, way)
-        say(f"served {way}")
+    with ThreadPoolExecutor(len(ways)) as beside:
+        by_way = dict(zip(ways, beside.map(lambda way: _answers(served, directory, way), ways), strict=True))
+    say(f"served {', '.join(ways)}")
     found = []
     for architecture, problem in made.items():
         if problem is not None:

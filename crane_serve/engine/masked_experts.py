@@ -213,9 +213,11 @@ def _mask_on_cpu(kernel: Any, table: Tensor, offsets: Tensor | None, slots: Tens
     weights = getattr(kernel, _KEPT)
 
     def masked_apply(*args: Any, **kwargs: Any) -> Any:
-        answer = apply(*args, **kwargs)
         named = ("output", "hidden_states", "topk_weights", "topk_ids", "expert_map")
         output, hidden, routing, ids, expert_map = (kwargs[name] for name in named)
+        # What the kernel makes of masked tokens is not read: one expert computes them, so that it is soon done.
+        kwargs["topk_ids"] = ids.masked_fill(slots[: len(ids), None] != 0, 0)
+        answer = apply(*args, **kwargs)
         weighted = kwargs["apply_router_weight_on_input"]
         torch.ops.crane.masked_experts(
             output,

@@ -15,7 +15,7 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from crane_serve.engine.service import EngineDead
+from crane_serve.engine.answers import EngineDead
 from crane_serve.service.api.errors import ApiError
 from crane_serve.service.connections import Connection
 from crane_serve.service.settings import ServeSettings

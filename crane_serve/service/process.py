@@ -4,7 +4,8 @@ from pathlib import Path
 
 from crane_serve.common.masks import mask_directory
 from crane_serve.common.models.resolve import resolve_checkpoint
-from crane_serve.engine.service import EngineService, configure_engine
+from crane_serve.engine.configure import configure_engine
+from crane_serve.engine.service import EngineService
 from crane_serve.service.api.app import create_app
 from crane_serve.service.exposure import require_keys
 from crane_serve.service.lifecycle import run

@@ -26,7 +26,7 @@ from crane_serve.common.masks import (
 from crane_serve.common.models.prefix import StartTokens
 from crane_serve.common.text.tokens import token_texts
 from crane_serve.engine.activations import ActivationRequest, Activations, ActivationsOff
-from crane_serve.engine.service import EngineDead, SampledToken, Sampling, Scores, Step, TokenLogprob, TokenScore
+from crane_serve.engine.answers import EngineDead, SampledToken, Sampling, Scores, Step, TokenLogprob, TokenScore
 from crane_serve.service.api.concurrency import paced
 from crane_serve.service.api.openai import ROUTES
 from tests.tiny import byte_tokenizer

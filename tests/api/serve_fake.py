@@ -18,7 +18,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from crane_serve.common.masks import ResolvedMask
-from crane_serve.engine.service import EngineDead, Sampling, Step
+from crane_serve.engine.answers import EngineDead, Sampling, Step
 from crane_serve.service.api.app import create_app
 from crane_serve.service.lifecycle import run
 from crane_serve.service.logs import configure_logging

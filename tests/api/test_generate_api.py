@@ -3,6 +3,7 @@
 import asyncio
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -11,7 +12,9 @@ from fastapi import FastAPI
 
 from crane_serve.common.masks import MaskTableFull, Positions
 from crane_serve.common.masks.positions import PATTERN
-from crane_serve.engine.service import EngineBusy, EngineDead, EngineService, FailedRequest, RejectedRequest, Sampling
+from crane_serve.engine.answers import EngineBusy, EngineDead, FailedRequest, RejectedRequest, Sampling
+from crane_serve.engine.asked_activations import AskedActivations
+from crane_serve.engine.service import EngineService
 from tests.api.fake_engine import FakeEngine
 from tests.tokenizer_kinds import ENDING, KINDS, Kind
 
@@ -153,8 +156,11 @@ async def test_the_engine_service_hands_the_repetition_penalty_to_vllm(monkeypat
 
     monkeypatch.setattr(EngineService, "_run", run)
     sampling = Sampling(max_tokens=1, temperature=0.0, top_p=1.0, seed=None, stop=(), logprobs=None)
+    nothing: Any = None
+    engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=4))
     for one in (sampling, replace(sampling, repetition_penalty=1.1)):
         service = object.__new__(EngineService)
+        service._engine, service._activations = engine, AskedActivations(nothing, nothing, nothing)
         assert [step async for step in service.generate([1], one, None, stream=False)] == []
     assert [SamplingParams(**parameters).repetition_penalty for parameters in given] == [1.0, 1.1]
 

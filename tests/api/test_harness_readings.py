@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from crane_serve.common.masks import ResolvedMask
-from crane_serve.engine.service import Scores, TokenScore
+from crane_serve.engine.answers import Scores, TokenScore
 from crane_serve.service.api.app import create_app
 from crane_serve.service.settings import ApiSettings
 from tests.api.fake_engine import FakeEngine

@@ -16,7 +16,7 @@ from starlette.background import BackgroundTask
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from crane_serve.engine.service import EngineDead
+from crane_serve.engine.answers import EngineDead
 from crane_serve.service.api import request_lifetime
 from crane_serve.service.api.app import create_app
 from crane_serve.service.api.authentication import Authentication

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from schemathesis.core import NOT_SET
 
 from crane_serve.common.masks import ResolvedMask
-from crane_serve.engine.service import RejectedRequest, Sampling, Step
+from crane_serve.engine.answers import RejectedRequest, Sampling, Step
 from crane_serve.service.api.app import create_app
 from crane_serve.service.settings import ApiSettings
 from tests.api.fake_engine import FakeEngine

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from crane_serve.engine.service import EngineDead, RejectedRequest
+from crane_serve.engine.answers import EngineDead, RejectedRequest
 from crane_serve.service.api.schemas import ScoreAnswer
 from tests.api.fake_engine import FakeEngine
 from tests.tiny import byte_tokenizer

@@ -98,6 +98,19 @@ class TestGenerate:
         expect(visit.card("none").locator(".completion")).to_contain_text("the old bridge")
         expect(visit.page.get_by_role("alert").filter(has_text="1 of 2 masks failed")).to_be_visible()
 
+    def test_a_window_of_masked_tokens(self, visit: Visit) -> None:
+        visit.open().choose("none", "vi")
+        visit.page.get_by_text("Sampling", exact=True).click()
+        visit.page.get_by_label("Masked tokens").fill("generated[:4]+prompt")
+        visit.generate(PROMPT)
+        expect(visit.card("vi").locator(".problem")).to_contain_text("a window as in 'prompt[-4:]'")
+        expect(visit.card("none").locator(".completion")).to_contain_text("the old bridge")
+        visit.page.get_by_label("Masked tokens").fill(" prompt[-2:]+generated[:4] ")
+        with visit.page.expect_request(lambda request: '"mask":"vi"' in (request.post_data or "")) as asked:
+            visit.generate(PROMPT)
+        assert asked.value.post_data_json["positions"] == "prompt[-2:]+generated[:4]"
+        expect(visit.card("vi").locator(".completion")).to_contain_text("河上的旧桥")
+
     def test_an_example_fills_the_prompt(self, visit: Visit) -> None:
         visit.open().choose("none")
         example = visit.page.locator('.example[data-fills="prompt"][lang="vi"]').first

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from crane_serve.common.masks import MaskError, MaskFileError, NeuronMask, Positions, StoredMask
 from crane_serve.engine.activations import ActivationRequest, Reduction
-from crane_serve.engine.service import EngineConfig, EngineService, Sampling, configure_engine
+from crane_serve.engine.answers import Sampling
+from crane_serve.engine.configure import EngineConfig, configure_engine
+from crane_serve.engine.service import EngineService
 
 MASKS = [None, "en", "zh", "vi", "zh,vi", "en@0.5"]
 PROMPTS = [

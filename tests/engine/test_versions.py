@@ -2,7 +2,6 @@
 
 import asyncio
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,7 +13,9 @@ from vllm.v1.engine import FinishReason
 
 from crane_serve.common.masks import MaskError
 from crane_serve.engine import plugin
-from crane_serve.engine.service import EngineBusy, EngineService, FailedRequest, RejectedRequest
+from crane_serve.engine.answers import EngineBusy, FailedRequest, RejectedRequest
+from crane_serve.engine.asked_activations import AskedActivations
+from crane_serve.engine.service import EngineService
 from crane_serve.engine.versions import fail_request, front_end_flags
 
 
@@ -91,7 +92,8 @@ def test_errors_of_a_generation_are_told_apart(raised: Exception, expected: type
             yield
 
     service = object.__new__(EngineService)
-    service._engine, service._running = Engine(), Counter()
+    nothing: Any = None
+    service._engine, service._activations = Engine(), AskedActivations(nothing, nothing, nothing)
 
     async def score() -> None:
         await service.score([1, 2], [3], None)

@@ -31,12 +31,12 @@ class _Core:
 
 
 def _over_a_directory(measure: Callable[[Any, Any, Any, Path], Any]) -> Any:
-    """The result of `measure(service, core, mask to put, directory)`; the directory holds one mask, `old`."""
+    """The result of `measure(changes, core, mask to put, directory)`; the directory holds one mask, `old`."""
     import torch
 
     from crane_serve.common.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, StoredMask, write_mask
-    from crane_serve.engine.service import EngineService
-    from tests.tiny import byte_tokenizer
+    from crane_serve.engine.cores import Cores
+    from crane_serve.engine.mask_changes import MaskChanges
 
     fingerprint = Fingerprint(
         architecture="LlamaForCausalLM",
@@ -51,15 +51,12 @@ def _over_a_directory(measure: Callable[[Any, Any, Any, Path], Any]) -> Any:
         directory = Path(name)
         write_mask(directory, "old", NeuronMask(torch.zeros(1, 4), (4,)), info)
         library, core = MaskLibrary.load(directory, fingerprint), _Core(MaskLibrary.load(directory, fingerprint))
-        model = SimpleNamespace(hf_config=None, hf_text_config=None, try_get_generation_config=dict)
-        engine = SimpleNamespace(
-            get_tokenizer=byte_tokenizer, generate=None, engine_core=core, errored=False, model_config=model
-        )
-        config: Any = SimpleNamespace(library=lambda: library, masks=directory, outputs=False, rows=4)
+        config: Any = SimpleNamespace(masks=directory, outputs=False, offsets=False)
+        cores = Cores(SimpleNamespace(engine_core=core))
         new = StoredMask("new", NeuronMask(torch.full((1, 4), 0.5), (4,)), info)
 
         async def run() -> Any:
-            return await measure(EngineService(engine, config, ["tiny"]), core, new, directory)
+            return await measure(MaskChanges(config, library, cores), core, new, directory)
 
         return asyncio.run(run())
 
@@ -68,10 +65,10 @@ def _put_that_fails() -> Outcome:
     def full(*_: object) -> None:
         raise OSError("disk full")
 
-    async def measure(service: Any, core: Any, new: Any, directory: Path) -> Outcome:
+    async def measure(changes: Any, core: Any, new: Any, directory: Path) -> Outcome:
         with mock.patch.object(Path, "replace", full):
             try:
-                await service.put_mask(new, save=True)
+                await changes.put(new, save=True)
                 return Outcome("acknowledged", False)
             except OSError:
                 left = new.mask.digest in core.library
@@ -81,7 +78,7 @@ def _put_that_fails() -> Outcome:
 
 
 def _removal_unsynced() -> Outcome:
-    async def measure(service: Any, core: Any, new: Any, directory: Path) -> Outcome:
+    async def measure(changes: Any, core: Any, new: Any, directory: Path) -> Outcome:
         synced: list[str] = []
         fsync = os.fsync
 
@@ -90,7 +87,7 @@ def _removal_unsynced() -> Outcome:
             fsync(descriptor)
 
         with mock.patch.object(os, "fsync", noting):
-            await service.remove_mask("old", save=True)
+            await changes.remove("old", save=True)
         held = str(directory.resolve()) in synced
         return Outcome("directory synced" if held else "directory not synced: the mask may come back", held)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from crane_serve.engine.service import configure_engine
+from crane_serve.engine.configure import configure_engine
 
 VARIABLES = ("CRANE_MASKS", "CRANE_DEFAULT_METHOD", "CRANE_MASK_ROWS", "CRANE_INLINE_MASKS")
 BOUNDS = {"VLLM_CPU_KVCACHE_SPACE": "2", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}

@@ -18,7 +18,7 @@ from crane_serve.common.models.prefix import (
     start_token_id,
     token_bytes,
 )
-from crane_serve.engine.service import configured_bos
+from crane_serve.engine.configure import configured_bos
 from tests.tiny import byte_tokenizer
 from tests.tokenizer_kinds import ENDING, KINDS, Kind
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from crane_serve.common.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronMask, ResolvedMask, StoredMask
+from crane_serve.engine.answers import Scores, TokenScore
 from crane_serve.engine.self_check import SelfCheckFailed, check_masks
-from crane_serve.engine.service import Scores, TokenScore
 from tests.tiny import byte_tokenizer
 
 RANKS = 2

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from crane_serve.common.models.errors import CheckpointError
 from crane_serve.engine import weights
-from crane_serve.engine.service import configure_engine
+from crane_serve.engine.configure import configure_engine
 from crane_serve.engine.weights import require_same_weights
 from tests.damaged import DOWN, UP, copied, pickled, sharded, without
 from tests.unit.test_engine_environment import BOUNDS, VARIABLES

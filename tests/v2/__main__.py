@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.v2 import environment
 
-ENGINE = ("offline", "schedules", "scoring", "families", "ranks", "recycled_blocks")
+ENGINE = ("offline", "schedules", "scoring", "activations", "families", "ranks", "recycled_blocks")
 TESTS = (*(f"tests/engine/test_{name}.py" for name in ENGINE), "tests/e2e/test_service.py")
 
 

@@ -21,7 +21,7 @@ from crane_serve.common.masks import (
     UnknownMask,
 )
 from crane_serve.engine.activations import ActivationsBusy, ActivationsError, ActivationsOff, TooManyActivations
-from crane_serve.engine.service import EngineBusy, EngineDead, FailedRequest, PinnedMasks, RejectedRequest
+from crane_serve.engine.answers import EngineBusy, EngineDead, FailedRequest, PinnedMasks, RejectedRequest
 from crane_serve.service.api.schemas import ErrorAnswer, ErrorBody, ErrorEvent
 
 _log = logging.getLogger("crane.api")

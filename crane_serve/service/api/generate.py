@@ -11,7 +11,8 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from crane_serve.common.masks import ResolvedMask
-from crane_serve.engine.service import EngineService, SampledToken, Sampling, Step, TokenLogprob
+from crane_serve.engine.answers import SampledToken, Sampling, Step, TokenLogprob
+from crane_serve.engine.service import EngineService
 from crane_serve.service.api.activations import activation_request, activations_seen, require_listable
 from crane_serve.service.api.concurrency import run_all
 from crane_serve.service.api.dependencies import (

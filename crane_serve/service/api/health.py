@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 import crane_serve
-from crane_serve.engine.service import EngineDead
+from crane_serve.engine.answers import EngineDead
 from crane_serve.service.api.dependencies import Engine, TheGate
 from crane_serve.service.api.errors import ANY_ROUTE, ApiError, responses
 from crane_serve.service.api.schemas import Health, Ready

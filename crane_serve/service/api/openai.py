@@ -27,8 +27,9 @@ from crane_serve.common.masks import (
     inline_content,
 )
 from crane_serve.engine.admission import MASK_ARGUMENT, POSITIONS_ARGUMENT, mask_arguments
+from crane_serve.engine.answers import EngineDead
 from crane_serve.engine.openai_app import answering_as, public_name, split_model
-from crane_serve.engine.service import EngineDead, EngineService
+from crane_serve.engine.service import EngineService
 from crane_serve.engine.vllm_routes import CARRYING, CHECKED
 from crane_serve.service.api import openai_body
 from crane_serve.service.api.body import replayed

@@ -8,7 +8,8 @@ from starlette.responses import Response, StreamingResponse
 
 from crane_serve.common.masks import ResolvedMask
 from crane_serve.engine.activations import ActivationRequest, Activations
-from crane_serve.engine.service import EngineService, TokenScore
+from crane_serve.engine.answers import TokenScore
+from crane_serve.engine.service import EngineService
 from crane_serve.service.api.activations import activation_request, activations_seen, require_listable
 from crane_serve.service.api.concurrency import paced, run_all
 from crane_serve.service.api.dependencies import Context, Engine, MaskQuery, TheGate, choose_mask, named_masks

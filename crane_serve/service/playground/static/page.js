@@ -66,7 +66,7 @@ function sampling() {
   const fields = { max_tokens: "max-tokens", temperature: "temperature", top_p: "top-p", repetition_penalty: "penalty", seed: "seed" };
   const values = Object.entries(fields).map(([name, id]) => [name, byId(id).value.trim()]);
   const given = values.filter(([, value]) => value !== "").map(([name, value]) => [name, Number(value)]);
-  return { ...Object.fromEntries(given), positions: byId("positions").value };
+  return { ...Object.fromEntries(given), positions: byId("positions").value.trim() || "all" };
 }
 
 async function generateAll() {
