@@ -11,9 +11,12 @@ about them (questions). Each step goes on where it was stopped. OUT/study.md has
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 
 from steps import LANGUAGES, crane, done, import_corpus
@@ -23,13 +26,13 @@ from crane_serve.common.atomic import write_atomically
 from crane_serve.common.masks import NeuronMask
 from crane_serve.common.numbers.bootstrap import Estimate, change_per_token
 from crane_serve.common.reports.content import Cell, Section, Table
-from crane_serve.common.reports.numbers import interval_text, number_text
+from crane_serve.common.reports.numbers import interval_text, number_text, percent_text
 from crane_serve.common.reports.render import markdown_page
 from relevance.methods import find
 from relevance.scored_model import EncodedTexts, ScoredModel
 from relevance.scores import Scores
 from relevance.selection import order
-from relevance.selection_options import Intervention
+from relevance.selection_options import Intervention, neurons_of_budget
 from relevance.sources import load_corpus
 from relevance.validation.ablations import Ablations
 from relevance.validation.overlap import jaccard, members, stability
@@ -43,6 +46,7 @@ SEARCHED = {"learned": INTERVENTIONS, "ablation-refined": ("zero",)}
 SHARES = (0.001, 0.01, 0.05, 0.2, 0.5)  # of all neurons, for faithfulness and completeness
 CHOICE, SAMPLE = "choice", "sample"  # parts of the texts, beside TEXTS
 NEAR = 1.15  # numbers of neurons are chosen to within this ratio
+AGREEMENT = 0.001  # of all neurons; fewer than the candidates of a refinement, whose set is given
 
 
 def main() -> None:
@@ -62,6 +66,7 @@ def main() -> None:
     )
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
+    keep_options(options)
     import_texts(options)
     score(options)
     study = Study.open(options)
@@ -72,18 +77,41 @@ def main() -> None:
     write_atomically(options.out / "study.md", page(study, effects, circuits).encode())
 
 
+def keep_options(options: argparse.Namespace) -> None:
+    """Leave, if OUT was begun with other options: what is done there would not be done again."""
+    path, given = options.out / "options.json", {name: str(value) for name, value in sorted(vars(options).items())}
+    if path.exists() and json.loads(path.read_text()) != given:
+        sys.exit(f"{path} says that {options.out} was begun with other options; choose another --out")
+    write_atomically(path, json.dumps(given, indent=1).encode())
+
+
 def import_texts(options: argparse.Namespace) -> None:
-    """Corpora below OUT. Questions have the split of their article."""
-    xquad, ntrex, questions = (options.out / name for name in ("xquad", "ntrex", "questions"))
-    if not xquad.exists():
-        pattern = options.xquad / "xquad.{lang}.json"
-        import_corpus("--squad", pattern, "--splits", "relevance=0.45,test=0.55", "--out", xquad)
-    if not ntrex.exists():
-        lines = ("--lines", options.ntrex / "{lang}.txt", "--document-ids", options.ntrex / "document_ids.txt")
-        import_corpus(*lines, "--by", "line", "--splits", "choice=0.25,test=0.75", "--out", ntrex)
-    if not questions.exists():
-        for language in LANGUAGES:
-            write_questions(options.xquad / f"xquad.{language}.json", xquad, questions, language)
+    """Corpora below OUT, each whole or not there. Questions have the split of their article."""
+    xquad = options.out / "xquad"
+    with made_whole(xquad) as aside:
+        if aside is not None:
+            pattern = options.xquad / "xquad.{lang}.json"
+            import_corpus("--squad", pattern, "--splits", "relevance=0.45,test=0.55", "--out", aside)
+    with made_whole(options.out / "ntrex") as aside:
+        if aside is not None:
+            lines = ("--lines", options.ntrex / "{lang}.txt", "--document-ids", options.ntrex / "document_ids.txt")
+            import_corpus(*lines, "--by", "line", "--splits", "choice=0.25,test=0.75", "--out", aside)
+    with made_whole(options.out / "questions") as aside:
+        if aside is not None:
+            for language in LANGUAGES:
+                write_questions(options.xquad / f"xquad.{language}.json", xquad, aside, language)
+
+
+@contextmanager
+def made_whole(directory: Path) -> Iterator[Path | None]:
+    """A directory to fill, which then becomes `directory`; None if that is there already."""
+    if directory.exists():
+        yield None
+        return
+    aside = directory.with_name(f".{directory.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    yield aside
+    aside.rename(directory)
 
 
 def write_questions(source: Path, xquad: Path, out: Path, language: str) -> None:
@@ -109,11 +137,13 @@ def score(options: argparse.Namespace) -> None:
         crane("relevance", options.model, *common, *how, "--out", scores)
     for method, seed, intervention, file in searches(options.out):
         if not file.exists():
-            shutil.copy(scores, file)
+            write_atomically(file, scores.read_bytes())
         if not done(file, method):
-            how = ("--steps", options.steps) if method == "learned" else ("--candidates", 128, "--documents", 4)
-            command = "learn" if method == "learned" else "refine"
-            crane(command, options.model, file, *common, *how, "--seed", seed, "--intervention", intervention)
+            where = (options.model, file, *common, "--seed", seed, "--intervention", intervention)
+            if method == "learned":
+                crane("learn", *where, "--steps", options.steps)
+            else:
+                crane("refine", *where, "--candidates", 128, "--documents", 4)
 
 
 def searches(out: Path) -> Iterator[tuple[str, int, str, Path]]:
@@ -126,13 +156,14 @@ def searches(out: Path) -> Iterator[tuple[str, int, str, Path]]:
 
 @dataclass(frozen=True)
 class Effect:
-    """What one mask costs. changes: nats per token, by text and language; collateral: by text."""
+    """What one mask costs. neurons: None, and nothing else, if the whole ranking does not reach the effect. changes:
+    nats per token, by text and language; collateral: by text, None where the mask's own language loses nothing."""
 
     method: str
     seed: int | None
     intervention: str
     language: str
-    neurons: int
+    neurons: int | None
     changes: Mapping[str, Mapping[str, Estimate]]
     collateral: Mapping[str, Estimate | None]
 
@@ -199,8 +230,6 @@ class Study:
         """Every method with every seed, set to zero and to the mean."""
         for intervention in INTERVENTIONS:
             for method in self.opened.scores.by_method:
-                if method == "crane-textbook" and intervention == "mean":
-                    continue  # as `crane`
                 for seed in SEEDS if find(method).matched_to else (None,):
                     yield self.ranking(method, seed, intervention, self.opened.scores)
         for method, seed, intervention, file in searches(self.out):
@@ -211,14 +240,13 @@ class Study:
         return Ranking(method, seed, intervention, scores, order(scores, method, seed=seed or 0))
 
     def effects(self, everywhere: Sequence[str]) -> Iterator[Effect]:
-        """At matched effect; a ranking that does not reach it in a language has none there."""
+        """At matched effect, on news and, for the methods `everywhere`, the other texts."""
         for ranking in self.rankings():
             for language in self.languages:
                 count = self.count(ranking, language)
                 print(f"{ranking.method} {ranking.seed} {ranking.intervention} {language}: {count}", flush=True)
-                if count is not None:
-                    texts = TEXTS if ranking.method in everywhere else TEXTS[:1]
-                    yield self.effect(ranking, language, count, texts)
+                texts = TEXTS if ranking.method in everywhere else TEXTS[:1]
+                yield self.effect(ranking, language, count, texts)
 
     def count(self, ranking: Ranking, language: str) -> int | None:
         """How many neurons cost the language `EFFECT`: roughly on an eighth of the documents, then on all."""
@@ -229,10 +257,12 @@ class Study:
         rough = fewest(costs(SAMPLE), len(ranking.orders[language]))
         return None if rough is None else near(costs(CHOICE), rough, len(ranking.orders[language]))
 
-    def effect(self, ranking: Ranking, language: str, count: int, texts: Sequence[str]) -> Effect:
+    def effect(self, ranking: Ranking, language: str, count: int | None, texts: Sequence[str]) -> Effect:
         """On the texts for reporting."""
-        mask = ranking.mask(language, count)
         changes, costs = {}, {}
+        if count is None:
+            return Effect(ranking.method, ranking.seed, ranking.intervention, language, None, {}, {})
+        mask = ranking.mask(language, count)
         for text in texts:
             off = {name: self.ablations.losses(mask, text, name) for name in self.languages}
             whole = {name: self.ablations.losses(None, text, name) for name in self.languages}
@@ -314,28 +344,20 @@ def texts_table(study: Study) -> Table:
 
 
 def collateral_table(study: Study, effects: Sequence[Effect], text: str) -> Table:
-    """A row for each method and ablation: over its seeds, the mean of the collateral with the interval of each
-    language's (of several seeds, from the lowest to the highest end)."""
+    """A row for each method and ablation that was measured on the text, the least collateral first."""
     groups: dict[tuple[str, str], list[Effect]] = {}
     for effect in effects:
-        if text in effect.changes:
-            groups.setdefault((effect.method, effect.intervention), []).append(effect)
+        groups.setdefault((effect.method, effect.intervention), []).append(effect)
     rows = []
     for (method, intervention), of_group in groups.items():
+        if not any(text in effect.changes for effect in of_group):
+            continue
         cells, means = [], []
         for language in study.languages:
-            of_language = [effect for effect in of_group if effect.language == language]
-            costs = [cost for effect in of_language if (cost := effect.collateral[text]) is not None]
-            seeds = len({effect.seed for effect in of_group})
-            if len(costs) < seeds:
-                cells += [Cell("not reached"), Cell("")]
-                continue
-            means.append(sum(cost.mean for cost in costs) / len(costs))
-            counts = sorted(effect.neurons for effect in of_language)
-            ranged = f"{counts[0]:,}" if counts[0] == counts[-1] else f"{counts[0]:,} to {counts[-1]:,}"
-            own = sum(effect.changes[text][language].mean for effect in of_language) / len(of_language)
-            cells += [Cell(number_text(means[-1]), spread(costs)), Cell(number_text(own, signed=True), f"({ranged})")]
-        mean = sum(means) / len(means) if len(means) == len(study.languages) else None
+            mean, *of_language = language_cells([one for one in of_group if one.language == language], text)
+            means.append(mean)
+            cells += of_language
+        mean = None if None in means else sum(filter(None, means)) / len(means)
         label = "" if mean is None else number_text(mean)
         rows.append((mean, (Cell(method), Cell(intervention), Cell(label, strong=True), *cells)))
     rows.sort(key=lambda row: float("inf") if row[0] is None else row[0])
@@ -343,11 +365,29 @@ def collateral_table(study: Study, effects: Sequence[Effect], text: str) -> Tabl
     return Table(("method", "set to", "mean collateral", *columns), tuple(cells for _, cells in rows))
 
 
+def language_cells(of_seeds: Sequence[Effect], text: str) -> tuple[float | None, Cell, Cell]:
+    """The mean collateral over the seeds of one method, and the cells with it and with the own change."""
+    reached = [effect for effect in of_seeds if effect.neurons is not None]
+    if len(reached) < len(of_seeds):
+        return None, Cell(f"not reached by {len(of_seeds) - len(reached)} of {len(of_seeds)}"), Cell("")
+    counts = sorted(effect.neurons or 0 for effect in reached)
+    ranged = f"{counts[0]:,}" if counts[0] == counts[-1] else f"{counts[0]:,} to {counts[-1]:,}"
+    own = sum(effect.changes[text][effect.language].mean for effect in reached) / len(reached)
+    change = Cell(number_text(own, signed=True), f"({ranged})")
+    costs = [cost for effect in reached if (cost := effect.collateral[text]) is not None]
+    if len(costs) < len(reached):
+        return None, Cell(f"loses nothing here: {len(reached) - len(costs)} of {len(reached)}"), change
+    mean = sum(cost.mean for cost in costs) / len(costs)
+    return mean, Cell(number_text(mean), spread(costs)), change
+
+
 def spread(costs: Sequence[Estimate]) -> str:
-    """The interval of one mask; of several, from the lowest end to the highest."""
-    ends = [end for cost in costs for end in (cost.low, cost.high) if end is not None]
-    whole = Estimate(mean=costs[0].mean, low=min(ends, default=None), high=max(ends, default=None))
-    return interval_text(whole)
+    """The interval of one mask; of several, from the lowest end to the highest; none unless all have one."""
+    ends = [(cost.low, cost.high) for cost in costs if cost.low is not None and cost.high is not None]
+    if len(ends) < len(costs):
+        return ""
+    lows, highs = zip(*ends, strict=True)
+    return interval_text(Estimate(mean=costs[0].mean, low=min(lows), high=max(highs)))
 
 
 def circuits_table(circuits: Sequence[Circuit]) -> Table:
@@ -362,31 +402,31 @@ def circuits_table(circuits: Sequence[Circuit]) -> Table:
 
 
 def agreement_table(study: Study) -> Table:
-    """Jaccard overlap of the best 1 %: from two halves of the corpus, or of two seeds."""
+    """Jaccard overlap of the best `AGREEMENT` of all neurons: from two halves of the corpus, or of every two seeds."""
     halves = [Scores.load(study.out / f"scores-{half}.safetensors") for half in ("first", "second")]
-    found = {method: dict(of) for method, of in stability(halves, 0.01).items()}
+    found = {f"{method}: two halves of the corpus": of for method, of in stability(halves, AGREEMENT).items()}
     for method, interventions in SEARCHED.items():
         for intervention in interventions:
             files = [file for name, _, how, file in searches(study.out) if (name, how) == (method, intervention)]
-            found[f"{method} ({intervention}, two seeds)"] = between_seeds(
-                [Scores.load(file) for file in files], method
-            )
+            runs = [Scores.load(file) for file in files]
+            found[f"{method}, {intervention}: mean of pairs of {len(runs)} seeds"] = between_seeds(runs, method)
     rows = [
         (Cell(method), *(Cell(number_text(of[language])) for language in study.languages))
         for method, of in found.items()
     ]
-    return Table(("method", *study.languages), tuple(rows))
+    share = percent_text(AGREEMENT)
+    return Table((f"overlap (Jaccard) of the best {share} of all neurons", *study.languages), tuple(rows))
 
 
 def between_seeds(runs: Sequence[Scores], method: str) -> dict[str, float]:
-    """Mean over all pairs, of the 184 neurons (0.5 %) that a search chooses, by language."""
+    """Mean over all pairs, by language."""
     orders = [order(run, method) for run in runs]
-    shape, count = runs[0].shape.tensor[1:], round(0.005 * runs[0].shape.neurons)
+    shape, count = runs[0].shape.tensor[1:], neurons_of_budget(AGREEMENT, runs[0].shape.neurons)
     means = {}
     for language in runs[0].info.languages:
         chosen = [members(of[language][:count], shape) for of in orders]
-        pairs = [(one, other) for index, one in enumerate(chosen) for other in chosen[index + 1 :]]
-        means[language] = sum(jaccard(*pair) for pair in pairs) / len(pairs)
+        pairs = [jaccard(*pair) for pair in combinations(chosen, 2)]
+        means[language] = sum(pairs) / len(pairs)
     return means
 
 

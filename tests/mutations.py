@@ -104,7 +104,7 @@ MUTATIONS = (
     Mutation(
         "a request asks for a mask by a misspelt argument: refused",
         f"{ENGINE}/admission.py",
-        "        if looks_like_ours(argument) and argument not in (*_ARGUMENTS, SCORE_ARGUMENT):",
+        "        if looks_like_ours(argument) and argument not in (*_ARGUMENTS, SCORE_ARGUMENT, ACTIVATIONS_ARGUMENT):",
         "        if False:",
         "tests/engine/test_support.py",
     ),
@@ -139,8 +139,8 @@ MUTATIONS = (
     Mutation(
         "no scale of joined masks is beyond the bound",
         f"{MASKS}/composition.py",
-        "        if bound > MAX_SCALE:",
-        "        if False:",
+        "        if bound > MAX_SCALE:\n            raise ValueError(f\"scales",
+        "        if False:\n            raise ValueError(f\"scales",
         "tests/unit/test_composition.py",
     ),
     Mutation(
@@ -255,23 +255,23 @@ UNDER_V2 = (
     Mutation(
         "what is done for one request is not done for the next at its place, as after a preemption",
         V2,
-        "[self._crane_requests.get(req_id) for req_id in ids]",
-        "[self.__dict__.setdefault('_at', {}).setdefault(int(place), self._crane_requests.get(req_id))"
+        "[self._crane_requests.get(req_id, _NONE) for req_id in ids]",
+        "[self.__dict__.setdefault('_at', {}).setdefault(int(place), self._crane_requests.get(req_id, _NONE))"
         " for place, req_id in zip(input_batch.idx_mapping_np, ids)]",
         f"{SCHEDULES}preempted_requests_keep_their_masks",
     ),
     Mutation(
         "masks go with the batch in its own order",
         V2,
-        "ids = input_batch.req_ids",
-        "ids = sorted(input_batch.req_ids, reverse=True)",
+        "ids, starts = input_batch.req_ids,",
+        "ids, starts = sorted(input_batch.req_ids, reverse=True),",
         f"{SCHEDULES}requests_that_come_while_others_end_keep_their_masks",
     ),
     Mutation(
         "the prompt of a request that comes back does not hold what was generated",
         V2,
-        "new_req_data.prompt_token_ids or",
-        "new_req_data.prefill_token_ids or",
+        "        ids = new_req_data.prompt_token_ids",
+        "        ids = new_req_data.prefill_token_ids",
         f"{SCHEDULES}a_mask_of_the_prompt_or_of_what_is_generated_is_exact_also_when_preempted",
     ),
 )

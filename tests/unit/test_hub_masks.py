@@ -370,6 +370,23 @@ class TestFetch:
         with pytest.raises(HubMasksError, match="the Hub's cache does not have all of it"):
             mask_directory(f"hf:{NAME}")
 
+    def test_without_the_hub_a_commit_is_whole_or_refused(
+        self, hub: Hub, masks: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A push fetches the masks that stay, and the card, into the same cache."""
+        from huggingface_hub import HfApi, constants
+
+        first = pushed(masks, f"hf:{NAME}")
+        pushed(masks / ENGLISH, f"hf:{NAME}")
+
+        def fail(*_: object, **__: object) -> None:
+            raise OfflineModeIsEnabled("no network here")
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(HfApi, "model_info", fail)
+        with pytest.raises(HubMasksError, match="the Hub's cache does not have all of it"):
+            mask_directory(first)
+
     def test_a_hub_that_is_not_there(self, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         from huggingface_hub import constants
 

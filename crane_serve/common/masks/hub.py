@@ -225,9 +225,10 @@ def _is_mask(source: HubName, file: str, commit: str) -> bool:
 
 
 def _snapshot(source: HubName, *, local_files_only: bool = False) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import get_cached_repo_tree, snapshot_download
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
-    return Path(
+    directory = Path(
         snapshot_download(
             source.repository,
             revision=source.revision,
@@ -236,6 +237,11 @@ def _snapshot(source: HubName, *, local_files_only: bool = False) -> Path:
             local_files_only=local_files_only,
         )
     )
+    try:
+        get_cached_repo_tree(source.repository, revision=directory.name)
+    except CachedRepoTreeNotFoundError as error:  # single files were fetched; nobody knows whether there are more
+        raise _HubFails("its cache holds single files of this commit only") from error
+    return directory
 
 
 @contextmanager
