@@ -36,7 +36,12 @@ def push(
     licence: Annotated[
         str | None, typer.Option("--licence", "--license", help="Of the masks, as the Hub abbreviates it: apache-2.0")
     ] = None,
-    positions: Annotated[str, typer.Option(help="The tokens that they are meant for, as in a request.")] = "all",
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="The tokens that they are meant for, as in a request.", show_default="what the card says, else all"
+        ),
+    ] = None,
     validation: Annotated[
         Path | None, typer.Option(help="Directory that `crane validate` wrote: what the masks cost, for the card")
     ] = None,
@@ -48,7 +53,7 @@ def push(
 
     The token is the Hub's own: HF_TOKEN, or that of `hf auth login`.
     """
-    from crane_serve.common.masks.card import base_model_of, mask_card
+    from crane_serve.common.masks.card import base_model_of, mask_card, positions_of
     from crane_serve.common.masks.files import read_mask
     from crane_serve.common.masks.fingerprint import Fingerprint
     from crane_serve.common.masks.hub import push_masks
@@ -56,7 +61,7 @@ def push(
     from crane_serve.common.masks.transfer import read_masks
 
     try:
-        meant = Positions.parse(positions)
+        meant = None if positions is None else Positions.parse(positions)
     except ValueError as error:
         raise SharingError(f"--positions {error}") from None
     repository = HubName.parse(to)
@@ -82,7 +87,7 @@ def push(
             base_model=model[0],
             base_commit=model[1],
             licence=licence or (known if isinstance(known, str) else None),
-            positions=meant,
+            positions=meant or positions_of(earlier),
             effects=_effects({mask.mask.digest: mask.name for mask in all_masks}, validation, evaluation),
         )
 

@@ -110,12 +110,13 @@ def test_a_token_is_sent_and_never_said(
 
 
 def test_masks_that_are_there_stay_and_stand_in_the_card(hub: Hub, masks: Path) -> None:
-    pushed(masks / ENGLISH, f"hf:{NAME}", "--licence", "apache-2.0")
+    pushed(masks / ENGLISH, f"hf:{NAME}", "--licence", "apache-2.0", "--positions", "prompt[-4:]")
     before = hub.files(NAME)[ENGLISH]
     pushed(masks / CHINESE, f"hf:{NAME}")
     assert hub.files(NAME)[ENGLISH] == before
     card = hub.files(NAME)["README.md"].decode()
     assert front_matter(card)["license"] == "apache-2.0", "what the first push said"
+    assert "Meant for the tokens prompt[-4:]." in card
     for name in (ENGLISH, CHINESE):
         assert read_mask(masks / name).mask.digest[:16] in card
     assert read_mask(masks / VIETNAMESE).mask.digest[:16] not in card
@@ -208,6 +209,7 @@ class TestCard:
             "license": "mit",
             "library_name": "crane-serve",
             "fingerprint": {"config": of.config_digest, "weights": of.weights_digest},
+            "positions": "generated",
             "tags": ["crane-serve", "neuron-mask", "attnlrp"],
         }
         row = next(line for line in card.splitlines() if line.startswith("| attnlrp-en |"))

@@ -17,7 +17,8 @@ from crane_serve.common.reports.render import markdown_page
 
 CARD_FILE = "README.md"
 LIBRARY = "crane-serve"
-_BASE_COMMIT, _FINGERPRINT = "base_model_revision", "fingerprint"  # keys of the front matter that the Hub does not know
+# Keys of the front matter that the Hub does not know.
+_BASE_COMMIT, _FINGERPRINT, _MEANT_FOR = "base_model_revision", "fingerprint", "positions"
 _FRONT_MATTER = re.compile(r"---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
 _LAYERS = 3  # that are named for each mask
 
@@ -53,6 +54,14 @@ def base_model_of(front: Mapping[str, Any], fingerprint: Fingerprint) -> tuple[s
     return (base_model if isinstance(base_model, str) else None), (commit if isinstance(commit, str) else None)
 
 
+def positions_of(front: Mapping[str, Any]) -> Positions:
+    """The tokens that masks are meant for by a card's front matter; all, if it does not say."""
+    try:
+        return Positions.parse(front.get(_MEANT_FOR, "all"))
+    except ValueError:
+        return Positions.ALL
+
+
 def mask_card(
     repository: str,
     masks: Sequence[StoredMask],
@@ -74,6 +83,7 @@ def mask_card(
         "base_model": base_model,
         _BASE_COMMIT: base_commit,
         _FINGERPRINT: _digests(masks[0].info.fingerprint),
+        _MEANT_FOR: None if positions == Positions.ALL else str(positions),
         "tags": [LIBRARY, "neuron-mask", *sorted({stored.info.method for stored in masks})],
     }
     written = yaml.safe_dump({key: value for key, value in front.items() if value is not None}, sort_keys=False)
