@@ -37,7 +37,8 @@ class AskedActivations:
         """Have a request with `parameters` keep its activations, if any are asked for; gives the function that takes
         those of so many tokens. What is not taken is forgotten. prompt: its tokens; most: that can be computed.
 
-        Raises ActivationsError for activations that cannot be had.
+        Raises ActivationsOff if the engine keeps none, ActivationsBusy, ActivationsError for others that cannot be had,
+        and FailedRequest, from the function, if some are missing.
         """
         if asked is None:
 
