@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/study"))
     parser.add_argument("--documents", type=int, default=128, help="per language, for the choice and for each text")
     parser.add_argument("--max-tokens", type=int, default=48, help="where documents of the choice and the report end")
-    parser.add_argument("--steps", type=int, default=16, help="steps of learning, at most")
+    parser.add_argument("--steps", type=int, default=64, help="steps of learning, at most")
     parser.add_argument(
         "--everywhere",
         default="learned,attnlrp,lape,magnitude,gradient,random",

@@ -17,7 +17,7 @@ MODEL = "gemma-3-270m"
 BUDGET = 0.005
 METHODS = ("learned", "attnlrp", "lape", "random")
 SCORED = 48  # documents of each language
-LEARNING = ("--steps", 12, "--documents", 4)
+LEARNING = ("--steps", 32)
 SERVER_START_S = 420
 
 

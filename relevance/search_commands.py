@@ -36,7 +36,7 @@ _Intervention = Annotated[
 ]
 _Replace = Annotated[bool, typer.Option("--replace", help="Replace existing scores of this method.")]
 
-_FIRST_START, _NO_START = "attnlrp", "none"
+_NO_START = "none"
 
 
 def refine(
@@ -100,18 +100,15 @@ def learn(
     normalise: ScoresForm = None,
     limit: _Limit = None,
     budget: Annotated[float, typer.Option(help="Fraction of all neurons that the learned mask switches off.")] = 0.005,
-    start: Annotated[
-        str | None,
-        typer.Option("--from", help="Method whose ranking it starts from, or none; default: attnlrp, if it is there."),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent, at most.")] = 16,
+    start: Annotated[str, typer.Option("--from", help="Method whose ranking it starts from, or none.")] = _NO_START,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent, at most.")] = 64,
     effect: Annotated[float, typer.Option(help="Nats that the target is to lose on average; more is no gain.")] = 1.5,
     hold: Annotated[float, typer.Option(min=0.0, help="Weight of what the other languages lose.")] = 1.0,
     spare: Annotated[
         float,
         typer.Option(help="Nats per token that the others may lose for a mask to be done before the last step."),
     ] = 0.02,
-    documents: Annotated[int, typer.Option(min=1, help="Documents per language in a step.")] = 6,
+    documents: Annotated[int, typer.Option(min=1, help="Documents per language in a step.")] = 2,
     intervention: _Intervention = "zero",
     target: Annotated[
         Literal["loss", "language"],
@@ -120,7 +117,7 @@ def learn(
             "the next token's probability that its own words have, those more frequent in it than in all others."
         ),
     ] = "loss",
-    max_tokens: _Tokens = 80,
+    max_tokens: _Tokens = 56,
     seed: _Seed = 0,
     seeds: Annotated[
         int, typer.Option(min=1, help="How many runs, with SEED and those after it, whose mean is taken.")
@@ -140,8 +137,6 @@ def learn(
     with bar("learn", "steps", f"{scores} of {model}") as progress_bar:
         scored_model = ScoredModel.open(model, scores, dtype, device, revision)
         scored_model.require_absent("learned", replace=replace)
-        if start is None:
-            start = _FIRST_START if _FIRST_START in scored_model.scores.by_method else _NO_START
         starts = None if start == _NO_START else order(scored_model.scores, start)
         instead = Intervention.of_ablation(intervention, scored_model.scores)
         drawn = tuple(range(seed, seed + seeds))

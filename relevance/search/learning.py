@@ -21,6 +21,7 @@ from relevance.search.words import Effect, Unmasked, Words, effect
 
 _NEVER = -torch.inf
 _RECENT = 4  # steps
+_REMEMBERED = 20  # steps, whose scores are averaged
 
 
 class Target(StrEnum):
@@ -46,12 +47,12 @@ class Learning:
     """
 
     neurons: int
-    steps: int = 16
+    steps: int = 64
     growth: float = 0.4
     effect: float = 1.5
     hold: float = 1.0
     spare: float = 0.02
-    documents: int = 6
+    documents: int = 2
     momentum: float = 0.9
     trust: float = 1.0
     seed: int = 0
@@ -75,12 +76,29 @@ class Step:
 
 @dataclass(eq=False)
 class _Search:
-    """The search for one target's mask. scores, velocity: [layers, widest]; recent: losses of the last steps."""
+    """The search for one target's mask. scores, velocity: [layers, widest]; recent: losses of the last steps.
+
+    mean: of the scores since all neurons are closed, later ones weighing more; [layers, widest]. At the end it says
+    more than the scores do, which go on changing with the documents of each step (Polyak and Juditsky 1992). closed:
+    in how many steps they were.
+    """
 
     target: str
     scores: Tensor
     velocity: Tensor
+    mean: Tensor
+    closed: int = 0
     recent: deque[Mapping[str, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))
+
+    def move(self, gradient: Tensor, options: Learning, *, all_closed: bool) -> None:
+        """One step. gradient: [layers, widest]; all_closed: whether all neurons were closed."""
+        gradient = gradient / gradient.square().mean().sqrt().clamp_min(torch.finfo(gradient.dtype).tiny)
+        self.velocity = options.momentum * self.velocity + (1 - options.momentum) * gradient
+        # Closing a gate lowers its value, so the objective falls where its gradient is positive.
+        self.scores = self.scores + self.velocity
+        self.closed += all_closed
+        share = 1 / max(1, min(self.closed, _REMEMBERED))
+        self.mean = (1 - share) * self.mean + share * self.scores
 
     def done(self, options: Learning) -> bool:
         """Whether its aim is reached."""
@@ -120,7 +138,7 @@ def learn_scores(
     searches = []
     for target in documents:
         start = _start(None if starts is None else starts[target], exists, options)
-        searches.append(_Search(target, start, torch.zeros_like(start)))
+        searches.append(_Search(target, start, torch.zeros_like(start), start))
     running = searches
     for number, places in enumerate(_draws(documents, options)):
         count = options.neurons
@@ -141,11 +159,7 @@ def learn_scores(
             is_target = torch.tensor([search.target == language for search in running], device=device)
             losses[language] = torch.where(is_target, _of_target(found), found.loss).tolist()
         for index, search in enumerate(running):
-            # Closing a gate lowers its value, so the objective falls where its gradient is positive.
-            gradient = gradients[index]
-            gradient = gradient / gradient.square().mean().sqrt().clamp_min(torch.finfo(gradient.dtype).tiny)
-            search.velocity = options.momentum * search.velocity + (1 - options.momentum) * gradient
-            search.scores = search.scores + search.velocity
+            search.move(gradients[index], options, all_closed=count == options.neurons)
             of_search = {language: of_language[index] for language, of_language in losses.items()}
             if count == options.neurons:
                 search.recent.append(of_search)
@@ -153,7 +167,7 @@ def learn_scores(
         running = [search for search in running if not search.done(options)]
         if not running:
             break
-    return {search.target: search.scores.where(exists, 0).cpu() for search in searches}
+    return {search.target: search.mean.where(exists, 0).cpu() for search in searches}
 
 
 def closed(scores: Tensor, exists: Tensor, count: int) -> Tensor:

@@ -233,6 +233,22 @@ def test_a_mask_whose_aim_is_reached_is_learned_no_further(llama: Decoder) -> No
     assert len(seen) == 12 * len(TEXTS)
 
 
+def test_learning_returns_the_mean_of_its_last_steps(llama: Decoder) -> None:
+    places = torch.cartesian_prod(torch.arange(3), torch.arange(160))
+    starts = dict.fromkeys(TEXTS, places)
+    options = Learning(neurons=24, momentum=0.0, spare=-1)  # all neurons are closed from the first step on
+
+    def means(steps: int) -> Tensor:
+        return learn_scores(llama, TEXTS, replace(options, steps=steps), starts)["vi"].double()
+
+    first, second, third = (means(steps) for steps in (1, 2, 3))
+    moves = [2 * second - first - first, 3 * third - 2 * second - (2 * second - first)]  # between scores, not means
+    for move in moves:
+        assert float(move.square().mean().sqrt()) == pytest.approx(1.0, rel=1e-5)
+    for late in (30, 31):
+        assert float((means(late + 1) - means(late)).square().mean().sqrt()) < 0.5
+
+
 def _losses(decoder: Decoder, words: Words, factors: Tensor) -> dict[str, float]:
     found = {}
     for language in TEXTS:
