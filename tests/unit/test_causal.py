@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from crane_serve.common.masks import NeuronMask
-from crane_serve.common.models.families import Decoder, take_apart
+from crane_serve.common.models.decoder import Decoder
+from crane_serve.common.models.families import take_apart
 from relevance.accumulators import NonFiniteError
 from relevance.causal import losses, masked, scaled
 from relevance.encoding import Batch
@@ -69,7 +70,7 @@ def test_a_mask_is_the_same_as_zeroed_weights(model: torch.nn.Module) -> None:
     mask = _mask(decoder.sizes)
     with masked(decoder, mask):
         found = losses(decoder, TEXTS["zh"], batch_tokens=64).nats
-    weights = [layer.down_proj.weight for layer in decoder.layers]
+    weights = [layer.groups[0].down_proj.weight for layer in decoder.layers]
     saved = [weight.clone() for weight in weights]
     for weight, scales in zip(weights, mask.intermediate, strict=True):
         weight.mul_(scales[: weight.shape[1]])  # [hidden, neurons]
