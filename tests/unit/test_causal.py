@@ -105,7 +105,7 @@ def test_hooks_are_gone_after_an_exception(llama: Decoder) -> None:
 def test_weights_that_are_not_numbers_are_noticed(tmp_path: Path) -> None:
     decoder = take_apart(load_model(tiny_model("llama", tmp_path), torch.float32, torch.device("cpu")))
     with torch.no_grad():
-        decoder.layers[1].down_proj.weight[0, 0] = torch.nan
+        decoder.layers[1].groups[0].down_proj.weight[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"not finite in torch\.float32; the weights may hold"):
         losses(decoder, TEXTS["en"], 64)
     with pytest.raises(NonFiniteError, match="not finite"):

@@ -193,8 +193,17 @@ def test_experts_of_another_form_have_no_rules(change: dict[str, bool]) -> None:
         take_apart(model)
 
 
+def test_layers_may_be_dense_or_of_experts() -> None:
+    model = random_decoder("Qwen3MoeForCausalLM", mlp_only_layers=[1], dtype=torch.float64).requires_grad_(False)
+    decoder = take_apart(model)
+    assert [[group.of_experts for group in layer.groups] for layer in decoder.layers] == [[True], [False], [True]]
+    prove_conservation(model, decoder)
+
+
 def test_norms_of_queries_and_keys_may_be_there() -> None:
-    without, with_them = (len(take_apart(random_decoder("Glm4MoeForCausalLM", use_qk_norm=of)).norms) for of in (0, 1))
+    without, with_them = (
+        len(take_apart(random_decoder("Glm4MoeForCausalLM", use_qk_norm=of)).norms) for of in (False, True)
+    )
     assert (without, with_them) == (3 * 2 + 1, 3 * 4 + 1)
 
 
