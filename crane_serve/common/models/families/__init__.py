@@ -195,7 +195,7 @@ def _layer_norms(model: nn.Module, family: Family, layers: Iterable[str]) -> Ite
 def _require_known(model: nn.Module, family: Family, known: set[str], opened: set[nn.Module]) -> None:
     """Refuse a module that computes something and is not in the family's list, since the rules would not cover it.
 
-    opened: of experts and routers, which are shown to compute what their parts make.
+    opened: of experts, which are shown to compute what their parts make, and of routers, whose outputs are constants.
     """
     for path, module in model.named_modules():
         if any(f"{path}.".startswith(f"{beside}.") for beside in family.beside):
