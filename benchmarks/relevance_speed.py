@@ -91,7 +91,7 @@ def one_by_one(model: nn.Module, documents: Sequence[list[int]]) -> None:
     total: list[Tensor] = [torch.zeros(size, dtype=torch.float64, device=device) for size in decoder.sizes]
     neurons: list[Tensor] = []
     handles = [
-        layer.down_proj.register_forward_pre_hook(lambda _, inputs: neurons.append(inputs[0]))
+        layer.groups[0].down_proj.register_forward_pre_hook(lambda _, inputs: neurons.append(inputs[0]))
         for layer in decoder.layers
     ]
     with propagation(model, ATTNLRP):

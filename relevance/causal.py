@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from crane_serve.common.masks import NeuronMask
-from crane_serve.common.models.families import Decoder
+from crane_serve.common.models.decoder import Decoder
 from crane_serve.common.models.routers import find_routers, kept_from
 from relevance.accumulators import NonFiniteError
 from relevance.encoding import Batch, batches

@@ -112,7 +112,7 @@ def relevance(
             raise ServerError(f"--server computes elsewhere; {', '.join(misplaced)} cannot be used with it")
     texts = load_corpus(corpus, split, _names(languages), text_column, normalise).spread(limit)
 
-    from crane_serve.common.models.families import available, decoder_of
+    from crane_serve.common.models.families import decoder_of
     from crane_serve.common.models.load import architecture_of, load_config
     from relevance.doubts import doubts
     from relevance.method import lacking
@@ -127,7 +127,7 @@ def relevance(
     checkpoint = resolve_checkpoint(model, revision)
     architecture = architecture_of(load_config(checkpoint))
     chosen = find_scored(_names(methods), architecture)
-    if methods is None and architecture not in available():
+    if methods is None:
         decoder = decoder_of(load_skeleton(checkpoint))
         chosen = [method for method in chosen if lacking(method, decoder) is None]
     if methods is None and server is not None:

@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from crane_serve.common.models.decoder import Decoder, KnownLayer
 from crane_serve.common.models.experts import Experts
-from crane_serve.common.models.families import Decoder, KnownLayer, available
+from crane_serve.common.models.families import available
 from relevance.accumulators import Statistic
 from relevance.contrast import find_contrast
 from relevance.encoding import Batch
@@ -49,7 +50,7 @@ class Site(Enum):
     """A tensor of an MLP whose gradient a method may ask for.
 
     GATE, UP: raw outputs of those projections (of the first linear layer and nothing, where the MLP is not gated);
-    NEURONS: the inputs of down_proj; OUTPUT: what the MLP adds to the residual stream.
+    NEURONS: the inputs of down_proj; OUTPUT: what the MLP adds to the residual stream, of layers without experts.
     """
 
     GATE = "gate"

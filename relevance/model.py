@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from crane_serve.common.models.families import KnownDecoder, attention_for, decoder_of
+from crane_serve.common.models.decoder import KnownDecoder
+from crane_serve.common.models.families import attention_for, decoder_of
 from crane_serve.common.models.load import (
     architecture_of,
     empty_causal_lm,

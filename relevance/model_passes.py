@@ -3,14 +3,17 @@ possible."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from crane_serve.common.models.decoder import Decoder, Group, KnownGroup, KnownLayer
 from crane_serve.common.models.errors import UnsupportedModelError
-from crane_serve.common.models.families import Decoder, KnownLayer, Layer, decoder_of
+from crane_serve.common.models.families import decoder_of
+from crane_serve.common.models.open_experts import Routes
 from relevance.accumulators import FiniteCheck
 from relevance.encoding import Batch
 from relevance.method import (
@@ -29,6 +32,7 @@ from relevance.targets import log_probabilities, per_document, target_logits
 
 _TARGETS = {AttributionTarget.TARGET_LOGIT: target_logits, AttributionTarget.LOG_PROBABILITY: log_probabilities}
 _Deliver = Callable[[Tensor, Tensor | None, Tensor], None]
+_Key = TypeVar("_Key")
 
 
 class Tap(torch.autograd.Function):
@@ -211,18 +215,20 @@ class _Hooks:
         self.batch: Batch | None = None
         self.lowest: list[Tensor] = []
         self._of_activations: list[OfActivations] = []
+        self._reads: frozenset[str] = frozenset()
         self._of_gradients: dict[Site, list[OfGradients]] = {}
         self._recomputing = False
         self._kept: dict[str, Tensor] = {}
         # Of layers with several groups of neurons, by layer and place, until all of them are there.
         self._told: dict[int, dict[int, dict[str, Tensor]]] = {}
-        self._delivered: dict[int, dict[int, dict[str, Tensor]]] = {}
+        self._delivered: dict[tuple[int, Site], dict[int, dict[str, Tensor]]] = {}
 
     @contextmanager
     def listening(self, batch: Batch, methods: Sequence[Measured], device: torch.device) -> Iterator[None]:
         """Give the tensors of the passes on `batch` to `methods` while the context lasts."""
         self.batch = batch
         self._of_activations = [method for method in methods if isinstance(method, OfActivations)]
+        self._reads = frozenset().union(*(method.reads for method in self._of_activations))
         for method in methods:
             if isinstance(method, OfGradients):
                 for site in method.wanted:
@@ -248,40 +254,41 @@ class _Hooks:
     def installed(self, decoder: Decoder) -> Iterator[None]:
         with ExitStack() as stack:
             for index, layer in enumerate(decoder.layers):
-                for module, hook in self._of_layer(index, layer).items():
-                    stack.callback(module.register_forward_hook(hook).remove)
-                for place, group in enumerate(layer.groups):
-                    before = self._neurons_hook(index, place, len(layer.groups))
+                for number, group in enumerate(layer.groups):
+                    place = _Place(index, number, len(layer.groups), group.of_experts)
+                    for module, hook in self._of_group(place, group).items():
+                        stack.callback(module.register_forward_hook(hook).remove)
+                    before = self._neurons_hook(place)
                     stack.callback(group.down_proj.register_forward_pre_hook(before).remove)
             yield
 
-    def _of_layer(self, index: int, layer: Layer) -> Mapping[nn.Module, Callable[..., Tensor | None]]:
+    def _of_group(self, place: "_Place", group: Group) -> Mapping[nn.Module, Callable[..., Tensor | None]]:
         def act_hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            if self._of_activations and not self._recomputing:
-                self._kept["act"] = output.detach()
+            if "act" in self._reads and not self._recomputing:
+                self._kept["act"] = place.whole(inputs)(output.detach())
 
         def down_hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            return self._tapped(index, [(Site.OUTPUT, slice(None))], output, inputs[0])
+            return self._tapped(place, [(Site.OUTPUT, slice(None))], output, inputs[0])
 
         hooks: dict[nn.Module, Callable[..., Tensor | None]] = {}
-        for group in layer.groups:
-            if group.act_fn is not None:
-                hooks[group.act_fn] = act_hook
-        if len(layer.groups) == 1:
-            hooks[layer.groups[0].down_proj] = down_hook
-        return hooks if not isinstance(layer, KnownLayer) else self._of_projections(index, layer) | hooks
+        if group.act_fn is not None:
+            hooks[group.act_fn] = act_hook
+        if place.of == 1 and not group.of_experts:
+            hooks[group.down_proj] = down_hook
+        return hooks if not isinstance(group, KnownGroup) else self._of_projections(place, group) | hooks
 
-    def _of_projections(self, index: int, layer: KnownLayer) -> dict[nn.Module, Callable[..., Tensor | None]]:
-        projections = {layer.gate.module: [(Site.GATE, layer.gate.rows)]}
-        if layer.up is not None:
-            projections.setdefault(layer.up.module, []).append((Site.UP, layer.up.rows))
-        source = layer.up or layer.gate
+    def _of_projections(self, place: "_Place", group: KnownGroup) -> dict[nn.Module, Callable[..., Tensor | None]]:
+        projections = {group.gate.module: [(Site.GATE, group.gate.rows)]}
+        if group.up is not None:
+            projections.setdefault(group.up.module, []).append((Site.UP, group.up.rows))
+        source = group.up or group.gate
 
         def projection_hook(sites: list[tuple[Site, slice]], up: slice | None) -> Callable[..., Tensor | None]:
             def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-                if up is not None and self._of_activations and not self._recomputing:
-                    self._kept["up"] = output.detach()[..., up]
-                return self._tapped(index, sites, output, inputs[0])
+                whole = place.whole(inputs)
+                if up is not None and "up" in self._reads and not self._recomputing:
+                    self._kept["up"] = whole(output.detach()[..., up])
+                return self._tapped(place, sites, output, inputs[0], whole)
 
             return hook
 
@@ -290,43 +297,43 @@ class _Hooks:
             for module, sites in projections.items()
         }
 
-    def _neurons_hook(self, index: int, place: int, of: int) -> Callable[..., tuple[Any, ...] | None]:
-        """place, of: which group of neurons of the layer it is, of how many."""
-
+    def _neurons_hook(self, place: "_Place") -> Callable[..., tuple[Any, ...] | None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if self.batch is None:
                 return None
             value: Tensor = inputs[0]
             if not self._recomputing:
-                self.activations.see(index, value)
-                self._tell(index, value, place, of)
-            tapped = self._tapped(index, [(Site.NEURONS, slice(None))], value, None, place, of)
+                self.activations.see(place.layer, value)
+                self._tell(place, value)
+            tapped = self._tapped(place, [(Site.NEURONS, slice(None))], value, None)
             return None if tapped is None else (tapped, *inputs[1:])
 
         return hook
 
-    def _tell(self, index: int, neurons: Tensor, place: int, of: int) -> None:
+    def _tell(self, place: "_Place", neurons: Tensor) -> None:
         assert self.batch is not None
         if self._of_activations:
             with torch.no_grad():
                 parts = {name: _by_document(part, self.batch) for name, part in self._kept.items()}
                 self._kept.clear()
                 parts["neurons"] = _by_document(neurons.detach(), self.batch)
-                whole = _joined(self._told, index, parts, place, of)
-                if whole is not None:
+                joined = _joined(self._told, place.layer, parts, place)
+                if joined is not None:
                     for method in self._of_activations:
-                        method.accumulate(Activations(index, self.batch, **whole))
+                        method.accumulate(Activations(place.layer, self.batch, **joined))
 
     def _tapped(
         self,
-        index: int,
+        place: "_Place",
         sites: list[tuple[Site, slice]],
         value: Tensor,
         inputs: Tensor | None,
-        place: int = 0,
-        of: int = 1,
+        whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> Tensor | None:
-        """`value` behind a Tap if a method listens at one of its `sites`, which are slices of its last dimension."""
+        """`value` behind a Tap if a method listens at one of its `sites`, which are slices of its last dimension.
+
+        inputs: what it was made of, which all groups of a layer read alike; whole: as `_Place.whole` gives it.
+        """
         batch = self.batch
         wanted = [(site, rows) for site, rows in sites if self._of_gradients.get(site)]
         if batch is None or not wanted or not value.requires_grad:
@@ -337,35 +344,51 @@ class _Hooks:
             input_sum = inputs.detach().sum(dim=-1, dtype=dtype).view(batch.token_ids.shape)  # [documents, tokens]
 
         def deliver(value: Tensor, input_sum: Tensor | None, gradient: Tensor) -> None:
-            self.gradients.see(index, gradient)
-            parts = {"value": _by_document(value, batch), "gradient": _by_document(gradient, batch)}
-            whole = _joined(self._delivered, index, parts, place, of)
-            if whole is None:
-                return
+            self.gradients.see(place.layer, gradient)
             for site, rows in wanted:
-                value, gradient = whole["value"][..., rows], whole["gradient"][..., rows]
-                gradients = Gradients(index, site, batch, value, gradient, input_sum)
-                for method in self._of_gradients[site]:
-                    method.accumulate(gradients)
+                of_group = {"value": value[..., rows], "gradient": gradient[..., rows]}
+                parts = {name: _by_document(whole(part), batch) for name, part in of_group.items()}
+                joined = _joined(self._delivered, (place.layer, site), parts, place)
+                if joined is not None:
+                    gradients = Gradients(place.layer, site, batch, **joined, input_sum=input_sum)
+                    for method in self._of_gradients[site]:
+                        method.accumulate(gradients)
 
-        if index == 0 and not self._recomputing:
+        if place.layer == 0 and not self._recomputing:
             self.lowest.append(value)
         tapped: Tensor = Tap.apply(value, input_sum, deliver)  # type: ignore[no-untyped-call]
         return tapped
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A group of neurons: the index of its layer, its number among the layer's groups and how many those are."""
+
+    layer: int
+    group: int
+    of: int
+    of_experts: bool
+
+    def whole(self, inputs: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:
+        """What makes [tokens, neurons] of what a module that has `inputs` returns for each of the neurons."""
+        if not self.of_experts:
+            return lambda tensor: tensor
+        routes: Routes = inputs[1]
+        return routes.spread
+
+
 def _joined(
-    waiting: dict[int, dict[int, dict[str, Tensor]]], layer: int, parts: dict[str, Tensor], place: int, of: int
+    waiting: dict[_Key, dict[int, dict[str, Tensor]]], key: _Key, parts: dict[str, Tensor], place: _Place
 ) -> dict[str, Tensor] | None:
     """The tensors of all groups of a layer side by side, in the order of the groups; None until all are there."""
-    if of == 1:
+    if place.of == 1:
         return parts
-    groups = waiting.setdefault(layer, {})
-    groups[place] = parts
-    if len(groups) < of:
+    groups = waiting.setdefault(key, {})
+    groups[place.group] = parts
+    if len(groups) < place.of:
         return None
-    in_order = [groups[number] for number in range(of)]
-    del waiting[layer]
+    in_order = [groups[number] for number in range(place.of)]
+    del waiting[key]
     names = set.intersection(*map(set, in_order))  # the activation function of some groups may not be known
     return {name: torch.cat([group[name] for group in in_order], dim=-1) for name in names}
 

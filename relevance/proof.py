@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crane_serve.common.models.decoder import Decoder, KnownDecoder
 from crane_serve.common.models.errors import UnsupportedModelError
-from crane_serve.common.models.families import Decoder, KnownDecoder
 from relevance.model_passes import last_hidden
 from relevance.rules import CP_LRP, PLAIN, propagation, soft_cap
 

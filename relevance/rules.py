@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crane_serve.common.models.decoder import KnownGroup, KnownLayer, Norm, Projection
 from crane_serve.common.models.errors import UnsupportedModelError
-from crane_serve.common.models.families import KnownLayer, Norm, Projection, take_apart
+from crane_serve.common.models.families import take_apart
 
 _Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 
@@ -29,7 +30,8 @@ class Rules:
     norms: the reciprocal standard deviation of a normalisation is a constant. activation: f(z) has the gradient f(z)/z
     at the MLP's activation function and at tanh soft caps. The others are factors of the gradient: query_key at
     queries and keys, value at values, and, where the MLP is gated, gate at act(gate) and up at up. A factor of 0 makes
-    its tensor a constant; query_key = 0 makes the attention weights constants.
+    its tensor a constant; query_key = 0 makes the attention weights constants. shares: what the outputs of shared
+    experts are multiplied by is a constant, as the weights of routers are under all rules.
     """
 
     name: str
@@ -39,10 +41,11 @@ class Rules:
     value: float
     gate: float
     up: float
+    shares: bool = True
 
 
 # The ordinary gradient.
-PLAIN = Rules("plain", norms=False, activation=False, query_key=1.0, value=1.0, gate=1.0, up=1.0)
+PLAIN = Rules("plain", norms=False, activation=False, query_key=1.0, value=1.0, gate=1.0, up=1.0, shares=False)
 # arXiv:2402.05602. The uniform rule (equation 7; for products, propositions 3.2 and 3.3) gives each of the two factors
 # of a product half of its relevance. Values are a factor of one product, queries and keys of a product inside another.
 ATTNLRP = Rules("attnlrp", norms=True, activation=True, query_key=0.25, value=0.5, gate=0.5, up=0.5)
@@ -188,7 +191,10 @@ def propagation(model: nn.Module, rules: Rules) -> Iterator[None]:
             for norm in decoder.norms:
                 install(norm.module, _norm_hook(norm))
         for layer in decoder.layers:
-            install(layer.act_fn, _activation_hook(layer, rules))
+            for group in layer.groups:
+                install(group.act_fn, _activation_hook(group, rules))
+            if layer.shared_gate is not None and rules.shares:
+                install(layer.shared_gate, _factor_hook(0.0))
             for module, factor in _factors(layer, rules).items():
                 install(module, _factor_hook(factor))
         if decoder.attention_softcap is not None and rules.activation and rules.query_key:
@@ -205,11 +211,11 @@ def _norm_hook(norm: Norm) -> _Hook:
     return hook
 
 
-def _activation_hook(layer: KnownLayer, rules: Rules) -> _Hook | None:
-    factor = rules.gate if layer.gated else 1.0
+def _activation_hook(group: KnownGroup, rules: Rules) -> _Hook | None:
+    factor = rules.gate if group.gated else 1.0
     if factor == 0 or not rules.activation:
         return _factor_hook(factor)
-    slope = slope_at_zero(layer.act_fn)
+    slope = slope_at_zero(group.act_fn)
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
         return identity_rule(inputs[0], output, slope, factor) if inputs[0].requires_grad else None
@@ -233,20 +239,23 @@ def _factors(layer: KnownLayer, rules: Rules) -> dict[nn.Module, float | Tensor]
         (layer.query, rules.query_key),
         (layer.key, rules.query_key),
         (layer.value, rules.value),
-        (layer.gate, 1.0),
     ]
-    if layer.up is not None:
-        parts.append((layer.up, rules.up))
+    for group in layer.groups:
+        parts.append((group.gate, 1.0))
+        if group.up is not None:
+            parts.append((group.up, rules.up))
     of_module: dict[nn.Module, list[tuple[slice, float]]] = {}
     for projection, factor in parts:
         of_module.setdefault(projection.module, []).append((projection.rows, factor))
-    return {module: _joined(module, factors) for module, factors in of_module.items()}
+    weight = layer.query.module.get_parameter("weight")
+    return {module: _joined(factors, weight) for module, factors in of_module.items()}
 
 
-def _joined(module: nn.Module, factors: list[tuple[slice, float]]) -> float | Tensor:
+def _joined(factors: list[tuple[slice, float]], like: Tensor) -> float | Tensor:
+    """like: of the dtype and on the device of the layer."""
     if len({factor for _, factor in factors}) == 1:
         return factors[0][1]
-    joined = module.get_parameter("weight").new_empty(max(rows.stop for rows, _ in factors))  # [width]
+    joined = like.new_empty(max(rows.stop for rows, _ in factors))  # [width]
     for rows, factor in factors:
         joined[rows] = factor
     return joined

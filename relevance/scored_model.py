@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from crane_serve.common.masks import Fingerprint
-from crane_serve.common.models.families import Decoder, decoder_of
+from crane_serve.common.models.decoder import Decoder
+from crane_serve.common.models.families import decoder_of
 from crane_serve.common.models.load import load_tokenizer
 from crane_serve.common.models.resolve import resolve_checkpoint
 from crane_serve.common.text.corpus import Corpus

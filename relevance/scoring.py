@@ -88,6 +88,8 @@ def score(
         raise MethodError(f"halves are dealt out to 1 or 2 workers, not to {execution.workers}")
     require_languages(methods, corpus.languages)
     fingerprint = Fingerprint.of(checkpoint)
+    if output_dimensions and fingerprint.experts is not None:
+        raise MethodError(f"{fingerprint.architecture} has experts; output dimensions are scored of dense models only")
     decoder = decoder_of(load_skeleton(checkpoint))
     require_known(methods, decoder, fingerprint.architecture)
     if server is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from crane_serve.common.defaults import KEY_VARIABLE, MAX_ACTIVATIONS
 from crane_serve.common.masks import Fingerprint
-from crane_serve.common.models.families import Decoder, KnownLayer
+from crane_serve.common.models.decoder import Decoder, KnownLayer
 from crane_serve.common.text.corpus import Corpus
 from relevance.encoding import EncodedDocuments, hashed
 from relevance.method import (

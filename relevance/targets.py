@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crane_serve.common.models.families import Decoder
+from crane_serve.common.models.decoder import Decoder
 from relevance.encoding import Batch
 from relevance.rules import PLAIN, Rules, soft_cap
 

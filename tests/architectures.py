@@ -134,7 +134,7 @@ VaultGemmaForCausalLM YoutuForCausalLM
 _OF_EXPERTS = """
 GptOssForCausalLM GraniteMoeForCausalLM GraniteMoeSharedForCausalLM MixtralForCausalLM OlmoeForCausalLM
 PhimoeForCausalLM Qwen2MoeForCausalLM Qwen3MoeForCausalLM Glm4MoeForCausalLM DeepseekV2ForCausalLM
-DeepseekV3ForCausalLM FlexOlmoForCausalLM MiniMaxM2ForCausalLM Ernie4_5_MoeForCausalLM
+DeepseekV3ForCausalLM Dots1ForCausalLM FlexOlmoForCausalLM MiniMaxM2ForCausalLM Ernie4_5_MoeForCausalLM
 """
 OF_EXPERTS = tuple(_OF_EXPERTS.split())
 ARCHITECTURES = (*_NAMES.split(), *OF_EXPERTS)

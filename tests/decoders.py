@@ -4,11 +4,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from crane_serve.common.models.experts import expert_modules
 from crane_serve.common.models.families import require_family, take_apart
 from tests.architectures import model_class, tiny_config
 from tests.tiny import FAMILIES
 
 NAMES = tuple(FAMILIES)
+# With experts alone; beside shared experts that have a gate; behind a dense layer.
+MIXTURES = ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Glm4MoeForCausalLM")
 
 
 def random_decoder(
@@ -41,6 +44,8 @@ def randomised(
     implementation = attention or require_family(type(model).__name__).attention
     if implementation is not None:
         model.set_attn_implementation(implementation)
+    if expert_modules(model):
+        model.set_experts_implementation("eager")  # its kernels do not know float64
     return model.to(dtype).eval()
 
 

@@ -248,6 +248,20 @@ MUTATIONS = (
         "table[slots[: len(router_logits)]] < 0",
         "tests/unit/test_masked_experts.py",
     ),
+    Mutation(
+        "relevance goes through experts, not through their choice",
+        "crane_serve/common/models/open_experts.py",
+        "routes, weights.detach())",
+        "routes, weights)",
+        "tests/unit/test_explicit_lrp.py",
+    ),
+    Mutation(
+        "what weights shared experts is a constant under the rules",
+        "relevance/rules.py",
+        "layer.shared_gate is not None and rules.shares",
+        "False",
+        "tests/unit/test_explicit_lrp.py",
+    ),
 )  # fmt: skip
 
 V2, SCHEDULES = f"{ENGINE}/runner_v2.py", "tests/engine/test_schedules.py::test_"

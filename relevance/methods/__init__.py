@@ -45,7 +45,8 @@ def find_scored(names: Sequence[str] | None, architecture: str | None = None) ->
     experts, which few models have.
 
     None names the methods that together cost one AttnLRP pass: those that need it, a forward pass, or nothing. For an
-    architecture without a family it names those that need no more than its neurons and plain gradients.
+    architecture without a family it names those that need no more than its neurons and plain gradients. For any
+    architecture those of experts are among them; it is for the caller to leave out what its model is `lacking`.
     Raises MethodError for an unknown name, and for methods whose scores another command writes.
     """
     if names is None:
@@ -54,7 +55,7 @@ def find_scored(names: Sequence[str] | None, architecture: str | None = None) ->
         of_attnlrp = [
             kind for kind in scored().values() if not isinstance(kind.source, Pass) or kind.source.rules is ATTNLRP
         ]
-        return [kind for kind in of_attnlrp if not kind.of_experts]
+        return [kind for kind in of_attnlrp if architecture is not None or not kind.of_experts]
     if not names:
         raise MethodError(f"no method was named; methods are {', '.join(scored())}")
     if ALL in names:

@@ -14,7 +14,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from crane_serve.common.models.families import Decoder
+from crane_serve.common.models.decoder import Decoder
 from relevance.encoding import Batch
 from relevance.method import Shape
 from relevance.search.words import Effect, Unmasked, Words, effect

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crane_serve.common.models.families import Decoder
+from crane_serve.common.models.decoder import Decoder
 from relevance.encoding import Batch
 from relevance.search.words import Unmasked, Words, effect
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crane_serve.common.models.families import Decoder
+from crane_serve.common.models.decoder import Decoder
 from relevance.accumulators import NonFiniteError
 from relevance.causal import NON_FINITE_HINT, hidden_states, scaled
 from relevance.encoding import Batch

@@ -9,7 +9,7 @@ import numpy as np
 
 from crane_serve.common.atomic import append_whole, write_atomically
 from crane_serve.common.masks import NeuronMask
-from crane_serve.common.models.families import Decoder
+from crane_serve.common.models.decoder import Decoder
 from relevance.causal import Losses, losses, masked
 
 _UNMASKED = "none"

@@ -27,7 +27,7 @@ FLAGS = (
     "32",
     "--enforce-eager",
 )
-FOUND = 0.8  # share of the neurons of a mask that are planted
+FOUND = {"magnitude": 0.8, "attnlrp": 0.7}  # share of the neurons of a mask that are planted
 OWN, OTHER = 0.5, 0.05  # nats per token
 
 
@@ -45,11 +45,12 @@ def corpus(model: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def masks(model: Path, corpus: Path) -> Path:
-    """Of as many neurons as are planted, by their magnitude, and one of routers."""
+    """Of as many neurons as are planted, by each of the methods, and one of routers."""
     directory, scores = model.parent / "masks", model.parent / "scores.safetensors"
     count = len(planted(model)["aa"])
-    crane("relevance", model, "--corpus", corpus, "--methods", "magnitude,routing", "--out", scores)
-    crane("select", scores, "--method", "magnitude", "--count", count, "--contrast", "share", "--out", directory)
+    crane("relevance", model, "--corpus", corpus, "--methods", ",".join([*FOUND, "routing"]), "--out", scores)
+    for method in FOUND:
+        crane("select", scores, "--method", method, "--count", count, "--contrast", "share", "--out", directory)
     how = ("--rule", "experts", "--count", 1, "--name", "router-{language}")
     crane("select", scores, "--method", "routing", *how, "--out", directory)
     return directory
@@ -75,18 +76,22 @@ def planted(model: Path) -> dict[str, set[tuple[int, int]]]:
     return neurons(fingerprint.intermediate_sizes, fingerprint.experts)
 
 
-def test_planted_neurons_are_found(model: Path, masks: Path) -> None:
-    library = MaskLibrary.load(masks, Fingerprint.of(model), "magnitude")
+@pytest.mark.parametrize("method", FOUND)
+def test_planted_neurons_are_found(model: Path, masks: Path, method: str) -> None:
+    library = MaskLibrary.load(masks, Fingerprint.of(model), method)
     for language, expected in planted(model).items():
-        sets = library.masks[f"magnitude-{language}"].mask.neuron_sets()
+        sets = library.masks[f"{method}-{language}"].mask.neuron_sets()
         found = {(layer, neuron) for layer, of_layer in enumerate(sets) for neuron in of_layer}
         assert len(found) == len(expected)
-        assert len(found & expected) / len(found) >= FOUND
+        assert len(found & expected) / len(found) >= FOUND[method]
 
 
-def test_masks_take_their_language_and_leave_the_other(server: Server, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", FOUND)
+def test_masks_take_their_language_and_leave_the_other(
+    server: Server, corpus: Path, tmp_path: Path, method: str
+) -> None:
     fresh = write_corpus(tmp_path / "corpus", documents=12, seed="fresh")
-    crane("eval", "--server", server.url, "--corpus", fresh, "--mask", "magnitude-*", "--out", tmp_path / "out")
+    crane("eval", "--server", server.url, "--corpus", fresh, "--mask", f"{method}-*", "--out", tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     changes = {
         (cell["mask"], cell["language"]): cell["change"]["mean"]
@@ -95,5 +100,5 @@ def test_masks_take_their_language_and_leave_the_other(server: Server, corpus: P
     }
     for mask in LETTERS:
         for language in LETTERS:
-            change = changes[f"magnitude-{mask}", language]
+            change = changes[f"{method}-{mask}", language]
             assert change > OWN if mask == language else abs(change) < OTHER, (mask, language, change)

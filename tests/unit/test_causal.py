@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from crane_serve.common.masks import NeuronMask
-from crane_serve.common.models.families import Decoder, take_apart
+from crane_serve.common.models.decoder import Decoder
+from crane_serve.common.models.families import take_apart
 from relevance.accumulators import NonFiniteError
 from relevance.causal import losses, masked, scaled
 from relevance.encoding import Batch
@@ -69,7 +70,7 @@ def test_a_mask_is_the_same_as_zeroed_weights(model: torch.nn.Module) -> None:
     mask = _mask(decoder.sizes)
     with masked(decoder, mask):
         found = losses(decoder, TEXTS["zh"], batch_tokens=64).nats
-    weights = [layer.down_proj.weight for layer in decoder.layers]
+    weights = [layer.groups[0].down_proj.weight for layer in decoder.layers]
     saved = [weight.clone() for weight in weights]
     for weight, scales in zip(weights, mask.intermediate, strict=True):
         weight.mul_(scales[: weight.shape[1]])  # [hidden, neurons]
@@ -104,7 +105,7 @@ def test_hooks_are_gone_after_an_exception(llama: Decoder) -> None:
 def test_weights_that_are_not_numbers_are_noticed(tmp_path: Path) -> None:
     decoder = take_apart(load_model(tiny_model("llama", tmp_path), torch.float32, torch.device("cpu")))
     with torch.no_grad():
-        decoder.layers[1].down_proj.weight[0, 0] = torch.nan
+        decoder.layers[1].groups[0].down_proj.weight[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"not finite in torch\.float32; the weights may hold"):
         losses(decoder, TEXTS["en"], 64)
     with pytest.raises(NonFiniteError, match="not finite"):

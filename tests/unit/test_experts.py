@@ -1,6 +1,7 @@
 """Mixtures of experts: their neurons in fingerprints, mask files, transformers' modules and methods."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,17 +13,25 @@ from crane_serve.common.masks.files import encode_mask
 from crane_serve.common.masks.transfer import TransferError, transferred
 from crane_serve.common.models.errors import UnsupportedModelError
 from crane_serve.common.models.experts import Experts, expert_modules, experts_of
-from crane_serve.common.models.families import decoder_of
+from crane_serve.common.models.families import available, decoder_of
 from crane_serve.common.models.open_experts import open_experts
+from crane_serve.common.text.corpus import Corpus, Document
 from crane_serve.sizing import ModelSizes
 from relevance.causal import losses, masked
 from relevance.encoding import Batch
+from relevance.method import Activations, Gradients, MethodError, OfActivations, OfGradients, Site, require_known
+from relevance.methods import find_scored
+from relevance.methods.attnlrp import AttnLRP
+from relevance.methods.crane import Crane
 from relevance.methods.gradient import Gradient
 from relevance.methods.lape import Lape
 from relevance.methods.magnitude import Magnitude
 from relevance.model import load_model
 from relevance.model_passes import ModelPasses, units_of
+from relevance.rules import ATTNLRP, propagation
+from relevance.scoring import score
 from tests.architectures import EXPERT_NEURONS, model_class, tiny_checkpoint
+from tests.decoders import random_decoder
 from tests.engines import Oracle, random_masks
 from tests.experts import dense_by_layer, expert_neurons, experts_by_layer
 from tests.tiny import HIDDEN, LAYERS, NEURONS
@@ -247,6 +256,92 @@ def test_lape_needs_to_know_the_activation_function(tmp_path: Path) -> None:
     decoder = decoder_of(load_model(tiny_checkpoint("GptOssForCausalLM", tmp_path / "oss"), torch.float32, CPU))
     assert lacking(Lape, decoder) == "the activation function of the MLP, as a module"
     assert lacking(Magnitude, decoder) is None
+
+
+KNOWN = [architecture for architecture in SHAPES if architecture in available()]
+
+
+class Kept(OfActivations):
+    name = "kept"
+    reads = frozenset({"act", "up"})
+
+    def accumulate(self, activations: Activations) -> None:
+        vars(self).setdefault("seen", {})[activations.layer] = activations
+
+    def finalise(self) -> Tensor:
+        return torch.zeros(0)
+
+
+@pytest.mark.parametrize("architecture", KNOWN)
+def test_acts_and_ups_of_experts_are_0_where_a_token_does_not_have_them(architecture: str) -> None:
+    model = random_decoder(architecture, dtype=torch.float64).requires_grad_(False)
+    decoder, routed = decoder_of(model), {}
+    for layer, module in expert_modules(decoder.trunk).items():
+        module.register_forward_pre_hook(lambda _, inputs, layer=layer: routed.update({layer: inputs[:2]}))
+    kept = Kept(units_of(decoder))
+    with ModelPasses(model) as passes:
+        passes.run(Batch.of(DOCUMENTS[:1], CPU), [kept])
+    for layer, (hidden, ids) in routed.items():
+        experts, seen = expert_modules(decoder.trunk)[layer], kept.seen[layer]
+        columns = decoder.layers[layer].groups[-1].columns
+        for token, chosen in enumerate(ids.tolist()):
+            products = torch.stack([weight @ hidden[token] for weight in experts.gate_up_proj])  # [experts, 2 neurons]
+            products[[expert not in chosen for expert in range(len(products))]] = 0
+            gate, up = products.chunk(2, dim=1)
+            act = torch.nn.functional.silu(gate)
+            for found, expected in ((seen.act, act), (seen.up, up), (seen.neurons, act * up)):
+                torch.testing.assert_close(found[0, token, columns], expected.flatten())
+
+
+@pytest.mark.parametrize("architecture", KNOWN)
+def test_rows_of_experts_are_sums_of_the_gradients_of_their_weights(architecture: str) -> None:
+    model = random_decoder(architecture, dtype=torch.float64).requires_grad_(False)
+    decoder = decoder_of(model)
+    (ids,) = DOCUMENTS[:1]
+    modules = expert_modules(decoder.trunk)
+    weights = [module.gate_up_proj.requires_grad_() for module in modules.values()]
+    with propagation(model, ATTNLRP):
+        logits = model(torch.tensor([ids])).logits[0, :-1]
+        gradients = torch.autograd.grad(logits.gather(1, torch.tensor(ids)[1:, None]).mean(), weights)
+    model.requires_grad_(False)
+    rows: dict[tuple[int, Site], Tensor] = {}
+
+    class Rows(OfGradients):
+        name = "rows"
+        source = Crane.source
+        sites = frozenset({Site.GATE, Site.UP})
+
+        def accumulate(self, gradients: Gradients) -> None:
+            rows[gradients.layer, gradients.site] = Crane.rows(gradients)[0]
+
+        def finalise(self) -> Tensor:
+            return torch.zeros(0)
+
+    with ModelPasses(model) as passes:
+        passes.run(Batch.of([ids], CPU), [Rows(units_of(decoder))])
+    for layer, gradient in zip(modules, gradients, strict=True):
+        columns = decoder.layers[layer].groups[-1].columns
+        for site, of_site in zip((Site.GATE, Site.UP), gradient.chunk(2, dim=1), strict=True):
+            assert of_site.any()
+            torch.testing.assert_close(rows[layer, site][columns], of_site.sum(dim=2).flatten())
+
+
+def test_rules_are_refused_by_name_without_a_family(tmp_path: Path) -> None:
+    decoder = decoder_of(load_model(tiny_checkpoint("GptOssForCausalLM", tmp_path / "oss"), torch.float32, CPU))
+    with pytest.raises(MethodError, match=r"attnlrp needs to know the places of norms.*Of GptOssForCausalLM only"):
+        require_known([AttnLRP], decoder, "GptOssForCausalLM")
+
+
+def test_all_methods_score_a_mixture(mixtral: Path) -> None:
+    texts = {"aa": ("one", "two", "three", "four"), "bb": ("1", "22", "333", "4444")}
+    corpus = Corpus({name: tuple(Document(of, of) for of in each) for name, each in texts.items()})
+    options: dict[str, Any] = {"batch_tokens": 64, "max_tokens": 64, "dtype": torch.float32, "device": CPU}
+    scores = score(mixtral, corpus, find_scored(["all"]), **options)
+    for name, of_method in scores.by_method.items():
+        assert of_method.shape == (2, LAYERS, 4 * NEURONS)
+        assert bool((of_method != 0).any(dim=2).all()), name
+    with pytest.raises(MethodError, match="MixtralForCausalLM has experts; output dimensions"):
+        score(mixtral, corpus, [Crane], output_dimensions=True, **options)
 
 
 def test_opening_twice_is_opening_once(mixtral: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig
+from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, MixtralConfig, Qwen2MoeConfig
 
 from crane_serve.common.models.families import take_apart
 from relevance.rules import ATTNLRP, propagation
@@ -31,6 +31,8 @@ GATED = {
     "head_dim": HEAD_WIDTH,
     "initializer_range": 0.3,
 }
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+WIDTHS = {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 10}
 
 
 def shares(relevance: Tensor, z: Tensor) -> Tensor:
@@ -144,6 +146,49 @@ def gated_mlp(x: Tensor, mlp: nn.Module, activation: Callable[[Tensor], Tensor])
     return output, back
 
 
+def of_experts(x: Tensor, block: nn.Module, activation: Callable[[Tensor], Tensor]) -> tuple[Tensor, Callable]:
+    """Token by token, expert by expert; what experts are weighted by is a constant. x: [tokens, hidden].
+
+    Neurons of shared experts stand before those of the others, which are 0 where a token does not have them.
+    """
+    experts, (_, weights, ids) = block.experts, block.gate(x)
+    parts: list[Tensor] = []  # each [hidden]: weighted outputs, of all tokens and experts
+    backs: list[tuple[int, slice, Callable]] = []  # token, neurons
+    shared = 0
+    if hasattr(block, "shared_expert"):
+        share = torch.sigmoid(block.shared_expert_gate(x))
+        y, back_shared = gated_mlp(x, block.shared_expert, activation)
+        shared = block.shared_expert.down_proj.in_features
+        of_shared = share * y
+    width = experts.down_proj.shape[2]
+    output = torch.zeros_like(x) if not shared else of_shared
+    for token, chosen in enumerate(ids.tolist()):
+        for choice, expert in enumerate(chosen):
+            one = nn.Module()
+            gate, up = experts.gate_up_proj[expert].chunk(2)
+            for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", experts.down_proj[expert])):
+                one.add_module(name, nn.Module())
+                one.get_submodule(name).weight = weight
+            y, back = gated_mlp(x[token], one, activation)
+            parts.append(weights[token, choice] * y)
+            output = output.index_add(0, torch.tensor([token]), parts[-1][None])
+            first = shared + expert * width
+            backs.append((token, slice(first, first + width), back))
+
+    def back(relevance: Tensor) -> tuple[Tensor, Tensor]:
+        per_unit = shares(relevance, output)  # each summand receives its share
+        of_neurons = torch.zeros(len(x), shared + len(experts.down_proj) * width, dtype=x.dtype)
+        of_input = torch.zeros_like(x)
+        if shared:
+            of_neurons[:, :shared], of_input = back_shared(of_shared * per_unit)
+        for (token, places, back), part in zip(backs, parts, strict=True):
+            of_neurons[token, places], of_token = back(part * per_unit[token])
+            of_input[token] += of_token
+        return of_neurons, of_input
+
+    return output, back
+
+
 def causal(window: int = TOKENS) -> Tensor:
     distance = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)
     return (distance >= 0) & (distance < window)
@@ -185,7 +230,7 @@ def gated_neurons(
             y, _ = norm(y, layer.post_attention_layernorm)
         x, back_first = added(x, y)
         h, back_second_norm = norm(x, layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm)
-        y, back_mlp = gated_mlp(h, layer.mlp, activation)
+        y, back_mlp = (of_experts if hasattr(layer.mlp, "experts") else gated_mlp)(h, layer.mlp, activation)
         if gemma:
             y, _ = norm(y, layer.post_feedforward_layernorm)
         x, back_second = added(x, y)
@@ -285,18 +330,30 @@ def gpt2_neurons(model: nn.Module, x: Tensor, token_ids: Tensor) -> list[Tensor]
 
 def measured_neurons(model: nn.Module, x: Tensor, token_ids: Tensor) -> list[Tensor]:
     """The same by activation * gradient under the rules of this project."""
-    neurons: list[Tensor] = []
-    for layer in take_apart(model).layers:
-        layer.down_proj.register_forward_pre_hook(lambda _, inputs: neurons.append(inputs[0]))
+    neurons: dict[int, list[Tensor]] = {}  # of a layer, group after group
+    for index, layer in enumerate(take_apart(model).layers):
+        for group in layer.groups:
+            group.down_proj.register_forward_pre_hook(
+                lambda _, inputs, index=index: neurons.setdefault(index, []).append(inputs[0])
+            )
     with propagation(model, ATTNLRP):
         logits = model(inputs_embeds=x.detach().requires_grad_()[None]).logits[0]
         target_logits = logits[:-1].gather(1, token_ids[1:, None])
-        gradients = torch.autograd.grad(target_logits.mean(), neurons)
-    return [(neuron * gradient)[0].detach() for neuron, gradient in zip(neurons, gradients, strict=True)]
+        gradients = torch.autograd.grad(target_logits.mean(), [part for of in neurons.values() for part in of])
+    left = iter(gradients)
+    return [
+        torch.cat([(part * next(left)).detach().view(TOKENS, -1) for part in of_layer], dim=1)
+        for of_layer in neurons.values()
+    ]
 
 
 CONFIGS = {
     "llama": (LlamaConfig(**GATED), llama_neurons),
+    "mixtral": (MixtralConfig(**GATED, **EXPERTS), llama_neurons),
+    "qwen2-moe": (
+        Qwen2MoeConfig(**GATED, **EXPERTS, **WIDTHS, qkv_bias=False),
+        llama_neurons,
+    ),
     "gemma3": (
         Gemma3TextConfig(
             **GATED,

@@ -43,6 +43,7 @@ from relevance.rules import ATTNLRP, PLAIN, RELP, Rules, propagation, soft_cap
 from relevance.scores import Scores
 from relevance.scoring import score
 from relevance.targets import log_probabilities, per_document, target_logits
+from tests.decoders import MIXTURES, random_decoder
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -218,6 +219,7 @@ class Gradient(_Keeps, OfGradients):
 
 class Activation(_Keeps, OfActivations):
     name = "activation-whole"
+    reads = frozenset({"act", "up"})
 
     def accumulate(self, seen: Activations) -> None:
         for name in ("act", "up", "neurons"):
@@ -250,16 +252,20 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: tiny_model(family, root / family, layers=2) for family in ("gemma3", "phi3", "opt", "gpt2")}
 
 
-@pytest.mark.parametrize("family", ["gemma3", "phi3", "opt", "gpt2"])
+@pytest.mark.parametrize("family", ["gemma3", "phi3", "opt", "gpt2", *MIXTURES])
 def test_a_padded_batch_equals_one_document_at_a_time(checkpoints: dict[str, Path], family: str) -> None:
-    model = load_model(checkpoints[family], torch.float64, CPU)
-    documents = documents_of_lengths(17, 9, 6, 5, 3, 2)
+    if family in checkpoints:
+        model = load_model(checkpoints[family], torch.float64, CPU)
+    else:
+        model = random_decoder(family, dtype=torch.float64).requires_grad_(False)
+    documents, layers = documents_of_lengths(17, 9, 6, 5, 3, 2), take_apart(model).layers
     together = measured(model, documents, whole(model), batch_tokens=1000)
     alone = measured(model, documents, whole(model), batch_tokens=1)
     again = measured(model, documents, whole(model), batch_tokens=1000, checkpointing=True)
-    sites = 4 if units_of(take_apart(model)).gated else 3
-    for found, expected, recomputed, kinds in zip(together, alone, again, (2 * sites, 3), strict=True):
-        assert len(expected.seen) == 6 * 2 * kinds  # type: ignore[attr-defined]
+    dense = [len(layer.groups) == 1 and not layer.groups[0].of_experts for layer in layers]  # these have outputs, too
+    sites = sum(2 + layer.gated + with_outputs for layer, with_outputs in zip(layers, dense, strict=True))
+    for found, expected, recomputed, kinds in zip(together, alone, again, (2 * sites, 3 * len(layers)), strict=True):
+        assert len(expected.seen) == 6 * kinds  # type: ignore[attr-defined]
         assert found.seen.keys() == expected.seen.keys() == recomputed.seen.keys()  # type: ignore[attr-defined]
         for key, tensor in expected.seen.items():  # type: ignore[attr-defined]
             torch.testing.assert_close(found.seen[key], tensor, rtol=1e-6, atol=1e-9)  # type: ignore[attr-defined]
@@ -274,7 +280,7 @@ def test_gradients_are_those_of_the_weights_and_of_the_mean_target_logit(
     ids = documents_of_lengths(9).token_ids[0]
     token_ids = torch.tensor(ids)
     decoder = take_apart(model)
-    layers = [(layer.gate, layer.up, layer.down_proj) for layer in decoder.layers]
+    layers = [(group.gate, group.up, group.down_proj) for layer in decoder.layers for group in layer.groups]
     weights = {
         id(module): module.get_parameter("weight").requires_grad_()
         for gate, up, down in layers
@@ -282,7 +288,7 @@ def test_gradients_are_those_of_the_weights_and_of_the_mean_target_logit(
     }
     neurons: list[Tensor] = []
     handles = [
-        layer.down_proj.register_forward_pre_hook(lambda _, inputs: neurons.append(inputs[0]))
+        layer.groups[0].down_proj.register_forward_pre_hook(lambda _, inputs: neurons.append(inputs[0]))
         for layer in decoder.layers
     ]
     with propagation(model, ATTNLRP):

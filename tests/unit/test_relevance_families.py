@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,13 +8,15 @@ from torch import nn
 from transformers import LlamaConfig, OPTConfig, OPTForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from crane_serve.common.models.decoder import Projection
 from crane_serve.common.models.errors import UnsupportedModelError
-from crane_serve.common.models.families import Projection, available, require_family, take_apart
+from crane_serve.common.models.families import available, require_family, take_apart
 from relevance import proof
 from relevance.model import load_model
 from relevance.model_passes import last_hidden
 from relevance.proof import prove_conservation
 from relevance.rules import CP_LRP
+from tests.architectures import OF_EXPERTS
 from tests.decoders import NAMES, random_decoder
 from tests.tiny import HIDDEN, NEURONS, tiny_model
 
@@ -31,6 +34,8 @@ NOT_GATED = {
     "PhiForCausalLM",
     "Starcoder2ForCausalLM",
 }
+WITH_A_SHARED_GATE = {"Qwen2MoeForCausalLM"}
+WITH_EXPERTS = set(OF_EXPERTS)
 LINEAR_BELOW_AND_ABOVE_0 = {"opt"}  # ReLU: f(z) / z is f'(z)
 
 
@@ -46,34 +51,49 @@ def test_unknown_architectures_are_named() -> None:
 
 @pytest.mark.parametrize("family", ALL)
 def test_parts_are_what_their_names_say(family: str) -> None:
-    """What the parts compute together is what the model computes."""
+    """What the parts compute together is what the model computes, before it is taken apart."""
     model = random_decoder(family)
+    token_ids = torch.randint(258, (2, 7))
+    own = model(token_ids).logits
     decoder = take_apart(model)
-    seen: dict[str, torch.Tensor] = {}
+    seen: dict[str, Any] = {}
     layer = decoder.layers[1]
 
     def watch(name: str, module: nn.Module) -> None:
-        module.register_forward_hook(lambda _, inputs, output: seen.update({f"{name} in": inputs[0], name: output}))
+        module.register_forward_hook(lambda _, inputs, output: seen.update({f"{name} in": inputs, name: output}))
 
-    def output_of(projection: Projection) -> torch.Tensor:
-        return projection.module.forward(seen["gate in"])[..., projection.rows]
-
-    watch("act", layer.act_fn)
-    watch("down", layer.down_proj)
-    watch("gate", layer.gate.module)
-    token_ids = torch.randint(258, (2, 7))
+    for number, group in enumerate(layer.groups):
+        watch(f"act {number}", group.act_fn)
+        watch(f"down {number}", group.down_proj)
+        watch(f"gate {number}", group.gate.module)
     hidden = last_hidden(decoder, decoder.embedding(token_ids))
     logits = hidden @ decoder.unembedding.weight.T
     if decoder.final_softcap is not None:
         logits = decoder.final_softcap * torch.tanh(logits / decoder.final_softcap)
 
-    torch.testing.assert_close(logits, model(token_ids).logits)
-    assert layer.gated == (layer.up is not None) == (family not in NOT_GATED)
-    assert decoder.sizes == (NEURONS,) * model.config.get_text_config().num_hidden_layers
-    assert (seen["act"].shape[-1], seen["down in"].shape[-1], seen["down"].shape[-1]) == (NEURONS, NEURONS, HIDDEN)
-    torch.testing.assert_close(seen["act in"], output_of(layer.gate))
-    neurons = seen["act"] if layer.up is None else seen["act"] * output_of(layer.up)
-    torch.testing.assert_close(seen["down in"], neurons)
+    torch.testing.assert_close(logits, own)
+    layers = model.config.get_text_config().num_hidden_layers
+    assert len(decoder.sizes) == layers
+    assert family in WITH_EXPERTS or decoder.sizes == (NEURONS,) * layers
+    assert any(group.of_experts for group in layer.groups) == (family in WITH_EXPERTS)
+    counted = 0
+    for number, group in enumerate(layer.groups):
+
+        def output_of(projection: Projection, name: str = f"gate {number} in") -> torch.Tensor:
+            return projection.module.forward(*seen[name])[..., projection.rows]
+
+        def whole(values: torch.Tensor, sparse: bool = group.of_experts, number: int = number) -> torch.Tensor:
+            return seen[f"gate {number} in"][1].spread(values) if sparse else values
+
+        neurons = group.columns.stop - group.columns.start
+        assert group.columns.start == counted
+        counted = group.columns.stop
+        assert group.gated == (group.up is not None) == (family not in NOT_GATED)
+        act, (down_in, *_), down = seen[f"act {number}"], seen[f"down {number} in"], seen[f"down {number}"]
+        assert (whole(act).shape[-1], down_in.shape[-1], down.shape[-1]) == (neurons, neurons, HIDDEN)
+        torch.testing.assert_close(seen[f"act {number} in"][0], output_of(group.gate))
+        torch.testing.assert_close(down_in, whole(act if group.up is None else act * output_of(group.up)))
+    assert decoder.sizes[1] == counted
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -86,6 +106,7 @@ def test_rules_lose_nothing_and_a_rule_that_is_left_out_is_noticed(
     left_out = [replace(CP_LRP, norms=False)]
     if decoder.layers[0].gated:
         left_out.append(replace(CP_LRP, gate=1.0))
+        left_out += [replace(CP_LRP, shares=False)] * (family in WITH_A_SHARED_GATE)
     elif family not in LINEAR_BELOW_AND_ABOVE_0:
         left_out.append(replace(CP_LRP, activation=False))
     for rules in left_out:
@@ -131,6 +152,7 @@ def test_learned_positions_limit_the_length() -> None:
         ("llama", "is_causal", False),
         ("opt", "do_layer_norm_before", False),
         ("gpt2", "add_cross_attention", True),
+        ("OlmoeForCausalLM", "clip_qkv", 8.0),
     ],
 )
 def test_features_without_a_rule_are_refused(family: str, key: str, value: object) -> None:
@@ -138,6 +160,51 @@ def test_features_without_a_rule_are_refused(family: str, key: str, value: objec
     setattr(model.config, key, value)
     with pytest.raises(UnsupportedModelError, match=f"with {key}={value!r} is not supported"):
         take_apart(model)
+
+
+def test_a_product_with_experts_that_has_no_rule_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_decoder("MixtralForCausalLM", dtype=torch.float64).requires_grad_(False)
+    decoder = take_apart(model)
+    prove_conservation(model, decoder)
+    part = type(decoder.layers[0].groups[0].gate.module)
+    plain = part.forward
+    monkeypatch.setattr(
+        part, "forward", lambda self, x, routes: plain(self, x, routes) * x[routes.tokens].std(-1, keepdim=True)
+    )
+    with pytest.raises(UnsupportedModelError, match=r"lose or gain [0-9.]+% of the logits"):
+        prove_conservation(model, decoder)
+
+
+def test_what_is_beside_experts_and_their_router_is_named() -> None:
+    model = random_decoder("MixtralForCausalLM")
+    take_apart(model)
+    model.model.layers[0].mlp.norm = nn.RMSNorm(8)
+    with pytest.raises(UnsupportedModelError, match=r"module model\.layers\.0\.mlp\.norm \(RMSNorm\)"):
+        take_apart(model)
+
+
+@pytest.mark.parametrize("change", [{"has_bias": True}, {"is_concatenated": False}])
+def test_experts_of_another_form_have_no_rules(change: dict[str, bool]) -> None:
+    model = random_decoder("MixtralForCausalLM")
+    vars(model.model.layers[0].mlp.experts).update(change)
+    for name in ("gate_up_proj_bias", "down_proj_bias"):
+        setattr(model.model.layers[0].mlp.experts, name, torch.zeros(4, 1))
+    with pytest.raises(UnsupportedModelError, match=r"MixtralExperts: the rules .* of the form act\(gate\) \* up"):
+        take_apart(model)
+
+
+def test_layers_may_be_dense_or_of_experts() -> None:
+    model = random_decoder("Qwen3MoeForCausalLM", mlp_only_layers=[1], dtype=torch.float64).requires_grad_(False)
+    decoder = take_apart(model)
+    assert [[group.of_experts for group in layer.groups] for layer in decoder.layers] == [[True], [False], [True]]
+    prove_conservation(model, decoder)
+
+
+def test_norms_of_queries_and_keys_may_be_there() -> None:
+    without, with_them = (
+        len(take_apart(random_decoder("Glm4MoeForCausalLM", use_qk_norm=of)).norms) for of in (False, True)
+    )
+    assert (without, with_them) == (3 * 2 + 1, 3 * 4 + 1)
 
 
 def test_soft_caps_are_known() -> None:

@@ -22,8 +22,8 @@ from relevance.rules import (
     slope_at_zero,
     soft_cap,
 )
-from tests.decoders import NAMES, exact, hidden_states, random_decoder
-from tests.tiny import HIDDEN
+from tests.decoders import MIXTURES, NAMES, exact, hidden_states, random_decoder
+from tests.tiny import HIDDEN, NEURONS
 
 RULES = [PLAIN, ATTNLRP, CP_LRP, RELP]
 # Caps and windows that bend what short random documents compute.
@@ -185,9 +185,10 @@ def test_every_norm_conserves_relevance_up_to_its_bias(family: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", [*NAMES, *MIXTURES])
 def test_forward_is_unchanged_to_the_bit(family: str, attention: str) -> None:
     model = decoder_of(family, "eager" if family == "gemma2" else attention)
+    take_apart(model)  # opens experts, which rounds otherwise
     token_ids = torch.randint(258, (2, 11))
     embeddings = embeddings_of(2, 11, torch.float32)
     logits, hidden = model(token_ids).logits, hidden_states(model, embeddings)
@@ -211,9 +212,10 @@ def gradient_at_embeddings(model: nn.Module) -> Tensor:
     return torch.autograd.grad(hidden_states(model, embeddings)[..., 1].sum(), embeddings)[0]
 
 
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", [*NAMES, *MIXTURES])
 def test_the_model_is_restored(family: str) -> None:
     model = decoder_of(family)
+    take_apart(model)
     before, gradient = state(model), gradient_at_embeddings(model)
     for rules in RULES:
         with propagation(model, rules):
@@ -233,22 +235,22 @@ def test_the_model_is_restored(family: str) -> None:
 
 def test_hooks_that_were_there_before_see_gradients_behind_the_rules() -> None:
     model = decoder_of("llama").double()
-    layer = take_apart(model).layers[0]
+    (group,) = take_apart(model).layers[0].groups
     raw: list[Tensor] = []
-    assert layer.up is not None
-    handle = layer.up.module.register_forward_hook(lambda _, inputs, output: raw.append(output))
+    assert group.up is not None
+    handle = group.up.module.register_forward_hook(lambda _, inputs, output: raw.append(output))
     products: list[Tensor] = []
-    layer.down_proj.register_forward_pre_hook(lambda _, inputs: products.append(inputs[0]))
+    group.down_proj.register_forward_pre_hook(lambda _, inputs: products.append(inputs[0]))
     with propagation(model, RELP):
         total = hidden_states(model, embeddings_of(1, 6))[..., 1].sum()
         of_up, of_product = torch.autograd.grad(total, [raw[0], products[0]])
     # half of the product's relevance goes to up
     torch.testing.assert_close(raw[0] * of_up, products[0] * of_product / 2)
-    assert handle.id in layer.up.module._forward_hooks
+    assert handle.id in group.up.module._forward_hooks
 
 
 @pytest.mark.parametrize("rules", [PLAIN, ATTNLRP], ids=lambda rules: rules.name)
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", [*NAMES, *MIXTURES])
 def test_padding_on_the_right_needs_no_attention_mask(family: str, rules: Rules) -> None:
     model = exact(decoder_of(family))
     lengths = (11, 7, 3)
@@ -332,10 +334,11 @@ def measured_relevance(model: nn.Module, x: Tensor, rules: Rules) -> list[Tensor
     neurons: list[Tensor] = []
     with ExitStack() as stack:
         for layer in take_apart(model).layers:
-            handle = layer.down_proj.register_forward_pre_hook(lambda _, inputs: neurons.append(inputs[0]))
+            (group,) = layer.groups
+            handle = group.down_proj.register_forward_pre_hook(lambda _, inputs: neurons.append(inputs[0]))
             stack.callback(handle.remove)
         stack.enter_context(propagation(model, rules))
-        return [relevance[0] for relevance in relevances(hidden_states(model, x[None]).sum(), neurons)]
+        return [relevance.view(len(x), -1) for relevance in relevances(hidden_states(model, x[None]).sum(), neurons)]
 
 
 @pytest.mark.parametrize("rules", [ATTNLRP, CP_LRP, RELP], ids=lambda rules: rules.name)
@@ -367,6 +370,30 @@ def test_fused_projections_have_the_relevance_of_separate_ones(rules: Rules) -> 
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("rules", RULES, ids=lambda rules: rules.name)
+def test_experts_that_all_tokens_have_alike_have_the_relevance_of_one_mlp(rules: Rules) -> None:
+    """A router of zeros that chooses all four experts gives each a weight of 1/4."""
+    mixture = random_decoder("MixtralForCausalLM", num_experts_per_tok=4)
+    same = {name: getattr(mixture.config, name) for name in ("num_hidden_layers", "rms_norm_eps", "rope_parameters")}
+    dense = random_decoder("llama", intermediate_size=4 * NEURONS, **same)
+    weights = mixture.state_dict()
+    for index in range(mixture.config.num_hidden_layers):
+        path = f"model.layers.{index}.mlp"
+        weights.pop(f"{path}.gate.weight").zero_()  # the router's own
+        gate, up = weights.pop(f"{path}.experts.gate_up_proj").chunk(2, dim=1)  # [experts, neurons, hidden]
+        down = weights.pop(f"{path}.experts.down_proj")  # [experts, hidden, neurons]
+        weights |= {f"{path}.gate_proj.weight": gate.flatten(0, 1), f"{path}.up_proj.weight": up.flatten(0, 1)}
+        weights[f"{path}.down_proj.weight"] = down.transpose(0, 1).flatten(1) / 4
+    dense.load_state_dict(weights)
+    exact(mixture), exact(dense)
+    x = embeddings_of(1, 9)[0]
+    found, expected = measured_relevance(mixture, x, rules), measured_relevance(dense, x, rules)
+    for of_mixture, of_dense in zip(found, expected, strict=True):
+        assert of_dense.abs().max() > 0
+        scale = float(of_dense.abs().max())
+        torch.testing.assert_close(of_mixture, of_dense, rtol=1e-8, atol=1e-10 * scale)
+
+
 @pytest.mark.parametrize("rules", [CP_LRP, RELP], ids=lambda rules: rules.name)
 @pytest.mark.parametrize("family", ["opt", "gpt2"])
 def test_an_mlp_without_a_gate_has_only_the_identity_rule(family: str, rules: Rules) -> None:
@@ -390,8 +417,9 @@ def test_an_mlp_without_a_gate_has_only_the_identity_rule(family: str, rules: Ru
     q, k, v = (p.module(h)[..., p.rows].view(7, 2, 32).transpose(0, 1) for p in (layer.query, layer.key, layer.value))
     scores = (q @ k.mT / math.sqrt(32)).masked_fill(torch.ones(7, 7, dtype=torch.bool).triu(1), -math.inf)
     stream = x + output((scores.softmax(-1).detach() @ v).transpose(0, 1).flatten(1))
-    z = layer.gate.module(normalised(before_mlp, stream))
-    stream = stream + layer.down_proj(z * (layer.act_fn(z) / z).detach())
+    (group,) = layer.groups
+    z = group.gate.module(normalised(before_mlp, stream))
+    stream = stream + group.down_proj(z * (group.act_fn(z) / z).detach())
     expected = torch.autograd.grad(stream[:, 1].sum(), x)[0]
 
     with propagation(model, rules):

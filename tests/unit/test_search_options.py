@@ -11,7 +11,8 @@ from torch import Tensor
 
 from crane_serve.common.masks import NeuronMask
 from crane_serve.common.masks.files import decode_mask
-from crane_serve.common.models.families import Decoder, take_apart
+from crane_serve.common.models.decoder import Decoder
+from crane_serve.common.models.families import take_apart
 from relevance.causal import masked
 from relevance.encoding import Batch
 from relevance.model import load_model

@@ -30,9 +30,12 @@ class Family:
     """Module paths of one architecture, the defaults being Llama's.
 
     architectures: class names of its models in transformers.
-    `layer_norms` and the paths from `query` to `down` are relative to a decoder layer, the others to the whole model.
-    Paths that coincide among query, key and value, or gate and up, name one fused module, whose outputs stand in that
-    order. up: None where the MLP is not gated, `gate` then being its first linear layer.
+    `layer_norms` and the paths from `query` to `shared_gate` are relative to a decoder layer, the others to the whole
+    model. Norms that a model lacks are left out. Paths that coincide among query, key and value, or gate and up, name
+    one fused module, whose outputs stand in that order. up: None where the MLP is not gated, `gate` then being its
+    first linear layer.
+    Experts and routers are found by their structure. shared: shared experts, an MLP whose parts are called as those of
+    a dense one, and which reads what the experts read; shared_gate: the projection to what it is weighted by.
     positions: learned position embeddings, if there are any. linear: class name of the projections inside a layer.
     attention_softcap, final_softcap: config keys of the caps c in c tanh(z / c), at attention scores and at logits.
     attention: the only attention implementation of transformers that computes this family's function, where it is
@@ -51,6 +54,8 @@ class Family:
     up: str | None = "mlp.up_proj"
     act_fn: str = "mlp.act_fn"
     down: str = "mlp.down_proj"
+    shared: str | None = None
+    shared_gate: str | None = None
     trunk: str = "model"
     embedding: str = "model.embed_tokens"
     positions: str | None = None
@@ -75,3 +80,14 @@ class Family:
             final_norm=path + self.final_norm.removeprefix("model"),
             beside=beside,
         )
+
+    @property
+    def of_shared(self) -> "Family":
+        """With the parts of shared experts in the place of those of the dense MLP."""
+        gate, act_fn, down = (f"{self.shared}.{_name(path)}" for path in (self.gate, self.act_fn, self.down))
+        up = None if self.up is None else f"{self.shared}.{_name(self.up)}"
+        return replace(self, gate=gate, up=up, act_fn=act_fn, down=down)
+
+
+def _name(path: str) -> str:
+    return path.rpartition(".")[2]

@@ -16,57 +16,88 @@ _NEEDED = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate"
 
 
 class OpenExperts(nn.Module):
-    """What the hooks act at. down_proj: its first input [tokens, experts * neurons] holds the neurons, 0 for experts
-    that a token does not have; act_fn: its output is act(gate), alike, None for experts of which it is not known."""
+    """What hooks act at. A token and one of its experts are a pair; pairs are sorted by expert.
+
+    gate_up: from hidden states [tokens, hidden] to gates and ups, [pairs, 2 * width] for experts of `width` neurons.
+    act_fn: from gates to act(gate), both [pairs, width]; None for experts of another form than act(gate) * up, with
+    gates before ups. Both have `Routes` as their second input, which can `spread` what they return. down_proj: its
+    first input [tokens, neurons] holds the neurons of all experts, 0 for those that a token does not have.
+    """
 
     def __init__(self, experts: Any) -> None:
         super().__init__()
-        self.neurons = experts.num_experts * _width(experts)
+        self.width = _width(experts)
+        self.neurons = experts.num_experts * self.width
+        self.gate_up = _GateUp(experts)
+        self.act_fn = _Activation(experts) if _is_default(experts) else None
         self.down_proj = _DownProjection(experts)
-        self.act_fn = nn.Identity() if _is_default(experts) else None
-
-    @property
-    def is_heard(self) -> bool:
-        """Whether somebody listens to act(gate)."""
-        return self.act_fn is not None and bool(self.act_fn._forward_hooks)
 
 
-class _DownProjection(nn.Module):
-    """From the neurons of all experts to their weighted sum."""
-
-    def __init__(self, experts: Any) -> None:
-        super().__init__()
-        self._experts = [experts]  # in a list, so that it is not a part of its own part
-
-    def forward(self, neurons: Tensor, routes: "_Routes", weights: Tensor) -> Tensor:
-        """neurons: [tokens, experts * neurons]; weights: [tokens, top k] -> [tokens, hidden]."""
-        (experts,) = self._experts
-        # Taken in one step, since each has a gradient of the size of all neurons.
-        taken = neurons.view(len(neurons), experts.num_experts, -1)[routes.tokens, routes.experts]
-        answers = torch.cat(
-            [
-                _linear(experts, "down_proj", expert, of_expert)
-                for expert, of_expert in zip(routes.chosen, torch.split(taken, routes.counts), strict=True)
-            ]
-        )
-        answers = answers * weights[routes.tokens, routes.choices].unsqueeze(1)
-        output = answers.new_zeros(len(neurons), answers.shape[1])
-        return output.index_add(0, routes.tokens, answers)
-
-
-class _Routes:
+class Routes:
     """Which tokens have which experts, sorted by expert: tokens, experts, choices (which of the top k), each [pairs].
 
     chosen, counts: the experts that some token has, and how many tokens those are.
     """
 
-    def __init__(self, ids: Tensor) -> None:
-        """ids: [tokens, top k]."""
+    def __init__(self, ids: Tensor, experts: int) -> None:
+        """ids: [tokens, top k]; experts: how many there are."""
         self.experts, order = ids.flatten().sort(stable=True)
         self.tokens, self.choices = order // ids.shape[1], order % ids.shape[1]
         chosen, counts = torch.unique_consecutive(self.experts, return_counts=True)
         self.chosen: list[int] = chosen.tolist()
         self.counts: list[int] = counts.tolist()
+        self._shape = len(ids), experts
+
+    def spread(self, of_pairs: Tensor) -> Tensor:
+        """[pairs, n] as [tokens, experts * n], 0 for experts that a token does not have."""
+        whole = of_pairs.new_zeros(*self._shape, of_pairs.shape[1])
+        return whole.index_put((self.tokens, self.experts), of_pairs).flatten(1)
+
+
+class _Part(nn.Module):
+    """A part of experts. It holds them in a list, so that they are not a part of their own part."""
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        self._experts = [experts]
+
+    def _linear(self, name: str, inputs: Tensor, routes: Routes) -> Tensor:
+        """inputs: [pairs, in] -> [pairs, out], each by its expert's weights."""
+        (experts,) = self._experts
+        of_experts = zip(routes.chosen, torch.split(inputs, routes.counts), strict=True)
+        return torch.cat([_linear(experts, name, expert, of_expert) for expert, of_expert in of_experts])
+
+
+class _GateUp(_Part):
+    """From the hidden state to the gates and ups of the experts that a token has."""
+
+    def forward(self, hidden: Tensor, routes: Routes) -> Tensor:
+        """hidden: [tokens, hidden] -> [pairs, 2 * neurons of an expert]."""
+        return self._linear("gate_up_proj", hidden[routes.tokens], routes)
+
+
+class _Activation(_Part):
+    """The activation function of experts."""
+
+    def forward(self, gate: Tensor, routes: Routes | None = None) -> Tensor:
+        """gate: of any shape, which the result has too; routes: for those who listen."""
+        (experts,) = self._experts
+        value: Tensor = experts.act_fn(gate)
+        return value
+
+
+class _DownProjection(_Part):
+    """From the neurons of all experts to their weighted sum."""
+
+    def forward(self, neurons: Tensor, routes: Routes, weights: Tensor) -> Tensor:
+        """neurons: [tokens, experts * neurons]; weights: [tokens, top k] -> [tokens, hidden]."""
+        (experts,) = self._experts
+        # Taken in one step, since each has a gradient of the size of all neurons.
+        taken = neurons.view(len(neurons), experts.num_experts, -1)[routes.tokens, routes.experts]
+        answers = self._linear("down_proj", taken, routes)
+        answers = answers * weights[routes.tokens, routes.choices].unsqueeze(1)
+        output = answers.new_zeros(len(neurons), answers.shape[1])
+        return output.index_add(0, routes.tokens, answers)
 
 
 def open_experts(experts: Any) -> OpenExperts:
@@ -86,23 +117,14 @@ def open_experts(experts: Any) -> OpenExperts:
 
     def forward(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """hidden: [tokens, hidden]; ids, weights: [tokens, top k] -> [tokens, hidden]."""
-        routes = _Routes(ids)
-        neurons, acts = [], []
-        for expert, of_expert in zip(routes.chosen, torch.split(hidden[routes.tokens], routes.counts), strict=True):
-            gate_up = _linear(experts, "gate_up_proj", expert, of_expert)
-            neurons.append(experts._apply_gate(gate_up))
-            if opened.is_heard:
-                acts.append(experts.act_fn(gate_up.detach().chunk(2, dim=-1)[0]))
-
-        def spread(values: list[Tensor]) -> Tensor:
-            """[tokens, experts * neurons]: at the places of the routes, 0 elsewhere."""
-            together = torch.cat(values)
-            whole = together.new_zeros(len(hidden), experts.num_experts, together.shape[1])
-            return whole.index_put((routes.tokens, routes.experts), together).flatten(1)
-
-        if opened.act_fn is not None and acts:
-            opened.act_fn(spread(acts))
-        answer: Tensor = opened.down_proj(spread(neurons), routes, weights.detach())
+        routes = Routes(ids, experts.num_experts)
+        gate_up = opened.gate_up(hidden, routes)
+        if opened.act_fn is None:
+            neurons = experts._apply_gate(gate_up)
+        else:
+            gate, up = gate_up.chunk(2, dim=-1)
+            neurons = opened.act_fn(gate, routes) * up
+        answer: Tensor = opened.down_proj(routes.spread(neurons), routes, weights.detach())
         return answer.to(hidden.dtype)
 
     _require_same(experts, forward)

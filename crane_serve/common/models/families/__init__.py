@@ -3,151 +3,35 @@
 import importlib
 import pkgutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from crane_serve.common.models.decoder import (
+    Decoder,
+    Group,
+    KnownDecoder,
+    KnownGroup,
+    KnownLayer,
+    Layer,
+    Norm,
+    Projection,
+)
 from crane_serve.common.models.errors import UnsupportedModelError
 from crane_serve.common.models.experts import expert_modules
 from crane_serve.common.models.family import Family, NormKind
 from crane_serve.common.models.mlps import intermediate_sizes, language_model, require_mlps, widths
-from crane_serve.common.models.open_experts import open_experts
+from crane_serve.common.models.open_experts import OpenExperts, open_experts
+from crane_serve.common.models.routers import find_routers
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
 # Of a model without a family; nothing of it is looked up by its paths.
 UNKNOWN = Family((), NormKind(epsilon=0.0), attention_softcap="attn_logit_softcapping", attention="eager")
 # With this setting transformers lets every position attend to the whole text, in all families.
 _CAUSAL = MappingProxyType({"is_causal": True, "use_bidirectional_attention": False})
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A normalisation: y = scale * x' / sqrt(mean(x'^2) + epsilon), perhaps plus a bias, as NormKind has it.
-
-    scale is offset + weight, or 1 without a weight.
-    """
-
-    module: nn.Module
-    epsilon: float
-    offset: float
-    centred: bool
-
-    @property
-    def scale(self) -> Tensor:
-        """[width], [heads, width] for a norm of each head, or [] without a weight; in float32 at least."""
-        weight = dict(self.module.named_parameters(recurse=False)).get("weight")
-        if weight is None:
-            return torch.ones(())
-        return weight.detach().to(torch.promote_types(weight.dtype, torch.float32)) + self.offset
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A linear map: `output[..., rows]` of `module`. `rows` are all outputs, unless several maps are fused in the
-    module."""
-
-    module: nn.Module
-    rows: slice
-
-
-@dataclass(frozen=True)
-class Group:
-    """Neurons of a layer that one module reads: those of its dense MLP, or those of all its experts.
-
-    columns: which of the layer's neurons; down_proj: its inputs [documents, tokens, neurons] are the neurons, its
-    outputs [documents, tokens, hidden] are what they add; act_fn: its outputs are act(gate), [documents, tokens,
-    neurons], None if no module is known to be it. OPT flattens its MLP, as mixtures of experts do: there all of these
-    are [documents * tokens, ...]. of_experts: whether they are in experts.
-    """
-
-    columns: slice
-    down_proj: nn.Module
-    act_fn: nn.Module | None
-    of_experts: bool = False
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The neurons of one decoder layer, as far as its structure shows it; groups: in the order of their columns."""
-
-    groups: tuple[Group, ...]
-
-    @property
-    def neurons(self) -> int:
-        """How many there are."""
-        count: int = self.groups[-1].columns.stop
-        return count
-
-
-@dataclass(frozen=True)
-class KnownLayer(Layer):
-    """The parts of one decoder layer that the rules of relevance act at. It has one group of neurons.
-
-    up: None in an MLP that is not gated, where `gate` is the first linear layer.
-    """
-
-    act_fn: nn.Module
-    gate: Projection
-    up: Projection | None
-    query: Projection
-    key: Projection
-    value: Projection
-
-    @property
-    def down_proj(self) -> nn.Module:
-        """From the neurons to the hidden size."""
-        return self.groups[0].down_proj
-
-    @property
-    def gated(self) -> bool:
-        """Whether the neurons are act(gate) * up; else they are act(gate)."""
-        return self.up is not None
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """A causal language model, as far as activations and plain gradients need it.
-
-    trunk: from `inputs_embeds` to the last hidden state; unembedding: [vocabulary, hidden] in its weight, or
-    [vocabulary, hidden + 1] of a model whose unembedding has a bias, which is the last column. positions: how many
-    tokens a document may have, None for a family whose positions are not learned. logit_scale, final_softcap: logits
-    are the product with the unembedding times the first, then, if there is one, c tanh(z / c). The trunk computes
-    neither.
-    """
-
-    trunk: nn.Module
-    embedding: nn.Module
-    unembedding: nn.Linear
-    layers: tuple[Layer, ...]
-    positions: int | None
-    final_softcap: float | None
-    logit_scale: float
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Number of neurons of each layer."""
-        return tuple(layer.neurons for layer in self.layers)
-
-    @property
-    def vocabulary(self) -> int:
-        """How many tokens it can read and predict."""
-        return min(len(self.embedding.get_parameter("weight")), self.unembedding.out_features)
-
-
-@dataclass(frozen=True)
-class KnownDecoder(Decoder):
-    """A causal language model of a family, taken apart.
-
-    attention_softcap: c of the soft cap c tanh(z / c) at attention scores, or None; the trunk computes it itself.
-    """
-
-    layers: tuple[KnownLayer, ...]
-    norms: tuple[Norm, ...]
-    attention_softcap: float | None
 
 
 @cache
@@ -264,21 +148,26 @@ def take_apart(model: nn.Module) -> KnownDecoder:
             f"{architecture} has {len(layers)} modules in {family.layers}, its config says {config.num_hidden_layers}"
         )
     paths = [f"{family.layers}.{index}" for index in range(len(layers))]
-    norms = [f"{path}.{norm}" for path in paths for norm in family.layer_norms] + [family.final_norm]
+    norms = [*_layer_norms(model, family, paths), family.final_norm]
+    trunk = _part(model, family.trunk, nn.Module)
+    experts = expert_modules(trunk)
     unembedding = _with_bias_as_weights(_part(model, family.unembedding, nn.Linear))
     positions = None if family.positions is None else _part(model, family.positions, nn.Embedding)
     decoder = KnownDecoder(
-        trunk=_part(model, family.trunk, nn.Module),
+        trunk=trunk,
         embedding=_part(model, family.embedding, nn.Embedding),
         unembedding=unembedding,
-        layers=tuple(_layer(model, family, path, _heads(config)) for path in paths),
+        layers=tuple(
+            _layer(model, family, path, _heads(config), experts.get(index)) for index, path in enumerate(paths)
+        ),
         norms=tuple(_norm(model, family.norm, path) for path in norms),
         positions=None if positions is None else config.max_position_embeddings,
         attention_softcap=_cap(config, family.attention_softcap),
         final_softcap=_cap(config, family.final_softcap),
         logit_scale=_logit_scale(config),
     )
-    _require_known(model, family, {*norms, *_known_paths(family, paths)})
+    opened = {inside for module in (*experts.values(), *find_routers(trunk).values()) for inside in module.modules()}
+    _require_known(model, family, {*norms, *_known_paths(family, paths)}, opened)
     return decoder
 
 
@@ -297,14 +186,23 @@ def _require_features(architecture: str, family: Family, config: Any) -> None:
         )
 
 
-def _require_known(model: nn.Module, family: Family, known: set[str]) -> None:
-    """Refuse a module that computes something and is not in the family's list, since the rules would not cover it."""
+def _layer_norms(model: nn.Module, family: Family, layers: Iterable[str]) -> Iterable[str]:
+    """Paths of those norms inside of layers that the model has."""
+    for layer in layers:
+        yield from (f"{layer}.{norm}" for norm in family.layer_norms if _has(model, f"{layer}.{norm}"))
+
+
+def _require_known(model: nn.Module, family: Family, known: set[str], opened: set[nn.Module]) -> None:
+    """Refuse a module that computes something and is not in the family's list, since the rules would not cover it.
+
+    opened: of experts, which are shown to compute what their parts make, and of routers, whose outputs are constants.
+    """
     for path, module in model.named_modules():
         if any(f"{path}.".startswith(f"{beside}.") for beside in family.beside):
             continue
         inert = isinstance(module, (nn.Dropout, nn.Identity)) or type(module).__name__.endswith("RotaryEmbedding")
         leaf = next(module.children(), None) is None
-        if leaf and not inert and path not in known:
+        if leaf and not inert and path not in known and module not in opened:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has a module {path} ({type(module).__name__}) that relevance does not know"
             )
@@ -314,32 +212,54 @@ def _known_paths(family: Family, layers: Iterable[str]) -> Iterable[str]:
     yield from (family.embedding, family.unembedding)
     if family.positions is not None:
         yield family.positions
-    inside = (family.query, family.key, family.value, family.attention_output, family.gate, family.act_fn, family.down)
+    mlps = (family, family.of_shared) if family.shared is not None else (family,)
+    of_mlps = [path for mlp in mlps for path in (mlp.gate, mlp.up, mlp.act_fn, mlp.down)]
+    inside = (family.query, family.key, family.value, family.attention_output, family.shared_gate, *of_mlps)
     for layer in layers:
-        yield from (f"{layer}.{path}" for path in inside)
-        if family.up is not None:
-            yield f"{layer}.{family.up}"
+        yield from (f"{layer}.{path}" for path in inside if path is not None)
 
 
-def _layer(model: nn.Module, family: Family, path: str, heads: tuple[int, int, int]) -> KnownLayer:
-    """heads: total widths of the queries, the keys and the values."""
-    down, neurons, _ = _linear(model, f"{path}.{family.down}", family.linear)
+def _layer(
+    model: nn.Module, family: Family, path: str, heads: tuple[int, int, int], experts: nn.Module | None
+) -> KnownLayer:
+    """heads: total widths of the queries, the keys and the values; experts: of the layer, if it has some."""
     _linear(model, f"{path}.{family.attention_output}", family.linear)
-    gated = [f"{path}.{part}" for part in (family.gate, family.up) if part is not None]
-    gate, *up = _projections(model, family.linear, gated, [neurons] * len(gated))
     query, key, value = _projections(
         model, family.linear, [f"{path}.{part}" for part in (family.query, family.key, family.value)], heads
     )
-    act_fn = _part(model, f"{path}.{family.act_fn}", nn.Module)
+    dense = family.of_shared if family.shared is not None and experts is not None else family
+    # Layers whose experts are all that they have are known by their having no other last projection.
+    groups = [_mlp(model, dense, path)] if experts is None or _has(model, f"{path}.{dense.down}") else []
+    if experts is not None:
+        groups.append(_of_experts(open_experts(experts), experts, groups[-1].columns.stop if groups else 0))
+    gate = f"{path}.{family.shared_gate}"
     return KnownLayer(
-        groups=(Group(slice(0, neurons), down, act_fn),),
-        act_fn=act_fn,
-        gate=gate,
-        up=up[0] if up else None,
+        groups=tuple(groups),
         query=query,
         key=key,
         value=value,
+        shared_gate=_linear(model, gate, family.linear)[0] if family.shared_gate and _has(model, gate) else None,
     )
+
+
+def _mlp(model: nn.Module, family: Family, path: str) -> KnownGroup:
+    """The dense MLP of the layer at `path`."""
+    down, neurons, _ = _linear(model, f"{path}.{family.down}", family.linear)
+    gated = [f"{path}.{part}" for part in (family.gate, family.up) if part is not None]
+    gate, *up = _projections(model, family.linear, gated, [neurons] * len(gated))
+    act_fn = _part(model, f"{path}.{family.act_fn}", nn.Module)
+    return KnownGroup(slice(0, neurons), down, act_fn, gate=gate, up=up[0] if up else None)
+
+
+def _of_experts(opened: OpenExperts, experts: Any, start: int) -> KnownGroup:
+    """start: the first of the layer's neurons that is in an expert, as Experts.columns has it."""
+    if opened.act_fn is None or experts.has_bias:
+        raise UnsupportedModelError(
+            f"{type(experts).__name__}: the rules of relevance expect experts of the form act(gate) * up without biases"
+        )
+    gate, up = (Projection(opened.gate_up, slice(of, of + opened.width)) for of in (0, opened.width))
+    columns = slice(start, start + opened.neurons)
+    return KnownGroup(columns, opened.down_proj, opened.act_fn, of_experts=True, gate=gate, up=up)
 
 
 def _heads(config: Any) -> tuple[int, int, int]:
@@ -389,6 +309,14 @@ def _norm(model: nn.Module, kind: NormKind, path: str) -> Norm:
 def _cap(config: Any, key: str | None) -> float | None:
     cap = None if key is None else getattr(config, key, None)
     return None if cap is None else float(cap)
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _part(model: nn.Module, path: str, kind: type[_Kind]) -> _Kind:

@@ -1,4 +1,5 @@
-"""Llama's layout with LayerNorm: StableLM, StarCoder 2, Jais 2, Nemotron, and Phi with its parts side by side."""
+"""Llama's layout with LayerNorm: StableLM, StarCoder 2, Jais 2, Nemotron, Phi MoE, and Phi with its parts side by
+side."""
 
 from crane_serve.common.models.family import LAYER_NORM, Family, NormKind
 
@@ -30,3 +31,5 @@ PHI = Family(
     final_norm="model.final_layernorm",
     refused={"qk_layernorm": False},
 )
+
+PHIMOE = Family(("PhimoeForCausalLM",), norm=LAYER_NORM)

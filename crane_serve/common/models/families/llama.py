@@ -1,5 +1,5 @@
-"""Llama, and those that have its parts. Scales of embeddings, residuals, attention and logits are linear; rules do not
-change them."""
+"""Llama, and those that have its parts, or experts in place of its MLP. Scales of embeddings, residuals, attention and
+logits are linear; rules do not change them."""
 
 from crane_serve.common.models.family import RMS_NORM, Family
 
@@ -8,11 +8,13 @@ LLAMA = Family(
         "CwmForCausalLM",
         "Ernie4_5ForCausalLM",
         "GraniteForCausalLM",
+        "GraniteMoeForCausalLM",
         "HeliumForCausalLM",
         "LlamaForCausalLM",
         "Ministral3ForCausalLM",
         "MinistralForCausalLM",
         "MistralForCausalLM",
+        "MixtralForCausalLM",
         "Qwen2ForCausalLM",
         "SeedOssForCausalLM",
         "SmolLM3ForCausalLM",
