@@ -35,16 +35,20 @@ class Sampling(TypedDict, total=False):
     add_bos: AddBos  # whether the model's start token stands before the prompt; "auto" is as the tokenizer does
 
 
-class TextOptions(TypedDict, total=False):
-    """Options of /score for whole texts; an option that is left out has the server's default."""
-
+class _ScoreOptions(TypedDict, total=False):
     add_bos: AddBos  # whether the model's start token stands before the text; False leaves out the first token
     return_tokens: bool  # whether each score has its `token_logprobs`
     return_prompts: bool  # whether the answer has its `prompts`
     activations: dict[str, Any]  # the neurons whose values the answer is to have, of one text or context
 
 
-class ContinuationOptions(TextOptions, total=False):
+class TextOptions(_ScoreOptions, total=False):
+    """Options of /score for whole texts; an option that is left out has the server's default."""
+
+    truncate: int  # texts are cut to so many tokens, with what is put before them
+
+
+class ContinuationOptions(_ScoreOptions, total=False):
     """Options of /score for continuations; an option that is left out has the server's default."""
 
     join: Join  # where the tokens of a continuation begin
