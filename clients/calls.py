@@ -132,7 +132,7 @@ def score_questions(
     return _score(mask, options, questions=asked)
 
 
-def _score(mask: Mask | None, options: TextOptions, **body: Any) -> Call[Scores]:
+def _score(mask: Mask | None, options: _ScoreOptions, **body: Any) -> Call[Scores]:
     whole = {**body, **chosen(**options), **_in_body(mask)}
     return Call("POST", "score", Scores.model_validate_json, _in_query(mask), whole)
 

@@ -29,9 +29,13 @@ def neurons_of(oracle: Oracle, text: str) -> torch.Tensor:
 
 
 def average_precision(responses: torch.Tensor, own: list[bool]) -> float:
-    """Mean, over the documents of a language, of its share of those that respond as strongly. responses: [documents]."""
+    """Mean, over the documents of a language, of its share of those that respond as strongly.
+
+    responses: [documents]; own: whether each is of the language.
+    """
     of_language = torch.tensor(own)
-    return torch.stack([of_language[responses >= value].double().mean() for value in responses[of_language]]).mean()
+    shares = [of_language[responses >= value].double().mean().item() for value in responses[of_language]]
+    return sum(shares) / len(shares)
 
 
 @pytest.fixture(scope="module")
