@@ -240,7 +240,7 @@ class _OfLayer:
         left: list[Tensor] = []
         for rows in (*self.tail, *further):
             now, later = rows[:count], rows[count:]
-            for block in now.split(_BLOCK) if len(now) else ():
+            for block in torch.split(now, _BLOCK) if len(now) else ():
                 for reduction, total in self.sums.items():
                     _add(total, block, reduction)
             count -= len(now)
@@ -274,6 +274,7 @@ class _Collected:
             if own is not None:
                 self._layers[layer] = _own(*own, neurons, request.reductions)
 
+    @torch.inference_mode()  # which a worker's steps are in: what they have made is changed in no other
     def add(self, low: int, row: int, tokens: int) -> None:
         """Take in `tokens` from position `low` on, which stand from `row` on in the buffers."""
         if low > self.known:  # something was not computed; what is known stays too short to be taken
@@ -293,6 +294,7 @@ class _Collected:
         if self._request.reductions:
             self.reduced = until
 
+    @torch.inference_mode()
     def result(self, end: int) -> dict[str, Any] | None:
         """The values of the tokens before position `end`: how many tokens there are, and by layer the places of this
         rank's neurons and its values, as bytes. None if they are not known."""

@@ -74,7 +74,7 @@ def test_documents_are_dealt_out_by_length() -> None:
 
 @pytest.fixture
 def lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The first worker of the second shard is killed when it has written its third piece; a file of who worked on it."""
+    """A file of who has worked on the second shard: the first is killed when it has written its third piece."""
     lives = tmp_path / "lives"
 
     def work_and_die(job: Job, shard: Shard, threads: int) -> None:  # sent by value: a worker cannot import this file
