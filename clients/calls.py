@@ -35,16 +35,20 @@ class Sampling(TypedDict, total=False):
     add_bos: AddBos  # whether the model's start token stands before the prompt; "auto" is as the tokenizer does
 
 
-class TextOptions(TypedDict, total=False):
-    """Options of /score for whole texts; an option that is left out has the server's default."""
-
+class _ScoreOptions(TypedDict, total=False):
     add_bos: AddBos  # whether the model's start token stands before the text; False leaves out the first token
     return_tokens: bool  # whether each score has its `token_logprobs`
     return_prompts: bool  # whether the answer has its `prompts`
     activations: dict[str, Any]  # the neurons whose values the answer is to have, of one text or context
 
 
-class ContinuationOptions(TextOptions, total=False):
+class TextOptions(_ScoreOptions, total=False):
+    """Options of /score for whole texts; an option that is left out has the server's default."""
+
+    truncate: int  # texts are cut to so many tokens, with what is put before them
+
+
+class ContinuationOptions(_ScoreOptions, total=False):
     """Options of /score for continuations; an option that is left out has the server's default."""
 
     join: Join  # where the tokens of a continuation begin
@@ -128,7 +132,7 @@ def score_questions(
     return _score(mask, options, questions=asked)
 
 
-def _score(mask: Mask | None, options: TextOptions, **body: Any) -> Call[Scores]:
+def _score(mask: Mask | None, options: _ScoreOptions, **body: Any) -> Call[Scores]:
     whole = {**body, **chosen(**options), **_in_body(mask)}
     return Call("POST", "score", Scores.model_validate_json, _in_query(mask), whole)
 

@@ -110,6 +110,11 @@ class ModelSizes:
         """Of the mask table on one rank: `rows` masks, and the row of unmasked requests."""
         return (rows + 1) * self.row_bytes(dtype, ranks, outputs=outputs, offsets=offsets)
 
+    def activation_bytes(self, batch_tokens: int, dtype: str, ranks: int = 1) -> int:
+        """Of the buffers in which the neurons of a batch are stored, those of experts left out, on one rank."""
+        stored = self.neurons if self.experts is None else self.experts.dense(self.neurons)
+        return (batch_tokens + 1) * sum(size // ranks for size in stored) * DTYPE_BYTES[dtype]
+
     def kv_bytes_per_token(self, dtype: str, ranks: int = 1) -> int:
         """Keys and values of one token in one layer, on one rank; a rank has a head of its own at least."""
         return 2 * max(1, self.kv_heads // ranks) * self.head_size * DTYPE_BYTES[dtype]
@@ -132,6 +137,7 @@ class Size:
     table_row: int
     table: int
     slots: int
+    activations: int
     kv_per_token: int
     kv_of_a_sequence: int
     kv: int
@@ -151,14 +157,19 @@ def size_of(
     kv_dtype: str,
     outputs: bool,
     offsets: bool = False,
+    activations: bool = False,
 ) -> Size:
     """The memory of an engine: its weights, its mask table, and keys and values of `sequences` times `tokens` tokens.
 
-    The total leaves out what vLLM needs to compute: activations, graphs, CUDA itself.
+    activations: whether requests can ask for values of neurons. The total leaves out what vLLM needs to compute:
+    hidden states, graphs, CUDA itself.
     """
     weights = model.weight_bytes(dtype) // ranks
     table = model.table_bytes(rows, dtype, ranks, outputs=outputs, offsets=offsets)
     slots, of_a_sequence = batch_tokens * _SLOT_BYTES, model.kv_bytes(tokens, kv_dtype, ranks)
+    stored = 0
+    if activations:
+        slots, stored = 2 * slots, model.activation_bytes(batch_tokens, dtype, ranks)
     return Size(
         parameters=model.parameters,
         neurons=sum(model.neurons),
@@ -168,10 +179,11 @@ def size_of(
         table_row=model.row_bytes(dtype, ranks, outputs=outputs, offsets=offsets),
         table=table,
         slots=slots,
+        activations=stored,
         kv_per_token=(model.full_layers + model.window_layers) * model.kv_bytes_per_token(kv_dtype, ranks),
         kv_of_a_sequence=of_a_sequence,
         kv=sequences * of_a_sequence,
-        total=weights + table + slots + sequences * of_a_sequence,
+        total=weights + table + slots + stored + sequences * of_a_sequence,
     )
 
 
@@ -197,6 +209,7 @@ def size(
     kv_cache_dtype: Annotated[str | None, typer.Option(help="Likewise, of keys and values; default: as dtype")] = None,
     outputs: Annotated[bool, typer.Option("--outputs", help="Some mask scales the MLPs' outputs")] = False,
     offsets: Annotated[bool, typer.Option("--offsets", help="Some mask adds to neurons")] = False,
+    activations: Annotated[bool, typer.Option("--activations", help="Requests can ask for values of neurons")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes, as JSON")] = False,
 ) -> None:
     """Show what a model, its masks and its KV cache take: on each rank, before what vLLM needs to compute."""
@@ -222,6 +235,7 @@ def size(
         kv_dtype=kv_cache_dtype or dtype,
         outputs=outputs,
         offsets=offsets,
+        activations=activations,
     )
     if as_json:
         typer.echo(json.dumps(asdict(estimate), indent=2))
@@ -232,6 +246,7 @@ def size(
         f"mask table, {rows} rows and one of ones": estimate.table,
         f"    a row, {estimate.neurons:,} neurons": estimate.table_row,
         f"slots, {max_num_batched_tokens} tokens": estimate.slots,
+        **({f"values of neurons, {max_num_batched_tokens} tokens": estimate.activations} if activations else {}),
         f"KV cache, {max_num_seqs} sequences of {max_model_len} tokens": estimate.kv,
         f"    a token, in all layers{window}": estimate.kv_per_token,
         f"    a sequence of {max_model_len} tokens": estimate.kv_of_a_sequence,

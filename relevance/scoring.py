@@ -72,13 +72,14 @@ def score(
     """Score the neurons of a local checkpoint on all documents of `corpus`.
 
     batch_tokens: tokens of a batch with padding; max_tokens: documents are cut to this length, start token included, or
-    to the number of the model's learned positions if that is smaller; output_dimensions: score the MLPs' output
-    dimensions too, by the methods that can; random_tokens: score random token sequences too, by the methods that look
-    at activations alone and at one language at a time; medians: keep median activations beside the means; server: the
-    address of a crane server of this checkpoint, which computes instead of this process, by the methods that
-    `served.not_served` lets through; each_half: called with the scores of each half of the documents, too, which shows
-    how much the scores depend on the texts; start: called once with the number of documents; advance: called with the
-    number of further documents that are done. The caller removes the progress once the scores are saved.
+    to the number of the model's learned positions, or to what `server` reads, if that is smaller; output_dimensions:
+    score the MLPs' output dimensions too, by the methods that can; random_tokens: score random token sequences too, by
+    the methods that look at activations alone and at one language at a time; medians: keep median activations beside
+    the means; server: the address of a crane server of this checkpoint, which computes instead of this process, by the
+    methods that `served.not_served` lets through; each_half: called with the scores of each half of the documents, too,
+    which shows how much the scores depend on the texts; start: called once with the number of documents; advance:
+    called with the number of further documents that are done. The caller removes the progress once the scores are
+    saved.
 
     Raises MethodError, CheckpointError, FingerprintError, UnsupportedModelError, CorpusError, NonFiniteError,
     ProgressError, WorkerError and ServerError.
@@ -97,6 +98,8 @@ def score(
         for asked, what in ((random_tokens, "random tokens"), (medians, "medians")):
             if asked:
                 raise MethodError(f"{what} cannot be computed through a server")
+        with Server(server, fingerprint) as running:
+            max_tokens = min(max_tokens, running.max_tokens)
     if decoder.sizes != fingerprint.intermediate_sizes:
         raise UnsupportedModelError(f"{checkpoint}: the sizes of the MLP layers differ from those in its config")
     max_tokens = min(max_tokens, decoder.positions or max_tokens)
@@ -160,7 +163,9 @@ def score(
     if server is not None:
         info = info.model_copy(update={"dtype": OF_SERVER})
         with Server(server, fingerprint) as running:
-            return _scores(methods, measure_served(running, corpus, encoded, measured, units, advance), shape, info)
+            return _scores(
+                methods, measure_served(running, corpus, encoded, tokenizer, measured, units, advance), shape, info
+            )
     with TemporaryDirectory(prefix="crane-progress-") as scratch:
         progress = None
         if execution.progress is not None or len(shards) > 1:

@@ -15,6 +15,7 @@ from torch import Tensor
 from crane_serve.common.defaults import KEY_VARIABLE, MAX_ACTIVATIONS
 from crane_serve.common.masks import Fingerprint
 from crane_serve.common.models.decoder import Decoder, KnownLayer
+from crane_serve.common.models.prefix import encode_from_start
 from crane_serve.common.text.corpus import Corpus
 from relevance.encoding import EncodedDocuments, hashed
 from relevance.method import (
@@ -83,6 +84,12 @@ class Server:
         ready = self._ask("GET", "/ready")
         fingerprint.require(Fingerprint.model_validate(ready["fingerprint"]), f"the server at {url}")
         self._sizes = fingerprint.intermediate_sizes
+        self._context_tokens: int = ready["max_model_tokens"]
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a document: an engine reads all tokens of its context but the last."""
+        return self._context_tokens - 1
 
     def __enter__(self) -> "Server":
         return self
@@ -93,14 +100,16 @@ class Server:
     def means(self, text: str, token_ids: Sequence[int]) -> list[Reduced]:
         """The means over the counted tokens of a document, layer by layer.
 
-        token_ids: of the document, cut, with its start token; the server reads all of `text`. Raises ServerError.
+        text: of the document, or enough of it (see `enough_of`); token_ids: of the document, cut, with its start token.
+        Raises ServerError.
         """
         layers: list[Reduced] = []
         for group in self._groups():
-            body = {"text": [text], "return_prompts": True, "activations": self._wanted(group, len(token_ids))}
+            body = {"text": [text], "truncate": len(token_ids), "return_prompts": True}
+            body["activations"] = self._wanted(group)
             answer = self._ask("POST", "/score", body)
             [read] = answer["prompts"]
-            if read[: len(token_ids)] != list(token_ids):
+            if read != list(token_ids):
                 raise ServerError(f"{self._url} reads other tokens than the checkpoint's tokenizer makes")
             seen = answer["activations"]
             for layer in seen["layers"]:
@@ -118,8 +127,8 @@ class Server:
             group.append(layer)
         yield group
 
-    def _wanted(self, layers: list[int], end: int) -> dict[str, Any]:
-        return {"layers": layers, "reduce": list(_REDUCTIONS), "first": 1, "end": end, "encoding": "base64"}
+    def _wanted(self, layers: list[int]) -> dict[str, Any]:
+        return {"layers": layers, "reduce": list(_REDUCTIONS), "first": 1, "encoding": "base64"}
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         for _ in range(_TRIES):
@@ -139,6 +148,16 @@ class Server:
         raise ServerError(f"{self._url}{path}: {message}")
 
 
+def enough_of(text: str, tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """A beginning of `text` that begins with the same tokens: a server takes no text of far more than its context."""
+    size = len(token_ids)
+    while size < len(text):
+        if encode_from_start(tokenizer, text[:size])[: len(token_ids)] == token_ids:
+            return text[:size]
+        size *= 2
+    return text
+
+
 def _decoded(values: str) -> Tensor:
     """float64 [neurons]."""
     return torch.frombuffer(bytearray(base64.b64decode(values)), dtype=torch.float32).double()
@@ -148,6 +167,7 @@ def measure_served(
     server: Server,
     corpus: Corpus,
     encoded: Mapping[str, EncodedDocuments],
+    tokenizer: Any,
     methods: Sequence[type[Measured]],
     units: Units,
     advance: Callable[[int], None],
@@ -163,7 +183,9 @@ def measure_served(
             skipped = set(of_language.skipped)
             documents = [document for document in corpus.documents[language] if document.id not in skipped]
             instances = [method(units) for method in methods]
-            answers = pool.map(server.means, [document.text for document in documents], of_language.token_ids)
+            pairs = zip(documents, of_language.token_ids, strict=True)
+            texts = [enough_of(document.text, tokenizer, token_ids) for document, token_ids in pairs]
+            answers = pool.map(server.means, texts, of_language.token_ids)
             for document in documents:
                 try:
                     layers = next(answers)

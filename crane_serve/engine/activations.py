@@ -32,6 +32,7 @@ MAX_REQUESTS = 16
 """Most requests at once that ask for activations."""
 
 _LAG = 8  # generated tokens that an engine may run ahead of a request's end
+_BLOCK = 256  # tokens that are summed at a time: sums are in float64, for which torch copies what it sums
 
 
 class ActivationsError(ValueError):
@@ -213,39 +214,51 @@ class _OfLayer:
     """What a rank has of one layer for one request.
 
     places: int64 [own], of the rank's neurons in the answer; local: their indices in the buffer, None for all of it;
-    tail: [tokens, own], not yet reduced; sums: [own] by reduction.
+    sums: [own] by reduction; tail: [tokens, own], not yet reduced.
     """
 
     buffer: Tensor
     places: NDArray[np.int64]
     local: Tensor | None
+    sums: Mapping[Reduction, Tensor]
     tail: list[Tensor] = field(default_factory=list)
-    sums: dict[Reduction, Tensor] = field(default_factory=dict)
+
+    def stored(self, low: int, high: int) -> Tensor:
+        """The rows of the buffer from one to another, [rows, own]; of a whole layer they are the buffer's own, which
+        the next batch replaces."""
+        rows = self.buffer[low:high]
+        return rows if self.local is None else rows[:, self.local]
 
     def cut(self, rows: int) -> None:
         """Drop the last `rows` of the tail."""
         whole = torch.cat(self.tail)
         self.tail = [whole[: len(whole) - rows]]
 
-    def reduce(self, rows: Tensor, reductions: Iterable[Reduction]) -> None:
-        """Take in the values of further tokens, [tokens, own]."""
-        for reduction in reductions:
-            new, before = _sums(rows, reduction), self.sums.get(reduction)
-            if before is not None:
-                new = torch.maximum(before, new) if reduction is Reduction.MAX else before + new
-            self.sums[reduction] = new
+    def reduce(self, further: Sequence[Tensor], count: int) -> None:
+        """Take in the first `count` tokens of the tail and of `further` ones, [tokens, own] each; a copy of the others
+        becomes the tail."""
+        left: list[Tensor] = []
+        for rows in (*self.tail, *further):
+            now, later = rows[:count], rows[count:]
+            for block in torch.split(now, _BLOCK) if len(now) else ():
+                for reduction, total in self.sums.items():
+                    _add(total, block, reduction)
+            count -= len(now)
+            left.append(later)
+        self.tail = [torch.cat(left)]
 
 
-def _sums(rows: Tensor, reduction: Reduction) -> Tensor:
+def _add(total: Tensor, rows: Tensor, reduction: Reduction) -> None:
+    """In place. total: [own]; rows: [tokens, own]."""
     match reduction:
         case Reduction.MEAN:
-            return rows.sum(dim=0, dtype=torch.float64)
+            total += rows.sum(dim=0, dtype=torch.float64)
         case Reduction.MEAN_ABS:
-            return rows.abs().sum(dim=0, dtype=torch.float64)
+            total += rows.abs().sum(dim=0, dtype=torch.float64)
         case Reduction.MAX:
-            return rows.amax(dim=0)
+            torch.maximum(total, rows.amax(dim=0), out=total)
         case Reduction.POSITIVE:
-            return (rows > 0).sum(dim=0, dtype=torch.float64)
+            total += (rows > 0).sum(dim=0, dtype=torch.float64)
 
 
 class _Collected:
@@ -259,8 +272,9 @@ class _Collected:
         for layer, neurons in request.neurons.items():
             own = buffers.of(layer)
             if own is not None:
-                self._layers[layer] = _own(*own, neurons)
+                self._layers[layer] = _own(*own, neurons, request.reductions)
 
+    @torch.inference_mode()  # which a worker's steps are in: what they have made is changed in no other
     def add(self, low: int, row: int, tokens: int) -> None:
         """Take in `tokens` from position `low` on, which stand from `row` on in the buffers."""
         if low > self.known:  # something was not computed; what is known stays too short to be taken
@@ -268,25 +282,19 @@ class _Collected:
         again = max(self.known - max(low, self.reduced), 0)
         skipped = max(self.reduced - low, 0)
         self.known = max(low + tokens, self.reduced)
+        until = max(self.reduced, min(self.known, self._prompt), self.known - _LAG)
         for of_layer in self._layers.values():
             if again:
                 of_layer.cut(again)
-            rows = of_layer.buffer[row + skipped : row + tokens]
-            rows = rows.clone() if of_layer.local is None else rows[:, of_layer.local]
-            of_layer.tail.append(rows if self._request.reductions else rows.float().cpu())
+            rows = of_layer.stored(row + skipped, row + tokens)
+            if self._request.reductions:  # layer by layer: a chunk of all layers is large
+                of_layer.reduce([rows], until - self.reduced)
+            else:
+                of_layer.tail.append(rows.to("cpu", torch.float32, copy=True))
         if self._request.reductions:
-            self._reduce(max(min(self.known, self._prompt), self.known - _LAG))
+            self.reduced = until
 
-    def _reduce(self, until: int) -> None:
-        count = until - self.reduced
-        if count <= 0:
-            return
-        self.reduced = until
-        for of_layer in self._layers.values():
-            whole = torch.cat(of_layer.tail)
-            of_layer.reduce(whole[:count], self._request.reductions)
-            of_layer.tail = [whole[count:].clone()]
-
+    @torch.inference_mode()
     def result(self, end: int) -> dict[str, Any] | None:
         """The values of the tokens before position `end`: how many tokens there are, and by layer the places of this
         rank's neurons and its values, as bytes. None if they are not known."""
@@ -300,9 +308,9 @@ class _Collected:
                 for layer, of_layer in self._layers.items()
             }
             return {"tokens": tokens, "layers": layers}
-        self._reduce(end)
         reduced = {}
         for layer, of_layer in self._layers.items():
+            of_layer.reduce([], end - self.reduced)
             sums = {
                 reduction: total if reduction is Reduction.MAX else total / tokens
                 for reduction, total in of_layer.sums.items()
@@ -311,14 +319,22 @@ class _Collected:
         return {"tokens": tokens, "layers": reduced}
 
 
-def _own(buffer: Tensor, start: int, neurons: Sequence[int] | None) -> _OfLayer:
+def _own(buffer: Tensor, start: int, neurons: Sequence[int] | None, reductions: Iterable[Reduction]) -> _OfLayer:
     """The part of a layer that a rank has, of all or some of the layer's neurons."""
     stop = start + buffer.shape[1]
     if neurons is None:
-        return _OfLayer(buffer, np.arange(start, stop), None)
-    asked = np.asarray(neurons, dtype=np.int64)
-    places = np.flatnonzero((asked >= start) & (asked < stop))
-    return _OfLayer(buffer, places, torch.from_numpy(asked[places] - start).to(buffer.device))
+        places, local = np.arange(start, stop), None
+    else:
+        asked = np.asarray(neurons, dtype=np.int64)
+        places = np.flatnonzero((asked >= start) & (asked < stop))
+        local = torch.from_numpy(asked[places] - start).to(buffer.device)
+    sums = {
+        reduction: torch.full((len(places),), -torch.inf, dtype=buffer.dtype, device=buffer.device)
+        if reduction is Reduction.MAX
+        else torch.zeros(len(places), dtype=torch.float64, device=buffer.device)
+        for reduction in reductions
+    }
+    return _OfLayer(buffer, places, local, sums)
 
 
 def _bytes(values: Tensor) -> bytes:

@@ -259,6 +259,11 @@ class EngineService:
         length = len(prompt_ids) + bool(candidates)
         if length > self.max_model_tokens:
             raise RejectedRequest(f"the text has {length} tokens, and the model's context is {self.max_model_tokens}")
+        if length == self.max_model_tokens and not candidates:
+            raise RejectedRequest(
+                f"the text has {length} tokens, as many as the model's context, and the engine never reads the last "
+                f"one of these; with activations a text may have {length - 1}, or 'end' may be {length - 1} at most"
+            )
         asked = ScoreRequest(first, tuple(candidates))
         parameters: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
         parameters |= {"skip_reading_prefix_cache": False, "extra_args": asked.argument}

@@ -60,6 +60,17 @@ async def test_score_shows_all_tokens_of_a_text(client: httpx.AsyncClient, retur
     assert answer["scores"] == without["scores"]
 
 
+@pytest.mark.parametrize(("end", "read"), [(2, 2), (3, 3), (9, 3)])
+async def test_the_last_token_of_a_text_is_read_if_it_is_shown(
+    client: httpx.AsyncClient, engine: FakeEngine, end: int, read: int
+) -> None:
+    body = {"text": ["hi"], "activations": {"layers": [0], "first": 1, "end": end}, "return_prompts": True}
+    answer = (await client.post("/score", json=body)).json()
+    assert answer["activations"]["tokens"] == min(end, 3) - 1
+    assert [len(prompt) for prompt in answer["prompts"]] == [read] == [len(engine.calls[0].token_ids)]
+    assert answer["scores"] == (await client.post("/score", json={"text": ["hi"]})).json()["scores"]
+
+
 async def test_reductions_and_base64(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     wanted = {"layers": [0], "reduce": ["mean", "max"], "encoding": "base64"}
     answer = (await client.post("/score", json={"context": "a", "continuations": ["b"], "activations": wanted})).json()

@@ -47,6 +47,32 @@ async def test_texts_are_scored_from_their_start(
 
 
 @pytest.mark.parametrize(
+    ("truncate", "left", "tokens"),
+    [(9, "a汉b", 5), (6, "a汉b", 5), (5, "a汉", 4), (4, "a", 3), (2, "a", 1), (1, "", 0)],
+)
+async def test_a_text_is_cut_to_so_many_tokens(
+    client: httpx.AsyncClient, engine: FakeEngine, truncate: int, left: str, tokens: int
+) -> None:
+    answer = await score(client, text=["a汉b"], truncate=truncate)
+    encoded = engine.tokenizer("a汉b", add_special_tokens=False)["input_ids"][:tokens]
+    assert answer["scores"] == [{"logprob": -float(sum(encoded)), "tokens": tokens, "bytes": len(left.encode())}]
+    assert [call.scored[1:] for call in engine.calls] == ([encoded] if tokens else [])
+
+
+async def test_the_first_token_of_a_cut_text_counts_for_nothing_without_a_start_token(
+    client: httpx.AsyncClient,
+) -> None:
+    [item] = (await score(client, text=["a汉b"], truncate=4, add_bos=False))["scores"]
+    assert (item["tokens"], item["bytes"]) == (3, 3)
+
+
+async def test_continuations_are_not_cut(client: httpx.AsyncClient) -> None:
+    response = await client.post("/score", json={"context": "a", "continuations": ["b"], "truncate": 3})
+    assert response.status_code == 422
+    assert "'truncate' is for 'text' alone" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
     "body", [{"text": ["a汉b", ""]}, {"context": "汉 ", "continuations": ["语a", "b"]}], ids=["texts", "continuations"]
 )
 async def test_each_token_with_its_text(client: httpx.AsyncClient, engine: FakeEngine, body: dict[str, Any]) -> None:

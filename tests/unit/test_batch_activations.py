@@ -136,6 +136,16 @@ def test_halves_and_stages_are_joined(reductions: tuple[Reduction, ...]) -> None
             assert np.array_equal(seen.values[layer]["values"], wanted)
 
 
+def test_what_a_step_in_inference_mode_has_left_is_reduced_outside_of_it() -> None:
+    rank, request = whole(), ActivationRequest({0: None}, (Reduction.MEAN, Reduction.MAX))
+    with torch.inference_mode():
+        rank.step([("a", request, 0, 3)])
+        rank.step([("a", request, 3, 1)])
+    seen, wanted = taken(request, 4, rank), rows(request, "a", range(4))[0]
+    assert seen.values[0]["mean"] == pytest.approx(wanted.mean(0))
+    assert seen.values[0]["max"] == pytest.approx(wanted.max(0))
+
+
 def test_a_part_that_a_rank_does_not_return_is_an_error() -> None:
     request, first, second = ActivationRequest({0: None}), Rank({0: (0, 3)}), Rank({0: (3, 3)})
     for rank in (first, second):

@@ -11,12 +11,14 @@ import torch
 
 import relevance.served
 from crane_serve.common.masks import Fingerprint, FingerprintError
+from crane_serve.common.models.load import load_tokenizer
+from crane_serve.common.models.prefix import encode_from_start
 from crane_serve.common.text.corpus import Corpus, Document
 from relevance.method import MethodError
 from relevance.methods import find_scored
 from relevance.scores import Scores
 from relevance.scoring import score
-from relevance.served import Server, ServerError
+from relevance.served import Server, ServerError, enough_of
 from tests.engines import Oracle
 from tests.tiny import tiny_model
 
@@ -35,12 +37,14 @@ class FakeServer(httpx.BaseTransport):
         self.oracle = Oracle(checkpoint)
         self.busy = 2  # refusals before the first answer
         self.start = [0]
+        self.context = 512
         self.bodies: list[dict] = []
         self.broken: str | None = None  # part of a text that it refuses
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/ready":
-            return httpx.Response(200, json={"fingerprint": self.fingerprint.model_dump()})
+            ready = {"fingerprint": self.fingerprint.model_dump(), "max_model_tokens": self.context}
+            return httpx.Response(200, json=ready)
         body = json.loads(request.content)
         [text] = body["text"]
         if self.busy:
@@ -50,9 +54,11 @@ class FakeServer(httpx.BaseTransport):
             return httpx.Response(400, json={"error": {"message": "the text is too long"}})
         self.bodies.append(body)
         token_ids = [*self.start, *self.oracle.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        token_ids = token_ids[: body["truncate"]]
+        assert len(token_ids) < self.context
         wanted = body["activations"]
         rows = self.oracle.neurons(token_ids, None)
-        end = min(wanted["end"], len(token_ids))
+        end = len(token_ids)
         layers = []
         for layer in wanted["layers"]:
             seen = rows[layer][wanted["first"] : end]
@@ -110,6 +116,26 @@ def test_the_scores_are_those_of_this_process(checkpoint: Path, server: FakeServ
     assert served.info.model_copy(update={"dtype": "float32"}) == here.info
     assert sum(done) == 6
     assert sum(here.info.truncated) > 0
+
+
+def test_documents_are_cut_to_what_the_server_reads(checkpoint: Path, server: FakeServer) -> None:
+    server.context = 12
+    served = scores_of(checkpoint, ["magnitude"], "http://there")
+    here = scores_of(checkpoint, ["magnitude"], max_tokens=11)
+    torch.testing.assert_close(served.of("magnitude"), here.of("magnitude"), rtol=1e-4, atol=1e-6)
+    assert served.info.model_copy(update={"dtype": "float32"}) == here.info
+    assert (served.info.max_tokens, sum(served.info.truncated)) == (11, 5)
+
+
+@pytest.mark.parametrize("text", ["A boat came in. " * 50, "船来了，又走了。" * 50, "short"])
+@pytest.mark.parametrize("tokens", [1, 5, 30])
+def test_enough_of_a_text_begins_with_the_same_tokens(checkpoint: Path, text: str, tokens: int) -> None:
+    tokenizer = load_tokenizer(checkpoint)
+    token_ids = encode_from_start(tokenizer, text)[:tokens]
+    enough = enough_of(text, tokenizer, token_ids)
+    assert text.startswith(enough)
+    assert encode_from_start(tokenizer, enough)[:tokens] == token_ids
+    assert len(enough) < 4 * tokens + 1 or enough == text
 
 
 def test_layers_are_asked_for_in_groups_that_one_request_may_have(

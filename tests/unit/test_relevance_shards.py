@@ -1,20 +1,22 @@
 import os
-import time
+import signal
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
+from typing import Any
 
-import psutil
 import pytest
 import torch
 
+import relevance.shards
 from crane_serve.common.text.corpus import Corpus, Document
 from relevance.accumulators import NonFiniteError
 from relevance.encoding import EncodedDocuments
 from relevance.methods import find_scored
+from relevance.progress import Done
 from relevance.scores import Scores
 from relevance.scoring import Execution, score
-from relevance.shards import WorkerError, deal
+from relevance.shards import Job, Shard, WorkerError, deal
+from relevance.shards import _work as work
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -71,32 +73,35 @@ def test_documents_are_dealt_out_by_length() -> None:
 
 
 @pytest.fixture
-def killer(tmp_path: Path) -> Iterator[list[int]]:
-    """Kills one Ray worker, a descendant of this process, once it has written progress; gives the ids killed."""
-    killed: list[int] = []
+def lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of who has worked on the second shard: the first is killed when it has written its third piece."""
+    lives = tmp_path / "lives"
 
-    def kill() -> None:
-        deadline = time.monotonic() + 200
-        while time.monotonic() < deadline and not killed:
-            if len(list(tmp_path.glob("progress/en-1-of-2.piece-*"))) >= 3:
-                for process in psutil.Process(os.getpid()).children(recursive=True):
-                    if process.name().startswith("ray::_work"):
-                        process.kill()
-                        killed.append(process.pid)
-                        return
-            time.sleep(0.01)
+    def work_and_die(job: Job, shard: Shard, threads: int) -> None:  # sent by value: a worker cannot import this file
+        if shard.index == 1:
+            with lives.open("a") as file:
+                print(os.getpid(), file=file)
+            if len(lives.read_text().split()) == 1:
+                save = job.progress.save
 
-    thread = Thread(target=kill)
-    thread.start()
-    yield killed
-    thread.join()
+                def save_and_die(*arguments: Any) -> Done:
+                    done = save(*arguments)
+                    if done.pieces == 3:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return done
+
+                job.progress.save = save_and_die
+        work(job, shard, threads)
+
+    monkeypatch.setattr(relevance.shards, "_work", work_and_die)
+    return lives
 
 
 @pytest.mark.timeout(300)
-def test_a_run_survives_the_death_of_a_worker(checkpoint: Path, tmp_path: Path, killer: list[int]) -> None:
+def test_a_run_survives_the_death_of_a_worker(checkpoint: Path, tmp_path: Path, lives: Path) -> None:
     execution = Execution(workers=2, progress=tmp_path / "progress")
     found = scores_of(checkpoint, 40, execution, batch_tokens=1)
-    assert len(killer) == 1
+    assert len(set(lives.read_text().split())) == 2
     assert_same(found, scores_of(checkpoint, 40, Execution(), batch_tokens=1))
 
 

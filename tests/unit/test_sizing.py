@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from crane_serve.cli import app
 from crane_serve.common.masks import Fingerprint, MaskInfo, NeuronMask, write_mask
+from crane_serve.engine.activations import CaptureBuffers
 from crane_serve.engine.masked_mlp import install_masks
 from crane_serve.sizing import DTYPE_BYTES, ModelSizes, SizeError, byte_text
 from tests.engine.stand_in import Model
@@ -53,6 +54,17 @@ def test_the_table_is_as_large_as_computed(checkpoint: Path, dtype: torch.dtype,
     assert sizes.hidden_size == HIDDEN
     assert sizes.table_bytes(rows, name, outputs=outputs) == sum(tensor.nbytes for tensor in tensors)
     assert slots.nbytes == 64 * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_values_of_a_batch_are_as_large_as_computed(checkpoint: Path, dtype: torch.dtype) -> None:
+    model, buffers = Model().to(dtype), CaptureBuffers()
+    install_masks(model, (NEURONS,) * LAYERS, 2, max_tokens=64, outputs=False, buffers=buffers)
+    captured = [tensor for name, tensor in model.named_buffers() if name.endswith("captured")]
+    assert len(captured) == LAYERS
+    name = str(dtype).removeprefix("torch.")
+    assert ModelSizes.of(checkpoint).activation_bytes(64, name) == sum(tensor.nbytes for tensor in captured)
+    assert buffers.slots.nbytes == 64 * 8
 
 
 def test_ranks_share_a_row(checkpoint: Path) -> None:
@@ -104,8 +116,15 @@ def test_the_command_adds_up(checkpoint: Path) -> None:
     assert size["table"] == 4 * size["table_row"] == 4 * LAYERS * NEURONS * 4
     assert size["kv"] == 2 * 128 * size["kv_per_token"]
     assert size["total"] == size["weights"] + size["table"] + size["slots"] + size["kv"]
+    assert size["activations"] == 0
+    code, output = run(str(checkpoint), "--max-num-batched-tokens", "64", "--activations", "--json")
+    assert code == 0
+    size = json.loads(output)
+    assert (size["slots"], size["activations"]) == (2 * 64 * 8, 65 * LAYERS * NEURONS * 4)
+    assert size["total"] == size["weights"] + size["table"] + size["slots"] + size["activations"] + size["kv"]
     code, output = run(str(checkpoint), "--rows", "3")
     assert code == 0
+    assert "values of neurons" not in output
     assert re.search(rf"mask table, 3 rows and one of ones +{4 * LAYERS * NEURONS * 4 / 1024:.3g} KiB", output)
 
 

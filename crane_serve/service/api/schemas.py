@@ -152,16 +152,16 @@ class GenerateRequest(_Request):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-def _form(**kinds: str) -> dict[str, Any]:
-    """JSON schema of a body with some of the fields, each of a kind, and without the others."""
-    others = {"text", "context", "continuations", "questions"} - kinds.keys()
+def _form(optional: frozenset[str] = frozenset(), **kinds: str) -> dict[str, Any]:
+    """JSON schema of a body with some of the fields, each of a kind, and without the others but `optional` ones."""
+    others = {"text", "context", "continuations", "questions", "truncate"} - kinds.keys() - optional
     properties = {**kinds, **dict.fromkeys(sorted(others), "null")}
     return {"required": list(kinds), "properties": {name: {"type": kind} for name, kind in properties.items()}}
 
 
 _ONE_FORM: dict[str, Any] = {
     "oneOf": [
-        _form(text="array"),
+        _form(frozenset({"truncate"}), text="array"),
         _form(context="string", continuations="array"),
         _form(questions="array"),
     ]
@@ -192,6 +192,11 @@ class ScoreRequest(_Request):
         description="Where a continuation's tokens begin: after those that the context has alone, too (shared), or "
         "after as many as it has alone (length), as in lm-evaluation-harness",
     )
+    truncate: Annotated[int, Field(ge=1, lt=2**31), BeforeValidator(_integer)] | None = Field(
+        None,
+        description="Most tokens of a text, with what is put before it; more are cut off, and `bytes` is of whole "
+        "characters",
+    )
     return_tokens: bool = Field(False, description="Whether each score has its `token_logprobs`")
     return_prompts: bool = Field(False, description="Whether the answer has its `prompts`")
     activations: ActivationsWanted | None = Field(
@@ -207,6 +212,8 @@ class ScoreRequest(_Request):
             pair and (self.context is None or self.continuations is None)
         ):
             raise ValueError("expected one of 'text', 'context' with 'continuations', and 'questions'")
+        if self.truncate is not None and self.text is None:
+            raise ValueError("'truncate' is for 'text' alone")
         if self.sequences > MAX_ITEMS:
             raise ValueError(f"{self.sequences} continuations in all; at most {MAX_ITEMS} are read")
         characters = sum(len(question.context) * len(question.continuations) for question in self.asked)
@@ -414,8 +421,8 @@ class ScoreAnswer(BaseModel):
     activations: _Seen = None
     prompts: list[list[int]] | None = Field(
         default=None,
-        description="With `return_prompts`: the token ids that the model read, each sequence without its last; with "
-        "`activations` a text with it",
+        description="With `return_prompts`: the token ids that the model read, each sequence without its last; a text "
+        "with it, if `activations` of it are asked for",
     )
 
     def pieces(self) -> Iterator[bytes]:

@@ -78,8 +78,6 @@ class Scoring:
         self._engine = engine
         self._body = body
         self._mask = mask
-        # The last token of a text is read, too, if its neurons are to be shown.
-        self._whole = body.activations is not None and body.text is not None
 
     async def answer(self) -> ScoreAnswer:
         """The whole answer. Raises BadRequest if there is nothing to score, ActivationsError for activations that the
@@ -91,7 +89,7 @@ class Scoring:
         async for sequence in paced(sequences):
             if sequence.tokens:
                 last = asked.setdefault(self._prompt(sequence), {})
-                if not self._whole:
+                if not self._is_read_whole(sequence):
                     last[sequence.token_ids[-1]] = None
         shown = activation_request(self._body.activations, len(asked))
         require_listable(self._body.activations, shown, self._engine, sum(len(prompt) for prompt, _ in asked))
@@ -113,8 +111,15 @@ class Scoring:
             answer.prompts = [list(prompt) async for prompt, _ in paced(asked)]
         return answer
 
+    def _is_read_whole(self, sequence: ScoredSequence) -> bool:
+        """Whether the last token is read, too: that of a text is, if its neurons are to be shown."""
+        wanted = self._body.activations
+        if wanted is None or self._body.text is None:
+            return False
+        return wanted.end is None or wanted.end >= len(sequence.token_ids)
+
     def _prompt(self, sequence: ScoredSequence) -> _Prompt:
-        return (tuple(sequence.token_ids), sequence.first) if self._whole else sequence.prompt
+        return (tuple(sequence.token_ids), sequence.first) if self._is_read_whole(sequence) else sequence.prompt
 
     async def _run(self, prompt: _Prompt, last: tuple[int, ...], shown: ActivationRequest | None) -> _Result:
         token_ids, first = prompt
@@ -126,7 +131,11 @@ class Scoring:
         tokens: tuple[TokenScore, ...] = ()
         if sequence.tokens:
             result = by_prompt[self._prompt(sequence)]
-            tokens = result.tokens if self._whole else (*result.tokens, result.last[sequence.token_ids[-1]])
+            tokens = (
+                result.tokens
+                if self._is_read_whole(sequence)
+                else (*result.tokens, result.last[sequence.token_ids[-1]])
+            )
         logprobs = [token.logprob for token in tokens]
         fields: dict[str, Any] = {"logprob": sum(logprobs), "tokens": len(logprobs), "bytes": sequence.bytes}
         if self._body.return_tokens:

@@ -52,8 +52,12 @@ def sequences_of(
 
 
 def _text(body: ScoreRequest, text: str, token_ids: list[int], start: StartTokens, tokenizer: Any) -> ScoredSequence:
-    """A text from its start. Its own first token is not scored if nothing stands before it."""
+    """A text from its start, maybe cut. Its own first token is not scored if nothing stands before it."""
     whole = _before(start, token_ids, body, from_start=True)
+    if body.truncate is not None and len(whole) > body.truncate:
+        token_ids = token_ids[: max(body.truncate - (len(whole) - len(token_ids)), 0)]
+        whole = whole[: body.truncate]
+        text = text[: _shared(text, tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))]
     size = len(text.encode())
     if token_ids and len(whole) == len(token_ids):
         size -= token_bytes(tokenizer, token_ids[0])
@@ -84,8 +88,9 @@ def _continuation(
     return scored
 
 
-def _shared(one: list[int], other: list[int]) -> int:
-    """How many tokens both begin with. By halves: there may be a thousand continuations of a long context."""
+def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many tokens, or characters, both begin with. By halves: there may be a thousand continuations of a long
+    context."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
