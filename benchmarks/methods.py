@@ -15,6 +15,9 @@ from steps import crane, done, import_corpus
 SPLITS = "validation=0.25,test=0.75"
 
 
+LEARNING = ("--documents", 6, "--max-tokens", 80)
+
+
 def main() -> None:
     """Run all steps that are not done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     if options.until == "refine":
         return
     if not done(scores, "learned"):
-        crane("learn", options.model, scores, *texts, *common, "--steps", options.steps)
+        crane("learn", options.model, scores, *texts, *common, "--steps", options.steps, *LEARNING)
     if options.until == "learn":
         return
     halves = ",".join(str(scores.with_name(f"scores-{half}.safetensors")) for half in ("first", "second"))

@@ -115,7 +115,7 @@ def relevance(
     from crane_serve.common.models.families import decoder_of
     from crane_serve.common.models.load import architecture_of, load_config
     from relevance.doubts import doubts
-    from relevance.method import lacking
+    from relevance.method import ScoredMethod, lacking
     from relevance.methods import find_scored
     from relevance.model import load_skeleton, pick_device, pick_dtype
     from relevance.scores import Scores
@@ -126,13 +126,17 @@ def relevance(
         typer.echo(f"warning: {doubt}", err=True)
     checkpoint = resolve_checkpoint(model, revision)
     architecture = architecture_of(load_config(checkpoint))
-    chosen = find_scored(_names(methods), architecture)
-    if methods is None:
-        decoder = decoder_of(load_skeleton(checkpoint))
-        chosen = [method for method in chosen if lacking(method, decoder) is None]
+    names, skeleton = _names(methods), decoder_of(load_skeleton(checkpoint))
+
+    def left_out(kind: type[ScoredMethod]) -> bool:
+        """Others that the model lacks something for are refused by name later."""
+        return names is None or (kind.of_experts and kind.name not in names)
+
+    chosen = [
+        kind for kind in find_scored(names, architecture) if lacking(kind, skeleton) is None or not left_out(kind)
+    ]
     if methods is None and server is not None:
-        decoder = decoder_of(load_skeleton(checkpoint))
-        chosen = [method for method in chosen if not_served(method, decoder) is None]
+        chosen = [method for method in chosen if not_served(method, skeleton) is None]
     unfinished = out.with_name(f"{out.name}.progress")
     torch_device = pick_device(device)
     of_halves: list[Scores] = []

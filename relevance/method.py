@@ -302,10 +302,9 @@ def require_known(methods: Sequence[type[Method]], decoder: Decoder, architectur
     for method in methods:
         needed = lacking(method, decoder)
         if needed is not None:
-            raise MethodError(
-                f"method {method.name} needs to know {needed}. Of {architecture} only the structure is known; all is "
-                f"known of {', '.join(available())}"
-            )
+            of_all = f" Of {architecture} only the structure is known; all is known of {', '.join(available())}"
+            known = all(isinstance(layer, KnownLayer) for layer in decoder.layers)
+            raise MethodError(f"method {method.name} needs to know {needed}.{'' if known else of_all}")
 
 
 def require_languages(methods: Sequence[type[Method]], languages: Sequence[str]) -> None:

@@ -85,6 +85,8 @@ class Server:
         fingerprint.require(Fingerprint.model_validate(ready["fingerprint"]), f"the server at {url}")
         self._sizes = fingerprint.intermediate_sizes
         self._context_tokens: int = ready["max_model_tokens"]
+        if self.max_tokens < 2:
+            raise ServerError(f"{url} reads no more than {self.max_tokens} tokens of a document, expected at least 2")
 
     @property
     def max_tokens(self) -> int:

@@ -41,12 +41,12 @@ def find(name: str) -> type[Method]:
 
 
 def find_scored(names: Sequence[str] | None, architecture: str | None = None) -> list[type[ScoredMethod]]:
-    """The methods called `names`, each once, of those that can be scored; "all" names every one of them but those of
-    experts, which few models have.
+    """The methods called `names`, each once, of those that can be scored; "all" names every one of them.
 
     None names the methods that together cost one AttnLRP pass: those that need it, a forward pass, or nothing. For an
-    architecture without a family it names those that need no more than its neurons and plain gradients. For any
-    architecture those of experts are among them; it is for the caller to leave out what its model is `lacking`.
+    architecture without a family it names those that need no more than its neurons and plain gradients. Those of
+    experts are among all these only where an architecture is named; it is for the caller to leave out what its model is
+    `lacking`.
     Raises MethodError for an unknown name, and for methods whose scores another command writes.
     """
     if names is None:
@@ -59,7 +59,7 @@ def find_scored(names: Sequence[str] | None, architecture: str | None = None) ->
     if not names:
         raise MethodError(f"no method was named; methods are {', '.join(scored())}")
     if ALL in names:
-        return [kind for kind in scored().values() if not kind.of_experts]
+        return [kind for kind in scored().values() if architecture is not None or not kind.of_experts]
     for name in names:
         if name not in scored():
             find(name)

@@ -118,7 +118,7 @@ def learn_scores(
     values: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Scores of every language of `documents`: float32 [layers, widest] on the CPU, 0 in padding; the highest `neurons`
-    are its mask.
+    are its mask. They are a mean of the last steps' scores, so `report` says what masks on the way to it cost.
 
     documents: token ids by language. If the languages have equally many, documents at the same place are used together,
     so that in a parallel corpus the topic cannot be mistaken for the language. starts: by language its neurons, best

@@ -86,6 +86,8 @@ async def test_reductions_and_base64(client: httpx.AsyncClient, engine: FakeEngi
     [
         ("/generate", {"prompt": ["a", "b"]}, {"layers": [0]}, "malformed_activations", "found 2 sequences"),
         ("/score", {"text": ["a", "b"]}, {"layers": [0]}, "malformed_activations", "found 2 sequences"),
+        ("/score", {"text": ["abc"], "truncate": 1}, {"layers": [0]}, "malformed_activations", "no token is left"),
+        ("/score", {"text": [""]}, {"layers": [0]}, "malformed_activations", "no token is left"),
         (
             "/score",
             {"context": "a", "continuations": ["bc", "de"]},

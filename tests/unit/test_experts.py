@@ -336,7 +336,8 @@ def test_all_methods_score_a_mixture(mixtral: Path) -> None:
     texts = {"aa": ("one", "two", "three", "four"), "bb": ("1", "22", "333", "4444")}
     corpus = Corpus({name: tuple(Document(of, of) for of in each) for name, each in texts.items()})
     options: dict[str, Any] = {"batch_tokens": 64, "max_tokens": 64, "dtype": torch.float32, "device": CPU}
-    scores = score(mixtral, corpus, find_scored(["all"]), **options)
+    scores = score(mixtral, corpus, find_scored(["all"], "MixtralForCausalLM"), **options)
+    assert "routing" in scores.by_method
     for name, of_method in scores.by_method.items():
         assert of_method.shape == (2, LAYERS, 4 * NEURONS)
         assert bool((of_method != 0).any(dim=2).all()), name

@@ -1,6 +1,7 @@
 """What stands before a text: of tokenizers of every kind, by itself, as asked, and if the text brings it."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from crane_serve.common.models.prefix import (
     encode_from_start,
     start_token_id,
     token_bytes,
+    whole_characters,
 )
 from crane_serve.engine.configure import configured_bos
 from tests.tiny import byte_tokenizer
@@ -162,3 +164,53 @@ def test_a_tokenizer_whose_special_tokens_change_the_text_is_refused() -> None:
     odd.bos_token_id = odd.eos_token_id = 0  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=re.escape("[3], with them [1, 2]")):
         StartTokens.of(odd)
+
+
+_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # what pieces of SentencePiece have for a space
+
+
+def byte_pieces() -> PreTrainedTokenizerFast:
+    """Of SentencePiece's kind: a token for "h", one for a space, and one for each byte of anything else."""
+    pieces = ["<unk>", _MARK, "h", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", _MARK)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def composing() -> PreTrainedTokenizerFast:
+    """Of Qwen's kind: a token for each byte of the text in NFC."""
+    tokenizer = KINDS["qwen"].tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "expected"),
+    [
+        (KINDS["qwen"].tokenizer(), "a汉b", [0, 1, 1, 1, 2, 3, 3]),
+        (KINDS["qwen"].tokenizer(), "a\ufffdb", [0, 1, 1, 1, 2, 3]),
+        (KINDS["qwen"].tokenizer(), "abc", [0, 1, 3, 3]),
+        (composing(), "ne\u0302\u0301n", [0, 1, 1, 1, 4, 5, 5]),  # one character of three bytes in NFC, three in NFD
+        (byte_pieces(), f"h {_MARK}h汉h", [0, 1, 2, 3, 4, 4, 4, 5, 6]),
+    ],
+    ids=["three bytes", "replacement", "merged", "composed", "pieces"],
+)
+def test_characters_of_the_first_tokens(tokenizer: Any, text: str, expected: list[int]) -> None:
+    assert [whole_characters(tokenizer, text, tokens) for tokens in range(len(expected))] == expected
+    tokenizer_without_places = _Slow(tokenizer)
+    if "\ufffd" not in text and unicodedata.is_normalized("NFC", text) and _MARK not in text:
+        assert [whole_characters(tokenizer_without_places, text, tokens) for tokens in range(len(expected))] == expected
+
+
+class _Slow:
+    """A tokenizer that does not say where its tokens are."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.decode = tokenizer.decode
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Any:
+        return self._tokenizer(text, add_special_tokens=add_special_tokens)

@@ -44,6 +44,7 @@ def test_methods_are_found_by_name() -> None:
     assert list(scored()) == mine
     assert find_scored(["random", "lape", "random"]) == [Random, Lape]
     assert [kind.name for kind in find_scored(["all"])] == [name for name in mine if name != "routing"]
+    assert [kind.name for kind in find_scored(["all"], "LlamaForCausalLM")] == mine  # if it had experts
     with pytest.raises(MethodError, match="unknown method 'cranes'; methods are ablation-refined, attnlrp"):
         find_scored(["lape", "cranes"])
     with pytest.raises(MethodError, match="scores of learned come from another command"):

@@ -125,6 +125,9 @@ def test_documents_are_cut_to_what_the_server_reads(checkpoint: Path, server: Fa
     torch.testing.assert_close(served.of("magnitude"), here.of("magnitude"), rtol=1e-4, atol=1e-6)
     assert served.info.model_copy(update={"dtype": "float32"}) == here.info
     assert (served.info.max_tokens, sum(served.info.truncated)) == (11, 5)
+    server.context = 2
+    with pytest.raises(ServerError, match="reads no more than 1 tokens of a document, expected at least 2"):
+        scores_of(checkpoint, ["magnitude"], "http://there")
 
 
 @pytest.mark.parametrize("text", ["A boat came in. " * 50, "船来了，又走了。" * 50, "short"])

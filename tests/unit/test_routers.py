@@ -26,6 +26,7 @@ from crane_serve.engine.table import MaskTable, Part
 from relevance.causal import losses, masked
 from relevance.encoding import Batch
 from relevance.method import MethodError, require_known
+from relevance.methods import scored
 from relevance.methods.routing import Routing
 from relevance.model import load_model
 from relevance.model_passes import ModelPasses, units_of
@@ -35,6 +36,7 @@ from relevance.selection_options import Overlap, Rule, SelectionError, Selection
 from tests.architectures import OF_EXPERTS, model_class, tiny_checkpoint
 from tests.experts import without_experts
 from tests.scores import scores_info
+from tests.searching import run_crane, scored_tiny
 from tests.tiny import LAYERS
 
 CPU = torch.device("cpu")
@@ -212,8 +214,21 @@ def test_routing_is_the_share_of_tokens_that_have_the_expert(mixtral: Path) -> N
 
 def test_routing_needs_experts(tmp_path: Path) -> None:
     dense = decoder_of(load_model(tiny_checkpoint("Qwen3ForCausalLM", tmp_path / "dense"), torch.float32, CPU))
-    with pytest.raises(MethodError, match="routing needs to know which neurons are in experts"):
+    with pytest.raises(
+        MethodError, match=r"routing needs to know which neurons.* of which it found none\.$"
+    ):
         require_known([Routing], dense, "Qwen3ForCausalLM")
+
+
+def test_commands_take_all_methods_that_a_model_has_and_refuse_one_by_name(tmp_path: Path) -> None:
+    files = scored_tiny(tmp_path, "all")
+    assert set(Scores.load(files["scores"]).by_method) == set(scored()) - {"routing"}
+    common = ("--corpus", files["corpus"], "--out", tmp_path / "other.safetensors")
+    said = run_crane("relevance", files["model"], *common, "--methods", "routing,magnitude", fails=True)
+    assert "method routing needs to know which neurons are in experts" in said
+    mixture = tiny_checkpoint("MixtralForCausalLM", tmp_path / "mixture")
+    run_crane("relevance", mixture, *common, "--methods", "all")
+    assert set(Scores.load(tmp_path / "other.safetensors").by_method) == set(scored())
 
 
 def scores_of(fingerprint: Fingerprint) -> Scores:

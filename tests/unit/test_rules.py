@@ -83,6 +83,12 @@ def test_slope_at_zero() -> None:
         slope_at_zero(nn.Sigmoid())
 
 
+def test_an_activation_function_of_experts_is_named() -> None:
+    model = random_decoder("MixtralForCausalLM", hidden_act="sigmoid")
+    with pytest.raises(UnsupportedModelError, match=r"activation Sigmoid\w* is 0\.5 at 0"), propagation(model, ATTNLRP):
+        pass
+
+
 def test_factors_of_a_product_by_hand() -> None:
     x, y = double([2.0]), double([3.0])
     (scaled_gradient(x, 0.5) * scaled_gradient(y, 0.5)).backward(torch.tensor([10.0]))

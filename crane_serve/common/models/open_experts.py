@@ -77,7 +77,11 @@ class _GateUp(_Part):
 
 
 class _Activation(_Part):
-    """The activation function of experts."""
+    """The activation function of experts, by its name."""
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__(experts)
+        self.__name__ = getattr(experts.act_fn, "__name__", type(experts.act_fn).__name__)
 
     def forward(self, gate: Tensor, routes: Routes | None = None) -> Tensor:
         """gate: of any shape, which the result has too; routes: for those who listen."""

@@ -91,6 +91,19 @@ def token_bytes(tokenizer: Any, token_id: int) -> int:
     return 1 if _BYTE.fullmatch(piece) else len(piece)
 
 
+def whole_characters(tokenizer: Any, text: str, tokens: int) -> int:
+    """How many characters of `text` its first tokens stand for. One that the next token has a part of does not count.
+
+    Tokens without special ones. A tokenizer that does not say where its tokens are is asked for their text instead.
+    """
+    if not tokenizer.is_fast:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]
+        return len(tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip(_REPLACEMENT))
+    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    # A composed character may be said to end with its first part, so only where the next token begins is heeded.
+    return int(places[tokens][0]) if tokens < len(places) else len(text)
+
+
 def _start_of_text(tokenizer: Any) -> int | None:
     candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     return next((int(token_id) for token_id in candidates if token_id is not None), None)

@@ -31,6 +31,8 @@ def activation_request(wanted: ActivationsWanted | None, sequences: int) -> Acti
     """
     if wanted is None:
         return None
+    if not sequences:
+        raise ActivationsError("no token is left whose neurons could be shown")
     if sequences != 1:
         raise ActivationsError(f"expected one prompt, text or context to show, found {sequences} sequences")
     neurons: dict[int, tuple[int, ...] | None] = {}

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from crane_serve.common.models.prefix import NoStartToken, StartTokens, token_bytes
+from crane_serve.common.models.prefix import NoStartToken, StartTokens, token_bytes, whole_characters
 from crane_serve.service.api.errors import BadRequest
 from crane_serve.service.api.schemas import GenerateRequest, ScoreRequest
 
@@ -57,7 +57,7 @@ def _text(body: ScoreRequest, text: str, token_ids: list[int], start: StartToken
     if body.truncate is not None and len(whole) > body.truncate:
         token_ids = token_ids[: max(body.truncate - (len(whole) - len(token_ids)), 0)]
         whole = whole[: body.truncate]
-        text = text[: _shared(text, tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))]
+        text = text[: whole_characters(tokenizer, text, len(token_ids))]
     size = len(text.encode())
     if token_ids and len(whole) == len(token_ids):
         size -= token_bytes(tokenizer, token_ids[0])
@@ -88,9 +88,8 @@ def _continuation(
     return scored
 
 
-def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many tokens, or characters, both begin with. By halves: there may be a thousand continuations of a long
-    context."""
+def _shared(one: list[int], other: list[int]) -> int:
+    """How many tokens both begin with. By halves: there may be a thousand continuations of a long context."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
