@@ -214,9 +214,7 @@ def test_routing_is_the_share_of_tokens_that_have_the_expert(mixtral: Path) -> N
 
 def test_routing_needs_experts(tmp_path: Path) -> None:
     dense = decoder_of(load_model(tiny_checkpoint("Qwen3ForCausalLM", tmp_path / "dense"), torch.float32, CPU))
-    with pytest.raises(
-        MethodError, match=r"routing needs to know which neurons.* of which it found none\.$"
-    ):
+    with pytest.raises(MethodError, match=r"routing needs to know which neurons.* of which it found none\.$"):
         require_known([Routing], dense, "Qwen3ForCausalLM")
 
 
