@@ -78,6 +78,13 @@ _WIDE_LATENT = {
     "v_head_dim": 64,
     "head_dim": 64,
 }
+_GEMMA4 = {
+    **_GEMMA,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 258,
+    "num_kv_shared_layers": 0,
+    "global_head_dim": 32,
+}
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "BloomForCausalLM": {"n_layer": LAYERS, "n_head": 2},
     "Cohere2ForCausalLM": {"sliding_window": 64},
@@ -96,13 +103,8 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "laurel_rank": 8,
         "activation_sparsity_pattern": [0.0] * LAYERS,
     },
-    "Gemma4ForCausalLM": {
-        **_GEMMA,
-        "hidden_size_per_layer_input": 0,
-        "vocab_size_per_layer_input": 258,
-        "num_kv_shared_layers": 0,
-        "global_head_dim": 32,
-    },
+    "Gemma4ForCausalLM": _GEMMA4,
+    "Gemma4ForConditionalGeneration": _GEMMA4,
     "Glm4MoeForCausalLM": {"head_dim": 32},
     "GPT2LMHeadModel": _GPT2,
     "GPTBigCodeForCausalLM": _GPT2,
