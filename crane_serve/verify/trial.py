@@ -7,6 +7,8 @@ from functools import cached_property
 from itertools import cycle, islice
 from typing import Protocol
 
+import torch
+
 from crane_serve.engine.offline import Answer, EngineFacts, Request
 from crane_serve.verify import checks, probes
 from crane_serve.verify.checks import Batch, Check, Logprobs, Repeat, Visit
@@ -212,7 +214,9 @@ class Trial:
             for name, masks in ways.items():
                 rates[name].append(speed.rate(masks))
         plain = self._plain.rates if self._plain is not None and self._plain.rates else None
-        return checks.throughput(plain, rates["idle"], rates["one"], rates["mixed"], str(speed))
+        # On a CPU, experts compute masked tokens again behind vLLM's kernel.
+        twice = self._mixture and not torch.cuda.is_available()
+        return checks.throughput(plain, rates["idle"], rates["one"], rates["mixed"], str(speed), twice=twice)
 
     def _run(self, masks: Sequence[str | None], run: str) -> list[Answer]:
         return self._engine.run(probes.masked(self._requests, masks, run))

@@ -371,6 +371,16 @@ def test_throughput_fails_when_the_idle_plugin_is_dear() -> None:
     )
 
 
+def test_masked_throughput_may_be_lower_where_tokens_are_computed_twice() -> None:
+    rates = ([100] * 3, [99, 100, 101], [47] * 3, [45] * 3, "32 requests")
+    assert checks.throughput(*rates).status is Status.FAIL
+    assert checks.throughput(*rates, twice=True).status is Status.PASS
+    slow = checks.throughput([100] * 3, [99, 100, 101], [29] * 3, [45] * 3, "32 requests", twice=True)
+    assert slow.problem == "one mask / idle: expected a ratio of 0.3 or more, got 0.290"
+    dear = checks.throughput([130] * 3, [99, 100, 101], [47] * 3, [45] * 3, "32 requests", twice=True)
+    assert dear.problem.startswith("idle / no plugin (another process, not interleaved): expected a ratio of 0.8")
+
+
 def test_throughput_is_not_judged_on_a_busy_machine() -> None:
     check = checks.throughput([100] * 3, [100, 20, 90], [60, 60, 60], [98] * 3, "32 requests")
     assert check.status is Status.SKIPPED
