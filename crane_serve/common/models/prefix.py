@@ -94,11 +94,14 @@ def token_bytes(tokenizer: Any, token_id: int) -> int:
 def whole_characters(tokenizer: Any, text: str, tokens: int) -> int:
     """How many characters of `text` its first tokens stand for. One that the next token has a part of does not count.
 
-    Tokens without special ones. A tokenizer that does not say where its tokens are is asked for their text instead.
+    Tokens without special ones. A tokenizer that does not say where its tokens are is asked for their text instead:
+    slow ones, and vLLM's own for Mistral, which calls itself fast.
     """
-    if not tokenizer.is_fast:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]
-        return len(tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip(_REPLACEMENT))
+    from transformers import PreTrainedTokenizerBase
+
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
+        pieces = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens])
+        return len(tokenizer.convert_tokens_to_string(pieces).rstrip(_REPLACEMENT))
     places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     # A composed character may be said to end with its first part, so only where the next token begins is heeded.
     return int(places[tokens][0]) if tokens < len(places) else len(text)
