@@ -83,6 +83,35 @@ def test_a_model_is_under_a_mask_while_it_is_applied(name: str, tmp_path: Path) 
         assert logprobs(model) == plain, "the model is as before"
 
 
+@pytest.mark.parametrize("name", ["llama", "MixtralForCausalLM"])
+def test_what_was_compiled_before_heeds_the_mask(name: str, tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(name, tmp_path / "model")
+    mask = random_masks(checkpoint, tmp_path / "masks", share=0.4).get("attnlrp-vi").mask
+    model = load_causal_lm(checkpoint, torch.float32)
+    with applied(model, mask):
+        masked = logprobs(model)
+    compiled = torch.compile(model, backend="eager")
+    plain = logprobs(compiled)
+    assert max(abs(a - b) for a, b in zip(masked, plain, strict=True)) > 0.05
+    for of in (model, compiled):
+        with applied(of, mask):
+            assert logprobs(compiled) == pytest.approx(masked, abs=1e-5)
+        assert logprobs(compiled) == pytest.approx(plain, abs=1e-5)
+
+
+def test_a_model_is_under_one_mask_at_a_time(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of("llama", tmp_path / "model")
+    library = random_masks(checkpoint, tmp_path / "masks", share=0.4)
+    en, vi = (library.masks[f"attnlrp-{language}"].mask for language in ("en", "vi"))
+    model = load_causal_lm(checkpoint, torch.float32)
+    for outer, inner in ((en, vi), (en, None), (None, en)):
+        with applied(model, outer), pytest.raises(RuntimeError, match="under a mask already"), applied(model, inner):
+            pass
+    plain = logprobs(model)
+    with applied(model, en):
+        assert logprobs(model) != plain
+
+
 def test_it_ends_with_an_error_too(tmp_path: Path) -> None:
     checkpoint = checkpoint_of("MixtralForCausalLM", tmp_path / "model")
     mask = random_masks(checkpoint, tmp_path / "masks", share=0.4).get("attnlrp-vi").mask

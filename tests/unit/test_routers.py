@@ -192,6 +192,16 @@ def test_a_router_of_another_kind_is_refused() -> None:
     assert router(torch.zeros(2, 8)).isfinite().all(), "it is as before"
 
 
+def test_what_stood_in_a_routers_place_stands_there_again() -> None:
+    router, own = nn.Linear(8, COUNT), nn.Linear(8, COUNT).forward
+    router.forward = own
+    with kept_from(router, torch.tensor([0.0, 1, 1, 1])):
+        with kept_from(router, torch.tensor([1.0, 1, 0, 1])):
+            assert router(torch.zeros(1, 8)).isinf().tolist() == [[True, False, True, False]]
+        assert router(torch.zeros(1, 8)).isinf().tolist() == [[True, False, False, False]]
+    assert router.forward == own
+
+
 def test_two_routers_are_refused(mixtral: Path) -> None:
     decoder = decoder_of(load_model(mixtral, torch.float32, CPU))
     decoder.trunk.layers[1].mlp.second = nn.Linear(8, COUNT)

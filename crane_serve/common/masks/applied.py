@@ -1,9 +1,11 @@
 """Masks in transformers: a model's forward passes under a mask, without vLLM."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from crane_serve.common.masks.composition import Composition
@@ -13,26 +15,33 @@ from crane_serve.common.models.experts import Experts, expert_modules, experts_o
 from crane_serve.common.models.mlps import language_model, require_mlps
 from crane_serve.common.models.routers import find_routers, kept_from
 
+_MASKED = "_crane_masked"
+
 
 @contextmanager
 def applied(model: nn.Module, mask: NeuronMask | Composition | None) -> Iterator[None]:
     """While the context lasts, `model` computes what `crane serve` does for a request under `mask`; None for no mask.
 
     model: of transformers, with any head, and on any device. Whether the mask was made for these weights is the
-    caller's to check (`Fingerprint.of`). Raises UnsupportedModelError for a model whose MLPs cannot be found or are not
-    those of the mask.
+    caller's to check (`Fingerprint.of`). Whatever torch has compiled in this process is compiled again after the
+    beginning and after the end, since it would not notice. Raises UnsupportedModelError for a model whose MLPs cannot
+    be found or are not those of the mask, and RuntimeError for a model under another mask; `Composition` joins masks.
     """
+    decoder = language_model(model)
     if mask is None:
-        yield
+        with _alone(decoder):
+            yield
         return
     whole = mask.whole() if isinstance(mask, Composition) else mask
-    decoder, sizes = language_model(model), whole.intermediate_sizes
+    sizes = whole.intermediate_sizes
     experts = experts_of(decoder, int(_config(model).hidden_size))
     dense = sizes if experts is None else experts.dense(sizes)
     if min(dense) < 0:
         raise UnsupportedModelError(f"the mask has {min(sizes)} neurons in a layer, fewer than the model's experts")
     mlps = require_mlps(decoder, dense, beside_experts=experts is not None)
     with ExitStack() as stack:
+        stack.callback(_forget_compiled)
+        stack.enter_context(_alone(decoder))
         for layer, mlp in mlps.items():
             scales, offsets = _of(whole, layer, slice(0, dense[layer]))
             stack.callback(mlp.projection.register_forward_pre_hook(_changing_inputs(scales, offsets)).remove)
@@ -43,7 +52,26 @@ def applied(model: nn.Module, mask: NeuronMask | Composition | None) -> Iterator
             _apply_to_experts(stack, decoder, experts, whole)
         elif whole.router is not None:
             raise UnsupportedModelError("the mask is of routers; the model has no experts")
+        _forget_compiled()
         yield
+
+
+@contextmanager
+def _alone(decoder: nn.Module) -> Iterator[None]:
+    """Raise RuntimeError within another such context of the same decoder."""
+    if getattr(decoder, _MASKED, False):
+        raise RuntimeError("the model is under a mask already; join masks with Composition")
+    setattr(decoder, _MASKED, True)
+    try:
+        yield
+    finally:
+        delattr(decoder, _MASKED)
+
+
+def _forget_compiled() -> None:
+    """Code that torch has compiled does not see hooks that come or go."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _config(model: nn.Module) -> Any:

@@ -39,7 +39,7 @@ def kept_from(router: nn.Module, allowed: Tensor) -> Iterator[None]:
 
     Raises RuntimeError, when the router runs, unless it makes its logits by one linear map.
     """
-    forward, off = router.forward, allowed == 0
+    forward, off, before = router.forward, allowed == 0, router.__dict__.get("forward")
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with _Logits(off) as logits:
@@ -52,7 +52,10 @@ def kept_from(router: nn.Module, allowed: Tensor) -> Iterator[None]:
     try:
         yield
     finally:
-        del router.forward
+        if before is None:
+            del router.forward
+        else:  # of another context, or of somebody else
+            router.forward = before
 
 
 class _Logits(TorchFunctionMode):
