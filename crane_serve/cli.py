@@ -127,7 +127,7 @@ def show_masks(
     masks: Annotated[str, typer.Argument(help=f"A mask file, a directory of them, or {HUB_NAME}")],
     names: Annotated[list[str] | None, typer.Argument(help="Names in that directory; default all")] = None,
 ) -> None:
-    """Show masks in full, as JSON: provenance, digest and the neurons of each layer."""
+    """Show masks in full, as JSON: provenance, digest, and the neurons of each layer with what becomes of them."""
     from crane_serve.common.masks.files import SUFFIX, MaskFileError, check_name, read_mask
     from crane_serve.common.masks.hub import mask_directory
 
@@ -141,7 +141,7 @@ def show_masks(
     for file in files:
         stored = read_mask(file)
         content = {"name": stored.name, "digest": stored.mask.digest, **stored.info.model_dump(mode="json")}
-        content["neurons"] = stored.mask.neuron_sets()
+        content |= {"neurons": stored.mask.neuron_sets(), **stored.mask.neuron_values()}
         if stored.mask.router is not None:
             content["experts_off"] = [(row == 0).nonzero().flatten().tolist() for row in stored.mask.router]
         Console(soft_wrap=True).print_json(data=content, indent=None)

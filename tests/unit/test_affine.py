@@ -133,6 +133,9 @@ def test_two_masks_may_replace_a_neuron_by_the_same_value_only() -> None:
         Composition([Member(one), Member(elsewhere), Member(other)])
     with pytest.raises(ValueError, match="different values"):
         Composition([Member(one), Member(one, 0.5)])
+    last = [mask(ONES, [NOTHING[0], [0.0, added, 0.0]]) for added in (1.0, 2.0)]
+    with pytest.raises(ValueError, match="masks that give neuron 1 of layer 1 different values"):
+        Composition(map(Member, last))
     with pytest.raises(ValueError, match=r"offsets that may become 2e\+04"):
         Composition([Member(mask([[2000.0, 1.0, 1.0], ONES[1]])), Member(mask(ONES, [[0.0, 10.0, 0.0], NOTHING[1]]))])
 

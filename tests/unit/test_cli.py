@@ -114,7 +114,22 @@ def test_masks_are_shown_as_json(masks: Path, arguments: tuple[str, ...], names:
 
 def test_one_file_is_shown(masks: Path) -> None:
     result = crane("masks", "show", masks / "attnlrp-en.safetensors")
-    assert json.loads(result.stdout)["neurons"] == [[0, 3], []]
+    shown = json.loads(result.stdout)
+    assert shown["neurons"] == [[0, 3], []]
+    assert not {"scales", "offsets"} & shown.keys()
+
+
+def test_what_becomes_of_neurons_is_shown(masks: Path) -> None:
+    stored = read_mask(masks / "attnlrp-en.safetensors")
+    scales, sizes = stored.mask.intermediate.clone(), stored.mask.intermediate_sizes
+    offset = torch.zeros_like(scales)
+    scales[0, 3], offset[1, 2] = 0.5, 1.5
+    mask = NeuronMask(scales, sizes, offset=offset)
+    write_mask(masks, "other", mask, stored.info)
+    shown = json.loads(crane("masks", "show", masks / "other.safetensors").stdout)
+    assert shown["neurons"] == [[0, 3], [2]]
+    assert shown["scales"] == [[0.0, 0.5], [1.0]]
+    assert shown["offsets"] == [[0.0, 0.0], [1.5]]
 
 
 @pytest.mark.parametrize(

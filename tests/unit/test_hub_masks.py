@@ -261,7 +261,11 @@ class TestCard:
         mask = NeuronMask(scales, sizes, offset=offset)
         card = mask_card(NAME, [type(stored)("damped", mask, stored.info.model_copy(update={"budget": 0.01}))])
         row = next(line for line in card.splitlines() if line.startswith("| damped |"))
-        assert "| 1 % | 5 | times 0.5 to 2, offsets | 0 (3), 1 (2) |" in row
+        assert "| 1 % | 5 | times 0.5 to 2, values added | 0 (3), 1 (2) |" in row
+        gone = torch.where(offset != 0, 0.0, 1.0)
+        info = stored.info.model_copy(update={"parameters": {"intervention": "mean:zh", "strength": 0.5}})
+        card = mask_card(NAME, [type(stored)("mean", NeuronMask(gone, sizes, offset=offset), info)])
+        assert "| replaced by other values, mean:zh with strength 0.5 | 1 (1) |" in card
         assert "all tokens of a request" in card
         assert "`applied` masks all tokens" not in card
         assert "`applied` masks all tokens" in mask_card(NAME, [stored], positions=Positions.PROMPT)

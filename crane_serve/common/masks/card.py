@@ -9,7 +9,6 @@ import yaml
 
 from crane_serve.common.masks.files import StoredMask
 from crane_serve.common.masks.fingerprint import Fingerprint
-from crane_serve.common.masks.mask import NeuronMask
 from crane_serve.common.masks.positions import Positions
 from crane_serve.common.reports.content import Cell, Section, Table
 from crane_serve.common.reports.numbers import percent_text
@@ -115,7 +114,7 @@ def _mask_table(masks: Sequence[StoredMask]) -> Table:
                     stored.info.method + ("" if stored.info.transferred_from is None else ", transferred"),
                     "" if stored.info.budget is None else percent_text(stored.info.budget),
                     f"{stored.mask.neurons:,}",
-                    _change(stored.mask),
+                    _change(stored),
                     _fullest(stored.mask.neurons_per_layer()),
                     stored.mask.digest[:16],
                 ),
@@ -126,14 +125,20 @@ def _mask_table(masks: Sequence[StoredMask]) -> Table:
     return Table(columns, rows)
 
 
-def _change(mask: NeuronMask) -> str:
+def _change(stored: StoredMask) -> str:
     """What a mask does to its neurons, in a few words."""
+    mask, made = stored.mask, stored.info.parameters
     changed = mask.intermediate[mask.intermediate != 1]
-    is_off = not bool(changed.any())
-    low, high = (float(end) for end in changed.aminmax()) if len(changed) else (1.0, 1.0)
-    parts = ["off" if is_off else f"times {low:.3g} to {high:.3g}"] if len(changed) else []
+    are_off = not bool(changed.any())
+    replaced = mask.offset is not None and are_off and not bool(mask.intermediate[mask.offset != 0].any())
+    parts = []
+    if len(changed) and not replaced:
+        low, high = (float(end) for end in changed.aminmax())
+        parts.append("off" if are_off else f"times {low:.3g} to {high:.3g}")
     if mask.offset is not None:
-        parts.append("offsets")
+        parts.append("replaced by other values" if replaced else "values added")
+        if "intervention" in made:
+            parts.append(f"{made['intervention']} with strength {made.get('strength', 1)}")
     if mask.output is not None:
         parts.append(f"{int((mask.output != 1).sum()):,} outputs scaled")
     if mask.experts_off:

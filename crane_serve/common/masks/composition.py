@@ -45,14 +45,22 @@ class Member:
     @property
     def largest_offset(self) -> float:
         """The largest absolute value of its offsets."""
-        offset = self.mask.offset
-        return 0.0 if offset is None else abs(1 - self.factor) * float(offset.abs().max())
+        return abs(1 - self.factor) * self.mask.largest_offset
 
     def offset(self, layer: int, start: int = 0, stop: int | None = None) -> Tensor | None:
         """float32 [stop - start]: the moved offsets of these neurons of a layer, None if all are 0."""
         if self.mask.offset is None or self.factor == 1:
             return None
         return self.mask.offset[layer, start:stop] * (1 - self.factor)
+
+    def at(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """The moved offsets and scales of some neurons of a mask with offsets: [places] each.
+
+        places: [places], over all layers and their padding.
+        """
+        assert self.mask.offset is not None
+        offsets = self.mask.offset.flatten()[places] * (1 - self.factor)
+        return offsets, self.moved(self.mask.intermediate.flatten()[places])
 
     def moved(self, scales: Tensor) -> Tensor:
         """`scales` of its mask, moved; of any shape."""
@@ -102,16 +110,14 @@ class Composition:
             if bound > MAX_SCALE:
                 raise ValueError(f"offsets that may become {bound:.3g}, expected at most {MAX_SCALE:g}")
         for one, other in itertools.combinations(giving, 2):
-            for layer in range(one.mask.layers):
-                mine, theirs = one.offset(layer), other.offset(layer)  # [widest]
-                assert mine is not None
-                assert theirs is not None
-                both = (mine != 0) & (theirs != 0)
-                scales = [of.moved(of.mask.intermediate[layer]) for of in (one, other)]
-                same = (mine == theirs) & (scales[0] == scales[1]) & ((scales[0] == 0) | (scales[0] == 1))
-                if bool((both & ~same).any()):
-                    neuron = int((both & ~same).nonzero()[0])
-                    raise ValueError(f"masks that give neuron {neuron} of layer {layer} different values")
+            both = np.flatnonzero(np.unpackbits(one.mask.offsetting & other.mask.offsetting))
+            if not both.size:
+                continue
+            (mine, scales), (theirs, others) = (of.at(torch.from_numpy(both)) for of in (one, other))
+            same = (mine == theirs) & (scales == others) & ((scales == 0) | (scales == 1))
+            if not bool(same.all()):
+                layer, neuron = divmod(int(both[int((~same).nonzero()[0])]), one.mask.intermediate.shape[1])
+                raise ValueError(f"masks that give neuron {neuron} of layer {layer} different values")
 
     @cached_property
     def wire(self) -> str:

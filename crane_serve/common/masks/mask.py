@@ -125,6 +125,17 @@ class NeuronMask:
         return float(min(low for low, _ in ranges)), float(max(high for _, high in ranges))
 
     @cached_property
+    def largest_offset(self) -> float:
+        """The largest absolute value of an offset."""
+        return 0.0 if self.offset is None else float(self.offset.abs().max())
+
+    @cached_property
+    def offsetting(self) -> NDArray[np.uint8]:
+        """Which neurons it adds to, as in `changed`."""
+        added = torch.zeros_like(self.intermediate) if self.offset is None else self.offset
+        return np.packbits((added != 0).numpy())
+
+    @cached_property
     def changed(self) -> NDArray[np.uint8]:
         """Which neurons it changes, a bit for each: [layers * widest / 8, rounded up]."""
         return np.packbits(self._touched.numpy())
@@ -153,6 +164,16 @@ class NeuronMask:
     def neuron_sets(self) -> list[list[int]]:
         """Per layer, the ascending indices of the neurons that it changes."""
         return [torch.nonzero(row).flatten().tolist() for row in self._touched]
+
+    def neuron_values(self) -> dict[str, list[list[float]]]:
+        """The scales and the offsets of `neuron_sets`, under these names; without those that are all 0."""
+        held = {"scales": self.intermediate, "offsets": self.offset}
+        of_each = {
+            name: [row[touched].tolist() for row, touched in zip(values, self._touched, strict=True)]
+            for name, values in held.items()
+            if values is not None
+        }
+        return {name: values for name, values in of_each.items() if any(map(any, values))}
 
     def neurons_per_layer(self) -> list[int]:
         """Per layer, how many neurons it changes."""
