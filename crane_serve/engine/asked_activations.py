@@ -30,15 +30,23 @@ class AskedActivations:
         self._cores = cores
         self._running = 0
 
+    def require(self, asked: ActivationRequest | None, prompt: int, most: int) -> None:
+        """Raise ActivationsOff if some are asked for and the engine keeps none, ActivationsError for others that cannot
+        be had. prompt: its tokens; most: that can be computed."""
+        if asked is None:
+            return
+        if not self._config.activations:
+            raise ActivationsOff("the server was started without activations; `crane serve --activations` has them")
+        asked.require(self._fingerprint, prompt, most)
+
     @asynccontextmanager
     async def kept(
-        self, asked: ActivationRequest | None, prompt: int, most: int, parameters: dict[str, Any]
+        self, asked: ActivationRequest | None, parameters: dict[str, Any]
     ) -> AsyncIterator[Callable[[int], Coroutine[Any, Any, Activations | None]]]:
         """Have a request with `parameters` keep its activations, if any are asked for; gives the function that takes
-        those of so many tokens. What is not taken is forgotten. prompt: its tokens; most: that can be computed.
+        those of so many tokens. What is not taken is forgotten. They were required before.
 
-        Raises ActivationsOff if the engine keeps none, ActivationsBusy, ActivationsError for others that cannot be had,
-        and FailedRequest, from the function, if some are missing.
+        Raises ActivationsBusy, and FailedRequest, from the function, if some are missing.
         """
         if asked is None:
 
@@ -47,9 +55,6 @@ class AskedActivations:
 
             yield nothing
             return
-        if not self._config.activations:
-            raise ActivationsOff("the server was started without activations; `crane serve --activations` has them")
-        asked.require(self._fingerprint, prompt, most)
         if self._running >= MAX_REQUESTS:
             raise ActivationsBusy(f"{MAX_REQUESTS} requests are asking for activations; wait for one to end")
         key = uuid.uuid4().hex

@@ -260,6 +260,7 @@ def _init_device(original: Callable[..., Any], self: Any) -> Any:
     result = original(self)
     if mask_config(self.vllm_config) is not None:
         _keep_experts()
+        self.worker.reload_weights = _refuse_weights
         if self.vllm_config.use_v2_model_runner:
             _prepare_v2()
         else:
@@ -267,6 +268,10 @@ def _init_device(original: Callable[..., Any], self: Any) -> Any:
 
             MaskedRunner(self.worker.model_runner)
     return result
+
+
+def _refuse_weights(*args: Any, **kwargs: Any) -> None:
+    raise UnsupportedEngine("the weights of an engine with masks cannot be loaded again; start another engine")
 
 
 def _keep_experts() -> None:
@@ -287,7 +292,6 @@ def _prepare_v2() -> None:
     from crane_serve.engine.runner_v2 import (
         add_scored,
         compute_prompt_logprobs,
-        init_scoring,
         masked,
         remove_scored,
     )
@@ -297,7 +301,6 @@ def _prepare_v2() -> None:
         return state if mask_config(vllm_config) is None else masked(state)
 
     wrap(model_states, "resolve_model_state_cls", resolve)
-    wrap(PromptLogprobsWorker, "__init__", init_scoring)
     wrap(PromptLogprobsWorker, "add_request", add_scored)
     wrap(PromptLogprobsWorker, "remove_request", remove_scored)
     wrap(PromptLogprobsWorker, "compute_prompt_logprobs", compute_prompt_logprobs)

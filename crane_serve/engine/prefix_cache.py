@@ -46,7 +46,7 @@ class WindowSalts:
     """
 
     def __init__(self, request: MaskRequest, prompt_tokens: int) -> None:
-        self._mask = request.expression
+        self._mask = _hash("mask", request.expression)  # which may be long, and every block needs it
         self._windows = request.positions.windows(prompt_tokens)
         self._until = ",".join(map(str, request.positions.until))
 

@@ -37,7 +37,7 @@ class MaskedRunner:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, and patch it."""
         self._load_model(*args, **kwargs)
-        self._masks = BatchMasks.install(self._runner.model, self._runner.vllm_config)
+        self._masks = BatchMasks.install(self._runner.get_model(), self._runner.vllm_config)
         self._runner._crane_masks = self._masks
 
     def prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray[Any, Any], *args: Any) -> Any:

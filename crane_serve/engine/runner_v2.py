@@ -92,10 +92,10 @@ def masked(state: type) -> type:
     return type(f"Masked{state.__name__}", (MaskedModelState, state), {})
 
 
-def init_scoring(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    """Make a PromptLogprobsWorker that scores prompts, too."""
-    original(self, *args, **kwargs)
-    self._crane_scoring = Scoring()
+def _scoring_of(worker: Any) -> Scoring:
+    """Of a PromptLogprobsWorker, which may be of an engine that was started before there were masks."""
+    found: Scoring = worker.__dict__.setdefault("_crane_scoring", Scoring())
+    return found
 
 
 def add_scored(original: Callable[..., None], self: Any, req_id: str, req_idx: int, sampling_params: Any) -> None:
@@ -103,14 +103,14 @@ def add_scored(original: Callable[..., None], self: Any, req_id: str, req_idx: i
     original(self, req_id, req_idx, sampling_params)
     asked = ScoreRequest.of(sampling_params)
     if asked is not None:
-        self._crane_scoring.add(req_id, asked)
+        _scoring_of(self).add(req_id, asked)
         self.uses_prompt_logprobs[req_idx] = False
 
 
 def remove_scored(original: Callable[..., None], self: Any, req_id: str) -> None:
     """Forget a request."""
     original(self, req_id)
-    self._crane_scoring.remove(req_id)
+    _scoring_of(self).remove(req_id)
 
 
 def compute_prompt_logprobs(
@@ -130,6 +130,7 @@ def compute_prompt_logprobs(
     """
     from vllm.v1.outputs import LogprobsTensors
 
+    scoring = _scoring_of(self)
     answers = original(self, logits_fn, hidden_states, input_batch, all_token_ids, num_computed_tokens, prompt_lens)
 
     def tokens_of(place: int, start: int, end: int) -> Tensor:
@@ -145,7 +146,7 @@ def compute_prompt_logprobs(
             targets=partial(tokens_of, int(input_batch.idx_mapping_np[index])),
         )
         for index, request_id in enumerate(input_batch.req_ids)
-        if request_id in self._crane_scoring
+        if request_id in scoring
     )
-    scores = self._crane_scoring.step(logits_fn, hidden_states, chunks)
+    scores = scoring.step(logits_fn, hidden_states, chunks)
     return {**answers, **{request_id: LogprobsTensors(*tensors) for request_id, tensors in scores.items()}}

@@ -225,8 +225,10 @@ class EngineService:
             )
         computed = len(prompt_ids) - 1
         most = min(computed + sampling.max_tokens, self.max_model_tokens)
+        self._activations.require(activations, len(prompt_ids), most)
         async with (
-            self._activations.kept(activations, len(prompt_ids), most, parameters) as take,
+            self.row(mask),
+            self._activations.kept(activations, parameters) as take,
             aclosing(self._run(prompt_ids, parameters, mask)) as results,
         ):
             async for result in results:
@@ -270,7 +272,8 @@ class EngineService:
         if data_parallel_rank is None and self.data_parallel_ranks > 1:
             block_tokens = self._engine.vllm_config.cache_config.block_size
             data_parallel_rank = rank_of(prompt_ids[:first], self.data_parallel_ranks, block_tokens)
-        async with self._activations.kept(activations, len(prompt_ids), len(prompt_ids), parameters) as take:
+        self._activations.require(activations, len(prompt_ids), len(prompt_ids))
+        async with self.row(mask), self._activations.kept(activations, parameters) as take:
             results = [result async for result in self._run(prompt_ids, parameters, mask, data_parallel_rank)]
             seen = await take(len(prompt_ids))
         per_token = next((result.prompt_logprobs for result in reversed(results) if result.prompt_logprobs), None)
@@ -305,7 +308,7 @@ class EngineService:
             run = self._engine.generate(
                 tokens_input(token_ids), sampling_params, uuid.uuid4().hex, data_parallel_rank=data_parallel_rank
             )
-            async with self.row(mask), aclosing(run) as results:
+            async with aclosing(run) as results:
                 async for result in results:
                     if result.outputs and result.outputs[0].finish_reason == "error":
                         raise RejectedRequest("the engine could not run this request")

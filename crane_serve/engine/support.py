@@ -49,6 +49,7 @@ def check_engine(vllm_config: Any) -> None:
         "speculative decoding": vllm_config.speculative_config is not None,
         "LoRA": vllm_config.lora_config is not None,
         "weights that change meanwhile (--weight-transfer-config)": vllm_config.weight_transfer_config is not None,
+        "weights that are given back meanwhile (--enable-sleep-mode)": vllm_config.model_config.enable_sleep_mode,
         "KV transfer between engines": vllm_config.kv_transfer_config is not None,
     }
     refused["vLLM's Rust front end (VLLM_USE_RUST_FRONTEND), which loads no plugins"] = flag("VLLM_USE_RUST_FRONTEND")

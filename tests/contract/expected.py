@@ -47,7 +47,6 @@ WRAPPED = {
     "runner_v1.MaskedRunner.prompt_logprobs": [f"{_V1}._get_prompt_logprobs_dict"],
     "runner_v2.add_scored": [f"{_V2_SCORES}.add_request"],
     "runner_v2.compute_prompt_logprobs": [f"{_V2_SCORES}.compute_prompt_logprobs"],
-    "runner_v2.init_scoring": [f"{_V2_SCORES}.__init__"],
     "runner_v2.remove_scored": [f"{_V2_SCORES}.remove_request"],
     "scoring.get_computed_blocks": ["vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks"],
     "vllm_routes._beam_search": ["vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search"],
@@ -139,7 +138,7 @@ READ = {
     _RESPONSES: "vllm_xargs",
     _V1: "input_batch requests discard_request_mask model vllm_config load_model _prepare_inputs _dummy_run"
     " _zero_block_ids device kv_caches kv_cache_config num_prompt_logprobs query_start_loc _get_prompt_logprobs_dict"
-    " input_ids",
+    " input_ids get_model",
     _V2: "vllm_config model_state prompt_logprobs_worker",
     _V2_SCORES: "uses_prompt_logprobs",
     "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration": "compute_logits",
@@ -152,7 +151,7 @@ READ = {
     "vllm.config:LoadConfig": "load_format",
     "vllm.config.kernel:KernelConfig": "moe_backend",
     "vllm.config:ModelConfig": "model dtype max_model_len runner_type hf_config hf_text_config get_vocab_size"
-    " try_get_generation_config hf_config_path tokenizer_revision",
+    " try_get_generation_config hf_config_path tokenizer_revision enable_sleep_mode",
     "vllm.config:ParallelConfig": "use_ubatching prefill_context_parallel_size tensor_parallel_size data_parallel_size",
     "vllm.config:SchedulerConfig": "max_num_seqs max_num_batched_tokens",
     "vllm.config:VllmConfig": "model_config cache_config parallel_config scheduler_config compilation_config"
@@ -215,7 +214,7 @@ READ = {
     " num_computed_tokens",
     "vllm.v1.worker.gpu_input_batch:InputBatch": "req_ids req_id_to_index num_computed_tokens_cpu"
     " num_prompt_tokens generators token_ids_cpu",
-    "vllm.v1.worker.gpu_worker:Worker": "model_runner",
+    "vllm.v1.worker.gpu_worker:Worker": "model_runner reload_weights",
     "vllm.v1.worker.worker_base:WorkerWrapperBase": "vllm_config worker",
 }
 """Attributes that we read or set, by their class or module."""
@@ -278,6 +277,10 @@ BODIES = {
     f"{_V1}._dummy_run": "only batches that belong to no request",
     f"{_V1}._prepare_inputs": "the order of the batch is final when it returns; the sampler's seeds",
     f"{_V1}.load_model": "the model is complete when it returns, and not compiled",
+    f"{_V2}._dummy_run": "only batches that belong to no request",
+    f"{_V2}._remove_request": "the state of a request goes, also of one that is preempted",
+    f"{_V2}.execute_model": "inputs are prepared before every way to run the model, with graphs or without",
+    f"{_V2}.finish_requests": "preempted requests are removed before others are added",
     f"{_V2}.prepare_inputs": "query_start_loc_np and num_computed_tokens_np of the batch",
     "vllm.engine.arg_utils:EngineArgs.create_engine_config": "additional_config is still empty of ours",
     "vllm.entrypoints.generate.api_router:register_generate_api_routers": "new routes; whether they carry a mask",
@@ -300,6 +303,8 @@ BODIES = {
     "vllm.v1.engine.input_processor:InputProcessor._validate_prompt_len": "when it refuses a prompt for its length",
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": "sampling parameters are a copy of its own",
     "vllm.v1.request:Request.from_engine_core_request": "what a request takes over",
+    "vllm.v1.worker.gpu.cudagraph_utils:ModelCudaGraphManager.capture": "graphs are captured with dummy inputs alone",
+    f"{_V2_SCORES}.compute_prompt_logprobs": "which hidden states and tokens a prompt's scores are of",
     "vllm.v1.worker.gpu.input_batch:InputBatch": "padding behind the requests",
     "vllm.v1.worker.gpu.model_states.interface:ModelState": "new methods that see batches or requests",
     "vllm.v1.worker.gpu.model_states:resolve_model_state_cls": "which class a model has",

@@ -226,6 +226,13 @@ def test_the_engine_core_refuses_a_token_that_the_front_end_let_through(llm, mon
     assert generate(llm, [PROMPTS[0]], ["zh"])[0]["tokens"]
 
 
+def test_the_weights_are_not_loaded_again_and_the_engine_lives(llm) -> None:
+    before = generate(llm, [PROMPTS[0]], ["zh"])
+    with pytest.raises(Exception, match="cannot be loaded again"):
+        llm.collective_rpc("reload_weights")
+    assert_same(generate(llm, [PROMPTS[0]], ["zh"])[0], before[0])
+
+
 def test_a_salt_of_the_reserved_form_is_refused(llm) -> None:
     with pytest.raises(Exception, match="cache_salt must not begin with"):
         generate(llm, [PROMPTS[0]], [None], salt="crane-mask-0")

@@ -20,6 +20,7 @@ def plain_config(**changes: object) -> SimpleNamespace:
     """The fields of a VllmConfig that are looked at, for an engine in which everything is supported."""
     fields = {
         "parallel_config": SimpleNamespace(use_ubatching=False, prefill_context_parallel_size=1),
+        "model_config": SimpleNamespace(enable_sleep_mode=False),
         "scheduler_config": SimpleNamespace(max_num_seqs=8),
         "cache_config": SimpleNamespace(kv_sharing_fast_prefill=False),
         "speculative_config": None,
@@ -52,6 +53,7 @@ def test_a_plain_engine_is_supported() -> None:
         ({"lora_config": object()}, "LoRA"),
         ({"kv_transfer_config": object()}, "KV transfer"),
         ({"weight_transfer_config": object()}, "weights that change"),
+        ({"model_config__enable_sleep_mode": True}, "enable-sleep-mode"),
     ],
 )
 def test_what_cannot_be_exact_is_refused_by_name(changes: dict[str, object], feature: str) -> None:
@@ -67,11 +69,12 @@ def test_a_front_end_that_loads_no_plugins_is_refused(monkeypatch: pytest.Monkey
 
 def test_the_fields_that_are_checked_exist_in_vllm() -> None:
     """A renamed field would make a check pass for ever."""
-    from vllm.config import CacheConfig, ParallelConfig, VllmConfig
+    from vllm.config import CacheConfig, ModelConfig, ParallelConfig, VllmConfig
 
     fields = {"use_ubatching", "prefill_context_parallel_size"}
     assert fields <= set(dir(ParallelConfig()))
     assert "kv_sharing_fast_prefill" in dir(CacheConfig())
+    assert "enable_sleep_mode" in ModelConfig.__dataclass_fields__
     fields = {
         "speculative_config",
         "lora_config",

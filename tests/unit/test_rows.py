@@ -3,10 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from crane_serve.engine.rows import Rows
+from crane_serve.engine.service import EngineService
 
 
 class Scene:
@@ -127,3 +130,29 @@ async def test_everybody_gets_a_turn(count: int) -> None:
         for number in range(60):
             group.create_task(run("abcde"[number % 5]))
     assert (most, done) == (count, 60)
+
+
+async def test_who_waits_for_a_row_takes_no_place_of_those_who_ask_for_activations() -> None:
+    begun: list[str] = []
+
+    @asynccontextmanager
+    async def kept(*_: object) -> AsyncIterator[None]:
+        begun.append("activations")
+        raise RuntimeError("its turn has come")
+        yield
+
+    service: Any = object.__new__(EngineService)
+    service._rows = Rows(1)
+    service._activations = SimpleNamespace(require=lambda *_: begun.append("required"), kept=kept)
+    parallel = SimpleNamespace(data_parallel_size=1)
+    service._engine = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=99), vllm_config=SimpleNamespace(parallel_config=parallel)
+    )
+    mask: Any = SimpleNamespace(mask=SimpleNamespace(digest="zh"))
+    async with service._rows.taken("vi"):
+        waiting = asyncio.create_task(service.score([1, 2], (), mask))
+        await settle()
+        assert begun == ["required"]
+    with pytest.raises(RuntimeError, match="its turn has come"):
+        await waiting
+    assert begun == ["required", "activations"]

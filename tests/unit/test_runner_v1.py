@@ -52,6 +52,19 @@ class Bench:
         return self.masks.slots[: len(ids)].tolist()
 
 
+def test_the_model_itself_is_patched_where_graphs_wrap_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    patched: list[object] = []
+    monkeypatch.setattr(BatchMasks, "install", lambda model, config: patched.append(model))
+    bench = Bench("all")
+    bench.runner.model, bench.runner.vllm_config = "wrapper", None
+    bench.runner.get_model = lambda: "model"
+    MaskedRunner(bench.runner)
+    bench.runner.load_model = lambda: None
+    loading = MaskedRunner(bench.runner)
+    loading.load_model()
+    assert patched == ["model"]
+
+
 def test_an_end_is_found_where_the_host_does_not_know_it_yet() -> None:
     bench = Bench("all+until=50")
     assert bench.step(0, [0, 1, 2, 3]) == [1, 1, 1, 1]

@@ -41,7 +41,7 @@ _DESCRIPTIONS = {
     415: "The body has a media type or an encoding that this route does not accept",
     421: "Host names a server that this is not",
     422: "Malformed body or parameter",
-    429: "Too much at once: of this key, of the whole server, or different masks; see Retry-After",
+    429: "Too much at once, of this key or of the whole server; see Retry-After",
     500: "Unexpected error, or the engine failed at the request",
     503: "The engine has died or is busy, or the server is shutting down",
     504: "The request took longer than the server allows",

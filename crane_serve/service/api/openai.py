@@ -100,7 +100,7 @@ class OpenAIRoutes:
             headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
             translated["headers"] = [*headers, (b"content-length", b"%d" % len(request.content))]
         async with AsyncExitStack() as held:
-            if path in CARRYING:
+            if _runs(path):
                 await held.enter_async_context(engine.row(request.mask))
             held.enter_context(answering_as(request.model))
             answer = _Answer(scope, receive, send, engine)
@@ -358,10 +358,15 @@ def _positions(place: str, value: str) -> Positions:
         raise ApiError(422, "malformed_body", f"positions in {place}: {error}", POSITIONS) from None
 
 
+def _runs(path: str) -> bool:
+    """Whether a route has the model run under a request's mask; `render` only shows what would run."""
+    return path in CARRYING and not path.endswith("/render")
+
+
 def _asked(path: str, body: Body) -> tuple[int, int]:
     """How many sequences the engine will run for a request, and how many log-probabilities of each it gives for a
     position, as far as its body can be understood."""
-    if path not in CARRYING or path.endswith("/render"):
+    if not _runs(path):
         return 0, 0
     place: Any = body.get("sampling_params") if path == "/inference/v1/generate" else body
     if not isinstance(place, dict):
