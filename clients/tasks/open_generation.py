@@ -39,7 +39,7 @@ _METRICS = (
         unit="share of texts that pass by line",
         higher_is_better=True,
     ),
-    Metric(name="substituted", title="Another language takes over", unit="share of texts", higher_is_better=False),
+    Metric(name="substituted", title="A line in another language", unit="share of texts", higher_is_better=False),
 )
 _UNPARSEABLE = Metric(
     name="unparseable", title="Replies without a mark", unit="share of replies", higher_is_better=False

@@ -160,7 +160,7 @@ def test_neighbours_are_bit_identical_with_and_without_a_request_that_asks(seein
     assert [answer[:2] for answer in beside] == [answer[:2] for answer in without]
 
 
-@pytest.mark.skipif(V2, reason="the baseline is of V1")
+@pytest.mark.skipif(V2, reason="under V2 this engine is eager, and the baseline compiled")
 def test_requests_that_do_not_ask_are_bit_identical_to_vllm_without_the_plugin(seeing, baseline) -> None:
     if seeing.llm_engine.vllm_config.model_config.enforce_eager:
         pytest.skip("the eager baseline has other threads, and so other roundings")
