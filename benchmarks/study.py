@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help="steps of learning, at most")
     parser.add_argument(
         "--everywhere",
-        default="learned,attnlrp,lape,magnitude,gradient,random",
+        default="learned,attnlrp,lape,magnitude",
         help="methods that are measured on all texts, the others on news alone",
     )
     parser.add_argument("--dtype", default="bfloat16")
@@ -227,13 +227,13 @@ class Study:
         return cls(opened, texts, options.out)
 
     def rankings(self) -> Iterator[Ranking]:
-        """Every method with every seed, set to zero and to the mean."""
+        """Searches, then every other method, with every seed, set to zero and to the mean."""
+        for method, seed, intervention, file in searches(self.out):
+            yield self.ranking(method, seed, intervention, Scores.load(file))
         for intervention in INTERVENTIONS:
             for method in self.opened.scores.by_method:
                 for seed in SEEDS if find(method).matched_to else (None,):
                     yield self.ranking(method, seed, intervention, self.opened.scores)
-        for method, seed, intervention, file in searches(self.out):
-            yield self.ranking(method, seed, intervention, Scores.load(file))
 
     def ranking(self, method: str, seed: int | None, intervention: str, scores: Scores) -> Ranking:
         """One of them."""
