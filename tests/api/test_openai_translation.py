@@ -212,6 +212,7 @@ async def test_each_route_that_runs_under_a_mask(
     assert (await http.post(f"{path}?mask=zh", json=body)).status_code == 200
     assert vllm.body == {**body, "vllm_xargs": carried("zh")}
     assert vllm.scopes[0]["path"] == path
+    assert vllm.rows == [0 if path.endswith("/render") else 1], "what runs has a row"
 
 
 @pytest.mark.parametrize("sampling", [{"max_tokens": 1}, {"extra_args": {"crane_mask": "zh"}}, {"extra_args": None}])

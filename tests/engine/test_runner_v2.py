@@ -213,3 +213,6 @@ def test_vllm_makes_masked_states_for_engines_with_masks_only(
     assert plain is State
     with_masks = model_states.resolve_model_state_cls(SimpleNamespace(additional_config={"crane": library[1]}), None)
     assert with_masks.__mro__[1:3] == (MaskedModelState, State)
+    earlier = object.__new__(PromptLogprobsWorker)  # of an engine that was made before there were masks
+    earlier.in_progress_prompt_logprobs, earlier.token_id_scores = {}, {}
+    earlier.remove_request("a request of its own")
