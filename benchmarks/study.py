@@ -19,6 +19,7 @@ from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 
+import torch
 from steps import LANGUAGES, crane, done, import_corpus
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from crane_serve.common.reports.render import markdown_page
 from relevance.methods import find
 from relevance.scored_model import EncodedTexts, ScoredModel
 from relevance.scores import Scores
+from relevance.search.agreement import agreed
 from relevance.selection import order
 from relevance.selection_options import Intervention, neurons_of_budget
 from relevance.sources import load_corpus
@@ -46,6 +48,7 @@ SEARCHED = {"learned": INTERVENTIONS, "ablation-refined": ("zero",)}
 SHARES = (0.001, 0.01, 0.05, 0.2, 0.5)  # of all neurons, for faithfulness and completeness
 CHOICE, SAMPLE = "choice", "sample"  # parts of the texts, beside TEXTS
 NEAR = 1.15  # numbers of neurons are chosen to within this ratio
+TOGETHER = ", seeds together"
 AGREEMENT = 0.001  # of all neurons; fewer than the candidates of a refinement, whose set is given
 
 
@@ -228,8 +231,10 @@ class Study:
 
     def rankings(self) -> Iterator[Ranking]:
         """Searches, then every other method, with every seed, set to zero and to the mean."""
-        for method, seed, intervention, file in searches(self.out):
-            yield self.ranking(method, seed, intervention, Scores.load(file))
+        for intervention in INTERVENTIONS:
+            yield self.together("learned", intervention)
+        for name, run, how, file in searches(self.out):
+            yield self.ranking(name, run, how, Scores.load(file))
         for intervention in INTERVENTIONS:
             for method in self.opened.scores.by_method:
                 for seed in SEEDS if find(method).matched_to else (None,):
@@ -239,13 +244,23 @@ class Study:
         """One of them."""
         return Ranking(method, seed, intervention, scores, order(scores, method, seed=seed or 0))
 
+    def together(self, method: str, intervention: str) -> Ranking:
+        """The mean ranking of a search's seeds, as `crane learn --seeds` makes it."""
+        files = [file for name, _, how, file in searches(self.out) if (name, how) == (method, intervention)]
+        runs = [Scores.load(file) for file in files]
+        of_runs = [dict(zip(self.languages, run.of(method), strict=True)) for run in runs]
+        means = agreed(of_runs, runs[0].shape.exists, 1).scores
+        stacked = torch.stack([means[language] for language in self.languages])
+        scores = runs[0].replaced(method, stacked, runs[0].info.searches[method])
+        return Ranking(f"{method}{TOGETHER}", None, intervention, scores, order(scores, method))
+
     def effects(self, everywhere: Sequence[str]) -> Iterator[Effect]:
         """At matched effect, on news and, for the methods `everywhere`, the other texts."""
         for ranking in self.rankings():
             for language in self.languages:
                 count = self.count(ranking, language)
                 print(f"{ranking.method} {ranking.seed} {ranking.intervention} {language}: {count}", flush=True)
-                texts = TEXTS if ranking.method in everywhere else TEXTS[:1]
+                texts = TEXTS if ranking.method.removesuffix(TOGETHER) in everywhere else TEXTS[:1]
                 yield self.effect(ranking, language, count, texts)
 
     def count(self, ranking: Ranking, language: str) -> int | None:
