@@ -11,7 +11,7 @@ LOCK = echo '$(TORCH_CPU)' | $(BIN)/uv pip compile -q pyproject.toml - --extra c
 
 SHELL := /bin/bash
 
-.PHONY: install browser test test-all test-v2 test-second-python contract image lock demo docs tutorial lint release-check clean
+.PHONY: install browser test test-all test-async test-v2 test-second-python contract image lock demo docs tutorial lint release-check clean
 
 install: $(VENV)/.installed
 
@@ -38,10 +38,15 @@ browser: install
 test: install browser $(MODEL)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not engine and not release and not image' -n 2 --dist loadfile --durations 15
 	$(BIN)/pytest -m 'engine and not release' --durations 25
+	$(MAKE) test-async
 
-# Tests of engines under vLLM's V2 model runner, through Triton's interpreter: slow.
+# What depends on the plan of steps, with asynchronous scheduling, vLLM's default on GPUs.
+test-async: install
+	$(BIN)/python -m tests.runners v1 tests/engine/test_offline.py tests/engine/test_schedules.py -k 'not bit_identical' --durations 5
+
+# Tests of engines as vLLM runs on GPUs: V2 model runner, asynchronous scheduling. Through Triton's interpreter: slow.
 test-v2: install
-	$(BIN)/python -m tests.v2 --durations 10
+	$(BIN)/python -m tests.runners v2 --durations 10
 
 # What documents, packaging, deployment, benchmarks and simulations promise, too; before a release, and when these change.
 test-all: test

@@ -20,8 +20,8 @@ from crane_serve.common.masks import Fingerprint, MaskInfo, MaskLibrary, NeuronM
 from crane_serve.common.models.mlps import language_model
 from crane_serve.common.models.routers import find_routers, kept_from
 from tests.experts import dense_by_layer, experts_by_layer, experts_changed
+from tests.runners import INTERPRETED
 from tests.tiny import mlp_projections
-from tests.v2 import INTERPRETED
 
 if TYPE_CHECKING:
     from crane_serve.common.masks import Composition

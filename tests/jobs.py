@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from tests.v2 import INTERPRETED
+from tests.runners import INTERPRETED
 
 TIMEOUT_S = 3600 if INTERPRETED else 1200  # of one job; some start fifteen engines, beside other tests
 

@@ -2,7 +2,8 @@
 
     python -m tests.mutations [--v2]
 
-With --v2 it is the interface to vLLM's V2 model runner that is broken, with engines that run it (`tests.v2`): slow.
+With --v2 it is the interface to vLLM's V2 model runner that is broken, with engines that run it (`tests.runners`):
+slow.
 Prints a line for each, and exits with 1 if a broken promise passes.
 """
 
@@ -297,7 +298,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutations")
     parser.add_argument("--v2", action="store_true")
     under_v2 = parser.parse_args().v2
-    runner = ["tests.v2"] if under_v2 else ["pytest", "-p", "no:cacheprovider", "-m", "not engine"]
+    runner = ["tests.runners", "v2"] if under_v2 else ["pytest", "-p", "no:cacheprovider", "-m", "not engine"]
     unnoticed, passing = 0, set[str]()
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory) / "copy"

@@ -24,7 +24,7 @@ from crane_serve.common.models.families import available
 from relevance.model import load_model
 from tests.architectures import ARCHITECTURES, model_class, tiny_checkpoint
 from tests.engines import Oracle, random_masks
-from tests.v2 import environment as interpreted
+from tests.runners import environment
 
 EXACT_NATS = 1e-4
 MATTERS_NATS = 1e-2
@@ -98,7 +98,7 @@ def _answers(served: Sequence[str], directory: Path, way: str) -> dict[str, list
     """What vLLM answers, or why it does not, by architecture."""
     answers: dict[str, list[dict] | str] = {}
     out, log = directory / f"answers-{way}.json", directory / f"vllm-{way}.log"
-    added = {**_ENVIRONMENT, **(interpreted() if way == "v2" else {})}
+    added = {**_ENVIRONMENT, **(environment("v2", asynchronous=False) if way == "v2" else {})}
     command = [sys.executable, str(_FAMILIES), str(directory), str(out), *([way] if way == "compiled" else [])]
     while set(served) - answers.keys():
         with log.open("ab") as output:

@@ -1,6 +1,7 @@
 """Masks under vLLM's own scheduler: parity, mixing, chunked prefill, prefix cache, admission."""
 
 import json
+import os
 from itertools import product
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from crane_serve.common.defaults import DEFAULT_ROWS
 from crane_serve.common.masks import Composition, MaskLibrary, Member, NeuronMask
 from tests.conftest import Engines
-from tests.engine.offline import BLOCK_TOKENS, CHUNK_TOKENS, LONG, PROMPTS, generate
+from tests.engine.offline import BLOCK_TOKENS, CHUNK_TOKENS, LONG, PROMPTS, V2, generate
 from tests.engines import Oracle
+from tests.runners import ASYNCHRONOUS
 from tests.tiny import BEYOND
 
 pytestmark = pytest.mark.engine
@@ -22,6 +24,12 @@ TOLERANCE = 1e-4  # nats
 def assert_same(left: dict, right: dict) -> None:
     assert left["tokens"] == right["tokens"]
     assert left["logprobs"] == pytest.approx(right["logprobs"], abs=TOLERANCE)
+
+
+def test_the_engine_runs_in_the_way_that_these_tests_are_run(llm) -> None:
+    config = llm.llm_engine.vllm_config
+    assert config.use_v2_model_runner == V2
+    assert config.scheduler_config.async_scheduling == (os.environ.get(ASYNCHRONOUS) == "1")
 
 
 def test_unmasked_requests_are_bit_identical_to_vllm_without_the_plugin(llm, baseline) -> None:

@@ -1,4 +1,4 @@
-"""The V2 seam against vLLM's own classes, with batches made by hand; tests.v2 runs engines."""
+"""The V2 seam against vLLM's own classes, with batches made by hand; tests.runners runs engines."""
 
 from collections.abc import Sequence
 from dataclasses import replace
