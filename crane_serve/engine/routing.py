@@ -117,11 +117,11 @@ def fill_slots(slots: Tensor, rows: NDArray[np.int64], used: int) -> int:
     """
     if len(rows) > len(slots):
         raise ValueError(f"{len(rows)} tokens in a batch, slots for {len(slots)}")
-    source = from_numpy(rows)
-    if slots.device.type == "cuda":
+    source, pinned = from_numpy(rows), slots.device.type == "cuda"
+    if pinned:
         # Pinned memory comes from PyTorch's caching allocator, which does not reuse it before the copy is done.
         source = source.pin_memory()
-    slots[: len(rows)].copy_(source, non_blocking=True)
+    slots[: len(rows)].copy_(source, non_blocking=pinned)
     if used > len(rows):
         slots[len(rows) : used].fill_(UNMASKED_ROW)
     return len(rows)

@@ -146,7 +146,8 @@ def compute_prompt_logprobs(
             targets=partial(tokens_of, int(input_batch.idx_mapping_np[index])),
         )
         for index, request_id in enumerate(input_batch.req_ids)
-        if request_id in scoring
+        # One that was preempted behind its prompt begins again with what it generated; its scores have been given.
+        if request_id in scoring and input_batch.prefill_len_np[index] <= prompt_lens[input_batch.idx_mapping_np[index]]
     )
     scores = scoring.step(logits_fn, hidden_states, chunks)
     return {**answers, **{request_id: LogprobsTensors(*tensors) for request_id, tensors in scores.items()}}

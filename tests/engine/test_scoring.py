@@ -109,32 +109,36 @@ def test_a_scored_text_that_is_preempted_has_the_same_scores(llm, tiny_oracle, l
         return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
     draw, before, engine = random.Random(5), preemptions(), llm.llm_engine
-    # Generations that grow until there is no KV block left, while a long text is scored in many chunks.
+    asked, answers = {}, {}
+
+    def add(name: str, prompt: list[int], request: ScoreRequest, mask: str, max_tokens: int) -> None:
+        asked[name] = (prompt, request, mask)
+        parameters = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=0,
+            ignore_eos=True,
+            prompt_logprobs=0,
+            detokenize=False,
+            skip_reading_prefix_cache=False,
+            extra_args={**request.argument, "crane_mask": mask},
+        )
+        engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
+
+    # Generations that grow until there is no KV block left, while a long text is scored in many chunks. Their own
+    # prompts are scored, too, and computed once more with what was generated when they come back.
     for number in range(7):
-        parameters = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, extra_args={"crane_mask": "en"})
-        engine.add_request(f"grows-{number}", {"prompt_token_ids": text(draw, 120)}, parameters)
+        add(f"grows-{number}", text(draw, 120), ScoreRequest(50, (9,)), "en", 200)
     for _ in range(30):
         engine.step()
-    asked = (text(draw, 6 * CHUNK_TOKENS), ScoreRequest(9, (7, 8)), "zh")
-    parameters = SamplingParams(
-        max_tokens=1,
-        temperature=0,
-        prompt_logprobs=0,
-        detokenize=False,
-        skip_reading_prefix_cache=False,
-        extra_args={**asked[1].argument, "crane_mask": "zh"},
-    )
-    engine.add_request("scored", {"prompt_token_ids": asked[0]}, parameters)
-    scored = None
+    add("scored", text(draw, 6 * CHUNK_TOKENS), ScoreRequest(9, (7, 8)), "zh", 1)
     while engine.has_unfinished_requests():
-        for output in engine.step():
-            if output.request_id == "scored" and output.finished:
-                scored = output
+        answers |= {output.request_id: output for output in engine.step() if output.finished}
     assert preemptions() > before, f"the requests fit into {KV_BLOCKS} blocks"
-    assert scored is not None
-    wanted = [*asked[0][9:], 7, 8]
-    found = [row[token].logprob for token, row in zip(wanted, scored.prompt_logprobs[1:], strict=True)]
-    assert found == pytest.approx(expected(tiny_oracle, library, asked), abs=TOLERANCE)
+    for name, (prompt, request, mask) in asked.items():
+        wanted = [*prompt[request.first :], *request.candidates]
+        rows = answers[name].prompt_logprobs[1:]
+        found = [row[token].logprob for token, row in zip(wanted, rows, strict=True)]
+        assert found == pytest.approx(expected(tiny_oracle, library, (prompt, request, mask)), abs=TOLERANCE)
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,18 @@ import os
 import sys
 from importlib.abc import MetaPathFinder
 
-from triton.backends import Backend, backends
-
 PLATFORM = "vllm.platforms.cpu"
 
 
-class _Driver:
-    @staticmethod
-    def is_active() -> bool:
-        return False
+def _interpret() -> None:
+    from triton.backends import Backend, backends
+
+    class Driver:
+        @staticmethod
+        def is_active() -> bool:
+            return False
+
+    backends.setdefault("cpu", Backend(compiler=None, driver=Driver))
 
 
 class _Nothing:
@@ -70,6 +73,7 @@ class _AfterPlatform(MetaPathFinder):
         return spec
 
 
-backends.setdefault("cpu", Backend(compiler=None, driver=_Driver))
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _interpret()
 if os.environ.get("CRANE_TEST_ASYNC_SCHEDULING") == "1":
     sys.meta_path.insert(0, _AfterPlatform())
