@@ -26,7 +26,9 @@ _AGREEMENT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  #
 def keep_weights(original: Callable[..., Any], self: Any, layer: Any) -> Any:
     """Wraps `process_weights_after_loading` of vLLM's CPU experts, which packs their weights."""
     names = ("w13_weight", "w2_weight", "w13_bias", "w2_bias")
-    setattr(self, _KEPT, [None if (held := getattr(layer, name, None)) is None else held.data for name in names])
+    # Copies: vLLM 0.33 writes what it packs into the same memory.
+    copies = [None if (held := getattr(layer, name, None)) is None else held.data.clone() for name in names]
+    setattr(self, _KEPT, copies)
     return original(self, layer)
 
 

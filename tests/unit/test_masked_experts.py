@@ -419,3 +419,20 @@ def test_offsets_that_reach_other_tokens_are_refused(monkeypatch: pytest.MonkeyP
     experts = EXPERTS.model_copy(update={"layers": (0,)})
     with pytest.raises(UnsupportedModelError, match="what a mask adds to an expert's neurons does not reach it alone"):
         mask_experts(decoder, experts, (24,), ROWS, slots, elsewhere=[], offsets=True)
+
+
+def test_weights_are_kept_also_where_they_are_packed_into_the_same_memory() -> None:
+    """As vLLM 0.33 does."""
+    weights = {"w13_weight": torch.ones(2, 8, 3), "w2_weight": torch.ones(2, 3, 4)}
+    layer = SimpleNamespace(**{name: nn.Parameter(weight.clone()) for name, weight in weights.items()}, w13_bias=None)
+
+    def pack(_: Any, layer: Any) -> None:
+        layer.w13_weight.data.zero_()
+        layer.w2_weight.data.zero_()
+
+    kernel = SimpleNamespace()
+    keep_weights(pack, kernel, layer)
+    w13, w2, *biases = getattr(kernel, engine._KEPT)
+    assert torch.equal(w13, weights["w13_weight"])
+    assert torch.equal(w2, weights["w2_weight"])
+    assert biases == [None, None]
