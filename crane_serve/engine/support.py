@@ -30,8 +30,8 @@ def caution(version: str) -> str | None:
     if _base(version) not in READ_VERSIONS:
         return None
     return (
-        f"vLLM {version} is supported by its source alone: no engine of this version has been run with masks (tested: "
-        f"{', '.join(TESTED_VERSIONS)}); `crane verify MODEL` tests it on this machine"
+        f"vLLM {version} is supported by its source: no build of this version has been run with masks, only its Python "
+        f"files (tested: {', '.join(TESTED_VERSIONS)}); `crane verify MODEL` tests it on this machine"
     )
 
 

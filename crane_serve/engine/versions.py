@@ -6,8 +6,8 @@ TESTED_VERSIONS = ("0.32.0",)
 """The engine tests have run on these."""
 
 READ_VERSIONS = ("0.33.0",)
-"""Their source has been read and is checked by `make contract`; no engine of theirs has run. Masks are served, with a
-warning."""
+"""Their source has been read and is checked by `make contract`; tests of engines ran on their Python files with the
+compiled ones of a tested version. No build of theirs has run. Masks are served, with a warning."""
 
 
 def front_end_flags() -> tuple[Any, Any, Any]:

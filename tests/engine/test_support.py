@@ -115,7 +115,7 @@ def test_only_tested_versions_are_accepted(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_version_that_was_only_read_is_accepted_with_a_warning() -> None:
     check_version("0.33.0")
-    assert "no engine of this version has been run with masks" in str(caution("0.33.0+cu130"))
+    assert "no build of this version has been run with masks" in str(caution("0.33.0+cu130"))
     assert caution("0.32.0") is None
     assert caution("0.34.0") is None  # which only CRANE_ALLOW_UNTESTED_VLLM=1 accepts
 
