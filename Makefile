@@ -40,7 +40,7 @@ test: install browser $(MODEL)/config.json
 	$(BIN)/pytest -m 'engine and not release' --durations 25
 	$(MAKE) test-async
 
-# What depends on the plan of steps, with asynchronous scheduling, vLLM's default on GPUs.
+# What depends on the plan of steps, with asynchronous scheduling, vLLM's default on GPUs; without what starts further engines.
 test-async: install
 	$(BIN)/python -m tests.runners v1 tests/engine/test_offline.py tests/engine/test_schedules.py -k 'not bit_identical' --durations 5
 

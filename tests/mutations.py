@@ -263,6 +263,20 @@ MUTATIONS = (
         "False",
         "tests/unit/test_explicit_lrp.py",
     ),
+    Mutation(
+        "scores are given once, also if a request is preempted behind its prompt",
+        f"{ENGINE}/runner_v2.py",
+        " and input_batch.prefill_len_np[index] <= prompt_lens[input_batch.idx_mapping_np[index]]",
+        "",
+        "tests/engine/test_runner_v2.py",
+    ),
+    Mutation(
+        "weights of experts are kept also where they are packed into the same memory",
+        f"{ENGINE}/masked_experts.py",
+        "else held.data.clone() for",
+        "else held.data for",
+        "tests/unit/test_masked_experts.py",
+    ),
 )  # fmt: skip
 
 V2, SCHEDULES = f"{ENGINE}/runner_v2.py", "tests/engine/test_schedules.py::test_"

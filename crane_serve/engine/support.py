@@ -52,15 +52,10 @@ def check_engine(vllm_config: Any) -> None:
         "weights that are given back meanwhile (--enable-sleep-mode)": vllm_config.model_config.enable_sleep_mode,
         "KV transfer between engines": vllm_config.kv_transfer_config is not None,
     }
-    # vLLM 0.32 switches it off by itself only where it is not asked for.
-    ahead = vllm_config.scheduler_config.async_scheduling and not vllm_config.use_v2_model_runner
-    refused["--async-scheduling in the stages of a pipeline, under the V1 model runner"] = (
-        ahead and parallel.pipeline_parallel_size > 1
-    )
     refused["vLLM's Rust front end (VLLM_USE_RUST_FRONTEND), which loads no plugins"] = flag("VLLM_USE_RUST_FRONTEND")
-    # With steps under way a token of an aborted request goes to the next of that id, and into the prefix cache.
+    # If a request is aborted while a step runs, vLLM gives the token of that step to a later request with the same id.
     variable = "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"
-    refused[f"ids of requests that come back ({variable})"] = flag(variable)
+    refused[f"request ids that may be used twice ({variable})"] = flag(variable)
     for feature, used in refused.items():
         if used:
             raise UnsupportedEngine(f"masks cannot be served with {feature}; start without it or without masks")

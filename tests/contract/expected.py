@@ -152,9 +152,8 @@ READ = {
     "vllm.config.kernel:KernelConfig": "moe_backend",
     "vllm.config:ModelConfig": "model dtype max_model_len runner_type hf_config hf_text_config get_vocab_size"
     " try_get_generation_config hf_config_path tokenizer_revision enable_sleep_mode",
-    "vllm.config:ParallelConfig": "use_ubatching prefill_context_parallel_size tensor_parallel_size data_parallel_size"
-    " pipeline_parallel_size",
-    "vllm.config:SchedulerConfig": "max_num_seqs max_num_batched_tokens async_scheduling",
+    "vllm.config:ParallelConfig": "use_ubatching prefill_context_parallel_size tensor_parallel_size data_parallel_size",
+    "vllm.config:SchedulerConfig": "max_num_seqs max_num_batched_tokens",
     "vllm.config:VllmConfig": "model_config cache_config parallel_config scheduler_config compilation_config"
     " device_config load_config speculative_config lora_config kv_transfer_config weight_transfer_config"
     " additional_config use_v2_model_runner kernel_config",

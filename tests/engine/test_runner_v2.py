@@ -11,7 +11,8 @@ from torch import nn
 
 from crane_serve.common.masks import MaskError, MaskLibrary
 from crane_serve.engine.config import MaskConfig
-from crane_serve.engine.runner_v2 import masked
+from crane_serve.engine.runner_v2 import add_scored, compute_prompt_logprobs, masked
+from crane_serve.engine.scoring import ScoreRequest
 from tests.engine.stand_in import Model
 from tests.engines import random_masks
 from tests.tiny import LAYERS, NEURONS, tiny_model
@@ -216,3 +217,31 @@ def test_vllm_makes_masked_states_for_engines_with_masks_only(
     earlier = object.__new__(PromptLogprobsWorker)  # of an engine that was made before there were masks
     earlier.in_progress_prompt_logprobs, earlier.token_id_scores = {}, {}
     earlier.remove_request("a request of its own")
+
+
+@pytest.mark.parametrize(("prefill", "is_scored"), [(PROMPT, True), (PROMPT + 2, False)])
+def test_a_prompt_is_scored_unless_its_request_was_preempted_behind_it(prefill: int, is_scored: bool) -> None:
+    worker = SimpleNamespace(uses_prompt_logprobs=np.array([True]))
+    parameters = SimpleNamespace(extra_args=ScoreRequest(first=1, candidates=(5,)).argument)
+    add_scored(lambda *_: None, worker, "a", 0, parameters)
+    batch = SimpleNamespace(
+        req_ids=["a"],
+        query_start_loc_np=np.array([0, PROMPT]),
+        num_computed_prefill_tokens_np=np.array([0]),
+        num_scheduled_tokens=np.array([PROMPT]),
+        idx_mapping_np=np.array([0]),
+        prefill_len_np=np.array([prefill]),
+    )
+    answers = compute_prompt_logprobs(
+        lambda *_: {},
+        worker,
+        lambda rows: torch.zeros(len(rows), 8),
+        torch.zeros(PROMPT, 2),
+        batch,
+        torch.arange(PROMPT).unsqueeze(0),
+        torch.zeros(1),
+        np.array([PROMPT]),
+    )
+    assert list(answers) == ["a"] * is_scored
+    for tensors in answers.values():
+        assert tensors.logprob_token_ids.flatten().tolist() == [*range(1, PROMPT), 5]

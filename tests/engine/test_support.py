@@ -19,11 +19,9 @@ from tests.tiny import tiny_model
 def plain_config(**changes: object) -> SimpleNamespace:
     """The fields of a VllmConfig that are looked at, for an engine in which everything is supported."""
     fields = {
-        "parallel_config": SimpleNamespace(
-            use_ubatching=False, prefill_context_parallel_size=1, pipeline_parallel_size=2
-        ),
+        "parallel_config": SimpleNamespace(use_ubatching=False, prefill_context_parallel_size=1),
         "model_config": SimpleNamespace(enable_sleep_mode=False),
-        "scheduler_config": SimpleNamespace(max_num_seqs=8, async_scheduling=False),
+        "scheduler_config": SimpleNamespace(max_num_seqs=8),
         "cache_config": SimpleNamespace(kv_sharing_fast_prefill=False),
         "speculative_config": None,
         "lora_config": None,
@@ -56,7 +54,6 @@ def test_a_plain_engine_is_supported() -> None:
         ({"kv_transfer_config": object()}, "KV transfer"),
         ({"weight_transfer_config": object()}, "weights that change"),
         ({"model_config__enable_sleep_mode": True}, "enable-sleep-mode"),
-        ({"scheduler_config__async_scheduling": True}, "async-scheduling in the stages of a pipeline"),
     ],
 )
 def test_what_cannot_be_exact_is_refused_by_name(changes: dict[str, object], feature: str) -> None:
@@ -68,7 +65,7 @@ def test_what_cannot_be_exact_is_refused_by_name(changes: dict[str, object], fea
     ("variable", "feature"),
     [
         ("VLLM_USE_RUST_FRONTEND", "Rust front end"),
-        ("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "ids of requests that come back"),
+        ("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "request ids that may be used twice"),
     ],
 )
 def test_what_the_environment_asks_for_is_refused_by_name(
@@ -79,20 +76,14 @@ def test_what_the_environment_asks_for_is_refused_by_name(
         check_engine(plain_config())
 
 
-@pytest.mark.parametrize("changes", [{"use_v2_model_runner": True}, {"parallel_config__pipeline_parallel_size": 1}])
-def test_steps_are_planned_ahead_without_stages_and_under_v2(changes: dict[str, object]) -> None:
-    check_engine(plain_config(scheduler_config__async_scheduling=True, **changes))
-
-
 def test_the_fields_that_are_checked_exist_in_vllm() -> None:
     """A renamed field would make a check pass for ever."""
-    from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
+    from vllm.config import CacheConfig, ModelConfig, ParallelConfig, VllmConfig
 
-    fields = {"use_ubatching", "prefill_context_parallel_size", "pipeline_parallel_size"}
+    fields = {"use_ubatching", "prefill_context_parallel_size"}
     assert fields <= set(dir(ParallelConfig()))
     assert "kv_sharing_fast_prefill" in dir(CacheConfig())
     assert "enable_sleep_mode" in ModelConfig.__dataclass_fields__
-    assert "async_scheduling" in SchedulerConfig.__dataclass_fields__
     fields = {
         "speculative_config",
         "lora_config",
