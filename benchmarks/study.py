@@ -48,7 +48,6 @@ SEARCHED = {"learned": INTERVENTIONS, "ablation-refined": ("zero",)}
 SHARES = (0.001, 0.01, 0.05, 0.2, 0.5)  # of all neurons, for faithfulness and completeness
 CHOICE, SAMPLE = "choice", "sample"  # parts of the texts, beside TEXTS
 NEAR = 1.15  # numbers of neurons are chosen to within this ratio
-TOGETHER = ", seeds together"
 AGREEMENT = 0.001  # of all neurons; fewer than the candidates of a refinement, whose set is given
 
 
@@ -62,19 +61,13 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=128, help="per language, for the choice and for each text")
     parser.add_argument("--max-tokens", type=int, default=48, help="where documents of the choice and the report end")
     parser.add_argument("--steps", type=int, default=64, help="steps of learning, at most")
-    parser.add_argument(
-        "--everywhere",
-        default="learned,attnlrp,lape,magnitude",
-        help="methods that are measured on all texts, the others on news alone",
-    )
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
     keep_options(options)
     import_texts(options)
     score(options)
     study = Study.open(options)
-    everywhere = tuple(options.everywhere.split(","))
-    effects = list(study.effects(everywhere))
+    effects = list(study.effects())
     circuits = list(study.circuits())
     write_atomically(options.out / "study.json", json.dumps([*map(record, effects)], indent=1).encode())
     write_atomically(options.out / "study.md", page(study, effects, circuits).encode())
@@ -252,16 +245,15 @@ class Study:
         means = agreed(of_runs, runs[0].shape.exists, 1).scores
         stacked = torch.stack([means[language] for language in self.languages])
         scores = runs[0].replaced(method, stacked, runs[0].info.searches[method])
-        return Ranking(f"{method}{TOGETHER}", None, intervention, scores, order(scores, method))
+        return Ranking(f"{method}, seeds together", None, intervention, scores, order(scores, method))
 
-    def effects(self, everywhere: Sequence[str]) -> Iterator[Effect]:
-        """At matched effect, on news and, for the methods `everywhere`, the other texts."""
+    def effects(self) -> Iterator[Effect]:
+        """At matched effect, on all texts."""
         for ranking in self.rankings():
             for language in self.languages:
                 count = self.count(ranking, language)
                 print(f"{ranking.method} {ranking.seed} {ranking.intervention} {language}: {count}", flush=True)
-                texts = TEXTS if ranking.method.removesuffix(TOGETHER) in everywhere else TEXTS[:1]
-                yield self.effect(ranking, language, count, texts)
+                yield self.effect(ranking, language, count)
 
     def count(self, ranking: Ranking, language: str) -> int | None:
         """How many neurons cost the language `EFFECT`: roughly on an eighth of the documents, then on all."""
@@ -272,13 +264,13 @@ class Study:
         rough = fewest(costs(SAMPLE), len(ranking.orders[language]))
         return None if rough is None else near(costs(CHOICE), rough, len(ranking.orders[language]))
 
-    def effect(self, ranking: Ranking, language: str, count: int | None, texts: Sequence[str]) -> Effect:
+    def effect(self, ranking: Ranking, language: str, count: int | None) -> Effect:
         """On the texts for reporting."""
         changes, costs = {}, {}
         if count is None:
             return Effect(ranking.method, ranking.seed, ranking.intervention, language, None, {}, {})
         mask = ranking.mask(language, count)
-        for text in texts:
+        for text in TEXTS:
             off = {name: self.ablations.losses(mask, text, name) for name in self.languages}
             whole = {name: self.ablations.losses(None, text, name) for name in self.languages}
             tokens = {name: off[name].tokens for name in self.languages}
@@ -359,14 +351,12 @@ def texts_table(study: Study) -> Table:
 
 
 def collateral_table(study: Study, effects: Sequence[Effect], text: str) -> Table:
-    """A row for each method and ablation that was measured on the text, the least collateral first."""
+    """A row for each method and ablation, the least collateral first."""
     groups: dict[tuple[str, str], list[Effect]] = {}
     for effect in effects:
         groups.setdefault((effect.method, effect.intervention), []).append(effect)
     rows = []
     for (method, intervention), of_group in groups.items():
-        if not any(text in effect.changes for effect in of_group):
-            continue
         cells, means = [], []
         for language in study.languages:
             mean, *of_language = language_cells([one for one in of_group if one.language == language], text)
