@@ -110,10 +110,11 @@ class ModelSizes:
         """Of the mask table on one rank: `rows` masks, and the row of unmasked requests."""
         return (rows + 1) * self.row_bytes(dtype, ranks, outputs=outputs, offsets=offsets)
 
-    def activation_bytes(self, batch_tokens: int, dtype: str, ranks: int = 1) -> int:
-        """Of the buffers in which the neurons of a batch are stored, those of experts left out, on one rank."""
+    def activation_bytes(self, batch_tokens: int, dtype: str, ranks: int = 1, *, gates: bool = False) -> int:
+        """Of the buffers in which the neurons of a batch are stored, those of experts left out, on one rank. gates:
+        with gate and up (without a gate there is less)."""
         stored = self.neurons if self.experts is None else self.experts.dense(self.neurons)
-        return (batch_tokens + 1) * sum(size // ranks for size in stored) * DTYPE_BYTES[dtype]
+        return (batch_tokens + 1) * sum(size // ranks for size in stored) * (3 if gates else 1) * DTYPE_BYTES[dtype]
 
     def kv_bytes_per_token(self, dtype: str, ranks: int = 1) -> int:
         """Keys and values of one token in one layer, on one rank; a rank has a head of its own at least."""
@@ -158,18 +159,19 @@ def size_of(
     outputs: bool,
     offsets: bool = False,
     activations: bool = False,
+    gates: bool = False,
 ) -> Size:
     """The memory of an engine: its weights, its mask table, and keys and values of `sequences` times `tokens` tokens.
 
-    activations: whether requests can ask for values of neurons. The total leaves out what vLLM needs to compute:
-    hidden states, graphs, CUDA itself.
+    activations: whether requests can ask for values of neurons; gates: for these and for gate and up. The total leaves
+    out what vLLM needs to compute: hidden states, graphs, CUDA itself.
     """
     weights = model.weight_bytes(dtype) // ranks
     table = model.table_bytes(rows, dtype, ranks, outputs=outputs, offsets=offsets)
     slots, of_a_sequence = batch_tokens * _SLOT_BYTES, model.kv_bytes(tokens, kv_dtype, ranks)
     stored = 0
-    if activations:
-        slots, stored = 2 * slots, model.activation_bytes(batch_tokens, dtype, ranks)
+    if activations or gates:
+        slots, stored = 2 * slots, model.activation_bytes(batch_tokens, dtype, ranks, gates=gates)
     return Size(
         parameters=model.parameters,
         neurons=sum(model.neurons),
@@ -210,6 +212,7 @@ def size(
     outputs: Annotated[bool, typer.Option("--outputs", help="Some mask scales the MLPs' outputs")] = False,
     offsets: Annotated[bool, typer.Option("--offsets", help="Some mask adds to neurons")] = False,
     activations: Annotated[bool, typer.Option("--activations", help="Requests can ask for values of neurons")] = False,
+    gates: Annotated[bool, typer.Option("--gates", help="For these and for act(gate) and up")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes, as JSON")] = False,
 ) -> None:
     """Show what a model, its masks and its KV cache take: on each rank, before what vLLM needs to compute."""
@@ -236,6 +239,7 @@ def size(
         outputs=outputs,
         offsets=offsets,
         activations=activations,
+        gates=gates,
     )
     if as_json:
         typer.echo(json.dumps(asdict(estimate), indent=2))
@@ -246,7 +250,11 @@ def size(
         f"mask table, {rows} rows and one of ones": estimate.table,
         f"    a row, {estimate.neurons:,} neurons": estimate.table_row,
         f"slots, {max_num_batched_tokens} tokens": estimate.slots,
-        **({f"values of neurons, {max_num_batched_tokens} tokens": estimate.activations} if activations else {}),
+        **(
+            {f"values of neurons, {max_num_batched_tokens} tokens": estimate.activations}
+            if estimate.activations
+            else {}
+        ),
         f"KV cache, {max_num_seqs} sequences of {max_model_len} tokens": estimate.kv,
         f"    a token, in all layers{window}": estimate.kv_per_token,
         f"    a sequence of {max_model_len} tokens": estimate.kv_of_a_sequence,

@@ -84,7 +84,7 @@ def relevance(
         str | None,
         typer.Option(
             help="Address of a server of MODEL, started with --activations, which computes the means of neurons: for "
-            "magnitude, average-precision and, without a gate, lape."
+            "magnitude and average-precision, and, if it was started with --gates, for lape and plnd."
         ),
     ] = None,
     restart: Annotated[

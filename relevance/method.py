@@ -135,8 +135,9 @@ class Activations:
 class Reduced:
     """The neurons of one layer over the counted tokens of one document.
 
-    tokens: how many were counted; key: the document's, as in `Batch.keys`; mean, mean_abs, positive: float64 [neurons]
-    on the CPU, means of the neuron, of its absolute value, and of whether it is above 0.
+    tokens: how many were counted; key: the document's, as in `Batch.keys`. The others are float64 [neurons] on the CPU:
+    mean, mean_abs: means of the neuron and of its absolute value; act_positive: the share of tokens at which act(gate)
+    is above 0, for methods that read act; up_mean_abs: the mean of the absolute value of up, for methods that read it.
     """
 
     layer: int
@@ -144,7 +145,8 @@ class Reduced:
     key: int
     mean: Tensor
     mean_abs: Tensor
-    positive: Tensor
+    act_positive: Tensor | None = None
+    up_mean_abs: Tensor | None = None
 
 
 @dataclass(frozen=True)

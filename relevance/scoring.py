@@ -30,7 +30,7 @@ from relevance.progress import Progress, ScoringPlan
 from relevance.random_tokens import KEY, random_documents
 from relevance.repeats import text_keys
 from relevance.scores import Scores, ScoresInfo
-from relevance.served import OF_SERVER, Server, measure_served, require_served
+from relevance.served import OF_SERVER, Server, measure_served, reductions, require_served
 from relevance.shards import Job, Shard, deal, measure_shard, measure_with_ray, merged
 from relevance.typical import MeanActivation, MedianActivation, TokenShare
 
@@ -162,7 +162,7 @@ def score(
         return _scores(methods, (), shape, info)
     if server is not None:
         info = info.model_copy(update={"dtype": OF_SERVER})
-        with Server(server, fingerprint) as running:
+        with Server(server, fingerprint, reductions=reductions(methods, decoder)) as running:
             return _scores(
                 methods, measure_served(running, corpus, encoded, tokenizer, measured, units, advance), shape, info
             )

@@ -32,7 +32,7 @@ from relevance.method import (
 OF_SERVER = "of the server"
 """In place of a number format, which a server does not tell."""
 
-_REDUCTIONS = ("mean", "mean_abs", "positive")
+_REDUCTIONS = {"mean": "mean", "mean_abs": "mean_abs"}  # by the field of `Reduced`
 _AT_ONCE = 4
 _TRIES, _PAUSE_S = 120, 1.0
 _TIMEOUT_S = 600.0
@@ -50,10 +50,6 @@ def not_served(method: type[Method], decoder: Decoder) -> str | None:
         return "needs gradients, and a server computes none"
     if any(group.of_experts for layer in decoder.layers for group in layer.groups):
         return "a server does not return the neurons of experts"
-    if "up" in method.reads:
-        return "reads the up projection, of which a server returns nothing"
-    if "act" in method.reads and not all(isinstance(each, KnownLayer) and not each.gated for each in decoder.layers):
-        return "reads act(gate), of which a server returns nothing: only its product with the up projection"
     if method.take is OfActivations.take:
         return "does not say how it is computed from means over a document"
     return None
@@ -67,14 +63,34 @@ def require_served(methods: Sequence[type[ScoredMethod]], decoder: Decoder) -> N
             raise MethodError(f"method {method.name} cannot be computed through a server: it {why}")
 
 
+def reductions(methods: Sequence[type[ScoredMethod]], decoder: Decoder) -> dict[str, str]:
+    """What a server is asked for, by the field of `Reduced`; of gates only if a method reads them."""
+    read = {part for method in methods if issubclass(method, OfActivations) for part in method.reads}
+    wanted = dict(_REDUCTIONS)
+    if "act" in read:  # without a gate the neurons are act
+        gated = not all(isinstance(layer, KnownLayer) and not layer.gated for layer in decoder.layers)
+        wanted["act_positive"] = "act_positive" if gated else "positive"
+    if "up" in read:
+        wanted["up_mean_abs"] = "up_mean_abs"
+    return wanted
+
+
 class Server:
-    """A crane server that was started with activations. To be used as a context.
+    """A crane server that was started with activations. To be used as a context. reductions: see `reductions`.
 
     Raises ServerError if it cannot be reached, and FingerprintError if it serves another model.
     """
 
-    def __init__(self, url: str, fingerprint: Fingerprint, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        fingerprint: Fingerprint,
+        transport: httpx.BaseTransport | None = None,
+        *,
+        reductions: Mapping[str, str] = _REDUCTIONS,
+    ) -> None:
         self._url = url
+        self._reductions = reductions
         key = os.environ.get(KEY_VARIABLE)
         headers = {} if not key else {"Authorization": f"Bearer {key}"}
         try:
@@ -115,7 +131,7 @@ class Server:
                 raise ServerError(f"{self._url} reads other tokens than the checkpoint's tokenizer makes")
             seen = answer["activations"]
             for layer in seen["layers"]:
-                values = {name: _decoded(layer[name]) for name in _REDUCTIONS}
+                values = {field: _decoded(layer[reduction]) for field, reduction in self._reductions.items()}
                 layers.append(Reduced(layer["layer"], seen["tokens"], hashed(token_ids), **values))
         return layers
 
@@ -123,14 +139,14 @@ class Server:
         """The layers, as many at a time as one request may have."""
         group: list[int] = []
         for layer, size in enumerate(self._sizes):
-            if group and (sum(self._sizes[each] for each in group) + size) * len(_REDUCTIONS) > MAX_ACTIVATIONS:
+            if group and (sum(self._sizes[each] for each in group) + size) * len(self._reductions) > MAX_ACTIVATIONS:
                 yield group
                 group = []
             group.append(layer)
         yield group
 
     def _wanted(self, layers: list[int]) -> dict[str, Any]:
-        return {"layers": layers, "reduce": list(_REDUCTIONS), "first": 1, "encoding": "base64"}
+        return {"layers": layers, "reduce": list(self._reductions.values()), "first": 1, "encoding": "base64"}
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         for _ in range(_TRIES):

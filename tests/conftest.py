@@ -67,7 +67,7 @@ class Engines:
                 GEMMA, gemma_masks, directory / "gemma.log", *flags, core=1 % (os.cpu_count() or 1)
             )
         if "tiny_server" in wanted:
-            flags = (*TINY_FLAGS, "--enforce-eager", "--inline-masks", "--activations", *OPENAI_FLAGS, *TOOL_FLAGS)
+            flags = (*TINY_FLAGS, "--enforce-eager", "--inline-masks", "--gates", *OPENAI_FLAGS, *TOOL_FLAGS)
             # vLLM's own variable for keys is not ours.
             keys = {"VLLM_API_KEY": "not asked for"}
             self.servers["tiny_server"] = Server.of(checkpoint, masks, directory / "tiny.log", *flags, core=0, **keys)

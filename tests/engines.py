@@ -166,12 +166,36 @@ class Oracle:
             projection.register_forward_pre_hook(lambda _, args: rows.append(args[0].flatten(0, -2).clone()))
             for _, projection in mlp_projections(self.model)
         ]
-        try:  # the hooks that mask are registered later, and so run later
+        self._run_with(hooks, token_ids, mask)
+        return torch.stack(rows)
+
+    def gates(
+        self, token_ids: Sequence[int], mask: "NeuronMask | Composition | None"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """act(gate), and what the up projection returns (without a gate the first linear map), under a mask:
+        [layers, tokens, neurons] each."""
+        rows: dict[str, list[torch.Tensor]] = {"act": [], "up": []}
+
+        def noted(module: torch.nn.Module, which: str):
+            return module.register_forward_hook(lambda *args: rows[which].append(args[2].flatten(0, -2).clone()))
+
+        hooks = []
+        for mlp, _ in mlp_projections(self.model):
+            parts = dict(mlp.named_children())
+            hooks.append(
+                noted(next(parts[name] for name in ("act_fn", "act", "activation_fn") if name in parts), "act")
+            )
+            hooks.append(noted(next(parts[name] for name in ("up_proj", "c_fc", "fc1") if name in parts), "up"))
+        self._run_with(hooks, token_ids, mask)
+        return torch.stack(rows["act"]), torch.stack(rows["up"])
+
+    def _run_with(self, hooks: list, token_ids: Sequence[int], mask: "NeuronMask | Composition | None") -> None:
+        """A forward pass with hooks, which are removed then. Those that mask are registered later, and run later."""
+        try:
             self.logprobs(token_ids, mask)
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.stack(rows)
 
     def text_logprobs(self, text: str, mask: "NeuronMask | Composition | None") -> list[float]:
         return self.logprobs(self.tokenizer(text)["input_ids"], mask)

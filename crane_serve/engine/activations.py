@@ -2,9 +2,10 @@
 
 A request asks by the argument `crane_activations`. Its tokens are numbered when the batch is prepared; in the forward
 pass each patched MLP stores the values of token number n in row n of a buffer, and those of all other tokens in row 0,
-which nobody reads. What a batch has stored is collected before the next one is prepared, or when it is asked for, so
-that nothing waits for a forward pass. Each rank collects its own neurons of its own layers; the front end asks for them
-by the request's key when the request has ended, and the engine core joins them.
+which nobody reads. (So does its activation function with what it reads, in an engine with gates: see `gates`.) What a
+batch has stored is collected before the next one is prepared, or when it is asked for, so that nothing waits for a
+forward pass. Each rank collects its own neurons of its own layers; the front end asks for them by the request's key
+when the request has ended, and the engine core joins them.
 
 A request that asks reads nothing from the prefix cache, so all its tokens are computed, in order. A preemption has
 tokens computed again: they replace those before. An engine may run ahead of the end of a request by a few tokens, which
@@ -12,8 +13,9 @@ the front end learns of later; what a reduction takes in therefore lags behind t
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from torch import Tensor
 from crane_serve.common.defaults import MAX_ACTIVATIONS
 from crane_serve.common.masks import Fingerprint
 from crane_serve.engine.admission import ACTIVATIONS_ARGUMENT
-from crane_serve.engine.config import ACTIVATIONS_VARIABLE, mask_config
+from crane_serve.engine.config import ACTIVATIONS_VARIABLE, GATES_VARIABLE, mask_config
 from crane_serve.engine.routing import Ints, fill_slots
 
 TAKE_METHOD = "crane_take_activations"
@@ -53,12 +55,21 @@ class ActivationsBusy(ActivationsError):
 
 class Reduction(StrEnum):
     """What becomes of a neuron's values at the tokens of a request: their mean, the mean of their absolute values, the
-    largest of them, or the share of those above 0."""
+    largest of them, or the share of those above 0; the share of tokens at which act(gate) is above 0, or the mean of
+    the absolute values of up, the output of the up projection. Where the MLP has no gate, act(gate) is the neuron
+    itself, and up what its activation function reads."""
 
     MEAN = "mean"
     MEAN_ABS = "mean_abs"
     MAX = "max"
     POSITIVE = "positive"
+    ACT_POSITIVE = "act_positive"
+    UP_MEAN_ABS = "up_mean_abs"
+
+    @property
+    def source(self) -> str:
+        """Of which tensor of the MLP it is: neurons, gate or up."""
+        return {Reduction.ACT_POSITIVE: "gate", Reduction.UP_MEAN_ABS: "up"}.get(self, "neurons")
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,11 @@ class ActivationRequest:
         return {
             ACTIVATIONS_ARGUMENT: {"key": key, "layers": layers, "reduce": reductions, "span": [self.first, self.end]}
         }
+
+    @property
+    def of_gates(self) -> bool:
+        """Whether it asks for act(gate) or up."""
+        return any(reduction.source != "neurons" for reduction in self.reductions)
 
     def width(self, sizes: Sequence[int]) -> int:
         """How many neurons. sizes: of the layers."""
@@ -171,6 +187,10 @@ def admit_activations(vllm_config: Any, request: Any) -> None:
         raise ActivationsOff(
             f"this engine was started without activations; {ACTIVATIONS_VARIABLE}=1 starts it with them"
         )
+    if asked[1].of_gates and not config.gates:
+        raise ActivationsOff(
+            f"this engine was started without act(gate) and up; {GATES_VARIABLE}=1 starts it with them"
+        )
     if parameters.n != 1:
         raise ActivationsError(f"{ACTIVATIONS_ARGUMENT}: n is {parameters.n}, expected 1")
     if request.resumable:
@@ -182,36 +202,59 @@ def admit_activations(vllm_config: Any, request: Any) -> None:
     parameters.skip_reading_prefix_cache = True
 
 
+@dataclass(frozen=True)
+class LayerBuffers:
+    """What is stored of a layer, [maximum tokens + 1, neurons on this rank] each. start: the first of these neurons;
+    gate, up: the outputs of the projections, in an engine with gates; without a gate both are what the activation
+    function reads."""
+
+    start: int
+    neurons: Tensor
+    gate: Tensor | None = None
+    up: Tensor | None = None
+
+    def of(self, source: str) -> Tensor:
+        """The buffer that `Reduction.source` names."""
+        buffer: Tensor = getattr(self, source)
+        return buffer
+
+
 class CaptureBuffers:
-    """Where the patched MLPs of a rank store values.
+    """Where the patched MLPs of a rank store values. gates: whether gate and up are stored, too.
 
     slots: int64 [maximum tokens], the row that each token of a batch is stored in; 0 for those that nobody wants.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gates: bool = False) -> None:
+        self.gates = gates
         self.slots = torch.zeros(0, dtype=torch.int64)
-        self._of: dict[int, tuple[Tensor, int]] = {}
+        self._of: dict[int, LayerBuffers] = {}
 
     def add(self, layer: int, neurons: int, start: int, slots: Tensor, like: Tensor) -> Tensor:
         """A new buffer [maximum tokens + 1, neurons] for a layer. start: the first of its neurons on this rank."""
         buffer = torch.zeros(len(slots) + 1, neurons, dtype=like.dtype, device=like.device)
-        self.slots, self._of[layer] = slots, (buffer, start)
+        self.slots, self._of[layer] = slots, LayerBuffers(start, buffer)
         return buffer
+
+    def add_gates(self, layer: int, gate: Tensor, up: Tensor) -> None:
+        """Have the values of gate and up read from views of a buffer, [maximum tokens + 1, neurons] each."""
+        self._of[layer] = replace(self._of[layer], gate=gate, up=up)
 
     def erase(self, rows: int) -> None:
         """Make the first `rows` behind row 0 NaN, so that what is not stored is no value."""
-        for buffer, _ in self._of.values():
-            buffer[1 : rows + 1].fill_(torch.nan)
+        for buffers in self._of.values():
+            for buffer in (buffers.neurons, buffers.gate, buffers.up):
+                if buffer is not None:
+                    buffer[1 : rows + 1].fill_(torch.nan)
 
-    def of(self, layer: int) -> tuple[Tensor, int] | None:
-        """The buffer of a layer, [maximum tokens + 1, neurons on this rank], and its first neuron; None for a layer of
-        another rank."""
+    def of(self, layer: int) -> LayerBuffers | None:
+        """The buffers of a layer; None for a layer of another rank."""
         return self._of.get(layer)
 
 
 @dataclass
 class _OfLayer:
-    """What a rank has of one layer for one request.
+    """What a rank has of one tensor of one layer for one request.
 
     places: int64 [own], of the rank's neurons in the answer; local: their indices in the buffer, None for all of it;
     sums: [own] by reduction; tail: [tokens, own], not yet reduced.
@@ -249,16 +292,16 @@ class _OfLayer:
 
 
 def _add(total: Tensor, rows: Tensor, reduction: Reduction) -> None:
-    """In place. total: [own]; rows: [tokens, own]."""
+    """In place. total: [own]; rows: [tokens, own], of the gate for ACT_POSITIVE: act(gate) has its sign."""
     match reduction:
         case Reduction.MEAN:
             total += rows.sum(dim=0, dtype=torch.float64)
-        case Reduction.MEAN_ABS:
+        case Reduction.MEAN_ABS | Reduction.UP_MEAN_ABS:
             total += rows.abs().sum(dim=0, dtype=torch.float64)
         case Reduction.MAX:
             torch.maximum(total, rows.amax(dim=0), out=total)
-        case Reduction.POSITIVE:
-            total += (rows > 0).sum(dim=0, dtype=torch.float64)
+        case Reduction.POSITIVE | Reduction.ACT_POSITIVE:
+            total += torch.where(rows.isnan(), torch.nan, rows > 0).sum(dim=0, dtype=torch.float64)
 
 
 class _Collected:
@@ -268,11 +311,11 @@ class _Collected:
         self._request = request
         self._prompt = prompt
         self.reduced = self.known = request.first
-        self._layers: dict[int, _OfLayer] = {}
+        self._layers: dict[int, list[_OfLayer]] = {}
         for layer, neurons in request.neurons.items():
             own = buffers.of(layer)
             if own is not None:
-                self._layers[layer] = _own(*own, neurons, request.reductions)
+                self._layers[layer] = _own(own, neurons, request.reductions)
 
     @torch.inference_mode()  # which a worker's steps are in: what they have made is changed in no other
     def add(self, low: int, row: int, tokens: int) -> None:
@@ -283,7 +326,7 @@ class _Collected:
         skipped = max(self.reduced - low, 0)
         self.known = max(low + tokens, self.reduced)
         until = max(self.reduced, min(self.known, self._prompt), self.known - _LAG)
-        for of_layer in self._layers.values():
+        for of_layer in chain.from_iterable(self._layers.values()):
             if again:
                 of_layer.cut(again)
             rows = of_layer.stored(row + skipped, row + tokens)
@@ -305,41 +348,55 @@ class _Collected:
         if not self._request.reductions:
             layers = {
                 layer: (of_layer.places.tobytes(), {"values": _bytes(torch.cat(of_layer.tail)[:tokens])})
-                for layer, of_layer in self._layers.items()
+                for layer, [of_layer] in self._layers.items()
             }
             return {"tokens": tokens, "layers": layers}
         reduced = {}
-        for layer, of_layer in self._layers.items():
-            of_layer.reduce([], end - self.reduced)
-            sums = {
-                reduction: total if reduction is Reduction.MAX else total / tokens
-                for reduction, total in of_layer.sums.items()
-            }
-            reduced[layer] = of_layer.places.tobytes(), {str(name): _bytes(total) for name, total in sums.items()}
+        for layer, tensors in self._layers.items():
+            values: dict[str, bytes] = {}
+            for of_layer in tensors:
+                of_layer.reduce([], end - self.reduced)
+                for reduction, total in of_layer.sums.items():
+                    values[str(reduction)] = _bytes(total if reduction is Reduction.MAX else total / tokens)
+            reduced[layer] = tensors[0].places.tobytes(), values
         return {"tokens": tokens, "layers": reduced}
 
 
-def _own(buffer: Tensor, start: int, neurons: Sequence[int] | None, reductions: Iterable[Reduction]) -> _OfLayer:
-    """The part of a layer that a rank has, of all or some of the layer's neurons."""
-    stop = start + buffer.shape[1]
+def _own(buffers: LayerBuffers, neurons: Sequence[int] | None, reductions: Sequence[Reduction]) -> list[_OfLayer]:
+    """The part of a layer that a rank has, of all or some of the layer's neurons, from each tensor that is needed."""
+    start, device = buffers.start, buffers.neurons.device
+    stop = start + buffers.neurons.shape[1]
     if neurons is None:
         places, local = np.arange(start, stop), None
     else:
         asked = np.asarray(neurons, dtype=np.int64)
         places = np.flatnonzero((asked >= start) & (asked < stop))
-        local = torch.from_numpy(asked[places] - start).to(buffer.device)
-    sums = {
-        reduction: torch.full((len(places),), -torch.inf, dtype=buffer.dtype, device=buffer.device)
-        if reduction is Reduction.MAX
-        else torch.zeros(len(places), dtype=torch.float64, device=buffer.device)
-        for reduction in reductions
-    }
-    return _OfLayer(buffer, places, local, sums)
+        local = torch.from_numpy(asked[places] - start).to(device)
+    tensors: list[_OfLayer] = []
+    for source in dict.fromkeys(reduction.source for reduction in reductions) or ("neurons",):
+        buffer = buffers.of(source)
+        sums = {
+            reduction: torch.full((len(places),), -torch.inf, dtype=buffer.dtype, device=device)
+            if reduction is Reduction.MAX
+            else torch.zeros(len(places), dtype=torch.float64, device=device)
+            for reduction in reductions
+            if reduction.source == source
+        }
+        tensors.append(_OfLayer(buffer, places, local, sums))
+    return tensors
 
 
 def _bytes(values: Tensor) -> bytes:
     array: NDArray[np.float32] = values.float().cpu().numpy()
     return array.tobytes()
+
+
+def store(x: Tensor, buffer: Tensor, slots: Tensor) -> None:
+    """In a forward pass: store the values of the tokens in their rows of a buffer.
+
+    x: [..., tokens, width]; buffer: [maximum tokens + 1, width]; slots: [maximum tokens].
+    """
+    buffer.index_put_((slots[: x.shape[-2]],), x.view(-1, x.shape[-1]))
 
 
 class BatchActivations:

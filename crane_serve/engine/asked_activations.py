@@ -37,6 +37,8 @@ class AskedActivations:
             return
         if not self._config.activations:
             raise ActivationsOff("the server was started without activations; `crane serve --activations` has them")
+        if asked.of_gates and not self._config.gates:
+            raise ActivationsOff("the server was started without act(gate) and up; `crane serve --gates` has them")
         asked.require(self._fingerprint, prompt, most)
 
     @asynccontextmanager

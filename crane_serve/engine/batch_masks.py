@@ -46,7 +46,7 @@ class BatchMasks:
         captured = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
         max_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, *captured, 3)
         of = library.fingerprint
-        buffers = CaptureBuffers() if config.activations else None
+        buffers = CaptureBuffers(config.gates) if config.activations else None
         table, slots = install_masks(
             model,
             of.intermediate_sizes,

@@ -19,6 +19,7 @@ OUTPUTS_VARIABLE = "CRANE_MASK_OUTPUTS"
 OFFSETS_VARIABLE = "CRANE_MASK_OFFSETS"
 INLINE_VARIABLE = "CRANE_INLINE_MASKS"
 ACTIVATIONS_VARIABLE = "CRANE_ACTIVATIONS"
+GATES_VARIABLE = "CRANE_GATES"
 DISABLE_VARIABLE = "CRANE_DISABLE"
 
 
@@ -43,9 +44,10 @@ class MaskConfig(dict[str, Any]):
         commit: str | None = None,
         allows_inline: bool = False,
         activations: bool = False,
+        gates: bool = False,
     ) -> None:
-        version = crane_serve.__version__
-        super().__init__(plugin=version, rows=rows, outputs=outputs, offsets=offsets, activations=activations)
+        version, seen = crane_serve.__version__, {"activations": activations or gates, "gates": gates}
+        super().__init__(plugin=version, rows=rows, outputs=outputs, offsets=offsets, **seen)
         self.model = model
         self.masks = masks
         self.default_method = default_method
@@ -74,6 +76,11 @@ class MaskConfig(dict[str, Any]):
         """Whether requests can ask for the values of neurons; the graph stores them only if they can."""
         return bool(self["activations"])
 
+    @property
+    def gates(self) -> bool:
+        """Whether these can be of act(gate) and up, too; the graph stores what they are made of only if they can."""
+        return bool(self["gates"])
+
     def library(self) -> MaskLibrary:
         """This process's masks of the engine, read when first asked for.
 
@@ -91,7 +98,7 @@ class MaskConfig(dict[str, Any]):
     @property
     def fields(self) -> tuple[Any, ...]:
         """The arguments of the constructor."""
-        shape, switches = (self.rows, self.outputs, self.offsets), (self.allows_inline, self.activations)
+        shape, switches = (self.rows, self.outputs, self.offsets), (self.allows_inline, self.activations, self.gates)
         return (*shape, self.model, self.masks, self.default_method, self.manifest, self.commit, *switches)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -140,7 +147,7 @@ def add_mask_config(vllm_config: Any) -> None:
         return
     directory = os.environ[MASKS_VARIABLE]
     default_method, rows = os.environ.get(DEFAULT_METHOD_VARIABLE, DEFAULT_METHOD), _rows()
-    allows_inline, activations = _switch(INLINE_VARIABLE), _switch(ACTIVATIONS_VARIABLE)
+    switches = tuple(map(_switch, (INLINE_VARIABLE, ACTIVATIONS_VARIABLE, GATES_VARIABLE)))
     model_config, masks = vllm_config.model_config, mask_directory(directory).resolve()
     model = str(model_config.model)
     require_own_config(model_config)
@@ -159,7 +166,7 @@ def add_mask_config(vllm_config: Any) -> None:
     outputs = flag(OUTPUTS_VARIABLE) or any(stored.mask.output is not None for stored in library.masks.values())
     offsets = flag(OFFSETS_VARIABLE) or any(stored.mask.offset is not None for stored in library.masks.values())
     of = (model, masks, default_method, library.manifest, commit)
-    config = MaskConfig(rows, outputs, offsets, *of, allows_inline, activations)
+    config = MaskConfig(rows, outputs, offsets, *of, *switches)
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config}
 
 

@@ -13,6 +13,7 @@ from crane_serve.engine.config import (
     ACTIVATIONS_VARIABLE,
     DEFAULT_METHOD_VARIABLE,
     DISABLE_VARIABLE,
+    GATES_VARIABLE,
     INLINE_VARIABLE,
     MASKS_VARIABLE,
     ROWS_VARIABLE,
@@ -45,11 +46,13 @@ def configure_engine(
     *,
     inline_masks: bool = False,
     activations: bool = False,
+    gates: bool = False,
 ) -> EngineConfig:
     """Check everything that can be checked before processes start.
 
     rows: how many different masks can be resident; flags: vLLM's own, of its engine and its OpenAI front end;
-    inline_masks: whether requests may bring masks with them; activations: whether they can ask for values of neurons.
+    inline_masks: whether requests may bring masks with them; activations: whether they can ask for values of neurons;
+    gates: for these and for act(gate) and up.
     Raises ValueError (MaskFileError, FingerprintError, CheckpointError, UnsupportedEngine, ...) naming what is wrong.
     """
     os.environ[MASKS_VARIABLE] = str(masks)
@@ -57,6 +60,7 @@ def configure_engine(
     os.environ[ROWS_VARIABLE] = str(rows)
     os.environ[INLINE_VARIABLE] = str(int(inline_masks))
     os.environ[ACTIVATIONS_VARIABLE] = str(int(activations))
+    os.environ[GATES_VARIABLE] = str(int(gates))
     # Without a limit vLLM takes most of a CPU host's memory for its KV cache.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
     # oneDNN keeps machine code for each number of tokens that it has seen; by default for 1,024 products, half a GB.

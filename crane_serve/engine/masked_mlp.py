@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from crane_serve.common.models.errors import UnsupportedModelError
 from crane_serve.common.models.experts import Experts
 from crane_serve.common.models.mlps import Mlp, language_model, layer_of, linear_shape, require_mlps
-from crane_serve.engine.activations import CaptureBuffers
+from crane_serve.engine.activations import CaptureBuffers, store
+from crane_serve.engine.gates import store_gates
 from crane_serve.engine.masked_experts import mask_experts
 from crane_serve.engine.table import NO_OFFSET, MaskTable, Part, new_table
 
@@ -53,7 +54,7 @@ class MaskedProjection(nn.Module):
         """x: [..., tokens, neurons on this rank] -> what the projection returns: [..., tokens, hidden], complete on
         every tensor-parallel rank, in vLLM's own models with the bias that is added later, if any."""
         if self.captured is not None and self.capture_slots is not None:
-            self.captured.index_put_((self.capture_slots[: x.shape[-2]],), x.view(-1, x.shape[-1]))
+            store(x, self.captured, self.capture_slots)
         x = _scaled(x, self.table, self.slots)
         if self.offsets is not None:
             x = x + self.offsets[self.slots[: x.shape[-2]]]
@@ -122,6 +123,8 @@ def install_masks(
         captured = None
         if buffers is not None and capture_slots is not None:
             captured = buffers.add(layer, neurons, start, capture_slots, like=reference)
+            if buffers.gates:
+                store_gates(mlp, layer, neurons, buffers, reference)
         masked = MaskedProjection(projection, table, slots, output_tables.get(layer), added, captured, capture_slots)
         setattr(mlp.parent, mlp.attribute, masked)
         if mlp.is_own_module:

@@ -29,6 +29,7 @@ def serve(settings: ServeSettings) -> int:
         settings.engine_flags,
         inline_masks=settings.inline_masks,
         activations=settings.activations,
+        gates=settings.gates,
     )
     configure_logging(settings.log_format, settings.log_level)
     app = create_app(lambda: EngineService.start(config, name), settings)

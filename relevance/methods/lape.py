@@ -36,8 +36,8 @@ class Lape(OfActivations):
         )
 
     def take(self, reduced: Reduced) -> None:
-        """For MLPs without a gate, whose neurons are act."""
-        self.active.add(reduced.layer, reduced.positive * reduced.tokens, observations=reduced.tokens)
+        assert reduced.act_positive is not None, "it reads act"
+        self.active.add(reduced.layer, reduced.act_positive * reduced.tokens, observations=reduced.tokens)
 
     def finalise(self) -> Tensor:
         """p, [layers, widest]."""

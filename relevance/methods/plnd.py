@@ -5,7 +5,7 @@ from torch import Tensor
 
 from relevance.accumulators import RunningMean
 from relevance.contrast import find_contrast
-from relevance.method import Activations, OfActivations, Shape, Units
+from relevance.method import Activations, OfActivations, Reduced, Shape, Units
 
 TOP_SHARE = 0.1
 
@@ -32,12 +32,19 @@ class Plnd(OfActivations):
 
     def accumulate(self, activations: Activations) -> None:
         assert activations.up is not None, "it reads up"
-        strengths = activations.batch.sum_of(activations.up.abs())  # [documents, neurons]
+        self._add(activations.layer, activations.batch.sum_of(activations.up.abs()))
+
+    def take(self, reduced: Reduced) -> None:
+        assert reduced.up_mean_abs is not None, "it reads up"
+        self._add(reduced.layer, reduced.up_mean_abs.unsqueeze(0) * reduced.tokens)
+
+    def _add(self, layer: int, strengths: Tensor) -> None:
+        """strengths: [documents, neurons]."""
         strongest = strengths.topk(max(1, round(TOP_SHARE * strengths.shape[1])), dim=1).indices
         present = torch.zeros_like(strengths).scatter_(1, strongest, 1.0)
         shares = strengths / strengths.sum(dim=1, keepdim=True).clamp_min(torch.finfo(strengths.dtype).tiny)
-        self.present.add(activations.layer, present.sum(dim=0, dtype=torch.float64), observations=len(strengths))
-        self.strength.add(activations.layer, shares.sum(dim=0, dtype=torch.float64), observations=len(strengths))
+        self.present.add(layer, present.sum(dim=0, dtype=torch.float64), observations=len(strengths))
+        self.strength.add(layer, shares.sum(dim=0, dtype=torch.float64), observations=len(strengths))
 
     def finalise(self) -> Tensor:
         """Shares of documents with ties broken, [layers, widest]."""

@@ -28,6 +28,14 @@ def neurons_of(oracle: Oracle, text: str) -> torch.Tensor:
     return oracle.neurons(token_ids[: CONTEXT - 1], None)[:, 1:].double()
 
 
+def gates_of(oracle: Oracle, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Likewise, act(gate) and up."""
+    start = oracle.tokenizer.bos_token_id
+    token_ids = [start, *oracle.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    act, up = oracle.gates(token_ids[: CONTEXT - 1], None)
+    return act[:, 1:].double(), up[:, 1:].double()
+
+
 def average_precision(responses: torch.Tensor, own: list[bool]) -> float:
     """Mean, over the documents of a language, of its share of those that respond as strongly.
 
@@ -47,7 +55,7 @@ def served(tiny: Tiny, tiny_server: Server, tmp_path_factory: pytest.TempPathFac
     for language, of in TEXTS.items():
         lines = [json.dumps({"id": str(number), "text": text}) for number, text in enumerate(of)]
         (texts / f"{language}.jsonl").write_text("\n".join(lines))
-    options = ["--server", tiny_server.url, "--methods", "magnitude,average-precision"]
+    options = ["--server", tiny_server.url, "--methods", "magnitude,average-precision,lape,plnd"]
     command = ["relevance", str(tiny.checkpoint), "--corpus", str(texts), *options, "--out", str(out)]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
@@ -69,6 +77,20 @@ def test_scores_are_those_of_transformers(served: tuple[Scores, str], tiny_oracl
         expected = [[average_precision(neuron, own) for neuron in layer.T] for layer in responses.unbind(1)]
         found = scores.of("average-precision")[index].double()
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-5)
+
+
+def test_lape_and_plnd_are_those_of_transformers(served: tuple[Scores, str], tiny_oracle: Oracle) -> None:
+    scores, _ = served
+    for index, texts in enumerate(TEXTS.values()):
+        acts, ups = zip(*(gates_of(tiny_oracle, text) for text in texts), strict=True)
+        active = (torch.cat(acts, dim=1) > 0).double().mean(dim=1)
+        torch.testing.assert_close(scores.of("lape")[index].double(), active, rtol=1e-4, atol=1e-5)
+        strengths = torch.stack([up.abs().sum(dim=1) for up in ups])  # [documents, layers, neurons]
+        top = strengths.shape[-1] // 10
+        present = strengths >= strengths.topk(top).values[..., -1:]
+        found = scores.of("plnd")[index].double()
+        # Ties are broken by less than one document's share.
+        assert torch.equal((found * len(texts)).floor(), present.double().sum(dim=0))
 
 
 def test_documents_are_cut_to_what_the_engine_reads(served: tuple[Scores, str]) -> None:

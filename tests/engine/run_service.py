@@ -213,7 +213,7 @@ def main() -> None:
     from crane_serve.common.masks import read_mask
 
     checkpoint, masks, out, foreign, *flags = sys.argv[1:]
-    switches = {"inline_masks": True, "activations": True}
+    switches = {"inline_masks": True, "activations": True, "gates": True}
     config = configure_engine(Path(checkpoint), Path(masks), "attnlrp", ROWS, flags, **switches)
     result = asyncio.run(run(config, read_mask(Path(foreign))))
     Path(out).write_text(json.dumps(result))

@@ -32,10 +32,10 @@ _KEYS = itertools.count()
 
 @pytest.fixture(scope="module", params=["eager"] if V2 else ["compiled", "eager"])
 def seeing(request: pytest.FixtureRequest, engines: Engines) -> Iterator[object]:
-    """As `llm`, with activations."""
+    """As `llm`, with activations and gates."""
     with pytest.MonkeyPatch.context() as environment:  # not for other engines of the session
         environment.setenv("CRANE_MASKS", str(engines.output_masks))
-        environment.setenv("CRANE_ACTIVATIONS", "1")
+        environment.setenv("CRANE_GATES", "1")
         environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         engine = start(engines.tiny.checkpoint, enforce_eager=request.param == "eager")
     yield engine
@@ -97,12 +97,15 @@ def check(oracle: Oracle, library: MaskLibrary, asked: Asked, tokens: list[int],
     resolved = library.resolve(asked.mask)
     request = asked.request
     end = len(tokens) - 1 if request.end is None else min(request.end, len(tokens) - 1)
-    whole = oracle.neurons(tokens, None if resolved is None else resolved.mask)[:, request.first : end]
+    mask = None if resolved is None else resolved.mask
+    whole = oracle.neurons(tokens, mask)[:, request.first : end]
+    act, up = (each[:, request.first : end] for each in oracle.gates(tokens, mask))
     assert seen is not None
     assert (seen.first, seen.tokens) == (request.first, end - request.first)
     assert list(seen.values) == list(request.neurons)
     for layer, neurons in request.neurons.items():
-        rows = whole[layer] if neurons is None else whole[layer][:, list(neurons)]
+        columns = slice(None) if neurons is None else list(neurons)
+        rows = whole[layer][:, columns]
         scale = float(rows.abs().max())
         wanted = {
             "values": rows,
@@ -110,6 +113,8 @@ def check(oracle: Oracle, library: MaskLibrary, asked: Asked, tokens: list[int],
             "mean_abs": rows.abs().mean(0),
             "max": rows.amax(0),
             "positive": (rows > 0).float().mean(0),
+            "act_positive": (act[layer][:, columns] > 0).float().mean(0),
+            "up_mean_abs": up[layer][:, columns].abs().mean(0),
         }
         assert list(seen.values[layer]) == (list(map(str, request.reductions)) or ["values"])
         for name, values in seen.values[layer].items():

@@ -41,17 +41,20 @@ def test_neurons_of_all_ranks_have_the_values_that_transformers_computes(
     assert len(over_ranks["shown"]) == 12
     for shown in over_ranks["shown"]:
         resolved = tiny.library.resolve(shown["mask"])
-        neurons = tiny_oracle.neurons(shown["tokens"], None if resolved is None else resolved.mask)[:, :-1]
+        mask = None if resolved is None else resolved.mask
+        whole = (tiny_oracle.neurons(shown["tokens"], mask), *tiny_oracle.gates(shown["tokens"], mask))
         for layer, values in shown["values"].items():
-            rows = neurons[int(layer)]
+            columns: slice | list[int] = slice(None)
             if int(layer) == 1:
-                rows = rows[:, [159, 3, 80, 79]]
+                columns = [159, 3, 80, 79]
             elif "values" in values and int(layer) == 2:
-                rows = rows[:, [1, 158]]
+                columns = [1, 158]
             elif "mean" in values and int(layer) == 0:
-                rows = rows[:, [100, 5]]
+                columns = [100, 5]
+            rows, act, up = (each[int(layer), :-1][:, columns] for each in whole)
             wanted = {"values": rows, "mean": rows.mean(0), "mean_abs": rows.abs().mean(0)}
             wanted |= {"max": rows.amax(0), "positive": (rows > 0).float().mean(0)}
+            wanted |= {"act_positive": (act > 0).float().mean(0), "up_mean_abs": up.abs().mean(0)}
             for name, found in values.items():
                 torch.testing.assert_close(torch.tensor(found), wanted[name], rtol=1e-4, atol=1e-4)
 

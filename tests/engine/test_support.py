@@ -9,11 +9,15 @@ import pytest
 
 from crane_serve.common.masks import InlineMasksOff, MaskError, MaskFileError, MaskLibrary
 from crane_serve.engine import plugin
+from crane_serve.engine.activations import ActivationRequest, ActivationsOff, Reduction, admit_activations
 from crane_serve.engine.admission import admit, requested_mask
+from crane_serve.engine.asked_activations import AskedActivations
 from crane_serve.engine.config import MaskConfig, mask_config
 from crane_serve.engine.support import UnsupportedEngine, caution, check_engine, check_version
 from tests.engines import random_masks
 from tests.tiny import tiny_model
+
+SEEING = [(False, False), (True, False), (False, True)]  # activations, gates
 
 
 def plain_config(**changes: object) -> SimpleNamespace:
@@ -125,7 +129,7 @@ def test_the_configuration_survives_the_way_to_other_processes(configured: tuple
         assert arrived == config
         assert (arrived.masks, arrived.manifest, arrived.rows) == (config.masks, config.manifest, 9)
         assert arrived.allows_inline is arrived.library().allows_inline is False
-    allowing = MaskConfig(*config.fields[:-2], True)
+    allowing = MaskConfig(*config.fields[:8], allows_inline=True)
     assert allowing == config  # masks in requests need no other graph
     assert pickle.loads(pickle.dumps(allowing)).library().allows_inline  # noqa: S301
 
@@ -137,6 +141,11 @@ def test_only_what_changes_the_graph_is_in_the_compile_cache_key(configured: tup
     assert MaskConfig(10, False, False, "other", Path("other"), "lape", "0" * 64) != config
     assert MaskConfig(9, True, False, "other", Path("other"), "lape", "0" * 64) != config
     assert MaskConfig(9, False, True, "other", Path("other"), "lape", "0" * 64) != config
+    seeing = [MaskConfig(*config.fields[:8], activations=each, gates=gates) for each, gates in SEEING]
+    assert [(each.activations, each.gates) for each in seeing] == [(False, False), (True, False), (True, True)]
+    assert seeing[0] == config
+    assert seeing[1] not in (seeing[0], seeing[2])
+    assert pickle.loads(pickle.dumps(seeing[2])) == seeing[2] != config  # noqa: S301
 
 
 def test_the_compile_cache_key_of_vllm_differs_with_and_without_masks(
@@ -214,7 +223,7 @@ def test_an_end_that_no_token_can_be_is_refused(configured: tuple[MaskConfig, Ma
 @pytest.fixture
 def allowing(configured: tuple[MaskConfig, MaskLibrary]) -> SimpleNamespace:
     """An engine that takes masks in requests."""
-    return plain_config(additional_config={"crane": MaskConfig(*configured[0].fields[:-2], True)})
+    return plain_config(additional_config={"crane": MaskConfig(*configured[0].fields[:8], allows_inline=True)})
 
 
 def test_admission_sends_the_mask_of_a_request_on_in_one_form(allowing: SimpleNamespace) -> None:
@@ -259,7 +268,7 @@ def test_an_engine_that_does_not_allow_it_refuses_the_mask_of_a_request(
             admit(engine, parameters(crane_mask=asked), resumable=False)
 
 
-@pytest.mark.parametrize("variable", ["CRANE_INLINE_MASKS", "CRANE_ACTIVATIONS"])
+@pytest.mark.parametrize("variable", ["CRANE_INLINE_MASKS", "CRANE_ACTIVATIONS", "CRANE_GATES"])
 @pytest.mark.parametrize("value", ["false", "2", "yes", " 1"])
 def test_a_switch_that_says_neither_yes_nor_no_is_refused(
     configured: tuple[MaskConfig, MaskLibrary], monkeypatch: pytest.MonkeyPatch, variable: str, value: str
@@ -271,6 +280,36 @@ def test_a_switch_that_says_neither_yes_nor_no_is_refused(
     engine = SimpleNamespace(model_config=SimpleNamespace(model=configured[0].model), additional_config={})
     with pytest.raises(ValueError, match=f"{variable} is .*, expected 0 or 1"):
         add_mask_config(engine)
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        ({}, "activations; CRANE_ACTIVATIONS=1 starts it with them"),
+        ({"activations": True}, r"act\(gate\) and up; CRANE_GATES=1 starts it with them"),
+    ],
+)
+def test_values_of_gates_need_an_engine_that_was_started_with_them(
+    configured: tuple[MaskConfig, MaskLibrary], switches: dict[str, bool], message: str
+) -> None:
+    asked = ActivationRequest({0: None}, (Reduction.MEAN, Reduction.ACT_POSITIVE))
+    request = SimpleNamespace(
+        sampling_params=SimpleNamespace(extra_args=asked.argument("key"), n=1, max_tokens=1),
+        prompt_token_ids=[3, 4, 5],
+        resumable=False,
+    )
+
+    def admitted(**switches: bool) -> object:
+        config = MaskConfig(*configured[0].fields[:8], **switches)
+        model = SimpleNamespace(max_model_len=64)
+        return admit_activations(plain_config(additional_config={"crane": config}, model_config=model), request)
+
+    with pytest.raises(ActivationsOff, match=message):
+        admitted(**switches)
+    admitted(gates=True)
+    of_server = MaskConfig(*configured[0].fields[:8], **switches)
+    with pytest.raises(ActivationsOff, match="the server was started without"):
+        AskedActivations(of_server, of_server.library().fingerprint, None).require(asked, 3, 3)
 
 
 def test_a_session_with_streamed_input_is_refused(configured: tuple[MaskConfig, MaskLibrary]) -> None:

@@ -39,15 +39,25 @@ def value(layer: int, neuron: int, key: str, position: int, run: int = 0) -> flo
     return 1000 * layer + 100 * neuron + position + 0.25 * run - (5000 if key == "b" else 0)
 
 
+def gate_value(neuron: int, position: int) -> float:
+    return (position + neuron) % 3 - 1.0
+
+
+def up_value(neuron: int, position: int) -> float:
+    return (neuron + 1) * (2.5 - position)
+
+
 class Rank:
     """One rank's buffers, filled as its MLPs would: [layer -> first neuron, neurons]."""
 
     def __init__(self, layers: dict[int, tuple[int, int]]) -> None:
         self.layers = layers
-        self.buffers = CaptureBuffers()
+        self.buffers = CaptureBuffers(gates=True)
         slots = torch.zeros(MOST_TOKENS, dtype=torch.int64)
         for layer, (start, neurons) in layers.items():
             self.buffers.add(layer, neurons, start, slots, like=torch.zeros(1))
+            both = torch.zeros(MOST_TOKENS + 1, 2 * neurons)
+            self.buffers.add_gates(layer, both[:, :neurons], both[:, neurons:])
         self.activations = BatchActivations(self.buffers)
 
     def step(self, batch: list[tuple[str, ActivationRequest | None, int, int]], prompt: int = 4, run: int = 0) -> None:
@@ -58,9 +68,11 @@ class Rank:
         places = [(key, start + index) for key, _, start, count in batch for index in range(count)]
         for row, (key, position) in zip(self.buffers.slots.tolist(), places, strict=False):
             for layer, (start, neurons) in self.layers.items():
-                buffer, _ = self.buffers.of(layer)
+                buffers = self.buffers.of(layer)
                 values = [value(layer, start + neuron, key, position, run) for neuron in range(neurons)]
-                buffer[row] = torch.tensor(values)
+                buffers.neurons[row] = torch.tensor(values)
+                for buffer, of in ((buffers.gate, gate_value), (buffers.up, up_value)):
+                    buffer[row] = torch.tensor([of(start + neuron, position) for neuron in range(neurons)])
 
 
 def whole() -> Rank:
@@ -132,6 +144,11 @@ def test_halves_and_stages_are_joined(reductions: tuple[Reduction, ...]) -> None
             assert seen.values[layer]["mean_abs"] == pytest.approx(np.abs(wanted).mean(0))
             assert seen.values[layer]["max"] == pytest.approx(wanted.max(0))
             assert seen.values[layer]["positive"] == pytest.approx((wanted > 0).mean(0))
+            neurons = range(SIZES[layer]) if request.neurons[layer] is None else request.neurons[layer]
+            gate, up = (np.array([[of(n, at) for n in neurons] for at in range(4)]) for of in (gate_value, up_value))
+            assert seen.values[layer]["act_positive"] == pytest.approx((gate > 0).mean(0))
+            assert seen.values[layer]["up_mean_abs"] == pytest.approx(np.abs(up).mean(0))
+            assert 0 < seen.values[layer]["act_positive"].min() < seen.values[layer]["act_positive"].max() < 1
         else:
             assert np.array_equal(seen.values[layer]["values"], wanted)
 
@@ -196,8 +213,9 @@ def test_tokens_that_were_run_behind_the_end_do_not_count(reductions: tuple[Redu
     assert seen.values[0]["max" if reductions else "values"] == pytest.approx(wanted.max(0) if reductions else wanted)
 
 
-def test_a_token_that_no_mlp_has_stored_is_an_error() -> None:
-    rank, request = whole(), ActivationRequest({0: (1,)})
+@pytest.mark.parametrize("reductions", [(), *((reduction,) for reduction in Reduction)])
+def test_a_token_that_no_mlp_has_stored_is_an_error(reductions: tuple[Reduction, ...]) -> None:
+    rank, request = whole(), ActivationRequest({0: (1,)}, reductions)
     rank.step([("b", request, 0, 4)])  # whose values stand in the same rows
     rank.activations.fill([("a", request)], [4], [0], [4])
     with pytest.raises(ActivationsError, match="layer 0: an activation is not finite"):

@@ -57,13 +57,19 @@ class FakeServer(httpx.BaseTransport):
         token_ids = token_ids[: body["truncate"]]
         assert len(token_ids) < self.context
         wanted = body["activations"]
-        rows = self.oracle.neurons(token_ids, None)
+        rows, (acts, ups) = self.oracle.neurons(token_ids, None), self.oracle.gates(token_ids, None)
         end = len(token_ids)
         layers = []
         for layer in wanted["layers"]:
-            seen = rows[layer][wanted["first"] : end]
-            values = {"mean": seen.mean(0), "mean_abs": seen.abs().mean(0), "positive": (seen > 0).float().mean(0)}
-            encoded = {name: base64.b64encode(each.numpy().tobytes()).decode() for name, each in values.items()}
+            seen, act, up = (each[layer][wanted["first"] : end] for each in (rows, acts, ups))
+            values = {
+                "mean": seen.mean(0),
+                "mean_abs": seen.abs().mean(0),
+                "positive": (seen > 0).float().mean(0),
+                "act_positive": (act > 0).float().mean(0),
+                "up_mean_abs": up.abs().mean(0),
+            }
+            encoded = {name: base64.b64encode(values[name].numpy().tobytes()).decode() for name in wanted["reduce"]}
             layers.append({"layer": layer, "neurons": None, **encoded})
         seen_tokens = {"first": 1, "tokens": end - 1, "layers": layers}
         return httpx.Response(200, json={"prompts": [token_ids], "activations": seen_tokens})
@@ -106,7 +112,7 @@ def gated(checkpoint: Path) -> bool:
 
 
 def test_the_scores_are_those_of_this_process(checkpoint: Path, server: FakeServer) -> None:
-    methods = ["magnitude", "average-precision", "random", *([] if gated(checkpoint) else ["lape"])]
+    methods = ["magnitude", "average-precision", "random", "lape", "plnd"]
     done: list[int] = []
     served = scores_of(checkpoint, methods, "http://there", advance=done.append)
     here = scores_of(checkpoint, methods)
@@ -116,6 +122,15 @@ def test_the_scores_are_those_of_this_process(checkpoint: Path, server: FakeServ
     assert served.info.model_copy(update={"dtype": "float32"}) == here.info
     assert sum(done) == 6
     assert sum(here.info.truncated) > 0
+    act = "act_positive" if gated(checkpoint) else "positive"
+    assert {tuple(body["activations"]["reduce"]) for body in server.bodies} == {
+        ("mean", "mean_abs", act, "up_mean_abs")
+    }
+
+
+def test_gates_are_asked_for_only_by_methods_that_read_them(checkpoint: Path, server: FakeServer) -> None:
+    scores_of(checkpoint, ["magnitude", "average-precision"], "http://there")
+    assert {tuple(body["activations"]["reduce"]) for body in server.bodies} == {("mean", "mean_abs")}
 
 
 def test_documents_are_cut_to_what_the_server_reads(checkpoint: Path, server: FakeServer) -> None:
@@ -145,27 +160,16 @@ def test_layers_are_asked_for_in_groups_that_one_request_may_have(
     checkpoint: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = scores_of(checkpoint, ["magnitude"], "http://there")
-    monkeypatch.setattr(relevance.served, "MAX_ACTIVATIONS", 2 * 3 * 160)
+    monkeypatch.setattr(relevance.served, "MAX_ACTIVATIONS", 2 * 2 * 160)
     server.bodies.clear()
     assert torch.equal(scores_of(checkpoint, ["magnitude"], "http://there").of("magnitude"), whole.of("magnitude"))
     assert [body["activations"]["layers"] for body in server.bodies[:2]] == [[0, 1], [2]]
 
 
-@pytest.mark.parametrize(
-    ("method", "why"),
-    [
-        ("attnlrp", "needs gradients, and a server computes none"),
-        ("plnd", "reads the up projection"),
-        ("lape", r"reads act\(gate\)"),
-    ],
-)
-def test_methods_that_means_do_not_tell_are_refused(
-    checkpoint: Path, server: FakeServer, method: str, why: str
-) -> None:
-    if method == "lape" and not gated(checkpoint):
-        pytest.skip("its neurons are act")
-    with pytest.raises(MethodError, match=f"method {method} cannot be computed through a server: it {why}"):
-        scores_of(checkpoint, [method], "http://there")
+def test_methods_of_gradients_are_refused(checkpoint: Path, server: FakeServer) -> None:
+    message = "method attnlrp cannot be computed through a server: it needs gradients, and a server computes none"
+    with pytest.raises(MethodError, match=message):
+        scores_of(checkpoint, ["attnlrp"], "http://there")
     assert not server.bodies
 
 

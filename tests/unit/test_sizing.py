@@ -122,6 +122,10 @@ def test_the_command_adds_up(checkpoint: Path) -> None:
     size = json.loads(output)
     assert (size["slots"], size["activations"]) == (2 * 64 * 8, 65 * LAYERS * NEURONS * 4)
     assert size["total"] == size["weights"] + size["table"] + size["slots"] + size["activations"] + size["kv"]
+    code, output = run(str(checkpoint), "--max-num-batched-tokens", "64", "--gates", "--json")
+    assert code == 0
+    size = json.loads(output)
+    assert (size["slots"], size["activations"]) == (2 * 64 * 8, 65 * LAYERS * 3 * NEURONS * 4)
     code, output = run(str(checkpoint), "--rows", "3")
     assert code == 0
     assert "values of neurons" not in output

@@ -29,9 +29,22 @@ class Mlp:
         return getattr(self.parent, self.attribute)
 
     @property
+    def activation_attribute(self) -> str | None:
+        """The name of the activation function in the parent, if it is a module."""
+        return next((name for name, _ in self.parent.named_children() if name in _ACTIVATIONS), None)
+
+    @property
     def activation(self) -> nn.Module | None:
         """The activation function, if it is a module."""
-        return next((module for name, module in self.parent.named_children() if name in _ACTIVATIONS), None)
+        return None if self.activation_attribute is None else getattr(self.parent, self.activation_attribute)
+
+    @property
+    def makers(self) -> list[int]:
+        """How many outputs the linear maps have that make its neurons, n: [n] without a gate, [2n] of gate and up in
+        one, [n, n] of two."""
+        neurons, hidden = linear_shape(self.projection)
+        others = (linear_shape(module) for module in self.parent.children() if module is not self.projection)
+        return [out for read, out in others if read == hidden and out in (neurons, 2 * neurons)]
 
     @property
     def is_own_module(self) -> bool:

@@ -76,7 +76,7 @@ MASK_DESCRIPTION = (
 
 
 _Index = Annotated[int, Field(ge=0, lt=2**31), BeforeValidator(_integer)]  # bounds first, for the description
-_Reduce = Literal["none", "mean", "mean_abs", "max", "positive"]
+_Reduce = Literal["none", "mean", "mean_abs", "max", "positive", "act_positive", "up_mean_abs"]
 
 
 class ActivationsWanted(BaseModel):
@@ -91,10 +91,11 @@ class ActivationsWanted(BaseModel):
         default={},
         description="By the number of a layer, the neurons that are shown",
     )
-    reduce: _Reduce | Annotated[list[_Reduce], Field(min_length=1, max_length=5, fail_fast=True)] = Field(
+    reduce: _Reduce | Annotated[list[_Reduce], Field(min_length=1, max_length=7, fail_fast=True)] = Field(
         "none",
         description="What becomes of a neuron's values: none for one per token; the mean over tokens, the mean of "
-        "absolute values, the largest, the share above 0; or a list of these",
+        "absolute values, the largest, the share above 0; with --gates the share of tokens at which act(gate) is above "
+        "0, and the mean of absolute values of up; or a list of these",
     )
     first: _Index = Field(0, description="Position of the first token that counts, 0 for the start token, if any")
     end: _Index | None = Field(None, description="Position behind the last token that counts; null for all")
@@ -347,6 +348,8 @@ class LayerActivations(BaseModel):
     mean_abs: _Encoded = _values("Of each neuron, the mean of absolute values over tokens")
     max: _Encoded = _values("Of each neuron, the largest value")
     positive: _Encoded = _values("Of each neuron, the share of tokens at which it is above 0")
+    act_positive: _Encoded = _values("Of each neuron, the share of tokens at which act(gate) is above 0")
+    up_mean_abs: _Encoded = _values("Of each neuron, the mean of absolute values of up over tokens")
 
 
 class ActivationsSeen(BaseModel):
