@@ -212,7 +212,7 @@ def size(
     outputs: Annotated[bool, typer.Option("--outputs", help="Some mask scales the MLPs' outputs")] = False,
     offsets: Annotated[bool, typer.Option("--offsets", help="Some mask adds to neurons")] = False,
     activations: Annotated[bool, typer.Option("--activations", help="Requests can ask for values of neurons")] = False,
-    gates: Annotated[bool, typer.Option("--gates", help="For these and for act(gate) and up")] = False,
+    gates: Annotated[bool, typer.Option("--gates", help="They can ask for these, and for act(gate) and up")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes, as JSON")] = False,
 ) -> None:
     """Show what a model, its masks and its KV cache take: on each rank, before what vLLM needs to compute."""

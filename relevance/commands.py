@@ -120,7 +120,7 @@ def relevance(
     from relevance.model import load_skeleton, pick_device, pick_dtype
     from relevance.scores import Scores
     from relevance.scoring import Execution, score
-    from relevance.served import not_served
+    from relevance.served import needs_gates, not_served
 
     for doubt in doubts(texts):
         typer.echo(f"warning: {doubt}", err=True)
@@ -136,7 +136,7 @@ def relevance(
         kind for kind in find_scored(names, architecture) if lacking(kind, skeleton) is None or not left_out(kind)
     ]
     if methods is None and server is not None:
-        chosen = [method for method in chosen if not_served(method, skeleton) is None]
+        chosen = [method for method in chosen if not (not_served(method, skeleton) or needs_gates(method, skeleton))]
     unfinished = out.with_name(f"{out.name}.progress")
     torch_device = pick_device(device)
     of_halves: list[Scores] = []

@@ -55,6 +55,11 @@ def not_served(method: type[Method], decoder: Decoder) -> str | None:
     return None
 
 
+def needs_gates(method: type[Method], decoder: Decoder) -> bool:
+    """Whether a method that a server can compute needs one that was started with gates."""
+    return bool(set(reductions([method], decoder).values()) & {"act_positive", "up_mean_abs"})
+
+
 def require_served(methods: Sequence[type[ScoredMethod]], decoder: Decoder) -> None:
     """Raise MethodError for the first method that cannot be computed through a server, with the reason."""
     for method in methods:
@@ -63,7 +68,7 @@ def require_served(methods: Sequence[type[ScoredMethod]], decoder: Decoder) -> N
             raise MethodError(f"method {method.name} cannot be computed through a server: it {why}")
 
 
-def reductions(methods: Sequence[type[ScoredMethod]], decoder: Decoder) -> dict[str, str]:
+def reductions(methods: Sequence[type[Method]], decoder: Decoder) -> dict[str, str]:
     """What a server is asked for, by the field of `Reduced`; of gates only if a method reads them."""
     read = {part for method in methods if issubclass(method, OfActivations) for part in method.reads}
     wanted = dict(_REDUCTIONS)

@@ -94,7 +94,9 @@ class Engines:
             for name in SHORT_LIST:
                 made = tiny_checkpoint(name, checkpoints / name)
                 random_masks(made, checkpoints / f"{name}-masks", share=0.4, offsets=True)
-            self.jobs.add("families", scripts / "families.py", checkpoints, checkpoints / "answers.json", **in_process)
+            self.jobs.add(
+                "families", scripts / "families.py", checkpoints, checkpoints / "answers.json", "gates", **in_process
+            )
         for ranks, flags in RANKS.items() if "over_ranks" in wanted else ():
             out, foreign = self.directory / f"{ranks}.json", self.directory / "other-masks" / "attnlrp-zh.safetensors"
             arguments = (self.tiny.checkpoint, self.tiny.masks, out, foreign, *TINY_FLAGS, *flags)

@@ -75,6 +75,8 @@ def masked_tokens(positions: Positions, token_ids: Sequence[int], prompt_tokens:
 
 
 Masked = slice | Sequence[int]
+_ACTS = ("act_fn", "act", "activation_fn")
+_UPS = ("up_proj", "c_fc", "fc1", "dense_h_to_4h", "gate_up_proj")
 
 
 class Oracle:
@@ -179,15 +181,14 @@ class Oracle:
         def noted(module: torch.nn.Module, which: str):
             return module.register_forward_hook(lambda *args: rows[which].append(args[2].flatten(0, -2).clone()))
 
+        names = {"act": _ACTS, "up": _UPS}
         hooks = []
         for mlp, _ in mlp_projections(self.model):
             parts = dict(mlp.named_children())
-            hooks.append(
-                noted(next(parts[name] for name in ("act_fn", "act", "activation_fn") if name in parts), "act")
-            )
-            hooks.append(noted(next(parts[name] for name in ("up_proj", "c_fc", "fc1") if name in parts), "up"))
+            hooks += [noted(next(parts[name] for name in names[which] if name in parts), which) for which in rows]
         self._run_with(hooks, token_ids, mask)
-        return torch.stack(rows["act"]), torch.stack(rows["up"])
+        acts = torch.stack(rows["act"])
+        return acts, torch.stack(rows["up"])[..., -acts.shape[-1] :]  # behind the gate, where one map makes both
 
     def _run_with(self, hooks: list, token_ids: Sequence[int], mask: "NeuronMask | Composition | None") -> None:
         """A forward pass with hooks, which are removed then. Those that mask are registered later, and run later."""
@@ -199,6 +200,13 @@ class Oracle:
 
     def text_logprobs(self, text: str, mask: "NeuronMask | Composition | None") -> list[float]:
         return self.logprobs(self.tokenizer(text)["input_ids"], mask)
+
+
+def same_shares(found: Sequence[float], expected: torch.Tensor, tokens: int) -> bool:
+    """Whether shares of tokens at which something is above 0 are the same, but for a few tokens at which it is 0 up to
+    rounding. expected: [neurons]."""
+    differences = (torch.as_tensor(found, dtype=torch.float64) - expected.double()).abs()
+    return bool((differences < 1.01 / tokens).all()) and int((differences > 1e-4).sum()) < 3
 
 
 class Server:

@@ -205,8 +205,8 @@ def admit_activations(vllm_config: Any, request: Any) -> None:
 @dataclass(frozen=True)
 class LayerBuffers:
     """What is stored of a layer, [maximum tokens + 1, neurons on this rank] each. start: the first of these neurons;
-    gate, up: the outputs of the projections, in an engine with gates; without a gate both are what the activation
-    function reads."""
+    gate, up: in an engine with gates, the outputs of the projections; of an MLP without a gate, up is what its
+    activation function reads, and no gate is stored: the neurons have the sign of act(gate)."""
 
     start: int
     neurons: Tensor
@@ -214,8 +214,8 @@ class LayerBuffers:
     up: Tensor | None = None
 
     def of(self, source: str) -> Tensor:
-        """The buffer that `Reduction.source` names."""
-        buffer: Tensor = getattr(self, source)
+        """The buffer that `Reduction.source` names, [maximum tokens + 1, neurons on this rank]."""
+        buffer: Tensor = self.neurons if source == "gate" and self.gate is None else getattr(self, source)
         return buffer
 
 
@@ -236,8 +236,9 @@ class CaptureBuffers:
         self.slots, self._of[layer] = slots, LayerBuffers(start, buffer)
         return buffer
 
-    def add_gates(self, layer: int, gate: Tensor, up: Tensor) -> None:
-        """Have the values of gate and up read from views of a buffer, [maximum tokens + 1, neurons] each."""
+    def add_gates(self, layer: int, gate: Tensor | None, up: Tensor) -> None:
+        """Have the values of gate and up read from views of a buffer, [maximum tokens + 1, neurons] each; gate: None
+        where the MLP has none."""
         self._of[layer] = replace(self._of[layer], gate=gate, up=up)
 
     def erase(self, rows: int) -> None:
@@ -292,7 +293,7 @@ class _OfLayer:
 
 
 def _add(total: Tensor, rows: Tensor, reduction: Reduction) -> None:
-    """In place. total: [own]; rows: [tokens, own], of the gate for ACT_POSITIVE: act(gate) has its sign."""
+    """In place. total: [own]; rows: [tokens, own], for ACT_POSITIVE of the gate, whose sign act(gate) has."""
     match reduction:
         case Reduction.MEAN:
             total += rows.sum(dim=0, dtype=torch.float64)

@@ -9,7 +9,7 @@ from crane_serve.common.models.errors import UnsupportedModelError
 from crane_serve.common.models.experts import Experts
 from crane_serve.common.models.mlps import Mlp, language_model, layer_of, linear_shape, require_mlps
 from crane_serve.engine.activations import CaptureBuffers, store
-from crane_serve.engine.gates import store_gates
+from crane_serve.engine.gates import prove_gates, store_gates
 from crane_serve.engine.masked_experts import mask_experts
 from crane_serve.engine.table import NO_OFFSET, MaskTable, Part, new_table
 
@@ -129,6 +129,8 @@ def install_masks(
         setattr(mlp.parent, mlp.attribute, masked)
         if mlp.is_own_module:
             _prove(mlp, masked, shape, hidden_size)
+            if buffers is not None and buffers.gates:
+                prove_gates(mlp, layer, buffers, _three_tokens(table, hidden_size).view(*shape, hidden_size))
     if experts is not None:
         if outputs:
             raise UnsupportedModelError("masks of MLP outputs are not served for a mixture of experts")
@@ -163,12 +165,10 @@ def _prove(mlp: Mlp, masked: MaskedProjection, shape: tuple[int, ...], hidden_si
     """Run the MLP unmasked and with all neurons off. Unmasked, its output must depend on the input; switched off, it
     must not, but on offsets. shape: of three tokens, as the model will have them."""
     table, slots, offsets = masked.table, masked.slots, masked.offsets
-    generator = torch.Generator().manual_seed(0)
-    token, other = torch.randn(2, hidden_size, generator=generator).to(table.device, table.dtype)
     off = table.shape[0] - 1
     table[off].fill_(0.0)
     slots[:3] = torch.tensor([0, off, off], device=slots.device)
-    tokens = torch.stack([token, token, other]).view(*shape, hidden_size)
+    tokens = _three_tokens(table, hidden_size).view(*shape, hidden_size)
     try:
         answer = mlp.parent(tokens)
         if offsets is not None:
@@ -190,6 +190,12 @@ def _prove(mlp: Mlp, masked: MaskedProjection, shape: tuple[int, ...], hidden_si
         raise UnsupportedModelError(
             f"{mlp.name}: switching off all its neurons does not switch it off; it cannot be masked"
         )
+
+
+def _three_tokens(like: Tensor, hidden_size: int) -> Tensor:
+    """Of which the first two are the same, [3, hidden]."""
+    token, other = torch.randn(2, hidden_size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    return torch.stack([token, token, other])
 
 
 def _output_of(answer: Any) -> Tensor:

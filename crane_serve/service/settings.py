@@ -148,7 +148,7 @@ class ServeSettings(ApiSettings, BaseSettings):
     mask_rows: int = Field(default=DEFAULT_ROWS, ge=1, description="How many different masks are resident at most")
     inline_masks: bool = Field(default=False, description="Whether requests may bring masks of neurons in their bodies")
     activations: bool = Field(default=False, description="Whether requests can ask for the values of neurons")
-    gates: bool = Field(default=False, description="Whether they can ask for these and for those of act(gate) and up")
+    gates: bool = Field(default=False, description="Whether they can ask for these, and for act(gate) and up")
     host: str = Field(default="127.0.0.1", description="Address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on")
     insecure: bool = Field(default=False, description="Whether others may reach the server though it has no keys")

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from crane_serve.cli import app
 from relevance.scores import Scores
 from tests.conftest import TINY_CHUNK_TOKENS, Tiny
-from tests.engines import Oracle, Server
+from tests.engines import Oracle, Server, same_shares
 
 pytestmark = pytest.mark.engine
 
@@ -83,14 +83,15 @@ def test_lape_and_plnd_are_those_of_transformers(served: tuple[Scores, str], tin
     scores, _ = served
     for index, texts in enumerate(TEXTS.values()):
         acts, ups = zip(*(gates_of(tiny_oracle, text) for text in texts), strict=True)
-        active = (torch.cat(acts, dim=1) > 0).double().mean(dim=1)
-        torch.testing.assert_close(scores.of("lape")[index].double(), active, rtol=1e-4, atol=1e-5)
+        acts_of_all = torch.cat(acts, dim=1)  # [layers, tokens, neurons]
+        for found, act in zip(scores.of("lape")[index].tolist(), acts_of_all, strict=True):
+            assert same_shares(found, (act > 0).double().mean(dim=0), len(act))
         strengths = torch.stack([up.abs().sum(dim=1) for up in ups])  # [documents, layers, neurons]
         top = strengths.shape[-1] // 10
         present = strengths >= strengths.topk(top).values[..., -1:]
-        found = scores.of("plnd")[index].double()
+        shares = scores.of("plnd")[index].double()
         # Ties are broken by less than one document's share.
-        assert torch.equal((found * len(texts)).floor(), present.double().sum(dim=0))
+        assert torch.equal((shares * len(texts)).floor(), present.double().sum(dim=0))
 
 
 def test_documents_are_cut_to_what_the_engine_reads(served: tuple[Scores, str]) -> None:

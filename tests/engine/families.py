@@ -1,7 +1,9 @@
-"""Generate under masks with every model family: `python families.py CHECKPOINTS OUT [compiled]`, all in one process.
+"""Generate under masks with every model family: `python families.py CHECKPOINTS OUT [compiled] [gates]`, all in one
+process.
 
 CHECKPOINTS holds a directory per family, with its masks in `{family}-masks`; nothing under `tiny` is masked. OUT is
-written after each, so that a run after a crash goes on with the next.
+written after each, so that a run after a crash goes on with the next. gates: for engines with gates, and with them
+"seen": of a prompt its tokens and what its dense MLPs have of act(gate) and up, by family and layer.
 """
 
 import json
@@ -21,7 +23,7 @@ def main() -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     checkpoints, out = Path(sys.argv[1]), Path(sys.argv[2])
-    answers: dict[str, list | str] = json.loads(out.read_text()) if out.exists() else {}
+    answers: dict[str, list | dict | str] = json.loads(out.read_text()) if out.exists() else {}
     for masks in sorted(checkpoints.glob("*-masks")):
         family = masks.name.removesuffix("-masks")
         if family in answers:
@@ -29,6 +31,8 @@ def main() -> None:
         answers[family] = "the process died"
         out.write_text(json.dumps(answers))
         os.environ["CRANE_MASKS"] = str(masks)
+        gates = "gates" in sys.argv[3:] and family != "tiny"
+        os.environ["CRANE_GATES"] = str(int(gates))
         try:
             settings = {"distributed_executor_backend": "uni", "num_gpu_blocks_override": 2 * KV_BLOCKS}
             llm = start(checkpoints / family, enforce_eager="compiled" not in sys.argv[3:], **settings)
@@ -43,6 +47,8 @@ def main() -> None:
                 answers[family] = [
                     {"mask": mask, **backend, **answer} for (_, mask), answer in zip(pairs, generated, strict=True)
                 ]
+                if gates:
+                    answers.setdefault("seen", {})[family] = seen(llm)
             llm.llm_engine.engine_core.shutdown()
             del llm
             cleanup_dist_env_and_memory()
@@ -51,6 +57,26 @@ def main() -> None:
             out.write_text(json.dumps(answers))
             os.execv(sys.executable, [sys.executable, *sys.argv])
         out.write_text(json.dumps(answers))
+
+
+def seen(llm) -> dict:
+    """In this process: of the last prompt, unmasked."""
+    from vllm import SamplingParams
+
+    from crane_serve.engine.activations import TAKE_METHOD, ActivationRequest, Reduction, joined
+
+    fingerprint = llm.llm_engine.vllm_config.additional_config["crane"].library().fingerprint
+    sizes = fingerprint.intermediate_sizes
+    if fingerprint.experts is not None:
+        return {}
+    request = ActivationRequest(dict.fromkeys(range(len(sizes))), (Reduction.ACT_POSITIVE, Reduction.UP_MEAN_ABS))
+    parameters = SamplingParams(max_tokens=1, extra_args=request.argument("seen"))
+    [answer] = llm.generate([LONG], [parameters], use_tqdm=False)
+    tokens = answer.prompt_token_ids
+    of_workers = getattr(llm.llm_engine.engine_core.engine_core, TAKE_METHOD)("seen", len(tokens))
+    values = joined(request, sizes, of_workers).values
+    layers = {layer: {name: each.tolist() for name, each in of.items()} for layer, of in values.items()}
+    return {"tokens": tokens, "layers": layers}
 
 
 def _said(error: BaseException) -> str:

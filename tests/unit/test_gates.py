@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from crane_serve.common.models.errors import UnsupportedModelError
 from crane_serve.common.models.mlps import Mlp
 from crane_serve.engine.activations import CaptureBuffers
-from crane_serve.engine.gates import store_gates
+from crane_serve.engine.activations import store as store_rows
+from crane_serve.engine.gates import prove_gates, store_gates
 
 HIDDEN, NEURONS, MOST_TOKENS = 8, 12, 5
 
@@ -50,8 +51,20 @@ def gate_first(x: Tensor) -> Tensor:
     return nn.functional.silu(x[..., :NEURONS]) * x[..., NEURONS:]
 
 
+def relu_last(x: Tensor) -> Tensor:
+    """Doubling the gate doubles it, too."""
+    return x[..., :NEURONS] * nn.functional.relu(x[..., NEURONS:])
+
+
 def up_first(x: Tensor) -> Tensor:
     return x[..., :NEURONS] * nn.functional.gelu(x[..., NEURONS:], approximate="tanh")
+
+
+class NormedMlp(MergedMlp):
+    """Between its activation function and its neurons there is a norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.normalize(self.act_fn(self.gate_up_proj(x))))
 
 
 def store(mlp: nn.Module, dtype: torch.dtype = torch.float32) -> CaptureBuffers:
@@ -67,13 +80,14 @@ def store(mlp: nn.Module, dtype: torch.dtype = torch.float32) -> CaptureBuffers:
     [
         (gate_first, 2 * NEURONS, slice(NEURONS), slice(NEURONS, None)),
         (up_first, 2 * NEURONS, slice(NEURONS, None), slice(NEURONS)),
-        (nn.functional.gelu, NEURONS, slice(None), slice(None)),
-        (lambda x: nn.functional.relu(x) ** 2, NEURONS, slice(None), slice(None)),
+        (relu_last, 2 * NEURONS, slice(NEURONS, None), slice(NEURONS)),
+        (nn.functional.gelu, NEURONS, None, slice(None)),
+        (lambda x: nn.functional.relu(x) ** 2, NEURONS, None, slice(None)),
     ],
 )
 @torch.inference_mode()
 def test_gate_and_up_are_those_that_the_function_reads(
-    function: Callable[[Tensor], Tensor], width: int, gate: slice, up: slice, dtype: torch.dtype
+    function: Callable[[Tensor], Tensor], width: int, gate: slice | None, up: slice, dtype: torch.dtype
 ) -> None:
     mlp = MergedMlp(function, width).to(dtype)
     tokens = torch.randn(3, HIDDEN, dtype=dtype)
@@ -82,21 +96,25 @@ def test_gate_and_up_are_those_that_the_function_reads(
     buffers.slots[:3] = torch.tensor([0, 2, 1])
     assert torch.equal(mlp(tokens), wanted)
     stored = buffers.of(0)
+    assert (stored.gate is None) == (gate is None)
+    assert stored.of("gate") is (stored.neurons if gate is None else stored.gate)
     for buffer, columns in ((stored.gate, gate), (stored.up, up)):
-        assert torch.equal(buffer[[2, 1]], read[1:, columns])
-        assert not buffer[3:].any()
+        if buffer is not None:
+            assert torch.equal(buffer[[2, 1]], read[1:, columns])
+            assert not buffer[3:].any()
     buffers.erase(2)
-    assert stored.gate[1:3].isnan().all()
-    assert stored.up[1:3].isnan().all()
+    assert all(buffer[1:3].isnan().all() for buffer in (stored.neurons, stored.gate, stored.up) if buffer is not None)
 
 
 @pytest.mark.parametrize(
     ("mlp", "message"),
     [
-        (SeparateMlp(), "nothing in it reads gate and up as one"),
+        (SeparateMlp(), "no activation function in it reads gate and up as one"),
         (MergedMlp(lambda x: x[..., :NEURONS].sigmoid() * x[..., NEURONS:]), r"act\(gate\) is not above 0 where"),
-        (MergedMlp(lambda x: nn.functional.threshold(x, 1.0, 0.0), NEURONS), r"act\(gate\) is not above 0 where"),
-        (MergedMlp(lambda x: gate_first(x.clamp(-0.5, 0.5))), "linear in neither half"),
+        (MergedMlp(lambda x: nn.functional.threshold(x[..., :NEURONS], 0.01, 0.0) * x[..., NEURONS:]), "not above 0"),
+        (MergedMlp(nn.functional.silu), "its activation function reads the gate alone"),
+        (MergedMlp(lambda x: gate_first(x.clamp(-0.5, 0.5))), "not linear in one half"),
+        (MergedMlp(lambda x: x[..., :NEURONS] * x[..., NEURONS:]), "not linear in one half"),
     ],
 )
 def test_what_cannot_be_told_apart_is_refused(mlp: nn.Module, message: str) -> None:
@@ -107,5 +125,23 @@ def test_what_cannot_be_told_apart_is_refused(mlp: nn.Module, message: str) -> N
 def test_an_activation_function_that_is_no_module_is_refused() -> None:
     mlp = MergedMlp(gate_first)
     del mlp.act_fn
-    with pytest.raises(UnsupportedModelError, match="nothing in it reads gate and up as one; they cannot be shown"):
+    with pytest.raises(UnsupportedModelError, match="reads gate and up as one; start the engine without gates"):
         store(mlp)
+
+
+@pytest.mark.parametrize(("kind", "proves"), [(MergedMlp, True), (NormedMlp, False)])
+def test_what_is_stored_must_make_the_neurons(kind: type[MergedMlp], proves: bool) -> None:
+    mlp = kind(gate_first)
+    buffers = store(mlp)
+    neurons = buffers.of(0).neurons
+    mlp.down_proj.register_forward_pre_hook(lambda _, args: store_rows(args[0], neurons, buffers.slots))
+
+    def prove() -> None:
+        prove_gates(Mlp(mlp, "layers.0.mlp", "down_proj"), 0, buffers, torch.randn(3, HIDDEN))
+
+    if proves:
+        prove()
+    else:
+        with pytest.raises(UnsupportedModelError, match="reads does not make its neurons; start the engine without"):
+            prove()
+    assert not buffers.slots.any()

@@ -8,8 +8,10 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import relevance.served
+from crane_serve.cli import app
 from crane_serve.common.masks import Fingerprint, FingerprintError
 from crane_serve.common.models.load import load_tokenizer
 from crane_serve.common.models.prefix import encode_from_start
@@ -131,6 +133,21 @@ def test_the_scores_are_those_of_this_process(checkpoint: Path, server: FakeServ
 def test_gates_are_asked_for_only_by_methods_that_read_them(checkpoint: Path, server: FakeServer) -> None:
     scores_of(checkpoint, ["magnitude", "average-precision"], "http://there")
     assert {tuple(body["activations"]["reduce"]) for body in server.bodies} == {("mean", "mean_abs")}
+
+
+def test_without_methods_named_no_gates_are_asked_for(checkpoint: Path, server: FakeServer, tmp_path: Path) -> None:
+    texts, out = tmp_path / "texts", tmp_path / "scores.safetensors"
+    texts.mkdir()
+    for language, of in TEXTS.items():
+        lines = [json.dumps({"id": str(number), "text": text}) for number, text in enumerate(of)]
+        (texts / f"{language}.jsonl").write_text("\n".join(lines))
+    command = ["relevance", str(checkpoint), "--corpus", str(texts), "--server", "http://there", "--out", str(out)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    asked = {reduction for body in server.bodies for reduction in body["activations"]["reduce"]}
+    assert asked == {"mean", "mean_abs"} | (set() if gated(checkpoint) else {"positive"})
+    methods = {"magnitude", "average-precision", "random"} | (set() if gated(checkpoint) else {"lape"})
+    assert set(Scores.load(out).by_method) == methods
 
 
 def test_documents_are_cut_to_what_the_server_reads(checkpoint: Path, server: FakeServer) -> None:

@@ -11,7 +11,7 @@ from crane_serve.common.models.errors import UnsupportedModelError
 
 # Decoder layers are numbered: "model.layers.3.mlp.down_proj", "transformer.blocks.3.ffn.down_proj".
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
-_ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation", "gelu_impl")
+_ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation", "activation_func", "gelu_impl")
 NO_MLP = re.compile(r"attn|attention|mamba|mixer|ssm", re.IGNORECASE)  # attention, and state-space models
 
 
