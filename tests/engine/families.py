@@ -32,7 +32,8 @@ def main() -> None:
         out.write_text(json.dumps(answers))
         os.environ["CRANE_MASKS"] = str(masks)
         gates = "gates" in sys.argv[3:] and family != "tiny"
-        os.environ["CRANE_GATES"] = str(int(gates))
+        if "gates" in sys.argv[3:]:
+            os.environ["CRANE_GATES"] = str(int(gates))
         try:
             settings = {"distributed_executor_backend": "uni", "num_gpu_blocks_override": 2 * KV_BLOCKS}
             llm = start(checkpoints / family, enforce_eager="compiled" not in sys.argv[3:], **settings)
