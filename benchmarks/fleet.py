@@ -161,6 +161,7 @@ class Fleet:
         if name.startswith("plugin"):
             masks = with_offsets(self._masks) if name == "plugin, offsets" else self._masks
             environment |= {"CRANE_MASKS": str(masks), "CRANE_MASK_ROWS": "256"}
+            environment["CRANE_GATES"] = str(int(name == "plugin, gates"))
         else:
             environment["VLLM_PLUGINS"] = ""
         if self._cold:
@@ -180,6 +181,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "plugin": {"kind": "vllm"},
     "plugin, eager": {"kind": "vllm", "eager": True},
     "plugin, offsets": {"kind": "vllm"},
+    "plugin, gates": {"kind": "vllm"},
     "patched, eager": {"kind": "patched"},
     "transformers": {"kind": "transformers"},
 }

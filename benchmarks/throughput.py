@@ -13,6 +13,7 @@ Arms:
 - windows-K: the same, but only the last 4 tokens of each prompt and the first 16 generated ones are masked.
 - offsets-K: as masks-K, with masks that set neurons to a value instead of zero, on an engine of its own that has a
   table of offsets; offsets-0 is that engine without masks.
+- gates: as idle, on an engine of its own that could show act(gate) and up; nobody asks.
 - eager-K: the work of masks-K, one mask at a time in an eager vLLM engine without the plugin with patched MLPs. The
   same with an engine start for every mask is computed from this and the measured start.
 - transformers: `generate` with hooks on one padded batch, one mask.
@@ -74,13 +75,13 @@ class Arm:
             "no-plugin-again": "no plugin",
             "no-plugin-other": "no plugin, second process",
             "idle": "plugin",
+            "offsets-0": "plugin, offsets",
+            "gates": "plugin, gates",
         }
         if name in plain:
             return cls(name, plain[name])
         if name == "transformers":
             return cls(name, "transformers", masks=1, slow=True)
-        if name == "offsets-0":
-            return cls(name, "plugin, offsets")
         counted = re.fullmatch(r"(masks|windows|offsets|eager)-([1-9]\d*)", name)
         if counted is None:
             raise argparse.ArgumentTypeError(
