@@ -206,7 +206,7 @@ def admit_activations(vllm_config: Any, request: Any) -> None:
 class LayerBuffers:
     """What is stored of a layer, [maximum tokens + 1, neurons on this rank] each. start: the first of these neurons;
     gate, up: in an engine with gates, the outputs of the projections; of an MLP without a gate, up is what its
-    activation function reads, and no gate is stored: the neurons have the sign of act(gate)."""
+    activation function reads, and the neurons stand for the gate, since they are act(gate)."""
 
     start: int
     neurons: Tensor
@@ -215,7 +215,7 @@ class LayerBuffers:
 
     def of(self, source: str) -> Tensor:
         """The buffer that `Reduction.source` names, [maximum tokens + 1, neurons on this rank]."""
-        buffer: Tensor = self.neurons if source == "gate" and self.gate is None else getattr(self, source)
+        buffer: Tensor = getattr(self, source)
         return buffer
 
 
@@ -239,7 +239,8 @@ class CaptureBuffers:
     def add_gates(self, layer: int, gate: Tensor | None, up: Tensor) -> None:
         """Have the values of gate and up read from views of a buffer, [maximum tokens + 1, neurons] each; gate: None
         where the MLP has none."""
-        self._of[layer] = replace(self._of[layer], gate=gate, up=up)
+        of_layer = self._of[layer]
+        self._of[layer] = replace(of_layer, gate=of_layer.neurons if gate is None else gate, up=up)
 
     def erase(self, rows: int) -> None:
         """Make the first `rows` behind row 0 NaN, so that what is not stored is no value."""

@@ -44,7 +44,7 @@ def store_gates(mlp: Mlp, layer: int, neurons: int, buffers: CaptureBuffers, lik
     if function is None or attribute is None or not (gated or mlp.makers == [of_all_ranks]):
         raise _refused(mlp, "no activation function in it reads gate and up as one")
     width = 2 * neurons if gated else neurons
-    captured = torch.zeros(len(buffers.slots) + 1, width, dtype=like.dtype, device=like.device)
+    captured = like.new_zeros(len(buffers.slots) + 1, width)
     if gated:
         gate, up = _places(mlp, function, neurons, like)
         buffers.add_gates(layer, captured[:, gate], captured[:, up])
@@ -73,7 +73,7 @@ def _places(mlp: Mlp, function: nn.Module, neurons: int, like: Tensor) -> tuple[
         raise _refused(mlp, "its activation function is not linear in one half of what it reads")
     gate, up = halves if linear[1] else halves[::-1]
     gates = torch.cat([-_GATES, torch.zeros(1), _GATES]).to(like.device, like.dtype)
-    x = torch.ones(len(gates), 2 * neurons, dtype=like.dtype, device=like.device)
+    x = like.new_ones(len(gates), 2 * neurons)
     x[:, gate] = gates.unsqueeze(1)
     if not torch.equal(function(x) > 0, x[:, gate] > 0):
         raise _refused(mlp, "act(gate) is not above 0 where the gate is")
@@ -90,16 +90,15 @@ def prove_gates(mlp: Mlp, layer: int, buffers: CaptureBuffers, tokens: Tensor) -
 
     tokens: three, [..., 3, hidden]. Raises UnsupportedModelError.
     """
-    attribute = mlp.activation_attribute
-    stored: StoredInput = getattr(mlp.parent, str(attribute))
+    stored, of_layer = mlp.activation, buffers.of(layer)
+    assert isinstance(stored, StoredInput), "`store_gates` came before"
+    assert of_layer is not None, "and had a buffer of neurons"
     buffers.erase(3)
     buffers.slots[:3] = torch.tensor([1, 2, 3], device=buffers.slots.device)
     try:
         mlp.parent(tokens)
     finally:
         buffers.slots[:3].zero_()
-    of_layer = buffers.of(layer)
-    if of_layer is None or not torch.allclose(
-        stored.function(stored.captured[1:4]), of_layer.neurons[1:4], rtol=1e-2, atol=1e-3
-    ):
+    made = stored.function(stored.captured[1:4])
+    if not torch.allclose(made, of_layer.neurons[1:4], rtol=1e-2, atol=1e-3):
         raise _refused(mlp, "what its activation function reads does not make its neurons")

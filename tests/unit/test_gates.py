@@ -96,14 +96,13 @@ def test_gate_and_up_are_those_that_the_function_reads(
     buffers.slots[:3] = torch.tensor([0, 2, 1])
     assert torch.equal(mlp(tokens), wanted)
     stored = buffers.of(0)
-    assert (stored.gate is None) == (gate is None)
-    assert stored.of("gate") is (stored.neurons if gate is None else stored.gate)
+    assert (stored.gate is stored.neurons) == (gate is None)
     for buffer, columns in ((stored.gate, gate), (stored.up, up)):
-        if buffer is not None:
+        if columns is not None:
             assert torch.equal(buffer[[2, 1]], read[1:, columns])
             assert not buffer[3:].any()
     buffers.erase(2)
-    assert all(buffer[1:3].isnan().all() for buffer in (stored.neurons, stored.gate, stored.up) if buffer is not None)
+    assert all(buffer[1:3].isnan().all() for buffer in (stored.neurons, stored.gate, stored.up))
 
 
 @pytest.mark.parametrize(
